@@ -1,0 +1,1 @@
+"""DINOv2 on top of :mod:`dinov2_kernels`: models, objectives, data, pretraining and evaluation."""
