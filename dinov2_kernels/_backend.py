@@ -1,0 +1,89 @@
+"""Which implementation runs: :func:`info` reports it, :class:`use_backend` forces it for tests and benchmarks."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from typing import Any, Literal, get_args
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dinov2_kernels import _library
+
+Backend = Literal["reference", "triton", "native"]
+
+
+class use_backend(TorchDispatchMode):
+    """Context manager that forces one implementation of every operator of this library.
+
+    For tests and benchmarks; ordinary use leaves the choice to the dispatcher.
+
+    >>> with use_backend("reference"):
+    ...     bias = sinkhorn_bias(logits, 0.07)
+
+    Args:
+        name: ``"reference"`` (plain PyTorch, any device), ``"triton"`` (CUDA, or CPU under Triton's interpreter) or
+            ``"native"`` (the compiled C++ or CUDA extension).
+
+    Raises:
+        ValueError: the name is none of these.
+        NotImplementedError: raised by an operator called inside that has no such implementation for its device.
+    """
+
+    def __init__(self, name: Backend) -> None:
+        if name not in get_args(Backend):
+            raise ValueError(f"use_backend: name must be one of {', '.join(get_args(Backend))}, got {name!r}")
+        super().__init__()
+        self.name = name
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        operator = _library.OPERATORS.get(func._opname) if func.namespace == "dinov2_kernels" else None
+        if operator is None:
+            return func(*args, **(kwargs or {}))
+        if self.name == "reference":
+            return operator.reference(*args)
+        if self.name == "triton":
+            return operator.call_triton(*args)
+        device_type = args[0].device.type
+        if not operator.has_native(device_type):
+            raise NotImplementedError(f"{operator.name} has no native implementation for {device_type!r} tensors")
+        return getattr(torch.ops.dinov2_kernels_cuda, operator.name)(*args) if device_type == "cuda" else func(*args)
+
+
+def info() -> dict[str, Any]:
+    """Report what is built on this machine and what will run.
+
+    Returns:
+        A dictionary with the versions, per device type why compiled kernels are missing (None: they are there), how
+        the extension was built, and for each operator what the dispatcher will run on CPU and on CUDA. An operator
+        whose CUDA kernels no GPU has confirmed yet says so.
+    """
+    return {
+        "version": importlib.metadata.version("dinov2-kernels"),
+        "torch": torch.__version__,
+        "triton": importlib.metadata.version("triton") if _library.triton_is_installed() else None,
+        "native_cpu": _library.NATIVE_MISSING["cpu"] or "loaded",
+        "native_cuda": _library.NATIVE_MISSING["cuda"] or "loaded",
+        "host": _host_build(),
+        "cpu_threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "operators": {name: _describe(operator) for name, operator in sorted(_library.OPERATORS.items())},
+    }
+
+
+def _describe(operator: _library.Operator) -> dict[str, str]:
+    on_triton = operator.triton is not None and _library.triton_is_installed()
+    return {
+        "cpu": "native" if operator.has_native("cpu") else "reference",
+        "cuda": "triton" if on_triton else "reference",
+        "verified_on_gpu": operator.verified_on_gpu or "none yet",
+    }
+
+
+def _host_build() -> dict[str, Any] | str:
+    try:
+        from dinov2_kernels import _host
+    except ImportError:
+        return "not built"
+    return dict(_host.build_info())

@@ -1,0 +1,121 @@
+"""Registration of operators: every ``op.py`` describes its operators with :func:`define`, once, when it is imported.
+
+A call goes one way: public function -> ``torch.ops.dinov2_kernels.<op>`` -> PyTorch's dispatcher -> one implementation.
+
+==================  ===============================================================================================
+dispatch key        implementation
+==================  ===============================================================================================
+any device          ``reference.py`` (CompositeExplicitAutograd), unless a more specific key below has one
+CPU                 ``csrc/<op>/cpu.cpp``, which registers itself when ``_native_cpu.so`` is loaded
+CUDA                ``triton_kernel.py``, imported on its first call
+==================  ===============================================================================================
+
+CUDA C++ (``csrc/<op>/cuda.cu``) registers the same schema in the namespace ``dinov2_kernels_cuda``: tests and
+benchmarks reach it there through ``use_backend("native")``, and it becomes an operator's implementation for CUDA when a
+committed benchmark shows that it is the fastest.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Implementation = Callable[..., torch.Tensor]
+
+_LIBRARY = torch.library.Library("dinov2_kernels", "DEF")
+_CUDA_LIBRARY = torch.library.Library("dinov2_kernels_cuda", "DEF")
+_PACKAGE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator ``torch.ops.dinov2_kernels.<name>`` and the places its implementations live.
+
+    Attributes:
+        name: name of the operator, without its namespace.
+        schema: its signature in PyTorch's schema language.
+        reference: the definition, in plain PyTorch, for any device.
+        triton: ``"module:function"`` of the Triton implementation, or None.
+        verified_on_gpu: the GPU on which its CUDA kernels passed their tests, with the date; None where none did yet.
+    """
+
+    name: str
+    schema: str
+    reference: Implementation
+    triton: str | None
+    verified_on_gpu: str | None
+
+    @property
+    def packet(self) -> Any:
+        """What ``torch.ops`` holds for the operator: call it to go through the dispatcher."""
+        return getattr(torch.ops.dinov2_kernels, self.name)
+
+    def has_native(self, device_type: str) -> bool:
+        """Whether the compiled extension holds a kernel of this operator for ``"cpu"`` or ``"cuda"``."""
+        namespace = "dinov2_kernels_cuda" if device_type == "cuda" else "dinov2_kernels"
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{self.name}", device_type.upper())
+
+    def call_triton(self, *args: Any) -> torch.Tensor:
+        """Run the Triton implementation, importing it on the first call."""
+        if self.triton is None:
+            raise NotImplementedError(f"{self.name} has no Triton implementation")
+        module, function = self.triton.split(":")
+        return getattr(importlib.import_module(module), function)(*args)  # type: ignore[no-any-return]
+
+
+OPERATORS: dict[str, Operator] = {}
+
+
+def define(
+    schema: str,
+    *,
+    reference: Implementation,
+    fake: Implementation,
+    triton: str | None = None,
+    verified_on_gpu: str | None = None,
+) -> Operator:
+    """Define ``dinov2_kernels::<op>`` and register its reference, its fake and its Triton implementation.
+
+    Args:
+        schema: signature in PyTorch's schema language, e.g. ``"square(Tensor x) -> Tensor"``.
+        reference: the definition in plain PyTorch; serves every device that has nothing better.
+        fake: allocates the result for given arguments without computing it (``torch.compile``, FakeTensor).
+        triton: ``"module:function"`` of the implementation for CUDA.
+        verified_on_gpu: e.g. ``"NVIDIA H200, 2026-11-23"`` once its CUDA kernels passed their tests there.
+    """
+    operator = Operator(schema.partition("(")[0], schema, reference, triton, verified_on_gpu)
+    _LIBRARY.define(schema)
+    _CUDA_LIBRARY.define(schema)
+    _LIBRARY.impl(operator.name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dinov2_kernels::{operator.name}", fake, lib=_LIBRARY)
+    if triton is not None and triton_is_installed():
+        _LIBRARY.impl(operator.name, operator.call_triton, "CUDA")
+    OPERATORS[operator.name] = operator
+    return operator
+
+
+def triton_is_installed() -> bool:
+    """Whether Triton can be imported; asked without importing it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def _load_native(device_type: str) -> str | None:
+    """Load the compiled kernels for a device type; return None, or the reason why they are not there."""
+    path = _PACKAGE / f"_native_{device_type}.so"
+    if not path.exists():
+        return "not built"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"does not load: {error}"
+    return None
+
+
+NATIVE_MISSING: dict[str, str | None] = {device: _load_native(device) for device in ("cpu", "cuda")}
+"""Per device type: None where the compiled kernels are loaded, else the reason why not."""

@@ -1,0 +1,139 @@
+"""The Sinkhorn-Knopp step: three operators that each read the logits once, and the loop over them."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dinov2_kernels._library import define
+from dinov2_kernels.sinkhorn import reference
+
+_TRITON = "dinov2_kernels.sinkhorn.triton_kernel"
+
+
+def _fake_columns(logits: Tensor, temperature: float, bias: Tensor | None = None) -> Tensor:
+    return logits.new_empty(logits.shape[1], dtype=reference.accumulation_dtype(logits))  # [K]
+
+
+def _fake_assign(logits: Tensor, temperature: float, bias: Tensor) -> Tensor:
+    return torch.empty_like(logits, dtype=bias.dtype)  # [B, K]
+
+
+_column_logsumexp = define(
+    "sinkhorn_column_logsumexp(Tensor logits, float temperature) -> Tensor",
+    reference=reference.column_logsumexp,
+    fake=_fake_columns,
+    triton=f"{_TRITON}:column_logsumexp",
+).packet
+_column_mass = define(
+    "sinkhorn_column_mass(Tensor logits, float temperature, Tensor bias) -> Tensor",
+    reference=reference.column_mass,
+    fake=_fake_columns,
+    triton=f"{_TRITON}:column_mass",
+).packet
+_assign = define(
+    "sinkhorn_assign(Tensor logits, float temperature, Tensor bias) -> Tensor",
+    reference=reference.assign,
+    fake=_fake_assign,
+    triton=f"{_TRITON}:assign",
+).packet
+
+
+@torch.no_grad()
+def sinkhorn_bias(
+    logits: Tensor, temperature: float, *, n_iterations: int = 3, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Prototype bias of Sinkhorn-Knopp centring: the targets are ``softmax(logits / temperature + bias)``.
+
+    The scaling-vector form of the Sinkhorn-Knopp step of DINOv2 (arXiv:2304.07193) and SwAV (arXiv:2006.09882), see
+    :mod:`dinov2_kernels.sinkhorn.reference`. It works in the log domain: any finite logits and any temperature give a
+    finite bias, and adding a constant to all logits changes nothing.
+
+    Bytes: ``n_iterations`` reads of the logits and a few vectors [K]; no [B, K] intermediate. With a process group,
+    each iteration reduces one vector [K] over the processes.
+
+    Args:
+        logits: [B, K] teacher logits of this process, float64, float32, bfloat16 or float16; K >= 1. B may differ
+            between processes and may be 0; rows that only pad a batch must be left out.
+        temperature: temperature T > 0 of the teacher.
+        n_iterations: number of Sinkhorn-Knopp iterations, at least 1.
+        group: processes whose rows form one batch; None means the rows of this process alone.
+
+    Returns:
+        [K] float32, log u, without gradient. Zero for a prototype that no row can choose, and so for every one when
+        the whole batch is empty.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+    """
+    return _bias(logits, temperature, n_iterations, group).float()
+
+
+@torch.no_grad()
+def sinkhorn_knopp(
+    logits: Tensor, temperature: float, *, n_iterations: int = 3, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Sinkhorn-Knopp assignments of samples to prototypes: ``softmax(logits / temperature + sinkhorn_bias(...))``.
+
+    Prefer :func:`sinkhorn_bias` with :func:`soft_cross_entropy`, which never writes the [B, K] result.
+
+    Bytes: ``n_iterations + 1`` reads of the logits and one write of the assignments.
+
+    Args:
+        logits, temperature, n_iterations, group: as for :func:`sinkhorn_bias`.
+
+    Returns:
+        [B, K] float32 without gradient; every row sums to 1.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+    """
+    bias = _bias(logits, temperature, n_iterations, group)
+    assignments: Tensor = _assign(logits.contiguous(), temperature, bias)
+    return assignments.float()
+
+
+def _bias(logits: Tensor, temperature: float, n_iterations: int, group: dist.ProcessGroup | None) -> Tensor:
+    _check(logits, temperature, n_iterations)
+    logits = logits.contiguous()
+    bias = -_zero_if_empty(_logsumexp_over(group, _column_logsumexp(logits, temperature)))  # [K]
+    for _ in range(n_iterations - 1):
+        mass = _column_mass(logits, temperature, bias)  # [K]
+        if group is not None:
+            dist.all_reduce(mass, group=group)
+        bias -= _zero_if_empty(mass.log())
+    return bias
+
+
+def _zero_if_empty(log_mass: Tensor) -> Tensor:
+    """Leave the bias of a prototype alone that no row gives any mass (log 0)."""
+    return log_mass.masked_fill(log_mass == -torch.inf, 0.0)
+
+
+def _logsumexp_over(group: dist.ProcessGroup | None, x: Tensor) -> Tensor:
+    """log sum exp of x [K] over the processes of the group.
+
+    Every process gathers one slice of the columns from all, combines it, and hands it out: the bytes of one all-reduce,
+    where a maximum and a sum would take two.
+    """
+    if group is None:
+        return x
+    world_size = dist.get_world_size(group)
+    slices = torch.nn.functional.pad(x, (0, -len(x) % world_size)).view(world_size, -1)  # [W, K/W]
+    gathered = torch.empty_like(slices)
+    dist.all_to_all_single(gathered, slices, group=group)
+    combined = torch.empty_like(slices)
+    dist.all_gather_into_tensor(combined, torch.logsumexp(gathered, dim=0), group=group)
+    return combined.view(-1)[: len(x)]
+
+
+def _check(logits: Tensor, temperature: float, n_iterations: int) -> None:
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits: expected shape [B, K] with K >= 1, got {list(logits.shape)}")
+    if not logits.is_floating_point():
+        raise TypeError(f"logits: expected a floating-point tensor, got {logits.dtype}")
+    if not temperature > 0:
+        raise ValueError(f"temperature: expected a number above 0, got {temperature}")
+    if n_iterations < 1:
+        raise ValueError(f"n_iterations: expected at least 1, got {n_iterations}")
