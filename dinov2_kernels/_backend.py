@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 from typing import Any, Literal, get_args
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinov2_kernels import _library
+from dinov2_kernels._version import __version__
 
 Backend = Literal["reference", "triton", "native"]
 
@@ -60,7 +60,7 @@ def info() -> dict[str, Any]:
         whose CUDA kernels no GPU has confirmed yet says so.
     """
     return {
-        "version": importlib.metadata.version("dinov2-kernels"),
+        "version": __version__,
         "torch": torch.__version__,
         "triton": importlib.metadata.version("triton") if _library.triton_is_installed() else None,
         "native_cpu": _library.NATIVE_MISSING["cpu"] or "loaded",

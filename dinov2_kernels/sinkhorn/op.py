@@ -124,7 +124,7 @@ def _logsumexp_over(group: dist.ProcessGroup | None, x: Tensor) -> Tensor:
     gathered = torch.empty_like(slices)
     dist.all_to_all_single(gathered, slices, group=group)
     combined = torch.empty_like(slices)
-    dist.all_gather_into_tensor(combined, torch.logsumexp(gathered, dim=0), group=group)
+    dist.all_gather(list(combined), torch.logsumexp(gathered, dim=0), group=group)
     return combined.view(-1)[: len(x)]
 
 

@@ -1,0 +1,57 @@
+# Every target sets up what it needs by itself: a virtual environment in .venv with pinned versions and the compiled
+# extensions. On a machine without a GPU, TORCH_INDEX may name PyTorch's index of CPU wheels, which spares a download of
+# several gigabytes; targets for a GPU run with the Python that has its PyTorch (GPU_PYTHON).
+
+PYTHON ?= python3
+GPU_PYTHON ?= python3
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check --quiet
+NATIVE := $(wildcard csrc/*.cpp csrc/*/*)
+CI_CUDA := $(if $(shell command -v nvcc),DINOV2_KERNELS_CUDA=1)
+
+.PHONY: help setup demo test check format bench test-gpu bench-gpu clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
+
+setup: $(VENV)/ready ## virtual environment, pinned packages, compiled extensions
+
+$(VENV)/ready: pyproject.toml setup.py constraints.txt $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install -c constraints.txt torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(PIP) install -c constraints.txt setuptools wheel ninja pybind11
+	$(CI_CUDA) $(PIP) install -c constraints.txt --no-build-isolation --editable '.[dev]'
+	touch $@
+
+demo: setup ## pretrain a small ViT on bundled photographs: ten minutes, offline, on a laptop
+	$(BIN)/python examples/demo.py
+
+test: setup ## all tests that need no GPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup tests
+
+check: setup ## lint, format, types, import contract
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup ## apply the formatter and the lint fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## benchmarks on this CPU, peers side by side; writes benchmarks/results
+	$(BIN)/python -m pytest benchmarks
+
+test-gpu: ## tests that need a GPU, with the PyTorch of GPU_PYTHON
+	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
+	$(GPU_PYTHON) -m pytest -m gpu tests
+
+bench-gpu: ## benchmarks on this GPU, with the PyTorch of GPU_PYTHON
+	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
+	$(GPU_PYTHON) -m pytest -m gpu benchmarks
+
+clean: ## remove everything that is built
+	rm -rf $(VENV) build dist *.egg-info dinov2_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

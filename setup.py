@@ -1,0 +1,153 @@
+"""Build the compiled extensions with ninja. Everything else about the package stands in pyproject.toml.
+
+Three extensions, each of which the package can do without:
+
+=====================  ====================================  ======================================================
+dinov2_kernels/        sources                               built
+=====================  ====================================  ======================================================
+_host.*.so             csrc/host.cpp                         with a C++ compiler (pybind11; for one Python version)
+_native_cpu.so         csrc/*/cpu.cpp, cpu_kernels.cpp       with a C++ compiler (stable ABI: PyTorch 2.10 and later)
+_native_cuda.so        csrc/*/cuda.cu                        with nvcc and a CUDA build of PyTorch (stable ABI)
+=====================  ====================================  ======================================================
+
+Environment: CXX names the compiler; DINOV2_KERNELS_CUDA=1 compiles the CUDA sources beside a CPU build of PyTorch too,
+=0 leaves them out; TORCH_CUDA_ARCH_LIST (default "8.0;9.0a") names the GPU architectures.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+CSRC = ROOT / "csrc"
+
+CPU_TARGETS = {"generic": ""}
+if platform.machine() in ("x86_64", "AMD64"):
+    avx2 = "-mavx2 -mfma -mf16c"
+    CPU_TARGETS |= {"avx2": avx2, "avx512": f"{avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl"}
+
+TORCH_2_10 = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+CXX_FLAGS = "-std=c++20 -O3 -fPIC -Wall -fvisibility=hidden"
+
+
+def find_compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "c++")) if sys.platform == "linux" else None
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler to use, or None where the CUDA sources are to be left out."""
+    import torch
+
+    nvcc = shutil.which(str(Path(os.environ.get("CUDA_HOME", ""), "bin", "nvcc"))) or shutil.which("nvcc")
+    match os.environ.get("DINOV2_KERNELS_CUDA"):
+        case "0":
+            return None
+        case "1" if nvcc is None:
+            sys.exit("DINOV2_KERNELS_CUDA=1 asks for the CUDA sources, but nvcc is neither on PATH nor in CUDA_HOME/bin")
+        case "1":
+            return nvcc
+        case None:
+            return nvcc if torch.version.cuda else None
+        case other:
+            sys.exit(f"DINOV2_KERNELS_CUDA: expected 0, 1 or unset, got {other!r}")
+
+
+def cuda_architectures() -> str:
+    """nvcc's flags for TORCH_CUDA_ARCH_LIST: "9.0a" gives machine code for sm_90a, "9.0+PTX" its PTX as well."""
+    flags = []
+    for entry in os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0a").replace(" ", ";").split(";"):
+        number = entry.removesuffix("+PTX").replace(".", "")
+        codes = f"[sm_{number},compute_{number}]" if entry.endswith("+PTX") else f"sm_{number}"
+        flags.append(f"-gencode=arch=compute_{number},code={codes}")
+    return " ".join(flags)
+
+
+class NinjaBuild(build_ext):
+    """Compile all extensions in one ninja run, as parallel and as incremental as ninja makes it."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        if "_native_" in fullname:  # loaded by torch.ops.load_library, not by Python's import
+            return fullname.replace(".", os.sep) + ".so"
+        return super().get_ext_filename(fullname)
+
+    def build_extensions(self) -> None:
+        import ninja
+
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        with open(build / "build.ninja", "w") as file:
+            self.write_ninja(ninja.ninja_syntax.Writer(file, width=120), build)
+        jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
+        subprocess.run([Path(ninja.BIN_DIR, "ninja"), "-C", build, *jobs], check=True)
+
+    def write_ninja(self, out: object, build: Path) -> None:
+        import pybind11
+        import torch
+
+        include = Path(torch.__file__).parent / "include"
+        torch_libraries = f"-L{include.parent / 'lib'} -ltorch_cpu -lc10"
+        common = f"-I{CSRC} -isystem {include} -isystem {include / 'torch/csrc/api/include'} {TORCH_2_10}"
+        host = f"-I{CSRC} -isystem {pybind11.get_include()} -isystem {self.include_dirs[0]}"
+        for name, command in {
+            "cxx": f"{find_compiler()} -MMD -MF $out.d {CXX_FLAGS} $flags -c $in -o $out",
+            "link": f"{find_compiler()} -shared $in -o $out $libraries",
+            "nvcc": f"{find_nvcc()} -MMD -MF $out.d -std=c++20 -O3 --expt-relaxed-constexpr {cuda_architectures()}"
+            f" -Xcompiler -fPIC -Xptxas -v $flags -c $in -o $out",
+            "nvcc_link": f"{find_nvcc()} -shared -cudart static $in -o $out $libraries",
+        }.items():
+            depfile = "$out.d" if "-MMD" in command else None
+            out.rule(name, command, depfile=depfile, deps="gcc" if depfile else None, description=f"{name} $out")
+
+        def compile(rule: str, source: Path, flags: str, variant: str = "") -> str:
+            target = build / source.relative_to(ROOT).with_suffix(f".{variant}o")
+            return out.build(str(target), rule, str(source), variables={"flags": flags})[0]
+
+        for extension in self.extensions:
+            target = self.get_ext_fullpath(extension.name)
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+            sources = [ROOT / source for source in extension.sources]
+            if extension.name.endswith("_host"):
+                objects = [compile("cxx", source, host) for source in sources]
+                out.build(str(Path(target).resolve()), "link", objects)
+            elif extension.name.endswith("_native_cpu"):
+                objects = []
+                for source in sources:
+                    if source.stem == "cpu_kernels":
+                        objects += [
+                            compile("cxx", source, f"{common} -DCPU_TARGET={name} {flags}", f"{name}.")
+                            for name, flags in CPU_TARGETS.items()
+                        ]
+                    else:
+                        objects.append(compile("cxx", source, common))
+                out.build(str(Path(target).resolve()), "link", objects, variables={"libraries": torch_libraries})
+            else:
+                objects = [compile("nvcc", source, f"{common} -DUSE_CUDA", "cuda.") for source in sources]
+                out.build(str(Path(target).resolve()), "nvcc_link", objects, variables={"libraries": torch_libraries})
+
+
+def sources(*patterns: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in CSRC.glob(pattern))
+
+
+def extensions() -> list[Extension]:
+    if find_compiler() is None:
+        print("No C++ compiler (CXX): installing without compiled kernels; dinov2_kernels.info() tells what runs.")
+        return []
+    found = [
+        Extension("dinov2_kernels._host", ["csrc/host.cpp"]),
+        Extension("dinov2_kernels._native_cpu", sources("common/*.cpp", "*/cpu.cpp", "*/cpu_kernels.cpp")),
+    ]
+    if find_nvcc() is not None:
+        found.append(Extension("dinov2_kernels._native_cuda", sources("*/cuda.cu")))
+    return found
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": NinjaBuild})
