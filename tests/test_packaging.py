@@ -1,0 +1,103 @@
+"""The package as it is shipped: wheel and source distribution, with and without a compiler, away from the checkout."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+SMOKE_TEST = """
+import json, pathlib, sys, torch
+import dinov2_kernels as dk
+from dinov2.data import sample_block_masks
+from dinov2.models import vit_small
+
+assert pathlib.Path(dk.__file__).is_relative_to(sys.argv[1]), dk.__file__
+logits = torch.randn(12, 50)
+torch.testing.assert_close(dk.sinkhorn_knopp(logits, 0.07).sum(dim=1), torch.ones(12))
+masks = sample_block_masks((14, 14), [50, 0], seed=1)
+assert 40 < masks[0].sum() <= 50 and masks[1].sum() == 0
+assert vit_small(depth=1)(torch.randn(1, 3, 28, 28)).shape == (1, 384)
+print(json.dumps(dk.info()))
+"""
+
+
+def run(*command: object, cwd: Path, **environment: str) -> str:
+    result = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def build(kind: str, source: Path, output: Path, **environment: str) -> Path:
+    run(sys.executable, "-m", "build", "--no-isolation", f"--{kind}", "-o", output, source, cwd=output, **environment)
+    return next(output.glob("*.whl" if kind == "wheel" else "*.tar.gz"))
+
+
+def info_of_installed(wheel: Path, place: Path) -> dict[str, object]:
+    """Install a wheel into an empty folder, run the smoke test from another, and return its info()."""
+    site = place / "site"
+    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel, cwd=place)
+    elsewhere = place / "elsewhere"
+    elsewhere.mkdir()
+    output = run(sys.executable, "-c", SMOKE_TEST, site, cwd=elsewhere, PYTHONPATH=str(site))
+    return dict(json.loads(output))
+
+
+@pytest.fixture(scope="module")
+def unpacked_sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution, built from the checkout and unpacked."""
+    place = tmp_path_factory.mktemp("sdist")
+    archive = build("sdist", ROOT, place, DINOV2_KERNELS_CUDA="0")
+    with tarfile.open(archive) as tar:
+        tar.extractall(place, filter="data")
+    return place / archive.name.removesuffix(".tar.gz")
+
+
+@pytest.mark.xdist_group("packaging")
+def test_wheel_from_the_source_distribution_runs_outside_the_checkout(unpacked_sdist: Path, tmp_path: Path) -> None:
+    wheel = build("wheel", unpacked_sdist, tmp_path, DINOV2_KERNELS_CUDA="0")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "dinov2_kernels/_native_cpu.so" in names
+    assert any(name.startswith("dinov2_kernels/_host.") for name in names)
+    assert not any(name.startswith(("tests/", "csrc/", "benchmarks/")) for name in names)
+    info = info_of_installed(wheel, tmp_path)
+    assert info["native_cpu"] == "loaded"
+    assert {operator["cpu"] for operator in info["operators"].values()} == {"native"}  # type: ignore[attr-defined]
+
+
+@pytest.mark.xdist_group("packaging")
+def test_installs_and_runs_without_a_compiler(unpacked_sdist: Path, tmp_path: Path) -> None:
+    wheel = build("wheel", unpacked_sdist, tmp_path, CXX="no-such-compiler", DINOV2_KERNELS_CUDA="0")
+    assert not any(name.endswith(".so") for name in zipfile.ZipFile(wheel).namelist())
+    info = info_of_installed(wheel, tmp_path)
+    assert info["native_cpu"] == "not built"
+    assert info["host"] == "not built"
+    assert {operator["cpu"] for operator in info["operators"].values()} == {"reference"}  # type: ignore[attr-defined]
+
+
+def test_a_demanded_cuda_build_without_nvcc_is_an_error(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path)],
+        cwd=ROOT,
+        env={"DINOV2_KERNELS_CUDA": "1", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode != 0
+    assert "nvcc is neither on PATH nor in CUDA_HOME/bin" in result.stderr
