@@ -51,7 +51,7 @@ def find_nvcc() -> str | None:
         case "0":
             return None
         case "1" if nvcc is None:
-            sys.exit("DINOV2_KERNELS_CUDA=1 asks for the CUDA sources, but nvcc is neither on PATH nor in CUDA_HOME/bin")
+            sys.exit("DINOV2_KERNELS_CUDA=1 demands the CUDA kernels, but nvcc is neither on PATH nor in CUDA_HOME/bin")
         case "1":
             return nvcc
         case None:

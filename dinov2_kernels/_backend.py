@@ -34,7 +34,7 @@ class use_backend(TorchDispatchMode):
     def __init__(self, name: Backend) -> None:
         if name not in get_args(Backend):
             raise ValueError(f"use_backend: name must be one of {', '.join(get_args(Backend))}, got {name!r}")
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.name = name
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
