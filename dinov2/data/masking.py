@@ -1,0 +1,154 @@
+"""Masks of the patches that the student must predict: rectangular blocks of random area, shape and place.
+
+The blocks are those of BEiT (arXiv 2106.08254, algorithm 1), as iBOT and DINOv2 use them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from dinov2.data import masking_reference
+from dinov2.data.randomness import Stream, derived_generator
+
+try:
+    from dinov2_kernels._host import sample_block_masks as _sample
+except ImportError:  # installed without a compiler
+    _sample = masking_reference.sample_block_masks
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    """How many of the global crops are masked, and how much of each.
+
+    Attributes:
+        probability: share of the global crops of a batch that are masked at all.
+        ratio: smallest and largest share of a masked crop's patches; the masked crops of a batch spread evenly over it.
+        min_patches: smallest area of a block before clipping to what is left to mask, in patches.
+        max_block_share: largest area of one block, as a share of the grid.
+        aspect: smallest and largest height-to-width ratio of a block, drawn log-uniformly.
+    """
+
+    probability: float = 0.5
+    ratio: tuple[float, float] = (0.1, 0.5)
+    min_patches: int = 4
+    max_block_share: float = 0.5
+    aspect: tuple[float, float] = (0.3, 1 / 0.3)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.probability <= 1:
+            raise ValueError(f"probability must lie in [0, 1], but is {self.probability}")
+        if not 0 <= self.ratio[0] <= self.ratio[1] <= 1:
+            raise ValueError(f"ratio must be (low, high) with 0 <= low <= high <= 1, but is {self.ratio}")
+        if not 0 < self.max_block_share <= 1:
+            raise ValueError(f"max_block_share must lie in (0, 1], but is {self.max_block_share}")
+
+
+def sample_block_masks(
+    grid: tuple[int, int],
+    counts: Sequence[int] | npt.NDArray[np.integer],
+    *,
+    seed: int,
+    min_patches: int = 4,
+    max_patches: int | None = None,
+    aspect: tuple[float, float] = (0.3, 1 / 0.3),
+) -> npt.NDArray[np.bool_]:
+    """Masks made of rectangular blocks, ``counts[i]`` patches at most in mask i.
+
+    Blocks are added until the count is reached or ten draws in a row do not fit. A block's area is uniform between
+    ``min_patches`` and what is left to mask (``max_patches`` at most), its aspect ratio log-uniform, its place uniform;
+    it must be smaller than the grid on both sides. On 14 x 14 and 16 x 16 grids 92 % of the masks hit their count and
+    nearly all others miss it by one or two patches. Native code where the package was built with it, about a
+    microsecond a mask and without the interpreter lock; else :mod:`dinov2.data.masking_reference`: the same bits.
+
+    Args:
+        grid: rows and columns of patches, (H, W).
+        counts: patches to mask, one number per mask, each in [0, H * W].
+        seed: in [0, 2**64); the same seed gives the same masks on every machine.
+        min_patches: smallest area of a block, in patches.
+        max_patches: largest area of a block, in patches; half the grid by default.
+        aspect: smallest and largest height-to-width ratio of a block.
+
+    Returns:
+        bool [len(counts), H, W], True where masked.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+    height, width = grid
+    num_patches = height * width
+    counts = np.asarray(counts, dtype=np.int64)  # [len]
+    max_patches = num_patches // 2 if max_patches is None else max_patches
+    if height < 1 or width < 1:
+        raise ValueError(f"grid must be (H, W) with at least one patch each way, but is {grid}")
+    if counts.ndim != 1:
+        raise ValueError(f"counts must be one number per mask, but has shape {counts.shape}")
+    if counts.size and not (0 <= counts.min() and counts.max() <= num_patches):
+        raise ValueError(
+            f"counts must lie in [0, {num_patches}] for a {height} x {width} grid, "
+            f"but range from {counts.min()} to {counts.max()}"
+        )
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed must lie in [0, 2**64), but is {seed}")
+    if min_patches < 1 or max_patches < 0:
+        raise ValueError(
+            f"min_patches must be positive and max_patches not negative, but are {min_patches} and {max_patches}"
+        )
+    if not 0 < aspect[0] <= aspect[1]:
+        raise ValueError(f"aspect must be (low, high) with 0 < low <= high, but is {aspect}")
+    return _sample(
+        height,
+        width,
+        counts,
+        seed=seed,
+        min_patches=min_patches,
+        max_patches=max_patches,
+        min_log_aspect=math.log(aspect[0]),
+        max_log_aspect=math.log(aspect[1]),
+    )
+
+
+def mask_counts(
+    num_crops: int, num_patches: int, config: MaskConfig, generator: np.random.Generator
+) -> npt.NDArray[np.int64]:
+    """Patches to mask in each of a batch's global crops, int64 ``[num_crops]``, in random order.
+
+    ``int(num_crops * probability)`` crops are masked. They share ``config.ratio`` out: the i-th draws its share of
+    patches from the i-th of as many equal intervals, so that the number of masked tokens hardly changes from batch to
+    batch.
+    """
+    num_masked = int(num_crops * config.probability)
+    edges = np.linspace(*config.ratio, num_masked + 1)
+    counts = np.zeros(num_crops, dtype=np.int64)
+    counts[:num_masked] = num_patches * generator.uniform(edges[:-1], edges[1:])  # rounds down
+    generator.shuffle(counts)
+    return counts
+
+
+def batch_masks(
+    grid: tuple[int, int], num_crops: int, config: MaskConfig, *, seed: int, position: tuple[int, ...]
+) -> npt.NDArray[np.bool_]:
+    """Masks of one batch's global crops, bool ``[num_crops, H * W]``: a pure function of the arguments.
+
+    Args:
+        grid: rows and columns of patches in a global crop.
+        num_crops: global crops in the batch.
+        config: how many are masked and how much.
+        seed: seed of the run, not negative.
+        position: which batch of the run it is: (step, rank).
+    """
+    num_patches = grid[0] * grid[1]
+    generator = derived_generator(seed, Stream.MASKS, *position)
+    masks = sample_block_masks(
+        grid,
+        mask_counts(num_crops, num_patches, config, generator),
+        seed=int(generator.integers(1 << 63)),
+        min_patches=config.min_patches,
+        max_patches=int(num_patches * config.max_block_share),
+        aspect=config.aspect,
+    )
+    return masks.reshape(num_crops, num_patches)
