@@ -21,6 +21,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -95,7 +96,8 @@ class NinjaBuild(build_ext):
         include = Path(torch.__file__).parent / "include"
         torch_libraries = f"-L{include.parent / 'lib'} -ltorch_cpu -lc10"
         common = f"-I{CSRC} -isystem {include} -isystem {include / 'torch/csrc/api/include'} {TORCH_2_10}"
-        host = f"-I{CSRC} -isystem {pybind11.get_include()} -isystem {self.include_dirs[0]}"
+        python = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
+        host = f"-I{CSRC} {python} -ffp-contract=off"  # masks are the same bits on every processor
         for name, command in {
             "cxx": f"{find_compiler()} -MMD -MF $out.d {CXX_FLAGS} $flags -c $in -o $out",
             "link": f"{find_compiler()} -shared $in -o $out $libraries",
