@@ -1,0 +1,277 @@
+"""DINO + iBOT + KoLeo: the objective of DINOv2 (arXiv:2304.07193, section 4).
+
+A student sees two large ("global") crops of each image, with some patches masked, and L small ("local") ones. A
+teacher, the moving average of the student, sees the global crops unmasked. With CE(s, t) the mean cross-entropy of
+student rows against the teacher's targets, and l, g1, g2 the class tokens of the crops,
+
+    dino_local  = sum_{l, t} CE(l, t)          / pairs        every local crop against both global crops
+    dino_global = (CE(g1, t2) + CE(g2, t1))    / pairs        each global crop against the other one
+    koleo       = KoLeo(g1) + KoLeo(g2)                       on the backbone's tokens, before the head
+    ibot        = mean over global crops of the mean cross-entropy of that crop's masked patches
+    total       = dino_weight (dino_local + dino_global) + koleo_weight koleo + ibot_weight ibot
+
+    pairs = 2 + max(2 L, 1), so with 8 local crops the two DINO terms carry 16/18 and 2/18 of the whole.
+
+Where the published code has a defect or a surprise, this is what was decided:
+
+==============================================  =====================================================================
+published code                                  here
+==============================================  =====================================================================
+float16 KoLeo is infinite on equal rows         float32 arithmetic, finite
+KoLeo can choose a row as its own neighbour     never, if there is another row
+KoLeo of a single image is a constant           an error at ``koleo_weight > 0``: there is nothing to learn from it
+KoLeo among the images of one GPU               among those of all processes in ``group``
+KoLeo on both crops, the paper says on one      kept: on both
+student log-softmax in half precision           float32
+dino_weight 0 with ibot_weight > 0 crashes      works; a term of weight 0 is still measured
+iBOT Sinkhorn-Knopp needs a process group       only if given one; counts rows nowhere, they cancel
+Sinkhorn-Knopp overflows at |logit / T| > 88    log domain
+iBOT centre: mean of the processes' means       mean over all masked patches
+centre update of the last step not saved        applied at once after use, so a checkpoint holds it
+no masked patch at all: centre becomes NaN      the centre stays, ibot is 0
+teacher neither copied nor updated unless FSDP  :func:`build_networks` copies, :meth:`SelfDistillation.update_teacher`
+                                                works on any parameters
+logs koleo/2, ibot/2 and the sum of those       logs what is optimised: the formulas above
+iBOT counts unmasked crops in its mean          kept: each masked crop weighs 1/(2B), so masking fewer crops lowers
+                                                the weight of the term
+class tokens of masked crops in DINO and KoLeo  kept
+without local crops, pairs is 3 and not 2       kept
+buffers not averaged into the teacher           kept; ViT and head have none
+==============================================  =====================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dinov2.objectives.centering import make_centering
+from dinov2.objectives.config import ObjectiveConfig
+from dinov2_kernels.cross_entropy import soft_cross_entropy
+from dinov2_kernels.cross_entropy.reference import cross_entropy, soft_targets
+from dinov2_kernels.koleo import koleo_loss
+
+
+class MaskedPatches(NamedTuple):
+    """Where the M masked patches of a batch are.
+
+    Attributes:
+        index: [M] int64, position among the 2B * patches patches of the global crops.
+        count: [M] int64, number of masked patches in the same crop.
+    """
+
+    index: Tensor
+    count: Tensor
+
+    @classmethod
+    def of(cls, masks: Tensor, device: torch.device) -> MaskedPatches:
+        """Find them in masks [2B, patches], on the masks' own device, and bring them to ``device``."""
+        index = masks.flatten().nonzero()[:, 0]
+        count = masks.sum(dim=1)[index // masks.shape[1]]
+        return cls(index.to(device, non_blocking=True), count.to(device, non_blocking=True))
+
+
+class SelfDistillation(nn.Module):
+    """A student, its teacher and the loss between them; formulas at the top of this module.
+
+    The teacher is always in evaluation mode, runs without gradient, and applies its heads to class tokens and masked
+    patches only. In training mode each forward pass also moves the centres of softmax centring, after using them.
+
+    Args:
+        student, teacher: modules named backbone, dino_head and, if patches have a head of their own, ibot_head; see
+            :func:`build_networks`.
+        config: weights, student temperature and centring.
+        group: processes whose images form one batch for centring and KoLeo, the same number of images on each; None
+            means the images of this process alone.
+
+    Raises:
+        ValueError: a module is missing or the two networks' parameters differ.
+    """
+
+    def __init__(
+        self,
+        student: nn.ModuleDict,
+        teacher: nn.ModuleDict,
+        config: ObjectiveConfig,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        _check_networks(student, teacher)
+        self.student = student
+        self.teacher = teacher.requires_grad_(False).eval()
+        self.config = config
+        self.group = group
+        patch_head = "ibot_head" if "ibot_head" in teacher else "dino_head"
+        self.dino_centering = make_centering(config, _num_prototypes(teacher["dino_head"]), group)
+        self.ibot_centering = make_centering(config, _num_prototypes(teacher[patch_head]), group)
+
+    def train(self, mode: bool = True) -> SelfDistillation:
+        """Set the student's mode; the teacher stays in evaluation mode."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, batch: Mapping[str, Tensor], teacher_temperature: float) -> dict[str, Tensor]:
+        """Losses of one batch.
+
+        Args:
+            batch: global_crops [2B, 3, H, W], all first crops, then all second ones in the same order; local_crops
+                [L * B, 3, h, w], crop-major as well, absent or empty for L = 0; masks [2B, patches] bool, true where
+                the student sees the mask token. Leave masks in host memory: the number of masked patches is a shape,
+                and asking a GPU for it would wait for all work queued there.
+            teacher_temperature: temperature of the teacher's softmax at this step.
+
+        Returns:
+            Scalars, float32 (float64 for a float64 network): dino_local, dino_global, koleo and ibot, each before its
+            weight, and total, the sum to optimise.
+
+        Raises:
+            ValueError: shapes do not fit together, or KoLeo has a single image.
+        """
+        global_crops, masks = batch["global_crops"], batch["masks"]
+        local_crops = batch.get("local_crops", global_crops[:0])
+        self._check_batch(global_crops, local_crops, masks)
+        masked = MaskedPatches.of(masks, global_crops.device)
+
+        class_targets, patch_targets = self._teacher_logits(global_crops, masked)
+        class_tokens, patch_tokens = self._student_tokens(global_crops, local_crops, masks, masked)
+        class_logits, patch_logits = _apply_heads(self.student, class_tokens, patch_tokens)
+
+        dino_local, dino_global = self._dino(class_logits, class_targets, teacher_temperature)
+        global_tokens = class_tokens[: len(global_crops)]  # [2B, D]
+        koleo = torch.stack([koleo_loss(tokens, group=self.group) for tokens in global_tokens.chunk(2)]).sum()
+        ibot = self._ibot(patch_logits, patch_targets, masked, teacher_temperature) / len(masks)
+        config = self.config
+        total = (
+            config.dino_weight * (dino_local + dino_global) + config.koleo_weight * koleo + config.ibot_weight * ibot
+        )
+        return {"dino_local": dino_local, "dino_global": dino_global, "koleo": koleo, "ibot": ibot, "total": total}
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """Move every teacher parameter: ``teacher = momentum * teacher + (1 - momentum) * student``.
+
+        Call it after the optimiser's step. Buffers stay as they are.
+        """
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum: expected a number from 0 to 1, got {momentum}")
+        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum)
+
+    @torch.no_grad()
+    def collapse_statistics(self, global_crops: Tensor, teacher_temperature: float) -> dict[str, Tensor]:
+        """How the teacher spreads its class-token targets over the K prototypes; moves no centre.
+
+        Args:
+            global_crops: [N, 3, H, W].
+            teacher_temperature: temperature of the teacher's softmax.
+
+        Returns:
+            Scalars. target_entropy: mean entropy of a target in nats; ln K says that every target is uniform, the
+            first way to collapse. mean_target_entropy: entropy of the mean target; near 0 says that every image has
+            the same target, the second way. used_prototypes: share of the prototypes that are the largest entry of
+            some target.
+        """
+        class_tokens = self.teacher["backbone"].forward_features(global_crops)["x_norm_clstoken"]
+        logits = self.teacher["dino_head"](class_tokens)  # [N, K]
+        targets = soft_targets(logits, teacher_temperature, self.dino_centering(logits, teacher_temperature))
+        used = targets.new_zeros(targets.shape[1]).index_fill_(0, targets.argmax(dim=1), 1.0)
+        return {
+            "target_entropy": torch.special.entr(targets).sum(dim=1).mean(),
+            "mean_target_entropy": torch.special.entr(targets.mean(dim=0)).sum(),
+            "used_prototypes": used.mean(),
+        }
+
+    @torch.no_grad()
+    def _teacher_logits(self, global_crops: Tensor, masked: MaskedPatches) -> tuple[Tensor, Tensor]:
+        """Logits of the global crops' class tokens [2B, K] and of their masked patches [M, K']."""
+        tokens = self.teacher["backbone"].forward_features(global_crops)
+        patch_tokens = tokens["x_norm_patchtokens"].flatten(0, 1)[masked.index]  # [M, D]
+        return _apply_heads(self.teacher, tokens["x_norm_clstoken"], patch_tokens)
+
+    def _student_tokens(
+        self, global_crops: Tensor, local_crops: Tensor, masks: Tensor, masked: MaskedPatches
+    ) -> tuple[Tensor, Tensor]:
+        """Class tokens of global, then local crops [2B + L B, D] and masked patches of the global ones [M, D]."""
+        masks = masks.to(global_crops.device, non_blocking=True)
+        crops = [(global_crops, masks), (local_crops, None)] if len(local_crops) else [(global_crops, masks)]
+        outputs = self.student["backbone"].forward_features([x for x, _ in crops], masks=[m for _, m in crops])
+        patch_tokens = outputs[0]["x_norm_patchtokens"].flatten(0, 1)[masked.index]
+        return torch.cat([tokens["x_norm_clstoken"] for tokens in outputs]), patch_tokens
+
+    def _dino(self, student: Tensor, teacher: Tensor, teacher_temperature: float) -> tuple[Tensor, Tensor]:
+        """DINO terms of student logits [2B + L B, K] and teacher logits [2B, K]."""
+        B = len(teacher) // 2
+        crops = student.unflatten(0, (-1, B))  # [2 + L, B, K]
+        L = len(crops) - 2
+        targets = soft_targets(teacher, teacher_temperature, self.dino_centering(teacher, teacher_temperature))
+        if self.training:
+            self.dino_centering.update(teacher)
+        targets = targets.unflatten(0, (2, B))  # [2, B, K]
+        temperature = self.config.student_temperature
+        pairs = 2 + max(2 * L, 1)
+        # Cross-entropy is linear in the target: both targets of a local crop cost one pass against their sum.
+        dino_local = cross_entropy(crops[2:], targets.sum(dim=0), temperature).mean(dim=1).sum() / pairs
+        dino_global = cross_entropy(crops[:2], targets.flip(0), temperature).mean(dim=1).sum() / pairs
+        return dino_local, dino_global
+
+    def _ibot(self, student: Tensor, teacher: Tensor, masked: MaskedPatches, teacher_temperature: float) -> Tensor:
+        """Sum over crops of the mean cross-entropy of their masked patches; student and teacher logits [M, K']."""
+        bias = self.ibot_centering(teacher, teacher_temperature)
+        loss = soft_cross_entropy(
+            student,
+            teacher,
+            student_temperature=self.config.student_temperature,
+            teacher_temperature=teacher_temperature,
+            teacher_bias=bias,
+        )
+        if self.training:
+            self.ibot_centering.update(teacher)
+        return (loss / masked.count).sum()
+
+    def _check_batch(self, global_crops: Tensor, local_crops: Tensor, masks: Tensor) -> None:
+        crops = len(global_crops)
+        if crops == 0 or crops % 2:
+            raise ValueError(f"global_crops: expected two crops of every image, got {crops} crops")
+        if len(local_crops) % (crops // 2):
+            raise ValueError(
+                f"local_crops: expected a multiple of {crops // 2}, the images in global_crops, got {len(local_crops)}"
+            )
+        if masks.dtype != torch.bool or masks.dim() != 2 or len(masks) != crops:
+            raise ValueError(
+                f"masks: expected bool [{crops}, patches] to match global_crops, got {masks.dtype} {list(masks.shape)}"
+            )
+        images = crops // 2 * (1 if self.group is None else dist.get_world_size(self.group))
+        if self.config.koleo_weight > 0 and images < 2:
+            raise ValueError(
+                "batch too small for KoLeo: it spreads the images of a batch and needs at least 2 of them, got"
+                f" {images}; raise the batch size or set koleo_weight to 0"
+            )
+
+
+def _apply_heads(network: nn.ModuleDict, class_tokens: Tensor, patch_tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of class tokens [N, D] and of patch tokens [M, D]; a shared head runs once over both."""
+    if "ibot_head" in network:
+        return network["dino_head"](class_tokens), network["ibot_head"](patch_tokens)
+    class_logits, patch_logits = network["dino_head"](torch.cat([class_tokens, patch_tokens])).split(
+        [len(class_tokens), len(patch_tokens)]
+    )
+    return class_logits, patch_logits
+
+
+def _num_prototypes(head: nn.Module) -> int:
+    return int(head.get_submodule("last_layer").weight_v.shape[0])
+
+
+def _check_networks(student: nn.ModuleDict, teacher: nn.ModuleDict) -> None:
+    for role, network in (("student", student), ("teacher", teacher)):
+        for name in ("backbone", "dino_head"):
+            if name not in network:
+                raise ValueError(f"{role}: expected modules backbone and dino_head, {name} is missing")
+    shapes = [{name: tuple(p.shape) for name, p in network.named_parameters()} for network in (student, teacher)]
+    if shapes[0] != shapes[1]:
+        differing = sorted(name for name, _ in shapes[0].items() ^ shapes[1].items())
+        raise ValueError(f"teacher: expected the student's parameters, but these differ: {', '.join(differing[:5])}")
