@@ -32,8 +32,8 @@ class UnreadableImageError(ValueError):
 class ImageFolder:
     """All images under a folder, in sorted order of their relative paths.
 
-    A map-style dataset: ``len(folder)``, ``folder[i]`` -> uint8 RGB ``[H, W, 3]``, ``folder.paths[i]``. Links to folders
-    are followed; names that start with a dot (hidden files, macOS companions) are not images.
+    A map-style dataset: ``len(folder)``, ``folder[i]`` -> uint8 RGB ``[H, W, 3]``, ``folder.paths[i]``. Links to
+    folders are followed; names that start with a dot (hidden files, macOS companions) are not images.
 
     Args:
         root: the folder.

@@ -50,7 +50,7 @@ class MaskConfig:
 
 def sample_block_masks(
     grid: tuple[int, int],
-    counts: Sequence[int] | npt.NDArray[np.integer],
+    counts: Sequence[int] | npt.NDArray[np.int64],
     *,
     seed: int,
     min_patches: int = 4,
@@ -87,7 +87,7 @@ def sample_block_masks(
         raise ValueError(f"grid must be (H, W) with at least one patch each way, but is {grid}")
     if counts.ndim != 1:
         raise ValueError(f"counts must be one number per mask, but has shape {counts.shape}")
-    if counts.size and not (0 <= counts.min() and counts.max() <= num_patches):
+    if counts.size and (counts.min() < 0 or counts.max() > num_patches):
         raise ValueError(
             f"counts must lie in [0, {num_patches}] for a {height} x {width} grid, "
             f"but range from {counts.min()} to {counts.max()}"

@@ -28,7 +28,7 @@ _SCIKIT_IMAGE = {
     "rocket": "rocket",
     "text": "text",
 }
-_SCIKIT_LEARN = {"china": "china.jpg", "flower": "flower.jpg"}  # CC-BY 2.0: Greg Peverill-Conti (temple), dany13 (flower)
+_SCIKIT_LEARN = {"china": "china.jpg", "flower": "flower.jpg"}  # CC-BY 2.0: danielbuechele and vultilion on Flickr
 
 _COLOUR = (
     "astronaut",

