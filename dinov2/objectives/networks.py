@@ -1,10 +1,13 @@
-"""The student and the teacher of self-distillation."""
+"""The student and the teacher of self-distillation: module dictionaries of a backbone and its heads."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dinov2.models import DINOHead, HeadConfig, VisionTransformer, ViTConfig
 
@@ -38,3 +41,37 @@ def _network(vit: ViTConfig, dino_head: HeadConfig, ibot_head: HeadConfig | None
     if ibot_head is not None:
         modules["ibot_head"] = DINOHead(vit.embed_dim, **asdict(ibot_head))
     return nn.ModuleDict(modules)
+
+
+def check_networks(student: nn.ModuleDict, teacher: nn.ModuleDict) -> None:
+    """Raise ValueError unless both hold a backbone and a DINO head, with parameters of the same names and shapes."""
+    for role, network in (("student", student), ("teacher", teacher)):
+        for name in ("backbone", "dino_head"):
+            if name not in network:
+                raise ValueError(f"{role}: expected modules backbone and dino_head, got {', '.join(network) or 'none'}")
+    student_shapes, teacher_shapes = (
+        {(name, tuple(p.shape)) for name, p in network.named_parameters()} for network in (student, teacher)
+    )
+    if student_shapes != teacher_shapes:
+        name, shape = min(student_shapes ^ teacher_shapes)
+        raise ValueError(f"teacher: expected the student's parameters, but only one of them has {name} {list(shape)}")
+
+
+def features(
+    network: nn.ModuleDict, crops: Sequence[Tensor], masks: Sequence[Tensor | None]
+) -> list[dict[str, Tensor]]:
+    """Backbone outputs of each group of crops [N_i, 3, H_i, W_i]."""
+    return cast(Any, network["backbone"]).forward_features(list(crops), masks=list(masks))  # type: ignore[no-any-return]
+
+
+def head_logits(network: nn.ModuleDict, class_tokens: Tensor, patch_tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of class tokens [N, D] and of patch tokens [M, D]; a shared head runs once over both."""
+    if "ibot_head" in network:
+        return network["dino_head"](class_tokens), network["ibot_head"](patch_tokens)
+    logits = network["dino_head"](torch.cat([class_tokens, patch_tokens]))  # [N + M, K]
+    return logits[: len(class_tokens)], logits[len(class_tokens) :]
+
+
+def num_prototypes(head: nn.Module) -> int:
+    """K, the logits per row of a DINOHead."""
+    return len(cast(Tensor, head.get_submodule("last_layer").weight_v))

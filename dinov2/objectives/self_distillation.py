@@ -43,36 +43,18 @@ buffers not averaged into the teacher           kept; ViT and head have none
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dinov2.objectives.batch import MaskedPatches, check_shapes
 from dinov2.objectives.centering import make_centering
 from dinov2.objectives.config import ObjectiveConfig
+from dinov2.objectives.networks import check_networks, features, head_logits, num_prototypes
 from dinov2_kernels.cross_entropy import soft_cross_entropy
 from dinov2_kernels.cross_entropy.reference import cross_entropy, soft_targets
 from dinov2_kernels.koleo import koleo_loss
-
-
-class MaskedPatches(NamedTuple):
-    """Where the M masked patches of a batch are.
-
-    Attributes:
-        index: [M] int64, position among the 2B * patches patches of the global crops.
-        count: [M] int64, number of masked patches in the same crop.
-    """
-
-    index: Tensor
-    count: Tensor
-
-    @classmethod
-    def of(cls, masks: Tensor, device: torch.device) -> MaskedPatches:
-        """Find them in masks [2B, patches], on the masks' own device, and bring them to ``device``."""
-        index = masks.flatten().nonzero()[:, 0]
-        count = masks.sum(dim=1)[index // masks.shape[1]]
-        return cls(index.to(device, non_blocking=True), count.to(device, non_blocking=True))
 
 
 class SelfDistillation(nn.Module):
@@ -100,14 +82,14 @@ class SelfDistillation(nn.Module):
         group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        _check_networks(student, teacher)
+        check_networks(student, teacher)
         self.student = student
         self.teacher = teacher.requires_grad_(False).eval()
         self.config = config
         self.group = group
         patch_head = "ibot_head" if "ibot_head" in teacher else "dino_head"
-        self.dino_centering = make_centering(config, _num_prototypes(teacher["dino_head"]), group)
-        self.ibot_centering = make_centering(config, _num_prototypes(teacher[patch_head]), group)
+        self.dino_centering = make_centering(config, num_prototypes(teacher["dino_head"]), group)
+        self.ibot_centering = make_centering(config, num_prototypes(teacher[patch_head]), group)
 
     def train(self, mode: bool = True) -> SelfDistillation:
         """Set the student's mode; the teacher stays in evaluation mode."""
@@ -134,12 +116,13 @@ class SelfDistillation(nn.Module):
         """
         global_crops, masks = batch["global_crops"], batch["masks"]
         local_crops = batch.get("local_crops", global_crops[:0])
-        self._check_batch(global_crops, local_crops, masks)
+        check_shapes(global_crops, local_crops, masks)
+        self._check_koleo(len(global_crops) // 2)
         masked = MaskedPatches.of(masks, global_crops.device)
 
         class_targets, patch_targets = self._teacher_logits(global_crops, masked)
         class_tokens, patch_tokens = self._student_tokens(global_crops, local_crops, masks, masked)
-        class_logits, patch_logits = _apply_heads(self.student, class_tokens, patch_tokens)
+        class_logits, patch_logits = head_logits(self.student, class_tokens, patch_tokens)
 
         dino_local, dino_global = self._dino(class_logits, class_targets, teacher_temperature)
         global_tokens = class_tokens[: len(global_crops)]  # [2B, D]
@@ -175,8 +158,8 @@ class SelfDistillation(nn.Module):
             the same target, the second way. used_prototypes: share of the prototypes that are the largest entry of
             some target.
         """
-        class_tokens = self.teacher["backbone"].forward_features(global_crops)["x_norm_clstoken"]
-        logits = self.teacher["dino_head"](class_tokens)  # [N, K]
+        (tokens,) = features(self.teacher, [global_crops], [None])
+        logits = self.teacher["dino_head"](tokens["x_norm_clstoken"])  # [N, K]
         targets = soft_targets(logits, teacher_temperature, self.dino_centering(logits, teacher_temperature))
         used = targets.new_zeros(targets.shape[1]).index_fill_(0, targets.argmax(dim=1), 1.0)
         return {
@@ -188,17 +171,19 @@ class SelfDistillation(nn.Module):
     @torch.no_grad()
     def _teacher_logits(self, global_crops: Tensor, masked: MaskedPatches) -> tuple[Tensor, Tensor]:
         """Logits of the global crops' class tokens [2B, K] and of their masked patches [M, K']."""
-        tokens = self.teacher["backbone"].forward_features(global_crops)
+        (tokens,) = features(self.teacher, [global_crops], [None])
         patch_tokens = tokens["x_norm_patchtokens"].flatten(0, 1)[masked.index]  # [M, D]
-        return _apply_heads(self.teacher, tokens["x_norm_clstoken"], patch_tokens)
+        return head_logits(self.teacher, tokens["x_norm_clstoken"], patch_tokens)
 
     def _student_tokens(
         self, global_crops: Tensor, local_crops: Tensor, masks: Tensor, masked: MaskedPatches
     ) -> tuple[Tensor, Tensor]:
         """Class tokens of global, then local crops [2B + L B, D] and masked patches of the global ones [M, D]."""
         masks = masks.to(global_crops.device, non_blocking=True)
-        crops = [(global_crops, masks), (local_crops, None)] if len(local_crops) else [(global_crops, masks)]
-        outputs = self.student["backbone"].forward_features([x for x, _ in crops], masks=[m for _, m in crops])
+        if len(local_crops):
+            outputs = features(self.student, [global_crops, local_crops], [masks, None])
+        else:
+            outputs = features(self.student, [global_crops], [masks])
         patch_tokens = outputs[0]["x_norm_patchtokens"].flatten(0, 1)[masked.index]
         return torch.cat([tokens["x_norm_clstoken"] for tokens in outputs]), patch_tokens
 
@@ -232,46 +217,11 @@ class SelfDistillation(nn.Module):
             self.ibot_centering.update(teacher)
         return (loss / masked.count).sum()
 
-    def _check_batch(self, global_crops: Tensor, local_crops: Tensor, masks: Tensor) -> None:
-        crops = len(global_crops)
-        if crops == 0 or crops % 2:
-            raise ValueError(f"global_crops: expected two crops of every image, got {crops} crops")
-        if len(local_crops) % (crops // 2):
-            raise ValueError(
-                f"local_crops: expected a multiple of {crops // 2}, the images in global_crops, got {len(local_crops)}"
-            )
-        if masks.dtype != torch.bool or masks.dim() != 2 or len(masks) != crops:
-            raise ValueError(
-                f"masks: expected bool [{crops}, patches] to match global_crops, got {masks.dtype} {list(masks.shape)}"
-            )
-        images = crops // 2 * (1 if self.group is None else dist.get_world_size(self.group))
+    def _check_koleo(self, images: int) -> None:
+        if self.group is not None:
+            images *= dist.get_world_size(self.group)
         if self.config.koleo_weight > 0 and images < 2:
             raise ValueError(
                 "batch too small for KoLeo: it spreads the images of a batch and needs at least 2 of them, got"
                 f" {images}; raise the batch size or set koleo_weight to 0"
             )
-
-
-def _apply_heads(network: nn.ModuleDict, class_tokens: Tensor, patch_tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits of class tokens [N, D] and of patch tokens [M, D]; a shared head runs once over both."""
-    if "ibot_head" in network:
-        return network["dino_head"](class_tokens), network["ibot_head"](patch_tokens)
-    class_logits, patch_logits = network["dino_head"](torch.cat([class_tokens, patch_tokens])).split(
-        [len(class_tokens), len(patch_tokens)]
-    )
-    return class_logits, patch_logits
-
-
-def _num_prototypes(head: nn.Module) -> int:
-    return int(head.get_submodule("last_layer").weight_v.shape[0])
-
-
-def _check_networks(student: nn.ModuleDict, teacher: nn.ModuleDict) -> None:
-    for role, network in (("student", student), ("teacher", teacher)):
-        for name in ("backbone", "dino_head"):
-            if name not in network:
-                raise ValueError(f"{role}: expected modules backbone and dino_head, {name} is missing")
-    shapes = [{name: tuple(p.shape) for name, p in network.named_parameters()} for network in (student, teacher)]
-    if shapes[0] != shapes[1]:
-        differing = sorted(name for name, _ in shapes[0].items() ^ shapes[1].items())
-        raise ValueError(f"teacher: expected the student's parameters, but these differ: {', '.join(differing[:5])}")
