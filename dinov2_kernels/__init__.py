@@ -5,11 +5,25 @@ Triton or CUDA C++ on NVIDIA GPUs, plain PyTorch everywhere else. :func:`info` t
 """
 
 from dinov2_kernels._backend import info, use_backend
+from dinov2_kernels.attention import varlen_attention, varlen_attention_qkvpacked
+from dinov2_kernels.cross_entropy import soft_cross_entropy
+from dinov2_kernels.koleo import koleo_loss, nearest_neighbors
+from dinov2_kernels.packing import PackedLayout
+from dinov2_kernels.residual import stochastic_depth
 from dinov2_kernels.sinkhorn import sinkhorn_bias, sinkhorn_knopp
+from dinov2_kernels.swiglu import swiglu
 
 __all__ = [
+    "PackedLayout",
     "info",
+    "koleo_loss",
+    "nearest_neighbors",
     "sinkhorn_bias",
     "sinkhorn_knopp",
+    "soft_cross_entropy",
+    "stochastic_depth",
+    "swiglu",
     "use_backend",
+    "varlen_attention",
+    "varlen_attention_qkvpacked",
 ]
