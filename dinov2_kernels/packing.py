@@ -1,0 +1,126 @@
+"""PackedLayout: how sequences of different lengths lie behind each other in one tensor [T, ...], without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import accumulate, groupby
+
+import torch
+from torch import Tensor
+from torch._guards import detect_fake_mode
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    """Runs of equally long sequences, laid out one after the other.
+
+    Crops of a training batch come in few sizes, so a handful of runs describes hundreds of sequences:
+    ``PackedLayout([(128, 261), (512, 53)])`` is 128 sequences of 261 tokens followed by 512 of 53. The layout lives on
+    the host, is immutable and hashable, and two layouts with the same runs are equal.
+
+    Args:
+        runs: (count, length) of each run; both may be 0.
+
+    Attributes:
+        runs: the runs as a tuple of (count, length).
+        num_sequences: number of sequences S.
+        total_tokens: number of tokens T.
+        max_length: length of the longest sequence; 0 if there is none.
+
+    Raises:
+        ValueError: a run is not a pair of non-negative integers.
+    """
+
+    runs: tuple[tuple[int, int], ...]
+    num_sequences: int = field(init=False, repr=False, compare=False)
+    total_tokens: int = field(init=False, repr=False, compare=False)
+    max_length: int = field(init=False, repr=False, compare=False)
+
+    def __init__(self, runs: Iterable[Sequence[int]]) -> None:
+        checked = tuple(_check_run(run) for run in runs)
+        set_field = object.__setattr__  # the dataclass is frozen
+        set_field(self, "runs", checked)
+        set_field(self, "num_sequences", sum(count for count, _ in checked))
+        set_field(self, "total_tokens", sum(count * length for count, length in checked))
+        set_field(self, "max_length", max([0, *(length for count, length in checked if count)]))
+
+    @classmethod
+    def from_lengths(cls, lengths: Iterable[int]) -> PackedLayout:
+        """Layout of sequences of the given lengths, neighbours of equal length joined into one run."""
+        return cls([(len(list(group)), length) for length, group in groupby(lengths)])
+
+    @property
+    def lengths(self) -> list[int]:
+        """Length of every sequence [S]."""
+        return [length for count, length in self.runs for _ in range(count)]
+
+    def cu_seqlens(self, device: torch.device | str) -> Tensor:
+        """Offsets of the sequences, the form variable-length kernels take.
+
+        The last 128 results are kept, so that a training step copies nothing to the device.
+
+        Returns:
+            [S + 1] int32: sequence s occupies the tokens ``cu_seqlens[s]`` to ``cu_seqlens[s + 1] - 1``.
+        """
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        # A fake tensor must not enter the cache, nor a real one a traced graph.
+        fake = torch.compiler.is_compiling() or detect_fake_mode() is not None
+        return _cu_seqlens(self, device) if fake else _cached_cu_seqlens(self, device)
+
+    def pack(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Lay the tensors of the runs behind each other.
+
+        Args:
+            tensors: one [count, length, ...] per run, with equal trailing dimensions.
+
+        Returns:
+            [T, ...]; a view where there is one run.
+
+        Raises:
+            ValueError: the tensors do not have the shapes that the layout describes.
+        """
+        if len(tensors) != len(self.runs):
+            raise ValueError(f"layout has {len(self.runs)} runs, but tensors has {len(tensors)} elements")
+        for index, (run, tensor) in enumerate(zip(self.runs, tensors, strict=True)):
+            if tuple(tensor.shape[:2]) != run:
+                expected = f"[{run[0]}, {run[1]}, ...]"
+                raise ValueError(f"tensors[{index}]: expected shape {expected}, got {list(tensor.shape)}")
+        flat = [tensor.flatten(0, 1) for tensor in tensors]
+        return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+    def unpack(self, packed: Tensor) -> list[Tensor]:
+        """Split [T, ...] into one view [count, length, ...] per run.
+
+        Raises:
+            ValueError: ``packed`` does not have the number of tokens that the layout describes.
+        """
+        self.check(packed, "packed")
+        if len(self.runs) == 1:
+            return [packed.unflatten(0, self.runs[0])]
+        pieces = packed.split([count * length for count, length in self.runs])
+        return [piece.unflatten(0, run) for piece, run in zip(pieces, self.runs, strict=True)]
+
+    def check(self, packed: Tensor, name: str) -> None:
+        """Raise ValueError unless the argument called ``name`` has one row per token of this layout."""
+        if packed.dim() == 0 or packed.shape[0] != self.total_tokens:
+            has = packed.shape[0] if packed.dim() else "no dimension"
+            raise ValueError(f"layout describes {self.total_tokens} tokens, but {name} has {has}")
+
+
+def _check_run(run: Sequence[int]) -> tuple[int, int]:
+    if len(run) != 2 or not all(isinstance(n, int) and n >= 0 for n in run):
+        raise ValueError(f"runs: expected pairs (count, length) of integers >= 0, got {run!r}")
+    return run[0], run[1]
+
+
+def _cu_seqlens(layout: PackedLayout, device: torch.device) -> Tensor:
+    # Kernels save this for their backward, which an inference tensor forbids.
+    with torch.inference_mode(False):
+        return torch.tensor([0, *accumulate(layout.lengths)], dtype=torch.int32, device=device)  # [S + 1]
+
+
+_cached_cu_seqlens = lru_cache(maxsize=128)(_cu_seqlens)
