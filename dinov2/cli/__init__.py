@@ -1,0 +1,56 @@
+"""The command line, ``dinov2 COMMAND``: each command is a module of this package with a function ``run(arguments)``."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "pretrain": "train a ViT on images without labels",
+    "info": "show which kernels are built and which of them will run here",
+}
+"""Name and description; the module of a command is imported only when it is called, so that help is instant."""
+
+USAGE_ERROR = 2
+FAILURE = 1
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(help_text())
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        suggestion = f"did you mean {close[0]!r}? " if close else ""
+        print(f"dinov2: unknown command {name!r}: {suggestion}see dinov2 --help", file=sys.stderr)
+        return USAGE_ERROR
+    try:
+        importlib.import_module(f"dinov2.cli.{name}").run(rest)
+    except (ValueError, OSError, ImportError, ArithmeticError) as error:
+        print(f"dinov2 {name}: {error}", file=sys.stderr)
+        return FAILURE
+    except KeyboardInterrupt as interruption:
+        print(f"dinov2 {name}: {interruption}" if str(interruption) else f"dinov2 {name}: stopped", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def help_text() -> str:
+    """What ``dinov2 --help`` prints."""
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {description}" for name, description in COMMANDS.items())
+    return (
+        "usage: dinov2 COMMAND [OPTIONS]\n\n"
+        "DINOv2: features from images without labels.\n\n"
+        f"commands:\n{commands}\n\n"
+        "First steps:\n"
+        "  dinov2 pretrain photos           train a small ViT on bundled photographs, in minutes on a CPU\n"
+        "  dinov2 pretrain --help           the recipes\n"
+        "  dinov2 pretrain photos --help    every setting of a recipe, with its value"
+    )

@@ -1,0 +1,126 @@
+"""The configuration of a pretraining run: frozen dataclasses, built by a recipe, overridden by dotted path.
+
+Every field is documented where it stands; ``dinov2 pretrain RECIPE --help`` prints these very lines.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from dinov2.data import DataConfig
+from dinov2.models import HeadConfig, ViTConfig
+from dinov2.objectives import ObjectiveConfig
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, its learning rate and its weight decay."""
+
+    base_lr: float = 4e-3
+    """Learning rate of a batch of 1024 images; the run uses base_lr * sqrt(batch_size / 1024)."""
+    min_lr: float = 1e-6
+    """Learning rate at the end of the cosine."""
+    warmup_fraction: float = 0.1
+    """Part of the run over which the learning rate rises from 0."""
+    weight_decay: float = 0.04
+    """Weight decay at the start; follows a cosine to weight_decay_end."""
+    weight_decay_end: float = 0.4
+    """Weight decay at the end."""
+    beta1: float = 0.9
+    """AdamW's decay of the mean of gradients."""
+    beta2: float = 0.999
+    """AdamW's decay of the mean of squared gradients."""
+    layer_decay: float = 0.9
+    """Each backbone block learns this much slower than the one above it; 1 turns it off."""
+    patch_embed_lr_scale: float = 0.2
+    """Further factor on the learning rate of the patch embedding."""
+    clip_grad_norm: float = 3.0
+    """Largest gradient norm of each student module (backbone, dino_head, ibot_head), clipped one by one."""
+    freeze_last_layer_fraction: float = 0.01
+    """Part of the run at whose start the prototypes of the heads stand still."""
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The teacher: a moving average of the student, whose outputs are the targets."""
+
+    momentum: float = 0.992
+    """Part of the teacher kept at each step, at the start; follows a cosine to momentum_end."""
+    momentum_end: float = 1.0
+    """Momentum at the end."""
+    temperature_start: float = 0.04
+    """Teacher temperature at the start; lower is sharper."""
+    temperature: float = 0.07
+    """Teacher temperature after its warm-up."""
+    temperature_warmup_fraction: float = 0.3
+    """Part of the run over which the temperature rises."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Everything that a pretraining run is made of."""
+
+    output: Path
+    """Run directory: config.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end, teacher/."""
+    steps: int
+    """Optimiser steps of the run. All schedules stretch with it."""
+    batch_size: int
+    """Images per optimiser step, over all micro-batches."""
+    vit: ViTConfig = field(default_factory=ViTConfig)
+    dino_head: HeadConfig = field(default_factory=HeadConfig)
+    ibot_head: HeadConfig | None = None
+    """Head of the masked patches; None shares the DINO head."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    accumulation_steps: int = 1
+    """Micro-batches per optimiser step. Gradients are averaged over them, so memory is that of batch_size /
+    accumulation_steps images; Sinkhorn-Knopp, centring and KoLeo see one micro-batch at a time, as they see one
+    GPU's images in the reference, so prefer larger micro-batches while they fit."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """fp32, or bf16: bfloat16 autocast with float32 weights, optimiser and teacher."""
+    device: str = "auto"
+    """Where to train: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
+    seed: int = 0
+    """Seed of weights, data order, augmentation, masks and stochastic depth."""
+    log_every: int = 10
+    """Steps between lines of metrics; each line holds means over these steps."""
+    probe_every: int = 1000
+    """Steps between evaluations by the probe, if one is given."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 3
+    """How many of the newest checkpoints to keep."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation_steps", "log_every", "probe_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
+        if self.keep_checkpoints < 1:
+            raise ValueError(f"keep_checkpoints must be at least 1, but is {self.keep_checkpoints}")
+        if self.batch_size % self.accumulation_steps:
+            raise ValueError(
+                f"batch_size must be a multiple of accumulation_steps, but {self.batch_size} images"
+                f" do not split into {self.accumulation_steps} micro-batches"
+            )
+        if self.objective.koleo_weight > 0 and self.micro_batch_size < 2:
+            raise ValueError(
+                "KoLeo spreads the images of a micro-batch and needs at least 2 of them, but batch_size"
+                f" {self.batch_size} over accumulation_steps {self.accumulation_steps} leaves {self.micro_batch_size}:"
+                " raise batch_size, or set objective.koleo_weight to 0"
+            )
+        for part, fraction in (
+            ("optim.warmup_fraction", self.optim.warmup_fraction),
+            ("optim.freeze_last_layer_fraction", self.optim.freeze_last_layer_fraction),
+            ("teacher.temperature_warmup_fraction", self.teacher.temperature_warmup_fraction),
+        ):
+            if not 0 <= fraction <= 1:
+                raise ValueError(f"{part} must lie between 0 and 1, but is {fraction}")
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Images of one forward and backward pass."""
+        return self.batch_size // self.accumulation_steps

@@ -1,0 +1,110 @@
+"""Metrics of a run: scalars gathered on the device, means written as JSON lines and to TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinov2_kernels._extras import require
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or gradient norm became NaN or infinite."""
+
+
+class StepScalars:
+    """Scalars of the steps since the last line of metrics; they stay on the device, so that no step waits for them."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.rows: list[Tensor] = []  # one [len(names)] per step
+
+    def append(self, scalars: Mapping[str, Tensor]) -> None:
+        """Keep the scalars of one more step."""
+        self.names = list(scalars)
+        self.rows.append(torch.stack([value.detach().float() for value in scalars.values()]))
+
+    def check_finite(self, finished_steps: int, last_checkpoint: Path | None) -> None:
+        """Look for the first NaN or infinity among the gathered steps, of which the last was the ``finished_steps``-th.
+
+        Raises:
+            NonFiniteError: names the terms, the step and the last good checkpoint.
+        """
+        first_step = finished_steps - len(self.rows) + 1
+        for step, row in enumerate(self._values().tolist(), start=first_step):
+            bad = {name: value for name, value in zip(self.names, row, strict=True) if not math.isfinite(value)}
+            if bad:
+                culprits = bad.keys() - {"total"} or bad.keys()  # the sum says nothing that its terms do not
+                terms = ", ".join(f"{name} is {value}" for name, value in bad.items() if name in culprits)
+                raise NonFiniteError(f"training stopped: in step {step} {terms}; {way_back(last_checkpoint)}")
+
+    def means(self) -> dict[str, float]:
+        """Mean of each scalar over the gathered steps."""
+        return dict(zip(self.names, self._values().double().mean(dim=0).tolist(), strict=True))
+
+    def clear(self) -> None:
+        """Start a new interval."""
+        self.rows = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint in the middle of an interval."""
+        return {"names": self.names, "values": self._values()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue the interval of a checkpoint."""
+        self.names = list(state["names"])
+        self.rows = list(state["values"])
+
+    def _values(self) -> Tensor:
+        return torch.stack(self.rows).cpu() if self.rows else torch.empty(0, len(self.names))
+
+
+def way_back(last_checkpoint: Path | None) -> str:
+    """Where a failed run can start again, as part of an error message."""
+    return f"the last good checkpoint is {last_checkpoint}" if last_checkpoint else "no checkpoint was written yet"
+
+
+class MetricsWriter:
+    """Appends lines to ``metrics.jsonl`` (each one flushed) and scalars to ``tensorboard/`` of a run directory.
+
+    A run that resumes at ``start_step`` first drops what was written after it, so that its curves have no doubles.
+
+    Raises:
+        ImportError: TensorBoard is not installed.
+    """
+
+    def __init__(self, directory: Path, start_step: int) -> None:
+        require("tensorboard", extra="train", purpose="writing TensorBoard metrics")
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = directory / "metrics.jsonl"
+        kept = [line for line in read_metrics(path) if line["step"] <= start_step] if start_step else []
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        partial.replace(path)
+        self._file = path.open("a")
+        self._tensorboard = SummaryWriter(directory / "tensorboard", purge_step=start_step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Write ``values`` as of ``step`` finished steps."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write out what TensorBoard still buffers."""
+        self._file.close()
+        self._tensorboard.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ``metrics.jsonl``; an unfinished last line, as a killed process leaves it, is left out."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]

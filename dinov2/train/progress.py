@@ -1,0 +1,119 @@
+"""What a person sees of a run: a header, a progress bar (or plain lines, where there is no terminal), a final table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dinov2.train.config import PretrainConfig
+
+
+class RunDisplay:
+    """Shows a run of ``config`` that begins after ``start_step`` finished steps."""
+
+    def __init__(self, config: PretrainConfig, start_step: int, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self.config = config
+        self._started = time.monotonic()
+        self._steps_done = 0
+        self._probe: dict[str, float] = {}
+        self._progress = Progress(
+            TextColumn("[bold]step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+            speed_estimate_period=300,
+            expand=True,
+        )
+        self._task = self._progress.add_task("", total=config.steps, completed=start_step, status="")
+
+    def __enter__(self) -> RunDisplay:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def header(self, *, parameters: int, images: int, device: str, start_step: int) -> None:
+        """One paragraph on what is about to run."""
+        config = self.config
+        vit = config.vit
+        console = self.console
+        begin = f"continuing after step {start_step:,}" if start_step else "starting"
+        console.print(f"[bold]DINOv2 pretraining[/bold], {begin}", highlight=False)
+        rows = {
+            "model": f"ViT, {vit.depth} blocks of width {vit.embed_dim}, patch {vit.patch_size},"
+            f" {parameters / 1e6:.1f} M parameters",
+            "data": f"{images:,} images from {config.data.root or 'the bundled photographs'}",
+            "batch": f"{config.batch_size} images x {config.steps:,} steps"
+            + (f", in {config.accumulation_steps} micro-batches" if config.accumulation_steps > 1 else ""),
+            "device": f"{device}, {config.precision}",
+            "run": str(config.output),
+        }
+        for name, text in rows.items():
+            console.print(f"  [dim]{name:<7}[/dim] {text}", highlight=False, soft_wrap=True)
+
+    def advance(self) -> None:
+        """One more step is done."""
+        self._steps_done += 1
+        self._progress.advance(self._task)
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Show a line of metrics: beside the bar, or as a plain line where there is no terminal."""
+        status = f"loss [bold]{values['total']:.3f}[/bold]  {values['images_per_second']:.0f} images/s"
+        self._progress.update(self._task, status=status + self._probe_text())
+        if not self.console.is_terminal:
+            left = (self.config.steps - step) * (time.monotonic() - self._started) / max(1, self._steps_done)
+            self.console.print(
+                f"step {step}/{self.config.steps}  {status}  {_duration(left)} left", highlight=False, soft_wrap=True
+            )
+
+    def probe(self, step: int, values: Mapping[str, float]) -> None:
+        """Show what the probe measured."""
+        self._probe = dict(values)
+        self.console.print(f"step {step}:{self._probe_text()}", highlight=False)
+
+    def finish(self, lines: Sequence[Mapping[str, float]], teacher: Path) -> None:
+        """The table at the end of a run, from all its lines of metrics, then where things are."""
+        first: dict[str, float] = {}
+        last: dict[str, float] = {}
+        for line in lines:
+            first = {**line, **first}
+            last |= line
+        table = Table(title=f"{last.pop('step'):,} steps", title_justify="left", box=SIMPLE_HEAD)
+        table.add_column("metric")
+        table.add_column("first", justify="right")
+        table.add_column("last", justify="right")
+        for name in last:
+            table.add_row(name, f"{first[name]:.4g}", f"{last[name]:.4g}")
+        self.console.print(table)
+        output = self.config.output
+        for name, text in {
+            "teacher": str(teacher),
+            "metrics": str(output / "metrics.jsonl"),
+            "curves": f"tensorboard --logdir {output / 'tensorboard'}",
+        }.items():
+            self.console.print(f"  [dim]{name:<7}[/dim] {text}", highlight=False, soft_wrap=True)
+
+    def _probe_text(self) -> str:
+        return "".join(f"  {name} {value:.3f}" for name, value in self._probe.items())
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,90 @@
+"""The directory of a run: who may write into it, and which configuration it belongs to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dinov2.train.config import PretrainConfig
+
+MAY_CHANGE = frozenset(
+    {
+        "output",
+        "steps",
+        "device",
+        "log_every",
+        "probe_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "data.root",
+        "data.num_workers",
+    }
+)
+"""Fields that a resumed run may change: where it runs, what it writes, where its images lie, and how long it lasts
+(a new ``steps`` stretches the schedules of the remaining steps). Anything else would make another run of it."""
+
+
+def check_run_directory(config: PretrainConfig, *, resume: bool) -> None:
+    """Make sure that the run directory is free, or that the run in it is the one to continue; writes nothing.
+
+    Raises:
+        FileExistsError: the directory is not empty, and ``resume`` is false.
+        ValueError: the run in it was started with another configuration, or is no run.
+    """
+    directory = config.output
+    config_file = directory / "config.json"
+    occupied = directory.is_dir() and any(directory.iterdir())
+    if occupied and not resume:
+        raise FileExistsError(
+            f"output directory {directory} is not empty: continue the run in it with --resume,"
+            " or choose another --output"
+        )
+    if occupied:
+        if not config_file.is_file():
+            raise ValueError(f"cannot resume in {directory}: it holds files, but no config.json of a run")
+        refuse_changes(json.loads(config_file.read_text()), config_as_json(config), directory)
+
+
+def write_config(config: PretrainConfig) -> None:
+    """Create the run directory and write its ``config.json``."""
+    config.output.mkdir(parents=True, exist_ok=True)
+    partial = config.output / "config.partial"
+    partial.write_text(json.dumps(config_as_json(config), indent=2) + "\n")
+    partial.replace(config.output / "config.json")
+
+
+def refuse_changes(saved: dict[str, Any], given: dict[str, Any], directory: Path) -> None:
+    """Raise a ValueError that lists each field, other than those of MAY_CHANGE, in which two configurations differ."""
+    before, now = dict(flatten(saved)), dict(flatten(given))
+    changes = [
+        f"\n  {name}: was {_text(before, name)}, now {_text(now, name)}"
+        for name in sorted(before.keys() | now.keys())
+        if name not in MAY_CHANGE and (name not in before or name not in now or before[name] != now[name])
+    ]
+    if changes:
+        raise ValueError(
+            f"cannot resume the run in {directory} with another configuration:{''.join(changes)}\n"
+            f"Give it the values it was started with; only {', '.join(sorted(MAY_CHANGE))} may change."
+        )
+
+
+def config_as_json(config: PretrainConfig) -> dict[str, Any]:
+    """The configuration in JSON's own types: paths become strings and tuples become lists."""
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return values
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted paths and values of nested dictionaries."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _text(values: dict[str, Any], name: str) -> str:
+    return json.dumps(values[name]) if name in values else "absent"

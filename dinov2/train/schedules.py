@@ -1,0 +1,79 @@
+"""Schedules of pretraining: every one is a cosine after a linear warm-up, indexed by the optimiser step.
+
+Step ``s`` counts from 0 and names the value used *in* that step. Lengths of phases are given as fractions of the run
+in the configuration, so that ``--steps`` alone stretches or compresses a whole run.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dinov2.train.config import PretrainConfig
+
+
+@dataclass(frozen=True)
+class CosineSchedule:
+    """Linear warm-up from ``start`` to ``base``, then half a cosine from ``base`` towards ``final``.
+
+    The warm-up includes both its ends, as ``numpy.linspace`` does, so ``base`` is used twice: in the last step of the
+    warm-up and in the first of the cosine. ``final`` is reached at ``steps``, one step past the end of the run.
+    """
+
+    base: float
+    final: float
+    steps: int
+    warmup_steps: int = 0
+    start: float = 0.0
+
+    def __call__(self, step: int) -> float:
+        if step >= self.steps:
+            return self.final
+        if step < self.warmup_steps:
+            return self.start + (self.base - self.start) * step / max(1, self.warmup_steps - 1)
+        progress = (step - self.warmup_steps) / (self.steps - self.warmup_steps)
+        return self.final + 0.5 * (self.base - self.final) * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What the schedules say for one step; logged under these names."""
+
+    lr: float
+    last_layer_lr: float
+    weight_decay: float
+    teacher_momentum: float
+    teacher_temperature: float
+
+
+class Schedules:
+    """All schedules of a run: ``Schedules(config)(step)``.
+
+    The learning rate follows the square-root rule, ``base_lr * sqrt(batch_size / 1024)``, with the batch of one whole
+    optimiser step. The prototypes (``last_layer`` of the heads) stand still at the start of the run.
+    """
+
+    def __init__(self, config: PretrainConfig) -> None:
+        steps, optim, teacher = config.steps, config.optim, config.teacher
+        peak_lr = optim.base_lr * math.sqrt(config.batch_size / 1024)
+        self.lr = CosineSchedule(peak_lr, optim.min_lr, steps, round(optim.warmup_fraction * steps))
+        self.weight_decay = CosineSchedule(optim.weight_decay, optim.weight_decay_end, steps)
+        self.momentum = CosineSchedule(teacher.momentum, teacher.momentum_end, steps)
+        self.temperature = CosineSchedule(
+            teacher.temperature,
+            teacher.temperature,
+            steps,
+            round(teacher.temperature_warmup_fraction * steps),
+            start=teacher.temperature_start,
+        )
+        self.frozen_steps = round(optim.freeze_last_layer_fraction * steps)
+
+    def __call__(self, step: int) -> StepSettings:
+        lr = self.lr(step)
+        return StepSettings(
+            lr=lr,
+            last_layer_lr=0.0 if step < self.frozen_steps else lr,
+            weight_decay=self.weight_decay(step),
+            teacher_momentum=self.momentum(step),
+            teacher_temperature=self.temperature(step),
+        )
