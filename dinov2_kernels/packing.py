@@ -112,7 +112,7 @@ class PackedLayout:
 
 
 def _check_run(run: Sequence[int]) -> tuple[int, int]:
-    if len(run) != 2 or not all(isinstance(n, int) and n >= 0 for n in run):
+    if len(run) != 2 or not all(isinstance(n, int | torch.SymInt) and n >= 0 for n in run):
         raise ValueError(f"runs: expected pairs (count, length) of integers >= 0, got {run!r}")
     return run[0], run[1]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -53,7 +55,8 @@ def varlen_attention_qkvpacked(qkv: Tensor, layout: PackedLayout | Tensor, *, sc
     """
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv: expected shape [T, 3, H, D], got {list(qkv.shape)}")
-    return varlen_attention(*qkv.unbind(1), _as_layout(layout, qkv, "qkv"), scale=scale)
+    q, k, v = qkv.unbind(1)  # [T, H, D] each
+    return varlen_attention(q, k, v, _as_layout(layout, qkv, "qkv"), scale=scale)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
@@ -76,7 +79,7 @@ def _read_offsets(cu_seqlens: Tensor) -> PackedLayout:
         got = f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}"
         raise ValueError(f"layout: expected offsets of dtype torch.int32 and shape [S + 1], got {got}")
     offsets = cu_seqlens.tolist()
-    lengths = [end - start for start, end in zip(offsets, offsets[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(offsets)]
     if offsets[0] != 0 or min(lengths, default=0) < 0:
         raise ValueError(f"layout: expected offsets that start at 0 and never decrease, got {offsets}")
     return PackedLayout.from_lengths(lengths)

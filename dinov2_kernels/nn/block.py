@@ -13,6 +13,9 @@ from dinov2_kernels.nn.layer_scale import LayerScale
 from dinov2_kernels.packing import PackedLayout
 from dinov2_kernels.residual import stochastic_depth
 
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+"""The norm of DINOv2's models."""
+
 
 class Block(nn.Module):
     """Attention and feed-forward layer, each as a residual branch after a LayerNorm.
@@ -43,7 +46,7 @@ class Block(nn.Module):
         ffn_bias: bool = True,
         drop_path: float = 0.0,
         init_values: float | None = None,
-        norm_layer: Callable[[int], nn.Module] = partial(nn.LayerNorm, eps=1e-6),
+        norm_layer: Callable[[int], nn.Module] = LayerNorm,
         ffn_layer: Callable[..., nn.Module] = Mlp,
     ) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """SwiGLU (Shazeer, arXiv:2002.05202) between its two linear layers: the definition every kernel is tested against.
 
-    y = silu(x1) * x2    with [x1, x2] = x12 and silu(x) = x / (1 + exp(-x))
+y = silu(x1) * x2    with [x1, x2] = x12 and silu(x) = x / (1 + exp(-x))
 """
 
 from __future__ import annotations

@@ -1,0 +1,148 @@
+"""Files of weights: reads those of facebook, transformers and timm, writes safetensors with facebook's names."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from dinov2.models.architecture import config_of
+from dinov2.models.config import ViTConfig
+from dinov2.models.position_embedding import interpolate_position_embedding
+from dinov2.models.state_dict_formats import Source, Tensors, to_facebook_names
+from dinov2.models.vision_transformer import VisionTransformer
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+FILES_OF_A_FOLDER = (WEIGHTS, "pytorch_model.bin", "teacher_checkpoint.pth")
+MODEL_TYPE = "dinov2_vision_transformer"
+"""``model_type`` in the config.json that :func:`save_pretrained` writes."""
+
+
+def load_pretrained(path: str | os.PathLike[str], model: VisionTransformer | None = None) -> VisionTransformer:
+    """Load a vision transformer, or load its weights into one.
+
+    Recognised by the names of their tensors: facebook's published weights and training checkpoints (whole or in
+    chunks of blocks; of ``teacher_checkpoint.pth`` the backbone), transformers' Dinov2 and Dinov2WithRegisters, timm's
+    ``vit_*_dinov2`` and what :func:`save_pretrained` wrote. Heads in the file are left out.
+
+    Args:
+        path: a file of weights, ``.safetensors`` or anything :func:`torch.load` reads; or a folder that holds
+            ``model.safetensors``, ``pytorch_model.bin`` or ``teacher_checkpoint.pth``.
+        model: the model to load into; its position embeddings may be for another image size than the file's, which are
+            then resampled. By default a new one in float32 on the CPU, whose architecture is that of ``config.json``
+            beside the weights, or is told from the shapes of the weights, with attention heads 64 wide.
+
+    Returns:
+        The model.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file cannot be read, holds no known model, or one that does not fit ``model``.
+    """
+    file = _find(Path(path))
+    try:
+        tensors, source = to_facebook_names(_read(file))
+        if model is None:
+            with torch.device("meta"):
+                model = VisionTransformer(_config(file, tensors, source))
+            model.to_empty(device="cpu")
+        _load(model, tensors)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return model
+
+
+def save_pretrained(model: VisionTransformer, path: str | os.PathLike[str]) -> Path:
+    """Write ``model.safetensors`` (facebook's names, the mask token included) and ``config.json`` into a folder.
+
+    Each file replaces an older one only when it is complete.
+
+    Args:
+        model: the model.
+        path: the folder; created if need be.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    config = json.dumps({"model_type": MODEL_TYPE, **asdict(model.config)}, indent=2) + "\n"
+    _replace(folder / WEIGHTS, lambda file: safetensors.torch.save_file(tensors, file, metadata={"format": "pt"}))
+    _replace(folder / CONFIG, lambda file: file.write_text(config))
+    return folder
+
+
+def _find(path: Path) -> Path:
+    if path.is_dir():
+        for name in FILES_OF_A_FOLDER:
+            if (path / name).is_file():
+                return path / name
+        raise FileNotFoundError(f"{path}: the folder holds none of {', '.join(FILES_OF_A_FOLDER)}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    return path
+
+
+def _read(file: Path) -> Any:
+    try:
+        if file.suffix == ".safetensors":
+            return safetensors.torch.load_file(file)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # each kind of broken file raises its own
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"cannot be read as a file of weights ({type(error).__name__}: {reason})") from error
+
+
+def _config(file: Path, tensors: Tensors, source: Source) -> ViTConfig:
+    """The configuration in our config.json, else that of the weights with the heads from another library's."""
+    fields = _read_fields(file.with_name(CONFIG)) if file.name in FILES_OF_A_FOLDER else {}
+    if fields.pop("model_type", None) == MODEL_TYPE:
+        return ViTConfig(**fields)
+    num_heads = fields.get("num_attention_heads") or fields.get("model_args", {}).get("num_heads")
+    return config_of(tensors, source, num_heads=num_heads)
+
+
+def _read_fields(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        fields: dict[str, Any] = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file.name} beside it is not JSON: {error}") from error
+    return fields
+
+
+def _load(model: VisionTransformer, tensors: Tensors) -> None:
+    config, state = model.config, model.state_dict()
+    resampled = interpolate_position_embedding(
+        tensors["pos_embed"],
+        (config.grid_size, config.grid_size),
+        offset=config.interpolate_offset,
+        antialias=config.interpolate_antialias,
+    )
+    tensors = {**tensors, "pos_embed": resampled}
+    differences = [f"no {name}" for name in state if name not in tensors]
+    differences += [f"unexpected {name}" for name in tensors if name not in state]
+    differences += [
+        f"{name} of shape {list(tensors[name].shape)} for {list(tensor.shape)}"
+        for name, tensor in state.items()
+        if name in tensors and tensors[name].shape != tensor.shape
+    ]
+    if differences:
+        more = f" and {len(differences) - 5} more differences" if len(differences) > 5 else ""
+        raise ValueError(f"the weights do not fit the model: {'; '.join(differences[:5])}{more}")
+    model.load_state_dict(tensors)
+
+
+def _replace(file: Path, write: Callable[[Path], object]) -> None:
+    """Write a file under another name and move it to its place, so that a crash leaves the old one whole."""
+    partial = file.with_name(f".{file.name}.partial")
+    write(partial)
+    partial.replace(file)

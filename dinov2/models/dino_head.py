@@ -1,0 +1,109 @@
+"""The projection head that turns a token into scores over prototypes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from math import sqrt
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinov2.models.initialization import init_linear
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """Arguments of a :class:`DINOHead`."""
+
+    out_dim: int = 65536
+    """Number of prototypes."""
+    hidden_dim: int = 2048
+    """Width between the linear layers."""
+    bottleneck_dim: int = 256
+    """Width of the normalised features that are compared with the prototypes."""
+    num_layers: int = 3
+    """Linear layers before the prototypes."""
+
+
+class DINOHead(nn.Module):
+    """MLP, L2 normalisation, and the cosines to K prototypes (DINO, arXiv:2104.14294, section 3.1).
+
+    Each cosine is multiplied by a trainable factor of its prototype that starts at 1. There is no batch norm.
+
+    Args:
+        in_dim: width D of the tokens.
+        out_dim: number K of prototypes.
+        hidden_dim: width between the linear layers.
+        bottleneck_dim: width of the normalised features.
+        num_layers: linear layers of the MLP, at least 1.
+
+    Raises:
+        ValueError: a size is below 1.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        num_layers: int = 3,
+    ) -> None:
+        super().__init__()
+        sizes = {
+            "in_dim": in_dim,
+            "out_dim": out_dim,
+            "hidden_dim": hidden_dim,
+            "bottleneck_dim": bottleneck_dim,
+            "num_layers": num_layers,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}: expected at least 1, got {size}")
+        self.mlp = _mlp([in_dim, *[hidden_dim] * (num_layers - 1), bottleneck_dim])
+        self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Draw all parameters anew, for instance after building the head on the meta device."""
+        self.mlp.apply(init_linear)
+        self.last_layer.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., D] tokens; returns scores over the prototypes [..., K]."""
+        x = self.mlp(x)
+        eps = 1e-6 if x.dtype == torch.float16 else 1e-12  # 1e-12 rounds to 0 in float16
+        scores: Tensor = self.last_layer(F.normalize(x, dim=-1, eps=eps))
+        return scores
+
+
+class WeightNormLinear(nn.Module):
+    """Linear layer without bias whose rows are g * v / |v| (Salimans and Kingma, arXiv:1602.07868).
+
+    Both g (``weight_g`` [out, 1]) and v (``weight_v`` [out, in]) are trained.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.empty(out_features, 1))
+        self.weight_v = nn.Parameter(torch.empty(out_features, in_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set g to 1 and draw v as the weight of an ``nn.Linear``."""
+        nn.init.ones_(self.weight_g)
+        nn.init.kaiming_uniform_(self.weight_v, a=sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., in]; returns [..., out]."""
+        return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=1))
+
+
+def _mlp(widths: list[int]) -> nn.Module:
+    """Linear layers between the widths with GELUs between the layers; a lone layer is not wrapped."""
+    layers: list[nn.Module] = []
+    for in_features, out_features in pairwise(widths):
+        layers += [nn.Linear(in_features, out_features), nn.GELU()]
+    return nn.Sequential(*layers[:-1]) if len(layers) > 2 else layers[0]
