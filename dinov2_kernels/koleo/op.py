@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
 
 from dinov2_kernels.koleo import reference
 
@@ -73,7 +74,24 @@ def _gather(rows: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, int]
     """Rows of all processes [N, D], differentiable, and the number of this process's first row among them."""
     if group is None:
         return rows, 0
-    return torch.cat(all_gather(rows, group)), dist.get_rank(group) * len(rows)
+    return _AllGather.apply(rows, group), dist.get_rank(group) * len(rows)  # type: ignore[no-untyped-call]
+
+
+class _AllGather(torch.autograd.Function):
+    """Concatenates the rows [B, D] of all processes; each row's gradient is the sum over the processes."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        gathered = rows.new_empty(dist.get_world_size(group), *rows.shape)  # [processes, B, D]
+        dist.all_gather(list(gathered), rows.contiguous(), group=group)
+        return gathered.flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        gradient = gradients[0].unflatten(0, (dist.get_world_size(ctx.group), -1)).clone()  # [processes, B, D]
+        dist.all_reduce(gradient, group=ctx.group)  # not reduce-scatter, which not every backend has
+        return gradient[dist.get_rank(ctx.group)], None
 
 
 def _check(x: Tensor) -> None:
