@@ -5,6 +5,7 @@ The recipe is DINOv2's (arXiv 2304.07193, appendix B.3, which takes it from DINO
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -184,9 +185,17 @@ def normalize(
     image: npt.NDArray[np.uint8], mean: tuple[float, float, float], std: tuple[float, float, float]
 ) -> npt.NDArray[np.float32]:
     """``(image / 255 - mean) / std``, channels first: uint8 ``[H, W, 3]`` to float32 ``[3, H, W]``."""
-    scale = 1 / (255 * np.array(std, dtype=np.float32))  # [3]
-    shift = -np.array(mean, dtype=np.float32) / np.array(std, dtype=np.float32)  # [3]
+    scale, shift = _scale_and_shift(mean, std)
     normalized = np.empty((3, *image.shape[:2]), dtype=np.float32)
-    np.multiply(image.transpose(2, 0, 1), scale[:, None, None], out=normalized)
-    normalized += shift[:, None, None]
+    np.multiply(image.transpose(2, 0, 1), scale, out=normalized)
+    normalized += shift
     return normalized
+
+
+@functools.cache
+def _scale_and_shift(
+    mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Float32 ``[3, 1, 1]`` each, such that ``level * scale + shift`` is the normalised value."""
+    channels = np.array([mean, std])[:, :, None, None]  # [2, 3, 1, 1]
+    return (1 / (255 * channels[1])).astype(np.float32), (-channels[0] / channels[1]).astype(np.float32)

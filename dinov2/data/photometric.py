@@ -26,7 +26,7 @@ def _cv2() -> Any:
 
 def _map_levels(image: RGBImage, levels: npt.NDArray[np.float32]) -> RGBImage:
     """Replace level ``i`` by ``levels[i]``, clipped to 0...255; rounds down, as Pillow does."""
-    mapped: RGBImage = _cv2().LUT(image, levels.clip(0, 255).astype(np.uint8))
+    mapped: RGBImage = _cv2().LUT(image, np.minimum(np.maximum(levels, 0), 255).astype(np.uint8))
     return mapped
 
 
