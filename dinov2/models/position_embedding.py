@@ -12,7 +12,7 @@ from torch import Tensor
 def interpolate_position_embedding(
     pos_embed: Tensor, grid: tuple[int, int], *, offset: float = 0.0, antialias: bool = True
 ) -> Tensor:
-    """Resample the position embeddings of a square grid of M x M patches to another grid, bicubically, at least in float32.
+    """Resample the position embeddings of a square grid of M x M patches to another grid, bicubically.
 
     DINOv2's published models use two modes. Those without registers pass ``(patches + 0.1) / M`` as scale factor
     (``offset=0.1, antialias=False``): the offset was meant to guard the output size against rounding, but it moves the
@@ -26,7 +26,7 @@ def interpolate_position_embedding(
         antialias: smooth before going to fewer patches.
 
     Returns:
-        [1, 1 + h * w, D] in the dtype of ``pos_embed``.
+        [1, 1 + h * w, D] in the dtype of ``pos_embed``; the arithmetic is float32, or float64 for float64.
     """
     size = isqrt(pos_embed.shape[1] - 1)  # M
     if grid == (size, size):
