@@ -1,0 +1,167 @@
+// What every cuda.cu shares. Host: launches on PyTorch's current stream, with every return code checked. Device: 16-byte
+// loads and stores, warp reductions. Kernels are launched through cudaLaunchKernel, never <<<>>>, so that a C++ compiler
+// can build the same files against the host stand-in for the CUDA headers in tests/cuda_shim.
+#pragma once
+
+#include <cooperative_groups.h>
+#include <cuda_runtime.h>
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#ifndef DINOV2_CUDA_NAMESPACE  // the tests' stand-in registers the same operators elsewhere
+#define DINOV2_CUDA_NAMESPACE dinov2_kernels_cuda
+#define DINOV2_CUDA_KEY CUDA
+#endif
+
+#define CUDA_CHECK(call)                                                                   \
+  do {                                                                                     \
+    const cudaError_t status = (call);                                                     \
+    STD_TORCH_CHECK(status == cudaSuccess, #call, " failed: ", cudaGetErrorString(status)); \
+  } while (false)
+
+namespace dinov2_kernels::cuda {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <typename T>
+using Accumulate = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Calls f.operator()<T>() with the C++ type of a floating-point dtype.
+template <typename F>
+auto dispatch_floating(ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case ScalarType::Double: return f.template operator()<double>();
+    case ScalarType::Float: return f.template operator()<float>();
+    case ScalarType::BFloat16: return f.template operator()<BFloat16>();
+    case ScalarType::Half: return f.template operator()<Half>();
+    default: STD_TORCH_CHECK(false, "expected float64, float32, bfloat16 or float16, got ", toString(dtype));
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------- launching
+
+// PyTorch's current stream of a device. Looked up at run time: the CPU build of PyTorch, beside which this file is
+// compiled too, has no such symbol.
+inline cudaStream_t current_stream(int device) {
+#ifdef __CUDACC__
+  using Function = AOTITorchError (*)(int32_t, void**);
+  static const Function get = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return reinterpret_cast<Function>(library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr);
+  }();
+  STD_TORCH_CHECK(get != nullptr, "this build of PyTorch has no CUDA");
+  void* stream = nullptr;
+  STD_TORCH_CHECK(get(device, &stream) == 0, "PyTorch gave no CUDA stream for device ", device);
+  return static_cast<cudaStream_t>(stream);
+#else
+  return nullptr;
+#endif
+}
+
+// Runs a kernel on the device of `tensor` with `blocks` blocks of `threads` threads; nothing at all for 0 blocks.
+template <typename... Params>
+void launch(const Tensor& tensor, int64_t blocks, int threads, void (*kernel)(Params...),
+            std::type_identity_t<Params>... params) {
+  if (blocks == 0) return;
+  const int device = tensor.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* pointers[] = {&params...};
+  CUDA_CHECK(cudaLaunchKernel(kernel, dim3(blocks), dim3(threads), pointers, 0, current_stream(device)));
+}
+
+// The same with as many blocks as the device holds at once, which may then synchronise across the grid.
+template <typename... Params>
+void launch_cooperative(const Tensor& tensor, int threads, void (*kernel)(Params...),
+                        std::type_identity_t<Params>... params) {
+  const int device = tensor.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  int processors = 0, blocks = 0;
+  CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0));
+  void* pointers[] = {&params...};
+  CUDA_CHECK(cudaLaunchCooperativeKernel(kernel, dim3(processors * blocks), dim3(threads), pointers, 0,
+                                         current_stream(device)));
+}
+
+// ----------------------------------------------------------------------------------------------------- on the device
+
+constexpr int WARP = 32;
+
+template <typename T>
+constexpr int PER_LOAD = 16 / sizeof(T);  // values in a 16-byte load
+
+// N neighbouring values as memory holds them; kernels convert them one by one, when they use them.
+template <typename T, int N>
+struct alignas(16) Pack {
+  T value[N];
+};
+
+inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+// The N values of a row of `length` from `start` on; `fill` past the end. Set `aligned` where the row starts on a 16-byte
+// boundary and its length is a multiple of N.
+template <int N, typename T>
+__device__ Pack<T, N> load(const T* row, int64_t start, int64_t length, bool aligned, T fill) {
+  if (aligned && start < length) return *reinterpret_cast<const Pack<T, N>*>(row + start);
+  Pack<T, N> pack;
+  for (int i = 0; i < N; ++i) pack.value[i] = start + i < length ? row[start + i] : fill;
+  return pack;
+}
+
+template <typename T, int N>
+__device__ void store(T* row, const Pack<T, N>& pack, int64_t start, int64_t length, bool aligned) {
+  if (aligned && start < length) {
+    *reinterpret_cast<Pack<T, N>*>(row + start) = pack;
+  } else {
+    for (int i = 0; i < N; ++i)
+      if (start + i < length) row[start + i] = pack.value[i];
+  }
+}
+
+// A sum of exponentials on the way: sum = sum_i exp((z_i - max) * scale) over the z_i seen so far.
+template <typename A>
+struct ExpSum {
+  A max, sum;
+
+  // Of nothing yet. The lowest finite maximum, since -infinity would give exp(-infinity + infinity).
+  static __device__ ExpSum empty() { return {std::numeric_limits<A>::lowest(), 0}; }
+
+  template <int N>
+  __device__ void add(const A (&z)[N], A scale) {
+    A larger = max;
+    for (int i = 0; i < N; ++i) larger = std::fmax(larger, z[i]);
+    sum *= std::exp((max - larger) * scale);
+    for (int i = 0; i < N; ++i) sum += std::exp((z[i] - larger) * scale);
+    max = larger;
+  }
+
+  __device__ void merge(const ExpSum& other, A scale) {
+    const A larger = std::fmax(max, other.max);
+    sum = sum * std::exp((max - larger) * scale) + other.sum * std::exp((other.max - larger) * scale);
+    max = larger;
+  }
+};
+
+// The merged sums of a warp's lanes, in every lane.
+template <typename A>
+__device__ ExpSum<A> warp_merge(ExpSum<A> own) {
+  for (int distance = WARP / 2; distance > 0; distance /= 2) {
+    const ExpSum<A> other{__shfl_xor_sync(~0u, own.max, distance), __shfl_xor_sync(~0u, own.sum, distance)};
+    own.merge(other, A(1));
+  }
+  return own;
+}
+
+}  // namespace dinov2_kernels::cuda

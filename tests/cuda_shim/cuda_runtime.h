@@ -1,0 +1,321 @@
+// A stand-in for the CUDA runtime: with it a C++ compiler builds csrc/*/cuda.cu and the CPU runs the kernels, so that
+// their values and memory accesses are tested where there is no GPU.
+//
+//     g++ -x c++ -std=c++20 -I tests/cuda_shim -I csrc ... csrc/sinkhorn/cuda.cu
+//
+// It holds the subset of CUDA that our kernels use. A block is an operating-system thread, so that `__shared__` can be
+// `thread_local`; a thread of the block is a fiber, run until it waits at a barrier or a shuffle. One fiber of one block
+// runs at a time, in the order of their numbers, or backwards where CUDA_SHIM_ORDER=reverse: a kernel that lacks a barrier
+// gives wrong values in one of the two orders, on every run. A barrier that some thread never reaches fails the launch,
+// naming the lines where the threads wait; it does not hang.
+//
+// Built with -fsanitize=address,bounds,alignment: AddressSanitizer watches global and dynamic shared memory, the bounds
+// checker static shared arrays, the alignment checker vector loads. Not modelled: timing, caches, the accuracy of
+// approximate intrinsics.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <semaphore>
+#include <source_location>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#else
+inline void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
+inline void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
+#endif
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  int64_t volume() const { return int64_t(x) * y * z; }
+  dim3 position(int64_t i) const { return {unsigned(i % x), unsigned(i / x % y), unsigned(i / x / y)}; }
+};
+
+enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration, cudaErrorLaunchFailure };
+
+namespace cuda_shim {
+
+constexpr int WARP = 32, MAX_THREADS = 1024, MAX_SHARED_BYTES = 227 * 1024;
+constexpr int PROCESSORS = 2, BLOCKS_PER_PROCESSOR = 2;  // what the occupancy queries answer
+constexpr size_t STACK_BYTES = 128 * 1024;
+
+inline bool reverse_order() {
+  const char* order = std::getenv("CUDA_SHIM_ORDER");
+  return order && order == std::string("reverse");
+}
+
+enum State { READY, AT_WARP, AT_BLOCK, AT_GRID, FINISHED };
+
+// A CUDA thread.
+struct Fiber {
+  dim3 index;
+  State state = READY;
+  std::source_location where;  // the barrier it waits at
+  unsigned mask = 0;           // the lanes that meet at a warp's barrier
+  uint64_t offer[2] = {};      // to other lanes in a shuffle; two, as a fast lane may be one shuffle ahead
+  int shuffles = 0;
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+};
+
+class Block {
+ public:
+  dim3 index, size, grid;
+  std::unique_ptr<char[]> dynamic_shared;
+  std::vector<Fiber> fibers;
+  Fiber* running = nullptr;
+  std::string error;  // why the block cannot go on
+
+  Block(dim3 index, dim3 size, dim3 grid, size_t shared_bytes, std::function<void()> kernel)
+      : index(index), size(size), grid(grid), dynamic_shared(new char[shared_bytes]), fibers(size.volume()),
+        kernel_(std::move(kernel)), thread_([this] { serve(); }) {
+    std::memset(dynamic_shared.get(), 0xff, shared_bytes);  // NaN
+  }
+
+  ~Block() {
+    stop_ = true;
+    resume_.release();
+    thread_.join();
+  }
+
+  // Runs the block until all its threads have finished, or all wait for the grid, or none can go on (`error`).
+  void run() {
+    resume_.release();
+    paused_.acquire();
+  }
+
+  bool all(State state) const {
+    return std::all_of(fibers.begin(), fibers.end(), [&](const Fiber& f) { return f.state == state; });
+  }
+
+  // Called by the running fiber: lets others run until the barrier opens.
+  void wait(State state, std::source_location where, unsigned mask = 0) {
+    running->state = state, running->where = where, running->mask = mask;
+    void* fake_stack = nullptr;
+    __sanitizer_start_switch_fiber(state == FINISHED ? nullptr : &fake_stack, stack_, stack_size_);
+    swapcontext(&running->context, &scheduler_);
+    __sanitizer_finish_switch_fiber(fake_stack, &stack_, &stack_size_);
+  }
+
+  Fiber& lane(unsigned number) { return fibers[(running - fibers.data()) / WARP * WARP + number]; }
+
+  static thread_local Block* current;
+
+ private:
+  void serve() {
+    current = this;
+    for (size_t i = 0; i < fibers.size(); ++i) {
+      Fiber& fiber = fibers[i];
+      fiber.index = size.position(i);
+      fiber.stack.reset(new char[STACK_BYTES]);
+      getcontext(&fiber.context);
+      fiber.context.uc_stack.ss_sp = fiber.stack.get();
+      fiber.context.uc_stack.ss_size = STACK_BYTES;
+      makecontext(&fiber.context, &Block::enter, 0);
+    }
+    for (resume_.acquire(); !stop_; resume_.acquire()) {
+      for (Fiber& fiber : fibers) fiber.state = READY;  // at the start, or past the grid barrier
+      schedule();
+      paused_.release();
+    }
+  }
+
+  static void enter() {
+    __sanitizer_finish_switch_fiber(nullptr, &current->stack_, &current->stack_size_);
+    current->kernel_();
+    current->wait(FINISHED, {});
+  }
+
+  void schedule() {
+    const bool reverse = reverse_order();
+    do {
+      for (size_t i = 0; i < fibers.size(); ++i) {
+        running = &fibers[reverse ? fibers.size() - 1 - i : i];
+        if (running->state == READY) switch_to(*running);
+      }
+    } while (open_barriers());
+    if (!all(FINISHED) && !all(AT_GRID)) error = describe();
+  }
+
+  void switch_to(Fiber& fiber) {
+    void* fake_stack = nullptr;
+    __sanitizer_start_switch_fiber(&fake_stack, fiber.stack.get(), STACK_BYTES);
+    swapcontext(&scheduler_, &fiber.context);
+    __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
+  }
+
+  // Opens the barriers that all their threads have reached; whether there were any.
+  bool open_barriers() {
+    std::vector<Fiber*> everyone;
+    for (Fiber& fiber : fibers) everyone.push_back(&fiber);
+    bool opened = open(AT_BLOCK, everyone);
+    for (size_t i = 0; i < fibers.size(); ++i) {
+      if (fibers[i].state != AT_WARP) continue;
+      std::vector<Fiber*> lanes;
+      for (size_t lane = 0; lane < WARP && i / WARP * WARP + lane < fibers.size(); ++lane)
+        if (fibers[i].mask >> lane & 1) lanes.push_back(&fibers[i / WARP * WARP + lane]);
+      opened |= open(AT_WARP, lanes);
+    }
+    return opened;
+  }
+
+  static bool open(State state, const std::vector<Fiber*>& members) {
+    for (const Fiber* f : members)
+      if (f->state != state || f->mask != members[0]->mask || f->where.line() != members[0]->where.line()) return false;
+    for (Fiber* f : members) f->state = READY;
+    return true;
+  }
+
+  std::string describe() const {
+    std::map<std::string, size_t> first;  // thread in each situation
+    for (size_t i = 0; i < fibers.size(); ++i) {
+      const char* barrier[] = {"", "a warp barrier or shuffle", "__syncthreads", "the grid barrier"};
+      const Fiber& f = fibers[i];
+      const std::string line = std::string(f.where.file_name()) + ":" + std::to_string(f.where.line());
+      first.emplace(f.state == FINISHED ? "has finished" : "waits at " + (barrier[f.state] + (" in " + line)), i);
+    }
+    std::string text = "deadlock in block " + std::to_string(index.x);
+    for (const auto& [situation, i] : first) text += "; thread " + std::to_string(i) + " " + situation;
+    return text;
+  }
+
+  std::function<void()> kernel_;
+  ucontext_t scheduler_;
+  const void* stack_ = nullptr;  // of the scheduler
+  size_t stack_size_ = 0;
+  bool stop_ = false;
+  std::binary_semaphore resume_{0}, paused_{0};
+  std::thread thread_;
+};
+inline thread_local Block* Block::current = nullptr;
+
+// --------------------------------------------------------------------------------------------------------------- launch
+
+inline thread_local std::string last_error;
+
+inline cudaError_t run_together(std::vector<std::unique_ptr<Block>>& blocks) {
+  const bool reverse = reverse_order();
+  while (true) {
+    for (size_t i = 0; i < blocks.size(); ++i) {
+      Block& block = *blocks[reverse ? blocks.size() - 1 - i : i];
+      block.run();
+      if (!(last_error = block.error).empty()) return cudaErrorLaunchFailure;
+    }
+    const auto finished = std::count_if(blocks.begin(), blocks.end(), [](auto& b) { return b->all(FINISHED); });
+    if (size_t(finished) == blocks.size()) return cudaSuccess;
+    if (finished > 0) {
+      last_error = "deadlock: some blocks wait at the grid barrier, others have finished";
+      return cudaErrorLaunchFailure;
+    }
+  }
+}
+
+template <typename... P>
+cudaError_t launch(bool together, void (*kernel)(P...), dim3 grid, dim3 size, void** arguments, size_t shared_bytes) {
+  const int64_t count = grid.volume(), threads = size.volume();
+  if (count < 1 || threads < 1 || threads > MAX_THREADS || shared_bytes > MAX_SHARED_BYTES ||
+      (together && count > PROCESSORS * BLOCKS_PER_PROCESSOR)) {
+    last_error = "invalid launch configuration";
+    return cudaErrorInvalidConfiguration;
+  }
+  const std::function<void()> call = [&]<size_t... I>(std::index_sequence<I...>) {
+    return [=] { kernel(*static_cast<P*>(arguments[I])...); };
+  }(std::index_sequence_for<P...>());
+  std::vector<std::unique_ptr<Block>> blocks;
+  for (int64_t i = 0; i < count; ++i) {
+    blocks.push_back(std::make_unique<Block>(grid.position(i), size, grid, shared_bytes, call));
+    if (together && i + 1 < count) continue;
+    if (const cudaError_t status = run_together(blocks); status != cudaSuccess) return status;
+    blocks.clear();
+  }
+  return cudaSuccess;
+}
+
+template <typename T>
+T exchange(unsigned mask, T value, unsigned source, std::source_location where) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  Block& block = *Block::current;
+  const int slot = block.running->shuffles++ % 2;
+  std::memcpy(&block.running->offer[slot], &value, sizeof(T));
+  block.wait(AT_WARP, where, mask);
+  std::memcpy(&value, &block.lane(source).offer[slot], sizeof(T));
+  return value;
+}
+
+inline unsigned lane_number() { return (Block::current->running - Block::current->fibers.data()) % WARP; }
+
+}  // namespace cuda_shim
+
+// ------------------------------------------------------------------------------------------------- the names of CUDA
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static thread_local
+#define DYNAMIC_SHARED(T, name) T* name = reinterpret_cast<T*>(cuda_shim::Block::current->dynamic_shared.get())
+
+#define threadIdx (cuda_shim::Block::current->running->index)
+#define blockIdx (cuda_shim::Block::current->index)
+#define blockDim (cuda_shim::Block::current->size)
+#define gridDim (cuda_shim::Block::current->grid)
+
+inline void __syncthreads(std::source_location where = std::source_location::current()) {
+  cuda_shim::Block::current->wait(cuda_shim::AT_BLOCK, where);
+}
+
+inline void __syncwarp(unsigned mask = ~0u, std::source_location where = std::source_location::current()) {
+  cuda_shim::Block::current->wait(cuda_shim::AT_WARP, where, mask);
+}
+
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int lane, std::source_location where = std::source_location::current()) {
+  return cuda_shim::exchange(mask, value, lane, where);
+}
+
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes, std::source_location where = std::source_location::current()) {
+  return cuda_shim::exchange(mask, value, cuda_shim::lane_number() ^ lanes, where);
+}
+
+using cudaStream_t = void*;
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+
+inline const char* cudaGetErrorString(cudaError_t) { return cuda_shim::last_error.c_str(); }
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = cuda_shim::PROCESSORS;
+  return cudaSuccess;
+}
+
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
+  *blocks = cuda_shim::BLOCKS_PER_PROCESSOR;
+  return cudaSuccess;
+}
+
+template <typename... P>
+cudaError_t cudaLaunchKernel(void (*kernel)(P...), dim3 grid, dim3 block, void** arguments, size_t shared_bytes,
+                             cudaStream_t) {
+  return cuda_shim::launch(false, kernel, grid, block, arguments, shared_bytes);
+}
+
+template <typename... P>
+cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(P...), dim3 grid, dim3 block, void** arguments,
+                                        size_t shared_bytes, cudaStream_t) {
+  return cuda_shim::launch(true, kernel, grid, block, arguments, shared_bytes);
+}
