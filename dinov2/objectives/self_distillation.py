@@ -52,9 +52,8 @@ from dinov2.objectives.batch import MaskedPatches, check_shapes
 from dinov2.objectives.centering import make_centering
 from dinov2.objectives.config import ObjectiveConfig
 from dinov2.objectives.networks import check_networks, features, head_logits, num_prototypes
-from dinov2_kernels.cross_entropy import soft_cross_entropy
+from dinov2_kernels import koleo_loss, soft_cross_entropy
 from dinov2_kernels.cross_entropy.reference import cross_entropy, soft_targets
-from dinov2_kernels.koleo import koleo_loss
 
 
 class SelfDistillation(nn.Module):

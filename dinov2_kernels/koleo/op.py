@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def koleo_loss(x: Tensor, *, eps: float = 1e-8, group: dist.ProcessGroup | None 
     _check(x)
     if not eps > 0:
         raise ValueError(f"eps: expected a number above 0, got {eps}")
-    with torch.autocast(x.device.type, enabled=False):
+    with _autocast_disabled(x.device.type):
         rows = reference.unit_rows(x, eps)
         candidates, first = _gather(rows, group)
         return reference.koleo_loss(rows, candidates, first, eps)
@@ -62,12 +63,19 @@ def nearest_neighbors(x: Tensor, k: int = 1, *, group: dist.ProcessGroup | None 
         TypeError, ValueError: an argument is not as described.
     """
     _check(x)
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), _autocast_disabled(x.device.type):
         rows = reference.unit_rows(x)
         candidates, first = _gather(rows, group)
         if not 1 <= k < len(candidates):
             raise ValueError(f"k: expected 1 to {len(candidates) - 1} neighbours of {len(candidates)} rows, got {k}")
         return reference.nearest_neighbors(rows, candidates, k, first)
+
+
+def _autocast_disabled(device_type: str) -> AbstractContextManager[object]:
+    """Keeps the product of float32 rows in float32; the meta device knows no autocast."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def _gather(rows: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, int]:

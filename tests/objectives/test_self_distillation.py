@@ -275,6 +275,20 @@ def test_heads_see_class_tokens_and_masked_patches_only() -> None:
     }
 
 
+@pytest.mark.parametrize("centering", ["softmax", "sinkhorn_knopp"])
+def test_a_step_never_asks_the_device_for_a_value(centering: Any) -> None:
+    """Meta tensors have no values: whatever would wait for a GPU raises on them. The masks stay on the host."""
+    objective = make_objective(ObjectiveConfig(centering=centering), True).float().to("meta")
+    batch = {name: tensor.float().to("meta") if name != "masks" else tensor for name, tensor in random_batch().items()}
+    losses = objective(batch, TEMPERATURE)
+    losses["total"].backward()
+    objective.update_teacher(0.9)
+    statistics = objective.collapse_statistics(batch["global_crops"], TEMPERATURE)
+    assert all(value.is_meta and value.shape == () for value in (losses | statistics).values())
+    with pytest.raises(NotImplementedError, match="nonzero"):
+        objective(batch | {"masks": batch["masks"].to("meta")}, TEMPERATURE)
+
+
 def test_evaluation_mode_moves_no_centre() -> None:
     objective = make_objective(ObjectiveConfig(), True).eval()
     first = objective(random_batch(), TEMPERATURE)
