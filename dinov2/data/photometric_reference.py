@@ -42,7 +42,8 @@ def gaussian_blur(image: RGBImage, sigma: float, kernel_size: int) -> RGBImage:
     padded = np.pad(image.astype(np.float64), ((radius, radius), (radius, radius), (0, 0)), mode="reflect")
     rows = np.sum([weight * padded[:, i : i + width] for i, weight in enumerate(kernel)], axis=0)
     blurred = np.sum([weight * rows[i : i + height] for i, weight in enumerate(kernel)], axis=0)  # [H, W, 3]
-    return np.rint(blurred).astype(np.uint8)
+    rounded: RGBImage = np.rint(blurred).astype(np.uint8)
+    return rounded
 
 
 def flip(image: RGBImage) -> RGBImage:
