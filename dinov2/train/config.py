@@ -7,11 +7,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from dinov2.data import DataConfig
 from dinov2.models import HeadConfig, ViTConfig
 from dinov2.objectives import ObjectiveConfig
+
+Precision = Literal["fp32", "bf16"]
+COUNTS = (
+    "steps",
+    "batch_size",
+    "accumulation_steps",
+    "log_every",
+    "probe_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +91,7 @@ class PretrainConfig:
     """Micro-batches per optimiser step. Gradients are averaged over them, so memory is that of batch_size /
     accumulation_steps images; Sinkhorn-Knopp, centring and KoLeo see one micro-batch at a time, as they see one
     GPU's images in the reference, so prefer larger micro-batches while they fit."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """fp32, or bf16: bfloat16 autocast with float32 weights, optimiser and teacher."""
     device: str = "auto"
     """Where to train: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
@@ -96,11 +107,11 @@ class PretrainConfig:
     """How many of the newest checkpoints to keep."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation_steps", "log_every", "probe_every", "checkpoint_every"):
+        for name in COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
-        if self.keep_checkpoints < 1:
-            raise ValueError(f"keep_checkpoints must be at least 1, but is {self.keep_checkpoints}")
+        if self.precision not in get_args(Precision):
+            raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, but is {self.precision!r}")
         if self.batch_size % self.accumulation_steps:
             raise ValueError(
                 f"batch_size must be a multiple of accumulation_steps, but {self.batch_size} images"

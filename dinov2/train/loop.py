@@ -1,14 +1,13 @@
 """The training loop.
 
-Everything random in step ``s`` is a pure function of the seed and ``s``: the data (see :func:`dinov2.data.batches`)
-and, because the generator is seeded anew in every step, stochastic depth. A checkpoint therefore holds no generator
-states, a probe that draws random numbers disturbs nothing, and a resumed run repeats the uninterrupted one bit by bit
+Everything random in a micro-batch is a pure function of the seed and its number in the run: the data (see
+:func:`dinov2.data.batches`) and, because PyTorch's generator is seeded anew before each, stochastic depth. A checkpoint
+therefore holds no generator states, a probe that draws random numbers disturbs nothing, and a resumed run repeats the uninterrupted one bit by bit
 (on the CPU; GPUs add up in no fixed order).
 """
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
@@ -58,12 +57,12 @@ class Trainer:
         module's gradient norm before clipping.
         """
         config, settings = self.config, self.schedules(step)
-        torch.manual_seed(step_seed(config.seed, step))
         apply_settings(self.optimizer.param_groups, settings)
         self.optimizer.zero_grad()
+        first = step * config.accumulation_steps
         terms = [
-            self._forward_backward(batch, settings)
-            for batch in itertools.islice(micro_batches, config.accumulation_steps)
+            self._forward_backward(next(micro_batches), settings, number)
+            for number in range(first, first + config.accumulation_steps)
         ]
         norms = {
             f"grad_norm/{name}": nn.utils.clip_grad_norm_(module.parameters(), config.optim.clip_grad_norm)
@@ -73,11 +72,13 @@ class Trainer:
         self.objective.update_teacher(settings.teacher_momentum)
         return {name: torch.stack([term[name] for term in terms]).mean() for name in terms[0]} | norms
 
-    def _forward_backward(self, batch: Batch, settings: StepSettings) -> dict[str, Tensor]:
+    def _forward_backward(self, batch: Batch, settings: StepSettings, number: int) -> dict[str, Tensor]:
+        """Add the gradient of micro-batch ``number`` of the run."""
         crops = batch["global_crops"].to(self.device, non_blocking=True)
         local_crops = batch["local_crops"].to(self.device, non_blocking=True)
         # Masks stay on the host: the number of masked patches is a shape, and asking a GPU for it would wait for it.
         on_device = Batch(global_crops=crops, local_crops=local_crops, masks=batch["masks"])
+        torch.manual_seed(micro_batch_seed(self.config.seed, number))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             terms: dict[str, Tensor] = self.objective(on_device, settings.teacher_temperature)
         (terms["total"] / self.config.accumulation_steps).backward()
@@ -275,6 +276,6 @@ def resolve_device(name: str) -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
-def step_seed(seed: int, step: int) -> int:
-    """Seed of PyTorch's generators in one step, well mixed so that neighbouring steps share nothing."""
-    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> 1)
+def micro_batch_seed(seed: int, number: int) -> int:
+    """Seed of PyTorch's generators for one micro-batch, well mixed so that neighbouring ones share nothing."""
+    return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0] >> 1)

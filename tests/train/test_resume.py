@@ -1,0 +1,185 @@
+"""A resumed run repeats the uninterrupted one bit by bit: after an end, a signal, and a kill in mid-save."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dinov2.train import Interrupted, PretrainConfig, pretrain, read_metrics
+from dinov2.train.checkpoint import CheckpointDirectory, load_checkpoint
+from dinov2.train.loop import Trainer
+
+EXACT = ("total", "dino_local", "dino_global", "koleo", "ibot", "grad_norm/backbone", "target_entropy", "lr")
+
+
+def losses(output: Path) -> list[dict[str, float]]:
+    """Lines of metrics without what depends on the clock; floats survive JSON exactly."""
+    return [{name: line[name] for name in ("step", *EXACT)} for line in read_metrics(output / "metrics.jsonl")]
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    assert losses(first) == losses(second)
+    states = [load_checkpoint(path) for path in (last(first), last(second))]
+    assert states[0]["step"] == states[1]["step"]
+    for part in ("student", "teacher", "objective"):
+        assert states[0][part].keys() == states[1][part].keys()
+        for name, tensor in states[0][part].items():
+            assert torch.equal(tensor, states[1][part][name]), f"{part}.{name}"
+    for index, moments in states[0]["optimizer"]["state"].items():
+        for name, tensor in moments.items():
+            assert torch.equal(tensor, states[1]["optimizer"]["state"][index][name]), f"optimizer {index} {name}"
+
+
+def last(output: Path) -> Path:
+    path = CheckpointDirectory(output / "checkpoints", keep=1).latest()
+    assert path is not None
+    return path
+
+
+class StopsAt:
+    """Sends this process a signal at the end of one step."""
+
+    def __init__(self, step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        original = Trainer.step
+
+        def patched(trainer, index, micro_batches):
+            scalars = original(trainer, index, micro_batches)
+            if index + 1 == step:
+                os.kill(os.getpid(), number)
+            return scalars
+
+        monkeypatch.setattr(Trainer, "step", patched)
+
+
+@pytest.fixture
+def uninterrupted(config: PretrainConfig, tmp_path: Path) -> Path:
+    return pretrain(dataclasses.replace(config, output=tmp_path / "uninterrupted"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"log_every": 3},  # stopped in the middle of an interval of metrics
+        {"accumulation_steps": 2},
+        {"precision": "bf16"},
+    ],
+    ids=lambda changes: "-".join(changes) or "plain",
+)
+def test_a_signal_saves_and_the_run_goes_on_exactly(
+    config: PretrainConfig, changes: dict, number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(config, **changes)
+    uninterrupted = pretrain(dataclasses.replace(config, output=tmp_path / "uninterrupted"))
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with monkeypatch.context() as patched:
+        StopsAt(5, number, patched)
+        with pytest.raises(Interrupted, match=r"stopped after step 5 of 8 and saved .*step_00000005\.pt; .*--resume"):
+            pretrain(config)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert_same_run(uninterrupted, pretrain(config, resume=True))
+
+
+def test_any_number_of_workers_gives_the_same_run(config: PretrainConfig, uninterrupted: Path) -> None:
+    parallel = dataclasses.replace(config, data=dataclasses.replace(config.data, num_workers=2))
+    assert_same_run(uninterrupted, pretrain(parallel))
+
+
+RUN = "import pickle, sys; from dinov2.train import pretrain; pretrain(pickle.load(sys.stdin.buffer))"
+KILLED_WHILE_SAVING = (
+    "import os, signal, sys, torch; save = torch.save\n"
+    "def dies(state, file):\n"
+    "    if state['step'] == 6: file.write(b'half'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
+    "    save(state, file)\n"
+    "torch.save = dies\n" + RUN
+)
+
+
+def start(code: str, config: PretrainConfig) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment
+    )
+    process.stdin.write(pickle.dumps(config))
+    process.stdin.close()
+    return process
+
+
+def test_killed_in_mid_save(config: PretrainConfig, uninterrupted: Path) -> None:
+    assert start(KILLED_WHILE_SAVING, config).wait() == -signal.SIGKILL
+    names = sorted(path.name for path in (config.output / "checkpoints").iterdir())
+    assert names == ["step_00000003.pt", "step_00000006.partial"]
+    assert [line["step"] for line in read_metrics(config.output / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert_same_run(uninterrupted, pretrain(config, resume=True))
+
+
+def test_killed_at_an_arbitrary_moment(config: PretrainConfig, tmp_path: Path) -> None:
+    long = dataclasses.replace(config, steps=60, checkpoint_every=7)
+    process = start(RUN, long)
+    metrics = long.output / "metrics.jsonl"
+    while process.poll() is None and len(read_metrics(metrics)) < 20:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert 14 <= load_checkpoint(last(long.output))["step"] < 60
+    resumed = pretrain(long, resume=True)
+    assert_same_run(pretrain(dataclasses.replace(long, output=tmp_path / "uninterrupted")), resumed)
+
+
+def test_killed_before_the_first_checkpoint(config: PretrainConfig, uninterrupted: Path) -> None:
+    config.output.mkdir()
+    (config.output / "config.json").write_text((uninterrupted / "config.json").read_text())
+    (config.output / "metrics.jsonl").write_text('{"step": 1, "total": 3}\n')
+    assert_same_run(uninterrupted, pretrain(config, resume=True))
+
+
+def test_resume_of_nothing_starts(config: PretrainConfig, uninterrupted: Path) -> None:
+    assert_same_run(uninterrupted, pretrain(config, resume=True))
+
+
+def test_resume_of_a_finished_run_changes_nothing(config: PretrainConfig, uninterrupted: Path) -> None:
+    before = losses(uninterrupted)
+    pretrain(dataclasses.replace(config, output=uninterrupted), resume=True)
+    assert losses(uninterrupted) == before
+
+
+def test_a_longer_run_and_other_intervals_are_allowed(config: PretrainConfig, uninterrupted: Path) -> None:
+    changed = dataclasses.replace(config, output=uninterrupted, steps=10, log_every=2, checkpoint_every=5)
+    lines = losses(pretrain(changed, resume=True))
+    assert [line["step"] for line in lines] == [*range(1, 9), 10]
+
+
+def test_another_configuration_is_refused(config: PretrainConfig, uninterrupted: Path) -> None:
+    changed = dataclasses.replace(
+        config, output=uninterrupted, seed=6, optim=dataclasses.replace(config.optim, base_lr=0.5)
+    )
+    with pytest.raises(ValueError, match=r"optim\.base_lr: was 0\.004, now 0\.5\n  seed: was 5, now 6\n.* may change"):
+        pretrain(changed, resume=True)
+
+
+def test_other_images_are_refused(config: PretrainConfig, uninterrupted: Path) -> None:
+    class Images:
+        def __len__(self) -> int:
+            return 21
+
+        def __getitem__(self, index: int):
+            raise AssertionError("never read")
+
+    with pytest.raises(ValueError, match=r"the run was started on 20 images, but .* now holds 21"):
+        pretrain(dataclasses.replace(config, output=uninterrupted), resume=True, dataset=Images())
+
+
+def test_a_damaged_checkpoint_is_named(config: PretrainConfig, uninterrupted: Path) -> None:
+    last(uninterrupted).write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"checkpoint .*step_00000008\.pt cannot be read"):
+        pretrain(dataclasses.replace(config, output=uninterrupted), resume=True)
