@@ -20,9 +20,7 @@ def config(tmp_path: Path) -> PretrainConfig:
         batch_size=4,
         vit=ViTConfig(img_size=16, patch_size=8, embed_dim=32, depth=2, num_heads=2, drop_path_rate=0.3),
         dino_head=HeadConfig(out_dim=64, hidden_dim=32, bottleneck_dim=16),
-        data=DataConfig(
-            num_workers=0, augmentation=AugmentationConfig(global_size=16, local_size=8, local_crops=2)
-        ),
+        data=DataConfig(num_workers=0, augmentation=AugmentationConfig(global_size=16, local_size=8, local_crops=2)),
         optim=OptimConfig(freeze_last_layer_fraction=0.25),
         device="cpu",
         log_every=1,
