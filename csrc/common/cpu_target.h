@@ -1,0 +1,23 @@
+// Which build of the hot code runs on this processor.
+//
+// A file named cpu_kernels.cpp is compiled once per target, everything in it inside `namespace CPU_TARGET`; it holds
+// plain loops over pointers and includes neither PyTorch nor the standard library, because an inline function compiled
+// for AVX-512 may be the copy that the linker keeps for everyone. cpu.cpp declares those functions with
+// FOR_EACH_CPU_TARGET and calls the right one through ON_CPU_TARGET.
+#pragma once
+
+enum class CpuTarget { generic, avx2, avx512 };
+
+// The widest target this processor runs. DINOV2_KERNELS_CPU_TARGET=generic|avx2|avx512 asks for another one, for tests.
+CpuTarget cpu_target();
+
+#if defined(__x86_64__)
+#define FOR_EACH_CPU_TARGET(DECLARE) DECLARE(generic) DECLARE(avx2) DECLARE(avx512)
+#define ON_CPU_TARGET(function) \
+  (cpu_target() == CpuTarget::avx512 ? &avx512::function \
+   : cpu_target() == CpuTarget::avx2 ? &avx2::function   \
+                                     : &generic::function)
+#else
+#define FOR_EACH_CPU_TARGET(DECLARE) DECLARE(generic)
+#define ON_CPU_TARGET(function) (&generic::function)
+#endif

@@ -1,0 +1,154 @@
+// Vectors of float or double, as wide as the target has them, in the vector extension of GCC and Clang: +, -, *,
+// comparisons and ?: work lane by lane, and a * b + c becomes a fused multiply-add where the target has one.
+#pragma once
+
+#include <string.h>
+
+#include "common/dtypes.h"
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define ALWAYS_INLINE __attribute__((always_inline)) static inline
+#pragma GCC diagnostic ignored "-Wpsabi"  // how a call passes vectors: everything here is inlined, nothing is called
+
+namespace CPU_TARGET {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class E, int bytes>
+struct VectorOf {
+  typedef E type __attribute__((vector_size(bytes)));
+};
+
+template <class A>
+using vec = typename VectorOf<A, kVectorBytes>::type;
+
+template <class A>
+constexpr int lanes = kVectorBytes / static_cast<int>(sizeof(A));
+
+// As many doubles as vec<A> has lanes: for sums of very many terms.
+template <class A>
+using wide = typename VectorOf<double, 8 * lanes<A>>::type;
+
+template <class A>
+ALWAYS_INLINE vec<A> broadcast(A x) {
+  return x - vec<A>{};
+}
+
+// ---- A row is whole vectors and a part of one. A loop body is written once, for both.
+
+struct Whole {};
+struct Part {
+  int n;  // elements, fewer than lanes
+};
+
+template <class A, class Body>
+ALWAYS_INLINE void for_each_vector(int64_t begin, int64_t end, Body body) {
+  for (; begin + lanes<A> <= end; begin += lanes<A>) body(begin, Whole{});
+  if (begin < end) body(begin, Part{static_cast<int>(end - begin)});
+}
+
+// ---- loads convert to the accumulation dtype
+
+ALWAYS_INLINE vec<float> load(const float* p, Whole = {}) {
+  vec<float> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+ALWAYS_INLINE vec<double> load(const double* p, Whole = {}) {
+  vec<double> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+ALWAYS_INLINE vec<uint32_t> load_16_bits(const void* p) {
+#if defined(__AVX512F__)
+  return (vec<uint32_t>)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(static_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return (vec<uint32_t>)_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+#else
+  VectorOf<uint16_t, kVectorBytes / 2>::type bits;
+  memcpy(&bits, p, sizeof bits);
+  return __builtin_convertvector(bits, vec<uint32_t>);
+#endif
+}
+
+ALWAYS_INLINE vec<float> load(const bf16* p, Whole = {}) { return (vec<float>)(load_16_bits(p) << 16); }
+
+ALWAYS_INLINE vec<float> load(const fp16* p, Whole = {}) {
+#if defined(__AVX512F__)
+  return (vec<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return (vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  // Exponent and mantissa move to float's places; the factor then moves the exponent's bias from 15 to 127.
+  const vec<uint32_t> half = load_16_bits(p), magnitude = (half & 0x7fff) << 13;
+  const vec<uint32_t> finite = (vec<uint32_t>)((vec<float>)magnitude * 0x1p112f);
+  const vec<uint32_t> inf_or_nan = magnitude | 0x7f800000u;
+  return (vec<float>)((half & 0x8000) << 16 | (magnitude >= 0x7c00u << 13 ? inf_or_nan : finite));
+#endif
+}
+
+// The lanes outside the part hold `fill`.
+template <class T>
+ALWAYS_INLINE vec<accumulate_t<T>> load(const T* p, Part part, accumulate_t<T> fill = 0) {
+  T padded[lanes<accumulate_t<T>>] = {};
+  memcpy(padded, p, part.n * sizeof(T));
+  vec<accumulate_t<T>> v = load(padded);
+  for (int lane = part.n; lane < lanes<accumulate_t<T>>; ++lane) v[lane] = fill;
+  return v;
+}
+
+template <class T>
+ALWAYS_INLINE vec<accumulate_t<T>> load(const T* p, Whole whole, accumulate_t<T>) {
+  return load(p, whole);
+}
+
+template <class A, class V>
+ALWAYS_INLINE void store(A* p, const V& v, Whole = {}) {
+  memcpy(p, &v, sizeof v);
+}
+
+template <class A, class V>
+ALWAYS_INLINE void store(A* p, const V& v, Part part) {
+  memcpy(p, &v, part.n * sizeof(A));
+}
+
+// ---- arithmetic
+
+// A NaN in `a` is passed over, a NaN in `b` stays: one instruction of x86.
+template <class V>
+ALWAYS_INLINE V maximum(V a, V b) {
+  return a > b ? a : b;
+}
+
+template <class A>
+ALWAYS_INLINE A largest_lane(vec<A> v) {
+  A largest = v[0];
+  for (int lane = 1; lane < lanes<A>; ++lane) largest = v[lane] > largest ? v[lane] : largest;
+  return largest;
+}
+
+// ---- doubles beside the vectors
+
+template <class A>
+ALWAYS_INLINE wide<A> widen(vec<A> v) {
+  return __builtin_convertvector(v, wide<A>);
+}
+
+template <class A>
+ALWAYS_INLINE wide<A> load_wide(const double* p) {
+  wide<A> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+}  // namespace CPU_TARGET
