@@ -53,6 +53,8 @@ def load_pretrained(path: str | os.PathLike[str], model: VisionTransformer | Non
                 model = VisionTransformer(_config(file, tensors, source))
             model.to_empty(device="cpu")
         _load(model, tensors)
+    except KeyError as error:
+        raise ValueError(f"{file}: the weights lack {error.args[0]}") from error
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     return model
@@ -102,21 +104,17 @@ def _read(file: Path) -> Any:
 
 def _config(file: Path, tensors: Tensors, source: Source) -> ViTConfig:
     """The configuration in our config.json, else that of the weights with the heads from another library's."""
-    fields = _read_fields(file.with_name(CONFIG)) if file.name in FILES_OF_A_FOLDER else {}
-    if fields.pop("model_type", None) == MODEL_TYPE:
-        return ViTConfig(**fields)
-    num_heads = fields.get("num_attention_heads") or fields.get("model_args", {}).get("num_heads")
-    return config_of(tensors, source, num_heads=num_heads)
-
-
-def _read_fields(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
+    beside = file.with_name(CONFIG)
+    if file.name not in FILES_OF_A_FOLDER or not beside.is_file():
+        return config_of(tensors, source)
     try:
-        fields: dict[str, Any] = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file.name} beside it is not JSON: {error}") from error
-    return fields
+        fields = json.loads(beside.read_text())
+        if fields.pop("model_type", None) == MODEL_TYPE:
+            return ViTConfig(**fields)
+        num_heads = fields.get("num_attention_heads") or fields.get("model_args", {}).get("num_heads")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{CONFIG} beside it cannot be used: {error}") from error
+    return config_of(tensors, source, num_heads=num_heads)
 
 
 def _load(model: VisionTransformer, tensors: Tensors) -> None:

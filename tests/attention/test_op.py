@@ -121,7 +121,7 @@ def test_bad_shapes(shapes: list[tuple[int, ...]], message: str) -> None:
 def test_bad_types() -> None:
     layout = PackedLayout([(3, 4)])
     x = torch.zeros(12, 2, 8)
-    with pytest.raises(TypeError, match="v: expected the dtype of q, torch.float32, got torch.float16"):
+    with pytest.raises(TypeError, match=r"v: expected the dtype of q, torch.float32, got torch.float16"):
         varlen_attention(x, x, x.half(), layout)
     with pytest.raises(TypeError, match=r"q: expected a floating-point tensor, got torch.int64"):
         varlen_attention(x.long(), x.long(), x.long(), layout)

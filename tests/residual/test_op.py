@@ -31,9 +31,17 @@ class MeanMixer(nn.Module):
 
 @pytest.mark.parametrize(
     ("samples", "rate", "kept"),
-    # The last three: 90 * (1 - 0.3) is 62.99999999999999 in floating point, and so on.
-    [(10, 0.5, 5), (10, 0.1, 9), (7, 0.4, 4), (1, 0.9, 1), (3, 0.99, 1), (0, 0.3, 0)]
-    + [(90, 0.3, 62), (170, 0.3, 118), (180, 0.3, 125)],
+    [
+        (10, 0.5, 5),
+        (10, 0.1, 9),
+        (7, 0.4, 4),
+        (1, 0.9, 1),
+        (3, 0.99, 1),
+        (0, 0.3, 0),
+        (90, 0.3, 62),  # 90 * (1 - 0.3) is 62.99999999999999 in floating point; the next two likewise
+        (170, 0.3, 118),
+        (180, 0.3, 125),
+    ],
 )
 def test_number_of_kept_samples(samples: int, rate: float, kept: int) -> None:
     assert num_kept_samples(samples, rate) == kept
