@@ -233,16 +233,31 @@ def test_workers_use_one_thread() -> None:
     assert images_of(batch) == [16 + 1] * 4  # OpenCV reports 1 for "no thread pool"
 
 
-def test_ctrl_c_stops_the_workers_quietly() -> None:
+def test_ctrl_c_is_for_the_training_process_alone() -> None:
+    """A first Ctrl-C, which the training process handles, leaves the workers at work; a second ends all of them."""
     program = textwrap.dedent(
         """
+        import signal
         import numpy as np
         from dinov2.data import AugmentationConfig, DataConfig, batches
+
+        def handled(*_):
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            print("handled", flush=True)
+
+        signal.signal(signal.SIGINT, handled)
         images = np.zeros((10, 40, 40, 3), np.uint8)
         config = DataConfig(augmentation=AugmentationConfig(global_size=32, local_size=16), num_workers=2)
-        for step, _ in enumerate(batches(images, config, batch_size=4, patch_size=8, seed=0)):
-            if step == 5:
-                print("running", flush=True)
+        stream = batches(images, config, batch_size=4, patch_size=8, seed=0)
+        next(stream)
+        print("running", flush=True)
+        while signal.getsignal(signal.SIGINT) is handled:
+            next(stream)
+        for _ in range(20):  # more than was prepared before the signal
+            next(stream)
+        print("still running", flush=True)
+        while True:
+            next(stream)
         """
     )
     process = subprocess.Popen(
@@ -255,6 +270,9 @@ def test_ctrl_c_stops_the_workers_quietly() -> None:
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "running\n"
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.stdout.readline() == "handled\n"
+    assert process.stdout.readline() == "still running\n"
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == -signal.SIGINT
