@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from math import isqrt
-from typing import Any
 
 from dinov2.models.config import ViTConfig
 from dinov2.models.state_dict_formats import Source, Tensors
@@ -27,12 +26,12 @@ def config_of(tensors: Tensors, source: Source, *, num_heads: int | None = None)
         KeyError: the weights lack a part of the model.
         ValueError: they do not tell the number of heads.
     """
-    projection, fc_out = tensors["patch_embed.proj.weight"], _last_linear(tensors)
-    embed_dim, in_chans, patch_size, _ = projection.shape
+    embed_dim, in_chans, patch_size, _ = tensors["patch_embed.proj.weight"].shape
     registers = tensors["register_tokens"].shape[1] if "register_tokens" in tensors else 0
     if num_heads is None and embed_dim % HEAD_WIDTH:
         raise ValueError(f"a width of {embed_dim} does not tell the number of heads: config.json must")
     gated = "blocks.0.mlp.w3.weight" in tensors
+    last_linear = "blocks.0.mlp.w3" if gated else "blocks.0.mlp.fc2"
     offset, antialias = _interpolation(source, registers)
     return ViTConfig(
         img_size=isqrt(tensors["pos_embed"].shape[1] - 1) * patch_size,
@@ -41,21 +40,16 @@ def config_of(tensors: Tensors, source: Source, *, num_heads: int | None = None)
         embed_dim=embed_dim,
         depth=1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")),
         num_heads=num_heads or embed_dim // HEAD_WIDTH,
-        mlp_ratio=_mlp_ratio(embed_dim, fc_out.shape[1], gated),
+        mlp_ratio=_mlp_ratio(embed_dim, tensors[f"{last_linear}.weight"].shape[1], gated),
         ffn="swiglu" if gated else "mlp",
         qkv_bias="blocks.0.attn.qkv.bias" in tensors,
         proj_bias="blocks.0.attn.proj.bias" in tensors,
-        ffn_bias="blocks.0.mlp.w3.bias" in tensors or "blocks.0.mlp.fc2.bias" in tensors,
+        ffn_bias=f"{last_linear}.bias" in tensors,
         init_values=1e-5 if "blocks.0.ls1.gamma" in tensors else None,
         num_register_tokens=registers,
         interpolate_offset=offset,
         interpolate_antialias=antialias,
     )
-
-
-def _last_linear(tensors: Tensors) -> Any:
-    gated = tensors.get("blocks.0.mlp.w3.weight")
-    return tensors["blocks.0.mlp.fc2.weight"] if gated is None else gated
 
 
 def _mlp_ratio(embed_dim: int, hidden: int, gated: bool) -> float:

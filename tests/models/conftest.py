@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dinov2.models import ViTConfig, VisionTransformer
+from dinov2.models import VisionTransformer, ViTConfig
 
 
 @pytest.fixture

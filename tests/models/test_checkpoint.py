@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from dinov2.models import ViTConfig, VisionTransformer, load_pretrained, save_pretrained
+from dinov2.models import VisionTransformer, ViTConfig, load_pretrained, save_pretrained
 
 TinyViT = Callable[..., VisionTransformer]
 WIDE = {"embed_dim": 128}  # two heads of width 64: what shapes alone can tell

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dinov2.models import ViTConfig, VisionTransformer, vit_base, vit_giant2, vit_large, vit_small
+from dinov2.models import VisionTransformer, ViTConfig, vit_base, vit_giant2, vit_large, vit_small
 
 TinyViT = Callable[..., VisionTransformer]
 
