@@ -52,10 +52,12 @@ auto dispatch_floating(ScalarType dtype, const F& f) {
 
 // ---------------------------------------------------------------------------------------------------------- launching
 
+#ifdef __CUDACC__
+using torch::stable::accelerator::DeviceGuard;
+
 // PyTorch's current stream of a device. Looked up at run time: the CPU build of PyTorch, beside which this file is
 // compiled too, has no such symbol.
 inline cudaStream_t current_stream(int device) {
-#ifdef __CUDACC__
   using Function = AOTITorchError (*)(int32_t, void**);
   static const Function get = [] {
     void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
@@ -65,10 +67,14 @@ inline cudaStream_t current_stream(int device) {
   void* stream = nullptr;
   STD_TORCH_CHECK(get(device, &stream) == 0, "PyTorch gave no CUDA stream for device ", device);
   return static_cast<cudaStream_t>(stream);
-#else
-  return nullptr;
-#endif
 }
+#else  // under the stand-in there is one device, the CPU
+struct DeviceGuard {
+  explicit DeviceGuard(int) {}
+};
+
+inline cudaStream_t current_stream(int) { return nullptr; }
+#endif
 
 // Runs a kernel on the device of `tensor` with `blocks` blocks of `threads` threads; nothing at all for 0 blocks.
 template <typename... Params>
@@ -76,7 +82,7 @@ void launch(const Tensor& tensor, int64_t blocks, int threads, void (*kernel)(Pa
             std::type_identity_t<Params>... params) {
   if (blocks == 0) return;
   const int device = tensor.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
+  const DeviceGuard guard(device);
   void* pointers[] = {&params...};
   CUDA_CHECK(cudaLaunchKernel(kernel, dim3(blocks), dim3(threads), pointers, 0, current_stream(device)));
 }
@@ -86,7 +92,7 @@ template <typename... Params>
 void launch_cooperative(const Tensor& tensor, int threads, void (*kernel)(Params...),
                         std::type_identity_t<Params>... params) {
   const int device = tensor.get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(device);
+  const DeviceGuard guard(device);
   int processors = 0, blocks = 0;
   CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
   CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, 0));

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from dinov2_kernels.sinkhorn.reference import accumulation_dtype
 
+MANY_ROWS = 1024  # from here on rows share a read of the bias: there are enough of them for every multiprocessor
+
 _LOWEST = tl.constexpr(-3.0e38)  # where a running maximum starts: -inf would give exp(-inf + inf)
 
 
@@ -39,7 +41,7 @@ def column_mass(logits: Tensor, temperature: float, bias: Tensor) -> Tensor:
     B, K = logits.shape
     row_norm = torch.empty(2, B, dtype=bias.dtype, device=logits.device)  # [2, B]: maximum, sum of exponentials
     out = torch.empty(K, dtype=bias.dtype, device=logits.device)  # [K]
-    rows = 1 if B < 1024 else 4  # rows that share a read of the bias, as soon as there are rows enough for every SM
+    rows = 1 if B < MANY_ROWS else 4  # of a program
     shape = {"ROWS": rows, "COLUMNS": 8192 // rows, "num_warps": 8}
     with torch.cuda.device_of(logits):
         _row_norm[(triton.cdiv(B, rows),)](logits, bias, row_norm, B, K, 1 / temperature, **shape)

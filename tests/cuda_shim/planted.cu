@@ -65,8 +65,8 @@ int main(int, char** arguments) {
   for (int block = 0; block < BLOCKS; ++block)
     for (int i = 0; i < THREADS; ++i)
       if (out[block * THREADS + i] != expected(block, i) + (i == 1 ? expected((block + 1) % BLOCKS, 0) : 0))
-        return std::puts("wrong values"), 1;
+        return std::puts("the values are wrong"), 1;
   delete[] in;
   delete[] out;
-  return std::puts("right"), 0;
+  return std::puts("the values are right"), 0;
 }

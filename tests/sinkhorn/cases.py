@@ -1,0 +1,110 @@
+"""What the tests of every backend share: the inputs, and the comparison with the reference in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dinov2_kernels.sinkhorn import reference
+
+
+class Operators(Protocol):
+    """The three raw operators of one backend."""
+
+    def column_logsumexp(self, logits: Tensor, temperature: float) -> Tensor: ...
+    def column_mass(self, logits: Tensor, temperature: float, bias: Tensor) -> Tensor: ...
+    def assign(self, logits: Tensor, temperature: float, bias: Tensor) -> Tensor: ...
+
+
+def operators_of(namespace: str) -> Operators:
+    """The operators that ``torch.ops`` holds under a namespace."""
+    ops = getattr(torch.ops, namespace)
+    return SimpleNamespace(  # type: ignore[return-value]
+        column_logsumexp=ops.sinkhorn_column_logsumexp, column_mass=ops.sinkhorn_column_mass, assign=ops.sinkhorn_assign
+    )
+
+
+SCHEMAS = (
+    "sinkhorn_column_logsumexp(Tensor logits, float temperature) -> Tensor",
+    "sinkhorn_column_mass(Tensor logits, float temperature, Tensor bias) -> Tensor",
+    "sinkhorn_assign(Tensor logits, float temperature, Tensor bias) -> Tensor",
+)
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Logits [B, K], normal times magnitude; `offset` elements past a 16-byte boundary."""
+
+    B: int
+    K: int
+    temperature: float = 0.07
+    magnitude: float = 1.0
+    offset: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.B}x{self.K}-T{self.temperature}-{self.magnitude:g}" + ("-unaligned" if self.offset else "")
+
+    def logits(self, dtype: torch.dtype, device: str = "cpu") -> Tensor:
+        generator = torch.Generator().manual_seed(self.B * 31 + self.K)
+        values = torch.randn(self.B, self.K, dtype=torch.float64, generator=generator) * self.magnitude
+        values = values.clamp(-1e4, 1e4).to(dtype)
+        storage = torch.empty(self.offset + self.B * self.K, dtype=dtype, device=device)
+        return storage[self.offset :].view(self.B, self.K).copy_(values)
+
+
+CASES = (
+    Case(0, 5),  # a process without samples
+    Case(1, 1),
+    Case(1, 37),
+    Case(5, 1),
+    Case(3, 8),  # one 16-byte load a row in bfloat16
+    Case(7, 127),  # prime, odd
+    Case(13, 512),
+    Case(13, 512, offset=1),
+    Case(37, 264, temperature=0.04, magnitude=1e4),
+    Case(2, 9001, temperature=0.04, magnitude=1e4),
+)
+
+
+def assert_matches_reference(operators: Operators, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Every operator: dtype and shape as defined, and an error of at most twice that of plain PyTorch in this dtype."""
+    logits, T = case.logits(dtype, device), case.temperature
+    exact_bias = -reference.column_logsumexp(logits.double(), T) if case.B else torch.zeros(case.K, device=device)
+    bias = exact_bias.to(reference.accumulation_dtype(logits))
+
+    for name, arguments in {"column_logsumexp": (T,), "column_mass": (T, bias), "assign": (T, bias)}.items():
+        define = getattr(reference, name)
+        plain = define(logits, *arguments)
+        exact = define(logits.double(), T, *(x.double() for x in arguments[1:]))
+        value = getattr(operators, name)(logits, *arguments)
+        assert value.dtype == plain.dtype, name
+        assert value.shape == plain.shape, name
+        assert not value.isnan().any(), f"{name}: NaN, or an element that was never written"
+        if not exact.isfinite().all():  # -inf where there are no rows
+            assert torch.equal(value.double(), exact), name
+        elif exact.numel() > 0:
+            # In float64 the reference is no more exact than the kernel: both round x / T.
+            largest = 5 * case.magnitude / T if dtype == torch.float64 else exact.abs().max()
+            rounding = 4 * torch.finfo(value.dtype).eps * largest
+            error, allowed = (value - exact).abs().max(), 2 * (plain - exact).abs().max() + rounding
+            assert error <= allowed, f"{name}: error {error:.2e}, plain PyTorch allows {allowed:.2e}"
+
+
+def launches() -> Iterator[None]:
+    """Every launch whose Triton kernels tests/aot.py compiles, in the shapes of pretraining."""
+    from dinov2_kernels.sinkhorn import triton_kernel
+
+    for dtype in DTYPES:
+        for B in (128, 4096):
+            logits = torch.empty(B, 65536, dtype=dtype, device="meta")
+            bias = torch.empty(65536, dtype=reference.accumulation_dtype(logits), device="meta")
+            yield triton_kernel.column_logsumexp(logits, 0.07)
+            yield triton_kernel.column_mass(logits, 0.07, bias)
+            yield triton_kernel.assign(logits, 0.07, bias)

@@ -1,0 +1,52 @@
+"""Triton and CUDA C++ on a GPU: `make test-gpu`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dinov2_kernels.sinkhorn import reference, triton_kernel
+from tests.sinkhorn.cases import CASES, DTYPES, Case, Operators, assert_matches_reference, operators_of
+
+if not torch.cuda.is_available():
+    pytest.skip("no GPU", allow_module_level=True)
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_outputs")]
+
+LARGE = (
+    Case(128, 65536, temperature=0.04, magnitude=1e4),
+    Case(4900, 8192),
+    Case(1031, 70001),
+)
+
+
+@pytest.fixture(params=["triton", "native"])
+def operators(request: pytest.FixtureRequest) -> Operators:
+    return triton_kernel if request.param == "triton" else operators_of("dinov2_kernels_cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES + LARGE, ids=str)
+def test_values(case: Case, dtype: torch.dtype, operators: Operators) -> None:
+    assert_matches_reference(operators, case, dtype, "cuda")
+
+
+def test_results_do_not_change_from_run_to_run(operators: Operators) -> None:
+    logits = Case(513, 65536).logits(torch.bfloat16, "cuda")
+    bias = -operators.column_logsumexp(logits, 0.07)
+    mass = operators.column_mass(logits, 0.07, bias)
+    for _ in range(10):
+        assert torch.equal(operators.column_logsumexp(logits, 0.07), -bias)
+        assert torch.equal(operators.column_mass(logits, 0.07, bias), mass)
+
+
+def test_more_than_two_to_the_31_elements(operators: Operators) -> None:
+    B, K = 33000, 65552
+    logits = torch.randn(B, K, dtype=torch.bfloat16, device="cuda")
+    bias = torch.zeros(K, device="cuda")
+    lse = operators.column_logsumexp(logits, 0.5)
+    torch.testing.assert_close(lse[-9:], reference.column_logsumexp(logits[:, -9:], 0.5), atol=1e-4, rtol=1e-5)
+    assignments = operators.assign(logits, 0.5, bias)
+    torch.testing.assert_close(assignments[-3:], reference.assign(logits[-3:], 0.5, bias), atol=1e-7, rtol=1e-4)
+    mass = operators.column_mass(logits, 0.5, bias)
+    torch.testing.assert_close(mass, assignments.sum(dim=0), atol=1e-5, rtol=1e-4)
