@@ -117,7 +117,7 @@ class NinjaBuild(build_ext):
             Path(target).parent.mkdir(parents=True, exist_ok=True)
             sources = [ROOT / source for source in extension.sources]
             if extension.name.endswith("_host"):
-                objects = [compile("cxx", source, host) for source in sources]
+                objects = [compile("cxx", source, host, "host.") for source in sources]
                 out.build(str(Path(target).resolve()), "link", objects)
             elif extension.name.endswith("_native_cpu"):
                 objects = []
@@ -144,7 +144,7 @@ def extensions() -> list[Extension]:
         print("No C++ compiler (CXX): installing without compiled kernels; dinov2_kernels.info() tells what runs.")
         return []
     found = [
-        Extension("dinov2_kernels._host", ["csrc/host.cpp"]),
+        Extension("dinov2_kernels._host", sources("host.cpp", "common/*.cpp")),
         Extension("dinov2_kernels._native_cpu", sources("common/*.cpp", "*/cpu.cpp", "*/cpu_kernels.cpp")),
     ]
     if find_nvcc() is not None:

@@ -9,6 +9,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "common/cpu_target.h"
+
 namespace py = pybind11;
 
 namespace {
@@ -112,28 +114,11 @@ constexpr const char* kCompiler = "gcc " __VERSION__;
 constexpr const char* kCompiler = "unknown";
 #endif
 
-// The variants of the CPU kernels that this processor can run, best last.
-py::list runnable_cpu_targets() {
-  py::list targets;
-  targets.append("generic");
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx2) targets.append("avx2");
-  if (avx2 && avx512) targets.append("avx512");
-#endif
-  return targets;
-}
-
 py::dict build_info() {
-  const py::list targets = runnable_cpu_targets();
   py::dict info;
   info["compiler"] = kCompiler;
   info["cxx_standard"] = static_cast<std::int64_t>(__cplusplus);
-  info["cpu_targets"] = targets;
-  info["cpu_target"] = targets[targets.size() - 1];
+  info["cpu_target"] = name_of(cpu_target());
   return info;
 }
 
@@ -145,5 +130,5 @@ PYBIND11_MODULE(_host, module) {
              py::kw_only(), py::arg("seed"), py::arg("min_patches"), py::arg("max_patches"),
              py::arg("min_log_aspect"), py::arg("max_log_aspect"),
              "Block masks, bool [len(counts), height, width]; arguments are checked by dinov2.data.sample_block_masks.");
-  module.def("build_info", &build_info, "Compiler, C++ standard, and the CPU kernel variants that this processor runs.");
+  module.def("build_info", &build_info, "Compiler, C++ standard, and the variant of the CPU kernels that runs on this processor.");
 }

@@ -18,12 +18,15 @@ static CpuTarget widest() {
 static CpuTarget choose() {
   const char* name = std::getenv("DINOV2_KERNELS_CPU_TARGET");
   if (name == nullptr) return widest();
-  const char* const names[] = {"generic", "avx2", "avx512"};
-  for (int target = 0; target <= static_cast<int>(widest()); ++target) {
-    if (names[target] == std::string(name)) return static_cast<CpuTarget>(target);
+  for (const CpuTarget target : {CpuTarget::generic, CpuTarget::avx2, CpuTarget::avx512}) {
+    if (target <= widest() && name == std::string(name_of(target))) return target;
   }
   throw std::runtime_error(std::string("DINOV2_KERNELS_CPU_TARGET: expected generic, avx2 or avx512, as far as this "
                                        "processor has them, got ") + name);
+}
+
+const char* name_of(CpuTarget target) {
+  return target == CpuTarget::avx512 ? "avx512" : target == CpuTarget::avx2 ? "avx2" : "generic";
 }
 
 CpuTarget cpu_target() {

@@ -11,6 +11,8 @@ enum class CpuTarget { generic, avx2, avx512 };
 // The widest target this processor runs. DINOV2_KERNELS_CPU_TARGET=generic|avx2|avx512 asks for another one, for tests.
 CpuTarget cpu_target();
 
+const char* name_of(CpuTarget target);
+
 #if defined(__x86_64__)
 #define FOR_EACH_CPU_TARGET(DECLARE) DECLARE(generic) DECLARE(avx2) DECLARE(avx512)
 #define ON_CPU_TARGET(function) \
