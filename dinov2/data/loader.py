@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import functools
 import itertools
-import signal
+import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
@@ -75,7 +75,7 @@ def batches(
     start_step: int = 0,
     rank: int = 0,
     world_size: int = 1,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Batches without end, from ``start_step`` on.
 
     Every pass over the images has an order of its own, derived from the seed and the number of the pass; batches run
@@ -181,13 +181,13 @@ def _as_is(item: Any) -> Any:
 
 
 def _start_worker(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process, which then stops its workers
+    os.setpgid(0, 0)  # Ctrl-C and SIGTERM to the process group are for the training process, which stops its workers
     import cv2
 
     cv2.setNumThreads(0)  # one thread a worker; PyTorch limits its own
 
 
-def _warn_of_unreadable(loader: DataLoader[tuple[Batch, dict[int, str]]], number: int) -> Iterator[Batch]:
+def _warn_of_unreadable(loader: DataLoader[tuple[Batch, dict[int, str]]], number: int) -> Generator[Batch, None, None]:
     seen: set[int] = set()
     for batch, unreadable in loader:
         if not seen.issuperset(unreadable):

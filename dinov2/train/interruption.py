@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -31,6 +32,7 @@ class StopSignals:
         if self.received:
             raise KeyboardInterrupt
         self.received = True
+        os.write(2, b"\nstopping: this step ends, then a checkpoint is saved; once more stops at once\n")  # signal-safe
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -1,126 +1,21 @@
-"""The training loop.
-
-Everything random in a micro-batch is a pure function of the seed and its number in the run: the data (see
-:func:`dinov2.data.batches`) and, because PyTorch's generator is seeded anew before each, stochastic depth. A checkpoint
-therefore holds no generator states, a probe that draws random numbers disturbs nothing, and a resumed run repeats the uninterrupted one bit by bit
-(on the CPU; GPUs add up in no fixed order).
-"""
+"""A run from start to end: metrics, probes, checkpoints and interruptions around the training step."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-
-from dinov2.data import Batch, ImageDataset, batches, open_dataset
-from dinov2.models import VisionTransformer, save_pretrained
-from dinov2.objectives import SelfDistillation, build_networks
+from dinov2.data import ImageDataset, batches, open_dataset
+from dinov2.models import save_pretrained
 from dinov2.train.checkpoint import CheckpointDirectory, load_checkpoint, non_finite_tensors
 from dinov2.train.config import PretrainConfig
 from dinov2.train.interruption import Interrupted, StopSignals
 from dinov2.train.metrics import MetricsWriter, NonFiniteError, StepScalars, read_metrics, way_back
-from dinov2.train.parameter_groups import apply_settings, parameter_groups
 from dinov2.train.progress import RunDisplay
 from dinov2.train.run_directory import check_run_directory, write_config
-from dinov2.train.schedules import Schedules, StepSettings
-
-Probe = Callable[[VisionTransformer], dict[str, float]]
-"""Measures the teacher's backbone, in eval mode and without gradients, e.g. the k-NN accuracy on labelled images."""
-
-
-class Trainer:
-    """Networks, objective and optimiser of a run, and one optimiser step of it."""
-
-    def __init__(self, config: PretrainConfig) -> None:
-        self.config = config
-        self.device = resolve_device(config.device)
-        torch.manual_seed(config.seed)
-        student, teacher = build_networks(config.vit, config.dino_head, config.ibot_head)
-        self.objective = SelfDistillation(student, teacher, config.objective).to(self.device)
-        self.schedules = Schedules(config)
-        optim = config.optim
-        groups = parameter_groups(
-            student, layer_decay=optim.layer_decay, patch_embed_lr_scale=optim.patch_embed_lr_scale
-        )
-        self.optimizer = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), fused=True)
-
-    def step(self, step: int, micro_batches: Iterator[Batch]) -> dict[str, Tensor]:
-        """One optimiser step over ``accumulation_steps`` micro-batches.
-
-        Returns its scalars, still on the device: the objective's terms (means over micro-batches) and each student
-        module's gradient norm before clipping.
-        """
-        config, settings = self.config, self.schedules(step)
-        apply_settings(self.optimizer.param_groups, settings)
-        self.optimizer.zero_grad()
-        first = step * config.accumulation_steps
-        terms = [
-            self._forward_backward(next(micro_batches), settings, number)
-            for number in range(first, first + config.accumulation_steps)
-        ]
-        norms = {
-            f"grad_norm/{name}": nn.utils.clip_grad_norm_(module.parameters(), config.optim.clip_grad_norm)
-            for name, module in self.objective.student.items()
-        }
-        self.optimizer.step()
-        self.objective.update_teacher(settings.teacher_momentum)
-        return {name: torch.stack([term[name] for term in terms]).mean() for name in terms[0]} | norms
-
-    def _forward_backward(self, batch: Batch, settings: StepSettings, number: int) -> dict[str, Tensor]:
-        """Add the gradient of micro-batch ``number`` of the run."""
-        crops = batch["global_crops"].to(self.device, non_blocking=True)
-        local_crops = batch["local_crops"].to(self.device, non_blocking=True)
-        # Masks stay on the host: the number of masked patches is a shape, and asking a GPU for it would wait for it.
-        on_device = Batch(global_crops=crops, local_crops=local_crops, masks=batch["masks"])
-        torch.manual_seed(micro_batch_seed(self.config.seed, number))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            terms: dict[str, Tensor] = self.objective(on_device, settings.teacher_temperature)
-        (terms["total"] / self.config.accumulation_steps).backward()
-        self._last_crops = crops
-        return {name: term.detach().float() for name, term in terms.items()}
-
-    def collapse_statistics(self, step: int) -> dict[str, float]:
-        """How the targets of the last micro-batch spread over the prototypes; costs a forward pass of the teacher."""
-        statistics = self.objective.collapse_statistics(self._last_crops, self.schedules(step).teacher_temperature)
-        return {name: float(value) for name, value in statistics.items()}
-
-    def measure(self, probe: Probe) -> dict[str, float]:
-        """What ``probe`` says of the teacher's backbone."""
-        with torch.no_grad():
-            return probe(self.teacher_backbone)
-
-    @property
-    def teacher_backbone(self) -> VisionTransformer:
-        """The network that a run is for."""
-        backbone = self.objective.teacher["backbone"]
-        assert isinstance(backbone, VisionTransformer)
-        return backbone
-
-    def state_dict(self) -> dict[str, Any]:
-        """Networks by the names of facebook's files, the objective's own buffers (centres), the optimiser."""
-        own = {
-            name: tensor
-            for name, tensor in self.objective.state_dict().items()
-            if not name.startswith(("student.", "teacher."))
-        }
-        return {
-            "student": self.objective.student.state_dict(),
-            "teacher": self.objective.teacher.state_dict(),
-            "objective": own,
-            "optimizer": self.optimizer.state_dict(),
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` returned."""
-        networks = {f"{role}.{name}": tensor for role in ("student", "teacher") for name, tensor in state[role].items()}
-        self.objective.load_state_dict(networks | state["objective"])
-        self.optimizer.load_state_dict(state["optimizer"])
+from dinov2.train.trainer import Probe, Trainer
 
 
 def pretrain(
@@ -142,7 +37,7 @@ def pretrain(
         Interrupted: Ctrl-C or SIGTERM came; a checkpoint was saved.
     """
     check_run_directory(config, resume=resume)
-    return Run(config, dataset or open_dataset(config.data), probe).train()
+    return Run(config, open_dataset(config.data) if dataset is None else dataset, probe).train()
 
 
 class Run:
@@ -181,17 +76,14 @@ class Run:
             device=str(self.trainer.device),
             start_step=start,
         )
-        try:
-            with self.display, StopSignals() as signals:
-                if start == 0:
-                    self._measure()
-                for step in range(start, config.steps):
-                    self.scalars.append(self.trainer.step(step, micro_batches))
-                    self._after_step()
-                    if signals.received:
-                        self._stop()
-        finally:
-            self.writer.close()
+        with closing(self.writer), closing(micro_batches), self.display, StopSignals() as signals:
+            if start == 0:
+                self._measure()
+            for step in range(start, config.steps):
+                self.scalars.append(self.trainer.step(step, micro_batches))
+                self._after_step()
+                if signals.received and self.finished_steps < config.steps:
+                    self._stop()
         teacher = config.output / "teacher"
         save_pretrained(self.trainer.teacher_backbone, teacher)
         lines = read_metrics(config.output / "metrics.jsonl")
@@ -267,15 +159,3 @@ class Run:
             f"stopped after step {self.finished_steps} of {self.config.steps} and saved {checkpoint};"
             " run the same command with --resume to continue"
         )
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device that ``device`` of the configuration names; ``"auto"`` takes an accelerator if there is one."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-
-
-def micro_batch_seed(seed: int, number: int) -> int:
-    """Seed of PyTorch's generators for one micro-batch, well mixed so that neighbouring ones share nothing."""
-    return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0] >> 1)

@@ -159,7 +159,7 @@ def test_interrupted_by_ctrl_c(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys\n"
         "from dinov2.cli import main\n"
-        "from dinov2.train.loop import Trainer; step = Trainer.step\n"
+        "from dinov2.train.trainer import Trainer; step = Trainer.step\n"
         "def interrupts(self, index, batches): os.kill(os.getpid(), signal.SIGINT); return step(self, index, batches)\n"
         "Trainer.step = interrupts; sys.exit(main(sys.argv[1:]))"
     )

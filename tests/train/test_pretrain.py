@@ -14,7 +14,7 @@ import torch
 from dinov2.models import load_pretrained
 from dinov2.train import NonFiniteError, PretrainConfig, pretrain, read_metrics
 from dinov2.train.checkpoint import load_checkpoint
-from dinov2.train.loop import Trainer, micro_batch_seed
+from dinov2.train.trainer import Trainer, micro_batch_seed
 
 
 def tensors_equal(first: dict, second: dict) -> bool:

@@ -16,7 +16,7 @@ import torch
 
 from dinov2.train import Interrupted, PretrainConfig, pretrain, read_metrics
 from dinov2.train.checkpoint import CheckpointDirectory, load_checkpoint
-from dinov2.train.loop import Trainer
+from dinov2.train.trainer import Trainer
 
 EXACT = ("total", "dino_local", "dino_global", "koleo", "ibot", "grad_norm/backbone", "target_entropy", "lr")
 
@@ -106,9 +106,14 @@ KILLED_WHILE_SAVING = (
 
 
 def start(code: str, config: PretrainConfig) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    """Run ``code`` in a process group of its own, with ``config`` on its standard input."""
     process = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=environment
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+        start_new_session=True,
     )
     process.stdin.write(pickle.dumps(config))
     process.stdin.close()
@@ -126,14 +131,30 @@ def test_killed_in_mid_save(config: PretrainConfig, uninterrupted: Path) -> None
 def test_killed_at_an_arbitrary_moment(config: PretrainConfig, tmp_path: Path) -> None:
     long = dataclasses.replace(config, steps=60, checkpoint_every=7)
     process = start(RUN, long)
-    metrics = long.output / "metrics.jsonl"
-    while process.poll() is None and len(read_metrics(metrics)) < 20:
-        time.sleep(0.01)
+    wait_for_steps(process, long, 20)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert 14 <= load_checkpoint(last(long.output))["step"] < 60
     resumed = pretrain(long, resume=True)
     assert_same_run(pretrain(dataclasses.replace(long, output=tmp_path / "uninterrupted")), resumed)
+
+
+def wait_for_steps(process: subprocess.Popen, config: PretrainConfig, steps: int) -> None:
+    while process.poll() is None and len(read_metrics(config.output / "metrics.jsonl")) < steps:
+        time.sleep(0.01)
+
+
+def test_a_scheduler_stops_the_whole_group(config: PretrainConfig, tmp_path: Path) -> None:
+    """SIGTERM reaches the workers as well; they must live until the training process has saved."""
+    long = dataclasses.replace(
+        config, steps=60, checkpoint_every=60, data=dataclasses.replace(config.data, num_workers=2)
+    )
+    process = start(RUN, long)
+    wait_for_steps(process, long, 3)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert b"Interrupted: stopped after step" in process.stderr.read()
+    process.wait(timeout=60)
+    assert 3 <= load_checkpoint(last(long.output))["step"] < 60
 
 
 def test_killed_before_the_first_checkpoint(config: PretrainConfig, uninterrupted: Path) -> None:
