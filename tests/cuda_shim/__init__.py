@@ -19,27 +19,29 @@ SANITIZE = ["-fsanitize=address,bounds,alignment", "-fno-sanitize-recover=bounds
 
 def build_operators(source: Path, target: Path, *, sanitize: bool) -> None:
     """Compile a cuda.cu into a library that registers its operators for the CPU in the namespace `NAMESPACE`."""
-    torch_root = Path(torch.__file__).parent
-    run(
-        [COMPILER, *FLAGS, *(SANITIZE if sanitize else []), "-shared", "-fPIC", str(source), "-o", str(target)]
-        + [f"-DDINOV2_CUDA_NAMESPACE={NAMESPACE}", "-DDINOV2_CUDA_KEY=CPU", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-        + ["-isystem", str(torch_root / "include"), "-isystem", str(torch_root / "include/torch/csrc/api/include")]
-        + [f"-L{torch_root / 'lib'}", "-ltorch_cpu", "-lc10"]
-    )
+    root = Path(torch.__file__).parent
+    register = [f"-DDINOV2_CUDA_NAMESPACE={NAMESPACE}", "-DDINOV2_CUDA_KEY=CPU"]
+    headers = ["-isystem", f"{root}/include", "-isystem", f"{root}/include/torch/csrc/api/include"]
+    libraries = [f"-L{root}/lib", "-ltorch_cpu", "-lc10"]
+    stable_abi = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+    compile_cuda(source, target, sanitize, ["-shared", "-fPIC", *register, *headers, stable_abi], libraries)
 
 
 def build_program(source: Path, target: Path, *, sanitize: bool) -> None:
-    run([COMPILER, *FLAGS, *(SANITIZE if sanitize else []), str(source), "-o", str(target), "-lpthread"])
+    compile_cuda(source, target, sanitize, [], ["-lpthread"])
 
 
-def run(command: list[str]) -> None:
+def compile_cuda(source: Path, target: Path, sanitize: bool, flags: list[str], libraries: list[str]) -> None:
+    command = [COMPILER, *FLAGS, *(SANITIZE if sanitize else []), *flags, source, "-o", target, *libraries]
     subprocess.run(command, check=True)
 
 
 def sanitizer_environment() -> dict[str, str]:
     """The environment in which Python can load a library built with `sanitize`."""
-    libraries = [
-        subprocess.run([COMPILER, f"-print-file-name={name}"], check=True, capture_output=True, text=True).stdout.strip()
-        for name in ("libasan.so", "libubsan.so")
-    ]
-    return {**os.environ, "LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
+
+    def find(library: str) -> str:
+        command = [COMPILER, f"-print-file-name={library}"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    preload = f"{find('libasan.so')} {find('libubsan.so')}"
+    return {**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}

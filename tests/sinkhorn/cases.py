@@ -35,6 +35,7 @@ SCHEMAS = (
     "sinkhorn_assign(Tensor logits, float temperature, Tensor bias) -> Tensor",
 )
 
+CUDA_THREADS = 256  # of a block, in csrc/sinkhorn/cuda.cu
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

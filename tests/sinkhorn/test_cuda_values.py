@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ SANITIZE = "CUDA_SHIM_SANITIZE"  # set in the process that the last test starts
 
 
 @pytest.fixture(scope="module")
-def operators(tmp_path_factory: pytest.TempPathFactory) -> Operators:
+def operators(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operators]:
     library = torch.library.Library(cuda_shim.NAMESPACE, "FRAGMENT")
     for schema in SCHEMAS:
         library.define(schema)
@@ -30,7 +31,7 @@ def operators(tmp_path_factory: pytest.TempPathFactory) -> Operators:
 
 @pytest.mark.usefixtures("poisoned_outputs")
 @pytest.mark.parametrize("order", ["forward", "reverse"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values(
     case: Case, dtype: torch.dtype, order: str, operators: Operators, monkeypatch: pytest.MonkeyPatch
@@ -41,10 +42,11 @@ def test_values(
 
 @pytest.mark.skipif(SANITIZE in os.environ, reason="this is the process that the test below started")
 def test_the_sanitizers_find_nothing() -> None:
-    """All values once more with every memory access checked, in a process that starts under AddressSanitizer."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "forward", __file__]
+    """The values of the widest and the narrowest loads once more, in a process that starts under AddressSanitizer."""
+    selection = "forward and (float64 or bfloat16)"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selection, __file__]
     environment = {**cuda_shim.sanitizer_environment(), SANITIZE: "1"}
     root = Path(__file__).parents[2]
     result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert f"{len(CASES) * len(DTYPES)} passed" in result.stdout
+    assert f"{2 * len(CASES)} passed" in result.stdout

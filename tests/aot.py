@@ -1,0 +1,193 @@
+"""What the compilers say about an operator's GPU kernels, without a GPU: registers, spills, stack, shared memory.
+
+Triton kernels are compiled as they are launched: an operator's ``tests/<op>/cases.py`` has a generator ``launches()``
+that calls its launchers on meta tensors, and a stand-in for Triton's driver compiles instead of launching. CUDA C++ is
+compiled from ``csrc/<op>/cuda.cu`` by nvcc; ``CUDA_THREADS`` in ``cases.py`` are the threads of its blocks. Both end in
+ptxas, whose report is read.
+
+    python -m tests.aot sinkhorn        prints the table of docs/operators/sinkhorn.md
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+TRITON_TARGETS = (80, 90)
+CUDA_TARGETS = ("80", "90a")
+REGISTERS = 65536  # of a multiprocessor
+SHARED_BYTES = {"80": 163 * 1024, "90": 227 * 1024}  # that a block may use
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one kernel uses: per thread registers, and bytes of spills and stack; per block bytes of shared memory."""
+
+    kernel: str
+    target: str
+    threads: int
+    registers: int
+    spills: int
+    stack: int
+    shared: int
+
+    def check(self) -> None:
+        """Assert that nothing spills and that one block, at least, fits on a multiprocessor."""
+        assert self.spills == 0, f"{self}: spills"
+        assert self.stack == 0, f"{self}: a stack, so local memory"
+        assert self.registers * self.threads <= REGISTERS, f"{self}: registers"
+        assert self.shared <= SHARED_BYTES[self.target[:2]], f"{self}: shared memory"
+
+
+def parse_ptxas(report: str, threads: int) -> list[Usage]:
+    """Read what ``ptxas -v`` reports for each kernel."""
+    usages = []
+    for section in report.split("Compiling entry function ")[1:]:
+        name, target = re.match(r"'(.+?)' for 'sm_(\w+)'", section).groups()
+
+        def number(pattern: str, section: str = section) -> int:
+            found = re.search(pattern, section)
+            return int(found[1]) if found else 0
+
+        spills = number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads")
+        stack, shared = number(r"(\d+) bytes stack frame"), number(r"(\d+) bytes smem")
+        usages.append(Usage(name, target, threads, number(r"Used (\d+) registers"), spills, stack, shared))
+    assert usages, f"ptxas reported no kernel:\n{report}"
+    return usages
+
+
+# ------------------------------------------------------------------------------------------------------------- CUDA C++
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler, or None where it is not installed; a test that needs it may then be skipped, but not in CI."""
+    nvcc = shutil.which(str(Path(os.environ.get("CUDA_HOME", ""), "bin/nvcc"))) or shutil.which("nvcc")
+    if nvcc is None and os.environ.get("CI"):
+        raise RuntimeError("nvcc is neither on PATH nor in CUDA_HOME/bin, and CI must compile the CUDA kernels")
+    return nvcc
+
+
+def compile_cuda(operator: str, target: str, threads: int) -> list[Usage]:
+    """Compile csrc/<operator>/cuda.cu for sm_<target>, in which kernels run with `threads` threads a block."""
+    include = Path(torch.__file__).parent / "include"
+    flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", f"-gencode=arch=compute_{target},code=sm_{target}"]
+    flags += ["-Xptxas", "-v", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{ROOT / 'csrc'}"]
+    flags += ["-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include")]
+    with tempfile.TemporaryDirectory() as folder:
+        output = ["-cubin", "-o", f"{folder}/cuda.cubin"]
+        report = run([find_nvcc(), *flags, *output, str(ROOT / "csrc" / operator / "cuda.cu")])
+    return parse_ptxas(readable(report), threads)
+
+
+def readable(report: str) -> str:
+    """Kernels' names without mangling, namespaces and parameters: column_mass_kernel<BFloat16>."""
+    names = set(re.findall(r"entry function '(\w+)'", report))
+    for name in names:
+        demangled = run(["c++filt", name]).strip()
+        short = re.search(r"(\w+)(?:<(?:\w+::)*(\w+)[^(]*>)?\((?!anonymous)", demangled)
+        report = report.replace(f"'{name}'", f"'{short[1]}<{short[2]}>'" if short[2] else f"'{short[1]}'")
+    return report
+
+
+# --------------------------------------------------------------------------------------------------------------- Triton
+
+
+def compile_triton(operator: str, target: int) -> list[Usage]:
+    """Compile what the operator's ``launches()`` launch, in a process without Triton's interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    output = run([sys.executable, "-m", "tests.aot", "--triton", operator, str(target)], env=environment, cwd=ROOT)
+    return [Usage(**usage) for usage in json.loads(output.splitlines()[-1])]
+
+
+def compile_launches(operator: str, target: int) -> list[Usage]:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    def compile_instead(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        compiled[kernel.hash] = kernel
+
+    compiled: dict[str, Any] = {}
+    launch, triton.JITFunction.run = triton.JITFunction.run, compile_instead
+    triton.runtime.driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: GPUTarget("cuda", target, 32),
+            get_current_device=lambda: 0,
+            get_current_stream=lambda device: 0,
+        )
+    )
+    for _ in importlib.import_module(f"tests.{operator}.cases").launches():
+        pass
+    return [read_compiled(kernel) for kernel in compiled.values()]
+
+
+def read_compiled(kernel: Any) -> Usage:
+    import triton
+
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    architecture = re.search(r"\.target sm_(\w+)", kernel.asm["ptx"])[1]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(kernel.asm["ptx"])
+        file.flush()
+        report = run([str(ptxas), "-v", f"--gpu-name=sm_{architecture}", file.name, "-o", "/dev/null"])
+    (usage,) = parse_ptxas(report, threads=32 * kernel.metadata.num_warps)
+    names = kernel.src.fn.arg_names
+    first_pointer = next(kind.lstrip("*") for kind in kernel.src.signature.values() if kind.startswith("*"))
+    constants = {names[path[0]]: value for path, value in kernel.src.constants.items()}
+    shape = [f"{name}={value}" for name, value in constants.items() if name.isupper()]
+    label = f"{usage.kernel}<{', '.join([first_pointer, *shape])}>"
+    return Usage(**{**asdict(usage), "kernel": label, "shared": kernel.metadata.shared})  # static and dynamic
+
+
+# --------------------------------------------------------------------------------------------------------------- output
+
+
+def run(command: list[str], **options: Any) -> str:
+    """What the command prints, on either stream; an error that shows it where the command fails."""
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    if result.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{result.stdout}")
+    return result.stdout
+
+
+def as_markdown(usages: list[Usage]) -> str:
+    """One row a kernel; a figure per target, in their order, where they differ."""
+    rows = [
+        "| kernel | targets | threads | registers | spills, bytes | shared memory, bytes |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for kernel in dict.fromkeys(usage.kernel for usage in usages):
+        same = [usage for usage in usages if usage.kernel == kernel]
+        targets = ", ".join(f"sm_{usage.target}" for usage in same)
+        fields = [[getattr(u, name) for u in same] for name in ("threads", "registers", "spills", "shared")]
+        figures = " | ".join(", ".join(map(str, dict.fromkeys(field))) for field in fields)
+        rows.append(f"| `{kernel}` | {targets} | {figures} |")
+    return "\n".join(rows)
+
+
+def main(arguments: list[str]) -> None:
+    if arguments[0] == "--triton":
+        print(json.dumps([asdict(usage) for usage in compile_launches(arguments[1], int(arguments[2]))]))
+        return
+    operator = arguments[0]
+    threads = importlib.import_module(f"tests.{operator}.cases").CUDA_THREADS
+    usages = [usage for target in TRITON_TARGETS for usage in compile_triton(operator, target)]
+    usages += [usage for target in CUDA_TARGETS for usage in compile_cuda(operator, target, threads)]
+    print(as_markdown(usages))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

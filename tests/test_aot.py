@@ -1,0 +1,58 @@
+"""tests/aot.py reads compilers' reports rightly and refuses what must be refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.aot import Usage, find_nvcc, parse_ptxas
+
+REPORT = """
+ptxas info    : 28 bytes gmem
+ptxas info    : Compiling entry function 'neat' for 'sm_90a'
+ptxas info    : Function properties for neat
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 64 registers, used 1 barriers, 8512 bytes smem
+ptxas info    : Compiling entry function 'spilling' for 'sm_80'
+ptxas info    : Function properties for spilling
+    80 bytes stack frame, 96 bytes spill stores, 92 bytes spill loads
+ptxas info    : Used 255 registers, 400 bytes cmem[0]
+"""
+
+
+def test_reads_what_ptxas_reports() -> None:
+    assert parse_ptxas(REPORT, threads=128) == [
+        Usage("neat", "90a", threads=128, registers=64, spills=0, stack=0, shared=8512),
+        Usage("spilling", "80", threads=128, registers=255, spills=188, stack=80, shared=0),
+    ]
+
+
+def test_a_report_without_kernels_is_an_error() -> None:
+    with pytest.raises(AssertionError, match="no kernel"):
+        parse_ptxas("ptxas info    : 28 bytes gmem", threads=128)
+
+
+@pytest.mark.parametrize(
+    ("excess", "message"),
+    [
+        ({"spills": 4}, "spills"),
+        ({"stack": 8}, "local memory"),
+        ({"registers": 128, "threads": 1024}, "registers"),
+        ({"target": "80", "shared": 164 * 1024}, "shared memory"),
+        ({"target": "90a", "shared": 228 * 1024}, "shared memory"),
+    ],
+)
+def test_refuses_what_does_not_fit(excess: dict[str, object], message: str) -> None:
+    fitting = {"target": "90a", "threads": 256, "registers": 64, "spills": 0, "stack": 0, "shared": 1024}
+    Usage("kernel", **fitting).check()
+    with pytest.raises(AssertionError, match=message):
+        Usage("kernel", **{**fitting, **excess}).check()
+
+
+def test_continuous_integration_may_not_lack_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.delenv("CI", raising=False)
+    assert find_nvcc() is None
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(RuntimeError, match="nvcc"):
+        find_nvcc()
