@@ -72,7 +72,7 @@ class Run:
         self.writer = MetricsWriter(config.output, start)
         self.display.header(
             parameters=sum(parameter.numel() for parameter in self.trainer.teacher_backbone.parameters()),
-            images=len(self.dataset),
+            data=f"{len(self.dataset):,} images, {type(self.dataset).__name__}",
             device=str(self.trainer.device),
             start_step=start,
         )
@@ -146,8 +146,8 @@ class Run:
         state = load_checkpoint(checkpoint)
         if state["num_images"] != len(self.dataset):
             raise ValueError(
-                f"cannot resume from {checkpoint}: the run was started on {state['num_images']} images, but"
-                f" {self.config.data.root or 'the bundled photographs'} now holds {len(self.dataset)}"
+                f"cannot resume from {checkpoint}: the run was started on {state['num_images']} images,"
+                f" but its {type(self.dataset).__name__} now holds {len(self.dataset)}"
             )
         self.trainer.load_state_dict(state)
         self.scalars.load_state_dict(state["scalars"])

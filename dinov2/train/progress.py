@@ -48,7 +48,7 @@ class RunDisplay:
     ) -> None:
         self._progress.stop()
 
-    def header(self, *, parameters: int, images: int, device: str, start_step: int) -> None:
+    def header(self, *, parameters: int, data: str, device: str, start_step: int) -> None:
         """One paragraph on what is about to run."""
         config = self.config
         vit = config.vit
@@ -58,7 +58,7 @@ class RunDisplay:
         rows = {
             "model": f"ViT, {vit.depth} blocks of width {vit.embed_dim}, patch {vit.patch_size},"
             f" {parameters / 1e6:.1f} M parameters",
-            "data": f"{images:,} images from {config.data.root or 'the bundled photographs'}",
+            "data": data,
             "batch": f"{config.batch_size} images x {config.steps:,} steps"
             + (f", in {config.accumulation_steps} micro-batches" if config.accumulation_steps > 1 else ""),
             "device": f"{device}, {config.precision}",

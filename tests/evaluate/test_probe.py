@@ -1,0 +1,69 @@
+"""The labelled-folder probe: classes by folder name, images as the evaluation protocol prepares them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dinov2.data import AugmentationConfig
+from dinov2.evaluate import FolderProbe
+from dinov2.evaluate.probe import central_crop
+
+
+def write(path: Path, red: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (20, 16), (red, 100, 50)).save(path)
+
+
+class MeanColour(torch.nn.Module):
+    """A model whose feature is the mean of each normalised channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(1))
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.seen.append(images)
+        return images.mean(dim=(2, 3)) * self.scale
+
+
+def test_classes_are_the_first_folders(tmp_path: Path) -> None:
+    for index, red in enumerate((200, 210, 220)):
+        write(tmp_path / "train" / "reddish" / "deep" / f"{index}.png", red)
+        write(tmp_path / "train" / "bluish" / f"{index}.png", 20 + index)
+    write(tmp_path / "test" / "reddish" / "a.png", 230)
+    write(tmp_path / "test" / "bluish" / "b.png", 230)  # looks like the other class
+    model = MeanColour()
+    views = AugmentationConfig(global_size=14)
+    assert FolderProbe(tmp_path, views)(model) == {"knn_accuracy": 0.5}
+    assert [tuple(images.shape) for images in model.seen] == [(6, 3, 14, 14), (2, 3, 14, 14)]
+    expected = (torch.tensor([20, 100, 50]) / 255 - torch.tensor(views.mean)) / torch.tensor(views.std)
+    torch.testing.assert_close(model.seen[0][0].mean(dim=(1, 2)), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_class_without_training_images_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "train" / "a" / "1.png", 1)
+    write(tmp_path / "test" / "b" / "1.png", 1)
+    with pytest.raises(ValueError, match=r"test has classes that .*train lacks: b"):
+        FolderProbe(tmp_path, AugmentationConfig())
+
+
+def test_a_missing_part_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "train" / "a" / "1.png", 1)
+    with pytest.raises(ValueError, match=r"root must be a folder of images, but '.*test' is not a folder"):
+        FolderProbe(tmp_path, AugmentationConfig())
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (64, 90), (130, 64), (14, 14), (7, 50)])
+def test_central_crop_is_central(shape: tuple[int, int]) -> None:
+    height, width = shape
+    ramp = np.linspace(-1, 1, height)[:, None, None] + np.linspace(-1, 1, width)[None, :, None]
+    image = np.clip(127.5 + 60 * ramp, 0, 255).astype(np.uint8).repeat(3, axis=2)
+    crop = central_crop(image, 14)
+    assert crop.shape == (14, 14, 3)
+    assert crop.mean() == pytest.approx(127.5, abs=4)
