@@ -1,0 +1,78 @@
+"""Features of many small images, and of every place of one large image."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dinov2.data import AugmentationConfig, normalize
+from dinov2.models import VisionTransformer
+
+
+@torch.no_grad()
+def image_features(
+    model: VisionTransformer, images: npt.NDArray[np.uint8], augmentation: AugmentationConfig, batch_size: int = 250
+) -> Tensor:
+    """Class tokens of images.
+
+    Args:
+        model: in eval mode, on any device.
+        images: uint8 RGB ``[N, H, W, 3]``; sides are multiples of the model's patch.
+        augmentation: what the model was trained with; gives the normalisation.
+        batch_size: images per forward pass.
+
+    Returns:
+        float32 ``[N, D]`` on the CPU.
+    """
+    device = next(model.parameters()).device
+    chunks = []
+    for start in range(0, len(images), batch_size):
+        views = [normalize(image, augmentation.mean, augmentation.std) for image in images[start : start + batch_size]]
+        chunks.append(model(torch.from_numpy(np.stack(views)).to(device)).float().cpu())
+    return torch.cat(chunks)
+
+
+@torch.no_grad()
+def dense_features(
+    model: VisionTransformer, image: npt.NDArray[np.uint8], augmentation: AugmentationConfig, *, stride: int
+) -> Tensor:
+    """Patch features of an image larger than those the model was trained on.
+
+    The model sees the image through a window of its own size that moves by ``stride`` pixels; the feature of a patch is
+    the mean of its tokens in all windows that cover it.
+
+    Args:
+        model: in eval mode, on any device.
+        image: uint8 RGB ``[H, W, 3]``; each side is the model's image size plus a multiple of stride.
+        augmentation: what the model was trained with; gives the normalisation.
+        stride: step of the window in pixels, a multiple of the patch size, at most the model's image size.
+
+    Returns:
+        float32 ``[H / patch_size, W / patch_size, D]`` on the CPU.
+
+    Raises:
+        ValueError: stride or the size of the image is not as described.
+    """
+    window, patch, grid = model.config.img_size, model.config.patch_size, model.config.grid_size
+    height, width, _ = image.shape
+    if stride % patch or not 0 < stride <= window:
+        raise ValueError(f"stride must be a multiple of {patch}, the patch size, up to {window}, but is {stride}")
+    if min(height, width) < window or (height - window) % stride or (width - window) % stride:
+        raise ValueError(
+            f"sides of image must be {window} plus a multiple of stride {stride}, but it is {height} x {width}"
+        )
+    pixels = torch.from_numpy(normalize(image, augmentation.mean, augmentation.std))  # [3, H, W]
+    windows = pixels.unfold(1, window, stride).unfold(2, window, stride)  # [3, rows, columns, window, window]
+    device = next(model.parameters()).device
+    tokens = torch.cat(
+        [
+            model.forward_features(row.transpose(0, 1).to(device))["x_norm_patchtokens"].float().cpu()
+            for row in windows.unbind(dim=1)
+        ]
+    )  # [rows * columns, grid * grid, D]
+    add_up = torch.nn.Fold((height // patch, width // patch), kernel_size=grid, stride=stride // patch)
+    blocks = tokens.permute(2, 1, 0)  # [D, grid * grid, rows * columns]
+    mean: Tensor = add_up(blocks) / add_up(torch.ones_like(blocks[:1]))  # [D, 1, H / patch, W / patch]
+    return mean[:, 0].permute(1, 2, 0)

@@ -1,0 +1,90 @@
+"""Descriptors of small images made by hand, as baselines for learned features: pixels, colours and textures."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from dinov2.data.patches import Patches
+from dinov2_kernels._extras import require
+
+TEXTURES = ((8, 1), (8, 2), (16, 2))  # points on a circle and its radius in pixels, for local binary patterns
+
+
+def raw_pixels(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """The pixels themselves on a scale of 0 ... 1: uint8 ``[N, H, W, 3]`` to float32 ``[N, 3 * H * W]``."""
+    return images.reshape(len(images), -1).astype(np.float32) / np.float32(255)
+
+
+def colour_histogram(images: npt.NDArray[np.uint8], bins: int = 16) -> npt.NDArray[np.float32]:
+    """Histograms of red, green and blue side by side; their sum is 1.
+
+    Args:
+        images: uint8 ``[N, H, W, 3]``.
+        bins: bins per channel, of equal width.
+
+    Returns:
+        float32 ``[N, 3 * bins]``.
+    """
+    levels = images.reshape(len(images), -1, 3).astype(np.int64) * bins // 256 + np.arange(3) * bins  # [N, H * W, 3]
+    return _histograms(levels.reshape(len(images), -1), 3 * bins)
+
+
+def texture_histogram(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Histograms of uniform local binary patterns (Ojala et al. 2002) of the grey image at three scales; sums are 1.
+
+    Args:
+        images: uint8 ``[N, H, W, 3]``.
+
+    Returns:
+        float32 ``[N, 38]``: 10, 10 and 18 bins for 8, 8 and 16 points at radius 1, 2 and 2.
+
+    Raises:
+        ImportError: scikit-image is missing (extra ``demo``).
+    """
+    feature = require("skimage.feature", extra="demo", purpose="texture_histogram")
+    grey = np.rint(images @ np.array([0.299, 0.587, 0.114])).astype(np.uint8)  # [N, H, W]
+    histograms = []
+    for points, radius in TEXTURES:
+        patterns = [feature.local_binary_pattern(image, points, radius, "uniform") for image in grey]
+        histograms.append(_histograms(np.stack(patterns).reshape(len(grey), -1).astype(np.int64), points + 2))
+    return np.concatenate(histograms, axis=1) / np.float32(len(TEXTURES))
+
+
+def descriptors(images: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[np.float32]]:
+    """Every descriptor by its name: uint8 ``[N, H, W, 3]`` to float32 ``[N, D]``, with a D of its own for each.
+
+    The last one, colour beside texture of twice the weight, is the best known one for telling photographs apart.
+    """
+    colour, texture = colour_histogram(images), texture_histogram(images)
+    return {
+        "raw pixels": raw_pixels(images),
+        "colour histogram": colour,
+        "texture histogram (LBP)": texture,
+        "colour and texture": np.concatenate([colour, 2 * texture], axis=1),
+    }
+
+
+def handmade_accuracies(index: Patches, queries: Patches, k: int = 5) -> dict[str, float]:
+    """Accuracy, 0 ... 1, of naming the photograph of each query by the plain vote of its k nearest in the index.
+
+    Raw pixels are compared by Euclidean distance, histograms by the sum of absolute differences, which suits them best.
+
+    Raises:
+        ImportError: scikit-image or scikit-learn is missing (extra ``demo``).
+    """
+    neighbors = require("sklearn.neighbors", extra="demo", purpose="handmade_accuracies")
+    of_index, of_queries = descriptors(index.images), descriptors(queries.images)
+    accuracies = {}
+    for name in of_index:
+        metric = "euclidean" if name == "raw pixels" else "manhattan"
+        classifier = neighbors.KNeighborsClassifier(k, metric=metric).fit(of_index[name], index.labels)
+        accuracies[name] = float(classifier.score(of_queries[name], queries.labels))
+    return accuracies
+
+
+def _histograms(values: npt.NDArray[np.int64], bins: int) -> npt.NDArray[np.float32]:
+    """How often each of 0 ... bins - 1 occurs in a row, as a share: int64 ``[N, M]`` to float32 ``[N, bins]``."""
+    rows = np.arange(len(values))[:, None] * bins
+    counts = np.bincount((rows + values).ravel(), minlength=len(values) * bins)
+    return counts.reshape(len(values), bins).astype(np.float32) / np.float32(values.shape[1])
