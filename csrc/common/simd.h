@@ -6,7 +6,11 @@
 
 #include "common/dtypes.h"
 #if defined(__AVX2__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"  // false alarms of GCC 12 inside its own AVX-512 header
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 #define ALWAYS_INLINE __attribute__((always_inline)) static inline
@@ -71,7 +75,7 @@ ALWAYS_INLINE vec<double> load(const double* p, Whole = {}) {
 
 ALWAYS_INLINE vec<uint32_t> load_16_bits(const void* p) {
 #if defined(__AVX512F__)
-  return (vec<uint32_t>)_mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(static_cast<const __m256i*>(p)));
+  return (vec<uint32_t>)_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
 #elif defined(__AVX2__)
   return (vec<uint32_t>)_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
 #else
@@ -85,7 +89,7 @@ ALWAYS_INLINE vec<float> load(const bf16* p, Whole = {}) { return (vec<float>)(l
 
 ALWAYS_INLINE vec<float> load(const fp16* p, Whole = {}) {
 #if defined(__AVX512F__)
-  return (vec<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return (vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(__AVX2__)
   return (vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
@@ -98,18 +102,23 @@ ALWAYS_INLINE vec<float> load(const fp16* p, Whole = {}) {
 }
 
 // The lanes outside the part hold `fill`.
-template <class T>
-ALWAYS_INLINE vec<accumulate_t<T>> load(const T* p, Part part, accumulate_t<T> fill = 0) {
-  T padded[lanes<accumulate_t<T>>] = {};
-  memcpy(padded, p, part.n * sizeof(T));
-  vec<accumulate_t<T>> v = load(padded);
-  for (int lane = part.n; lane < lanes<accumulate_t<T>>; ++lane) v[lane] = fill;
+template <class A>
+ALWAYS_INLINE vec<A> load(const A* p, Part part, A fill) {
+  vec<A> v = broadcast(fill);
+  memcpy(&v, p, part.n * sizeof(A));
   return v;
 }
 
-template <class T>
-ALWAYS_INLINE vec<accumulate_t<T>> load(const T* p, Whole whole, accumulate_t<T>) {
+template <class A>
+ALWAYS_INLINE vec<A> load(const A* p, Whole whole, A) {
   return load(p, whole);
+}
+
+template <class X>
+ALWAYS_INLINE vec<accumulate_t<X>> load(const X* p, Part part) {
+  X padded[lanes<accumulate_t<X>>] = {};
+  memcpy(padded, p, part.n * sizeof(X));
+  return load(padded);
 }
 
 template <class A, class V>
@@ -124,11 +133,19 @@ ALWAYS_INLINE void store(A* p, const V& v, Part part) {
 
 // ---- arithmetic
 
-// A NaN in `a` is passed over, a NaN in `b` stays: one instruction of x86.
+// A NaN in `a` is passed over, a NaN in `b` stays.
+#if defined(__AVX512F__)
+ALWAYS_INLINE vec<float> maximum(vec<float> a, vec<float> b) { return _mm512_max_ps(a, b); }
+ALWAYS_INLINE vec<double> maximum(vec<double> a, vec<double> b) { return _mm512_max_pd(a, b); }
+#elif defined(__AVX2__)
+ALWAYS_INLINE vec<float> maximum(vec<float> a, vec<float> b) { return _mm256_max_ps(a, b); }
+ALWAYS_INLINE vec<double> maximum(vec<double> a, vec<double> b) { return _mm256_max_pd(a, b); }
+#else
 template <class V>
 ALWAYS_INLINE V maximum(V a, V b) {
   return a > b ? a : b;
 }
+#endif
 
 template <class A>
 ALWAYS_INLINE A largest_lane(vec<A> v) {
@@ -142,6 +159,13 @@ ALWAYS_INLINE A largest_lane(vec<A> v) {
 template <class A>
 ALWAYS_INLINE wide<A> widen(vec<A> v) {
   return __builtin_convertvector(v, wide<A>);
+}
+
+template <class A>
+ALWAYS_INLINE double sum_of_lanes(const wide<A>& v) {
+  double sum = 0;
+  for (int lane = 0; lane < lanes<A>; ++lane) sum += v[lane];
+  return sum;
 }
 
 template <class A>

@@ -3,8 +3,8 @@
 //
 // Bytes: column_logsumexp reads the logits once, from memory. column_mass reads them twice, once along rows and once
 // down columns: two threads' sums never meet, so no thread needs its own vectors [K], and the result is the same for
-// every number of threads. assign reads them once from memory, once more from cache, and writes the result.
-// Nothing else is larger than [B].
+// every number of threads. assign reads them once from memory and writes the result, which stays in the cache until it is
+// normalised. Nothing else is larger than [B].
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -62,11 +62,8 @@ void column_mass(const X* x, int64_t B, int64_t K, double T, const A* bias, A* o
 template <class X, class A = accumulate_t<X>>
 void assign(const X* x, int64_t B, int64_t K, double T, const A* bias, A* out) {
   advise_huge_pages(out, B * K * sizeof(A));
-  const auto row_scale = ON_CPU_TARGET(row_scale<X>);
-  const auto assign = ON_CPU_TARGET(assign<X>);
-  parallel_rows(B, K, [&](int64_t b) {
-    assign(x + b * K, K, T, bias, row_scale(x + b * K, K, T, bias), out + b * K);
-  });
+  const auto kernel = ON_CPU_TARGET(assign<X>);
+  parallel_rows(B, K, [&](int64_t b) { kernel(x + b * K, K, T, bias, out + b * K); });
 }
 
 // Calls body(x) with the logits as a pointer to their type.

@@ -55,6 +55,14 @@ void column_logsumexp(const X* x, int64_t B, int64_t K, double T, int64_t begin,
   }
 }
 
+// z = x / T + bias, and -inf beyond the end of a row. Every pass over a row must round z alike, or z - max would not be
+// exact where z is constant: the loads come first so that the multiplication and the addition are fused in all of them.
+template <class X, class A, class WholeOrPart>
+ALWAYS_INLINE vec<A> biased(const X* x, A inverse_T, const A* bias, WholeOrPart part) {
+  const vec<A> x_k = load(x, part), bias_k = load(bias, part, A(-INFINITY));
+  return x_k * inverse_T + bias_k;
+}
+
 template <class X, class A>
 RowScale<A> row_scale(const X* x, int64_t K, double T, const A* bias) {
   const A inverse_T = 1 / T;
@@ -63,28 +71,25 @@ RowScale<A> row_scale(const X* x, int64_t K, double T, const A* bias) {
   int64_t k = 0;
   for (; k + kStep * lanes<A> <= K; k += kStep * lanes<A>) {
     vec<A> z[kStep];
-    for (int i = 0; i < kStep; ++i) z[i] = load(x + k + i * lanes<A>) * inverse_T + load(bias + k + i * lanes<A>);
+    for (int i = 0; i < kStep; ++i) z[i] = biased(x + k + i * lanes<A>, inverse_T, bias + k + i * lanes<A>, Whole{});
     add_values<A, kStep>(z, 1, max, sum);
   }
   for_each_vector<A>(k, K, [&](int64_t k, auto part) {
-    const vec<A> z[1] = {load(x + k, part) * inverse_T + load(bias + k, part, -INFINITY)};
+    const vec<A> z[1] = {biased(x + k, inverse_T, bias + k, part)};
     add_values<A, 1>(z, 1, max, sum);
   });
   const A row_max = largest_lane<A>(max);
   sum *= widen<A>(exp_of_nonpositive<A>(max - row_max));
-  double total = 0;
-  for (int lane = 0; lane < lanes<A>; ++lane) total += sum[lane];
-  return {row_max, static_cast<A>(1 / total)};
+  return {row_max, static_cast<A>(1 / sum_of_lanes<A>(sum))};
 }
 
 template <int N, class X, class A>
 ALWAYS_INLINE void add_mass(const X* x, int64_t K, A inverse_T, const A* bias, const RowScale<A>* rows,
                             int64_t columns, double* mass) {
   for_each_vector<A>(0, columns, [&](int64_t k, auto part) {
-    const vec<A> bias_k = load(bias + k, part);
     vec<A> added = {};
     for (int b = 0; b < N; ++b) {
-      const vec<A> z = load(x + b * K + k, part) * inverse_T + bias_k;
+      const vec<A> z = biased(x + b * K + k, inverse_T, bias + k, part);
       added += exp_of_nonpositive<A>(z - rows[b].max) * rows[b].inverse_sum;
     }
     store(mass + k, load_wide<A>(mass + k) + widen<A>(added));
@@ -108,19 +113,33 @@ void column_mass(const X* x, int64_t B, int64_t K, double T, const A* bias, cons
 }
 
 template <class X, class A>
-void assign(const X* x, int64_t K, double T, const A* bias, RowScale<A> row, A* out) {
+void assign(const X* x, int64_t K, double T, const A* bias, A* out) {
   const A inverse_T = 1 / T;
+  vec<A> max = broadcast(A(-INFINITY));
   for_each_vector<A>(0, K, [&](int64_t k, auto part) {
-    const vec<A> z = load(x + k, part) * inverse_T + load(bias + k, part);
-    store(out + k, exp_of_nonpositive<A>(z - row.max) * row.inverse_sum, part);
+    max = maximum(biased(x + k, inverse_T, bias + k, part), max);
   });
+  const A row_max = largest_lane<A>(max);
+  wide<A> sum = {};
+  for (int64_t begin = 0; begin < K; begin += kTile) {
+    vec<A> tile_sum = {};
+    for_each_vector<A>(begin, begin + kTile < K ? begin + kTile : K, [&](int64_t k, auto part) {
+      const vec<A> z = biased(x + k, inverse_T, bias + k, part);
+      const vec<A> e = exp_of_nonpositive<A>(z - row_max);
+      tile_sum += e;
+      store(out + k, e, part);
+    });
+    sum += widen<A>(tile_sum);
+  }
+  const A inverse_sum = 1 / sum_of_lanes<A>(sum);
+  for_each_vector<A>(0, K, [&](int64_t k, auto part) { store(out + k, load(out + k, part) * inverse_sum, part); });
 }
 
 #define INSTANTIATE(X, A)                                                                                             \
   template void column_logsumexp(const X*, int64_t, int64_t, double, int64_t, int64_t, A*);                           \
   template void column_mass(const X*, int64_t, int64_t, double, const A*, const RowScale<A>*, int64_t, int64_t, A*);  \
   template RowScale<A> row_scale(const X*, int64_t, double, const A*);                                                \
-  template void assign(const X*, int64_t, double, const A*, RowScale<A>, A*);
+  template void assign(const X*, int64_t, double, const A*, A*);
 INSTANTIATE(double, double)
 INSTANTIATE(float, float)
 INSTANTIATE(bf16, float)

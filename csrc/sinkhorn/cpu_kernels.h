@@ -26,7 +26,7 @@ struct RowScale {
   RowScale<A> row_scale(const X* x, int64_t K, double T, const A* bias);                                          \
   /* out[k] = p_k, for one row x [K]. */                                                                             \
   template <class X, class A = accumulate_t<X>>                                                                      \
-  void assign(const X* x, int64_t K, double T, const A* bias, RowScale<A> row, A* out);                           \
+  void assign(const X* x, int64_t K, double T, const A* bias, A* out);                                           \
   }
 FOR_EACH_CPU_TARGET(DECLARE)
 #undef DECLARE
