@@ -5,9 +5,9 @@
 //
 // It holds the subset of CUDA that our kernels use. A block is an operating-system thread, so that `__shared__` can be
 // `thread_local`; a thread of the block is a fiber, run until it waits at a barrier or a shuffle. One fiber of one block
-// runs at a time, in the order of their numbers, or backwards where CUDA_SHIM_ORDER=reverse: a kernel that lacks a barrier
-// gives wrong values in one of the two orders, on every run. A barrier that some thread never reaches fails the launch,
-// naming the lines where the threads wait; it does not hang.
+// runs at a time, and a warp as far as it gets without the others, in the order of their numbers, or backwards where
+// CUDA_SHIM_ORDER=reverse: a kernel that lacks a barrier gives wrong values in one of the two orders, on every run. A
+// barrier that some thread never reaches fails the launch, naming the lines where the threads wait; it does not hang.
 //
 // Built with -fsanitize=address,bounds,alignment: AddressSanitizer watches global and dynamic shared memory, the bounds
 // checker static shared arrays, the alignment checker vector loads. Not modelled: timing, caches, the accuracy of
@@ -50,7 +50,7 @@ namespace cuda_shim {
 
 constexpr int WARP = 32, MAX_THREADS = 1024, MAX_SHARED_BYTES = 227 * 1024;
 constexpr int PROCESSORS = 2, BLOCKS_PER_PROCESSOR = 2;  // what the occupancy queries answer
-constexpr size_t STACK_BYTES = 128 * 1024;
+constexpr size_t STACK_BYTES = 64 * 1024;
 
 inline bool reverse_order() {
   const char* order = std::getenv("CUDA_SHIM_ORDER");
@@ -140,14 +140,30 @@ class Block {
   }
 
   void schedule() {
-    const bool reverse = reverse_order();
+    std::vector<Fiber*> everyone;
+    for (Fiber& fiber : fibers) everyone.push_back(&fiber);
+    if (reverse_order()) std::reverse(everyone.begin(), everyone.end());
     do {
-      for (size_t i = 0; i < fibers.size(); ++i) {
-        running = &fibers[reverse ? fibers.size() - 1 - i : i];
-        if (running->state == READY) switch_to(*running);
-      }
-    } while (open_barriers());
+      for (size_t i = 0; i < everyone.size(); i += WARP)
+        run_warp({everyone.begin() + i, everyone.begin() + std::min(i + WARP, everyone.size())});
+    } while (open(AT_BLOCK, everyone));
     if (!all(FINISHED) && !all(AT_GRID)) error = describe();
+  }
+
+  // Runs a warp as far as it gets without the others: what it must not do before them, it does before them.
+  void run_warp(const std::vector<Fiber*>& warp) {
+    bool opened = true;
+    while (opened) {
+      for (Fiber* fiber : warp)
+        if (fiber->state == READY) switch_to(*(running = fiber));
+      opened = false;
+      for (const Fiber* fiber : warp) {
+        std::vector<Fiber*> members;
+        for (Fiber* f : warp)
+          if (fiber->mask >> (f - fibers.data()) % WARP & 1) members.push_back(f);
+        opened |= fiber->state == AT_WARP && open(AT_WARP, members);
+      }
+    }
   }
 
   void switch_to(Fiber& fiber) {
@@ -157,21 +173,7 @@ class Block {
     __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
   }
 
-  // Opens the barriers that all their threads have reached; whether there were any.
-  bool open_barriers() {
-    std::vector<Fiber*> everyone;
-    for (Fiber& fiber : fibers) everyone.push_back(&fiber);
-    bool opened = open(AT_BLOCK, everyone);
-    for (size_t i = 0; i < fibers.size(); ++i) {
-      if (fibers[i].state != AT_WARP) continue;
-      std::vector<Fiber*> lanes;
-      for (size_t lane = 0; lane < WARP && i / WARP * WARP + lane < fibers.size(); ++lane)
-        if (fibers[i].mask >> lane & 1) lanes.push_back(&fibers[i / WARP * WARP + lane]);
-      opened |= open(AT_WARP, lanes);
-    }
-    return opened;
-  }
-
+  // Opens a barrier if all its threads have reached it.
   static bool open(State state, const std::vector<Fiber*>& members) {
     for (const Fiber* f : members)
       if (f->state != state || f->mask != members[0]->mask || f->where.line() != members[0]->where.line()) return false;
@@ -226,7 +228,7 @@ inline cudaError_t run_together(std::vector<std::unique_ptr<Block>>& blocks) {
 template <typename... P>
 cudaError_t launch(bool together, void (*kernel)(P...), dim3 grid, dim3 size, void** arguments, size_t shared_bytes) {
   const int64_t count = grid.volume(), threads = size.volume();
-  if (count < 1 || threads < 1 || threads > MAX_THREADS || shared_bytes > MAX_SHARED_BYTES ||
+  if (count < 1 || threads < 1 || threads > MAX_THREADS || threads % WARP != 0 || shared_bytes > MAX_SHARED_BYTES ||
       (together && count > PROCESSORS * BLOCKS_PER_PROCESSOR)) {
     last_error = "invalid launch configuration";
     return cudaErrorInvalidConfiguration;

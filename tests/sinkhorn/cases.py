@@ -66,6 +66,7 @@ CASES = (
     Case(1, 37),
     Case(5, 1),
     Case(3, 8),  # one 16-byte load a row in bfloat16
+    Case(6, 20),  # two and a half of them
     Case(7, 127),  # prime, odd
     Case(13, 512),
     Case(13, 512, offset=1),
