@@ -1,0 +1,126 @@
+"""What all benchmarks share: peers timed in turns, and a dated JSON of every run in ``benchmarks/results``.
+
+``make bench`` runs all files here; ``pytest benchmarks/sinkhorn.py`` runs one. Peers carry the same group and stand
+side by side in pytest-benchmark's table. A result file is named by date and machine; a later run of the same day
+replaces the entries that it measured again.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from datetime import date
+from pathlib import Path
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+RESULTS = Path(__file__).parent / "results"
+Measurements = dict[str, dict[str, object]]
+MEASUREMENTS = pytest.StashKey[Measurements]()
+Compare = Callable[..., None]
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """Every file here but this one is a suite; by itself pytest takes test_*.py and what its command line names."""
+    is_suite = file_path.suffix == ".py" and file_path.name != "conftest.py"
+    if not is_suite or parent.session.isinitpath(file_path):
+        return None
+    return pytest.Module.from_parent(parent, path=file_path)  # type: ignore[no-any-return]
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """One call, awaited on a GPU too."""
+    start = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+@pytest.fixture
+def compare(benchmark: BenchmarkFixture) -> Compare:
+    """Time a peer in turns with the baseline, so that a busy machine slows both; record bytes and the ratio.
+
+    ``compare(peer, baseline, least_bytes=..., rounds=...)`` leaves in the result: ``speedup``, the median over the
+    rounds of baseline time / own time; ``least_MB``, what any implementation must move; ``GB_per_s``, that over the
+    median time.
+    """
+
+    def run(peer: Callable[[], object], baseline: Callable[[], object], *, least_bytes: int, rounds: int) -> None:
+        peer()  # warm up: threads, caches, torch.compile
+        baseline()
+        pairs: list[tuple[float, float]] = []
+        times: list[float] = []
+
+        def before_round() -> None:
+            times.append(seconds(baseline))
+
+        def timed() -> None:
+            pairs.append((times[-1], seconds(peer)))
+
+        benchmark.pedantic(timed, setup=before_round, rounds=rounds)
+        median = statistics.median(own for _, own in pairs)
+        benchmark.extra_info |= {
+            "speedup": round(statistics.median(base / own for base, own in pairs), 2),
+            "least_MB": round(least_bytes / 1e6, 1),
+            "GB_per_s": round(least_bytes / median / 1e9, 2),
+        }
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def record(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Keep the numbers of a test for the result file."""
+    yield
+    benchmark = request.node.funcargs.get("benchmark")
+    if benchmark is not None and benchmark.stats:
+        stats = benchmark.stats.stats
+        times = {name: round(1e3 * getattr(stats, name), 4) for name in ("min", "median", "max")}
+        request.config.stash.setdefault(MEASUREMENTS, {})[request.node.nodeid] = {
+            "group": benchmark.group,
+            "milliseconds": times,
+            "rounds": stats.rounds,
+            **benchmark.extra_info,
+        }
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    measurements = session.config.stash.get(MEASUREMENTS, {})
+    if not measurements:
+        return
+    machine = describe_machine()
+    name = re.sub("[^a-z0-9]+", "-", f"{machine['processor']} {machine['threads']} threads".lower())
+    path = RESULTS / f"{date.today()}-{name}.json"
+    earlier: Measurements = json.loads(path.read_text())["results"] if path.exists() else {}
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"machine": machine, "results": earlier | measurements}, indent=1) + "\n")
+
+
+def describe_machine() -> dict[str, object]:
+    """The processor that was measured, and the bandwidth of its memory as large copies and sums reach it."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    source = torch.ones(2**26, device=device)  # 256 MB
+    target = torch.ones_like(source)
+    read = min(seconds(source.sum) for _ in range(10))
+    copy = min(seconds(lambda: target.copy_(source)) for _ in range(10))
+    return {
+        "processor": torch.cuda.get_device_name() if device == "cuda" else processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "read_GB_per_s": round(source.nbytes / read / 1e9, 1),
+        "copy_GB_per_s": round(2 * source.nbytes / copy / 1e9, 1),
+    }
+
+
+def processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search("model name\\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return model[1] if model else platform.machine()
