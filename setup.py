@@ -37,6 +37,7 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 TORCH_2_10 = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 CXX_FLAGS = "-std=c++20 -O3 -fPIC -Wall -fvisibility=hidden"
+NVCC_FLAGS = "-std=c++20 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -v"
 
 
 def find_compiler() -> str | None:
@@ -72,7 +73,7 @@ def cuda_architectures() -> str:
 
 
 class NinjaBuild(build_ext):
-    """Compile all extensions in one ninja run, as parallel and as incremental as ninja makes it."""
+    """Compile all extensions in one ninja run: in parallel, and only what changed."""
 
     def get_ext_filename(self, fullname: str) -> str:
         if "_native_" in fullname:  # loaded by torch.ops.load_library, not by Python's import
@@ -94,45 +95,46 @@ class NinjaBuild(build_ext):
         import torch
 
         include = Path(torch.__file__).parent / "include"
-        torch_libraries = f"-L{include.parent / 'lib'} -ltorch_cpu -lc10"
-        common = f"-I{CSRC} -isystem {include} -isystem {include / 'torch/csrc/api/include'} {TORCH_2_10}"
-        python = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
-        host = f"-I{CSRC} {python} -ffp-contract=off"  # masks are the same bits on every processor
-        for name, command in {
-            "cxx": f"{find_compiler()} -MMD -MF $out.d {CXX_FLAGS} $flags -c $in -o $out",
-            "link": f"{find_compiler()} -shared $in -o $out $libraries",
-            "nvcc": f"{find_nvcc()} -MMD -MF $out.d -std=c++20 -O3 --expt-relaxed-constexpr {cuda_architectures()}"
-            f" -Xcompiler -fPIC -Xptxas -v $flags -c $in -o $out",
-            "nvcc_link": f"{find_nvcc()} -shared -cudart static $in -o $out $libraries",
-        }.items():
-            depfile = "$out.d" if "-MMD" in command else None
-            out.rule(name, command, depfile=depfile, deps="gcc" if depfile else None, description=f"{name} $out")
+        stable_abi = f"-I{CSRC} -isystem {include} -isystem {include / 'torch/csrc/api/include'} {TORCH_2_10}"
+        python = f"-I{CSRC} -isystem {pybind11.get_include()} -isystem {sysconfig.get_path('include')}"
+        libraries = f"-L{include.parent / 'lib'} -ltorch_cpu -lc10"
+        cxx, nvcc = find_compiler(), find_nvcc()
+        rules = {
+            "cxx": f"{cxx} -MMD -MF $out.d {CXX_FLAGS} $flags -c $in -o $out",
+            "nvcc": f"{nvcc} -MMD -MF $out.d {NVCC_FLAGS} {cuda_architectures()} $flags -c $in -o $out",
+            "link": f"{cxx} -shared $in -o $out $libraries",
+            "nvcc_link": f"{nvcc} -shared -cudart static $in -o $out $libraries",
+        }
+        for name, command in rules.items():
+            dependencies = {"depfile": "$out.d", "deps": "gcc"} if "-MMD" in command else {}
+            out.rule(name, command, description=f"{name} $out", **dependencies)
 
         def compile(rule: str, source: Path, flags: str, variant: str = "") -> str:
             target = build / source.relative_to(ROOT).with_suffix(f".{variant}o")
             return out.build(str(target), rule, str(source), variables={"flags": flags})[0]
 
+        def compile_for_cpu(source: Path) -> list[str]:
+            if source.stem != "cpu_kernels":
+                return [compile("cxx", source, stable_abi)]
+            return [
+                compile("cxx", source, f"{stable_abi} -DCPU_TARGET={name} {flags}", f"{name}.")
+                for name, flags in CPU_TARGETS.items()
+            ]
+
         for extension in self.extensions:
-            target = self.get_ext_fullpath(extension.name)
-            Path(target).parent.mkdir(parents=True, exist_ok=True)
+            target = Path(self.get_ext_fullpath(extension.name)).resolve()
+            target.parent.mkdir(parents=True, exist_ok=True)
             sources = [ROOT / source for source in extension.sources]
-            if extension.name.endswith("_host"):
-                objects = [compile("cxx", source, host, "host.") for source in sources]
-                out.build(str(Path(target).resolve()), "link", objects)
-            elif extension.name.endswith("_native_cpu"):
-                objects = []
-                for source in sources:
-                    if source.stem == "cpu_kernels":
-                        objects += [
-                            compile("cxx", source, f"{common} -DCPU_TARGET={name} {flags}", f"{name}.")
-                            for name, flags in CPU_TARGETS.items()
-                        ]
-                    else:
-                        objects.append(compile("cxx", source, common))
-                out.build(str(Path(target).resolve()), "link", objects, variables={"libraries": torch_libraries})
-            else:
-                objects = [compile("nvcc", source, f"{common} -DUSE_CUDA", "cuda.") for source in sources]
-                out.build(str(Path(target).resolve()), "nvcc_link", objects, variables={"libraries": torch_libraries})
+            match extension.name.rpartition(".")[2]:
+                case "_host":  # rounds without fused multiply-add: masks are the same bits on every processor
+                    objects = [compile("cxx", source, f"{python} -ffp-contract=off", "host.") for source in sources]
+                    out.build(str(target), "link", objects)
+                case "_native_cpu":
+                    objects = [object for source in sources for object in compile_for_cpu(source)]
+                    out.build(str(target), "link", objects, variables={"libraries": libraries})
+                case "_native_cuda":
+                    objects = [compile("nvcc", source, stable_abi, "cuda.") for source in sources]
+                    out.build(str(target), "nvcc_link", objects, variables={"libraries": libraries})
 
 
 def sources(*patterns: str) -> list[str]:
