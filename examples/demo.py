@@ -22,7 +22,7 @@ from rich.table import Table
 
 from dinov2.data import BundledPhotographs
 from dinov2.data.patches import cut_patches
-from dinov2.evaluate.features import dense_features
+from dinov2.evaluate.features import dense_features, neighbourhood_features
 from dinov2.evaluate.handmade import handmade_accuracies
 from dinov2.evaluate.patch_probe import PatchProbe
 from dinov2.evaluate.pca import pca_colours
@@ -38,7 +38,7 @@ def main() -> None:
     console = Console()
     config = configuration()
     photographs = BundledPhotographs()
-    pool = cut_patches(photographs, half="left", size=64, per_photograph=200, seed=3 * config.seed)
+    pool = cut_patches(photographs, half="left", size=128, per_photograph=200, seed=3 * config.seed)
     index = cut_patches(photographs, half="left", size=32, per_photograph=100, seed=3 * config.seed + 1)
     queries = cut_patches(photographs, half="right", size=32, per_photograph=50, seed=3 * config.seed + 2)
     baselines = handmade_accuracies(index, queries)
@@ -51,7 +51,8 @@ def main() -> None:
     measured = [line["knn_accuracy"] for line in metrics if "knn_accuracy" in line]
     baselines["untrained ViT"] = measured[0]
     plot_curves(metrics, baselines, run / "loss.png")
-    picture_features(photographs, VisionTransformer(config.vit), load_pretrained(run / "teacher"), config, run)
+    untrained, trained = VisionTransformer(config.vit).eval(), load_pretrained(run / "teacher").eval()
+    picture_features(photographs, untrained, trained, config, run)
     console.print(table({**baselines, f"ViT after {minutes:.1f} minutes": measured[-1]}))
     console.print(f"Pictures: {run / 'loss.png'}, {run / 'pca.png'}")
 
@@ -79,11 +80,16 @@ def picture_features(
 ) -> None:
     """Write ``pca.png``: photographs, and the principal components of their patch features as colours."""
     images = [central_square(photographs[photographs.names.index(name)]) for name in IN_THE_PICTURE]
-    rows = {"photographs": images}
-    for name, model in (("untrained ViT", untrained), ("trained ViT", trained)):
-        maps = [dense_features(model.eval(), image, config.data.augmentation, stride=8) for image in images]
-        rows[name] = [colours.numpy() for colours in pca_colours(maps)]
-    plot_rows(rows, run / "pca.png")
+    views = config.data.augmentation
+    maps = {
+        "untrained ViT: patch tokens": [dense_features(untrained, image, views, stride=8) for image in images],
+        "trained ViT: patch tokens": [dense_features(trained, image, views, stride=8) for image in images],
+        "trained ViT: class tokens of 32 pixels around": [
+            neighbourhood_features(trained, image, views, stride=8) for image in images
+        ],
+    }
+    colours = {name: [colour.numpy() for colour in pca_colours(features)] for name, features in maps.items()}
+    plot_rows({"photographs": images, **colours}, run / "pca.png")
 
 
 def central_square(photograph: npt.NDArray[np.uint8], side: int = 256) -> npt.NDArray[np.uint8]:
@@ -94,7 +100,7 @@ def central_square(photograph: npt.NDArray[np.uint8], side: int = 256) -> npt.ND
 
 def table(accuracies: dict[str, float]) -> Table:
     """The accuracies, worst guess first."""
-    result = Table("Features of the patches", title="From which of twenty photographs is this patch?")
+    result = Table("From which of twenty photographs is this patch?")
     result.add_column("5-NN accuracy", justify="right")
     for name, accuracy in {"guessing": 1 / 20, **accuracies}.items():
         result.add_row(name, f"{accuracy:.1%}")

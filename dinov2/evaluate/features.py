@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2.data import AugmentationConfig, normalize
@@ -15,7 +16,9 @@ from dinov2.models import VisionTransformer
 def image_features(
     model: VisionTransformer, images: npt.NDArray[np.uint8], augmentation: AugmentationConfig, batch_size: int = 250
 ) -> Tensor:
-    """Class tokens of images.
+    """Features of whole images: class token, mean and maximum of the patch tokens, of the image and its mirror image.
+
+    Each of the three is the sum over both images and then brought to length 1.
 
     Args:
         model: in eval mode, on any device.
@@ -24,14 +27,23 @@ def image_features(
         batch_size: images per forward pass.
 
     Returns:
-        float32 ``[N, D]`` on the CPU.
+        float32 ``[N, 3 * D]`` on the CPU.
     """
     device = next(model.parameters()).device
     chunks = []
     for start in range(0, len(images), batch_size):
         views = [normalize(image, augmentation.mean, augmentation.std) for image in images[start : start + batch_size]]
-        chunks.append(model(torch.from_numpy(np.stack(views)).to(device)).float().cpu())
+        batch = torch.from_numpy(np.stack(views)).to(device)  # [b, 3, H, W]
+        both = _pooled(model, batch) + _pooled(model, batch.flip(3))  # [b, 3, D]
+        chunks.append(F.normalize(both, dim=2).flatten(1).cpu())
     return torch.cat(chunks)
+
+
+def _pooled(model: VisionTransformer, batch: Tensor) -> Tensor:
+    """Class token, mean and maximum of the patch tokens, ``[b, 3, D]``."""
+    features = model.forward_features(batch)
+    patches = features["x_norm_patchtokens"].float()
+    return torch.stack([features["x_norm_clstoken"].float(), patches.mean(dim=1), patches.amax(dim=1)], dim=1)
 
 
 @torch.no_grad()
@@ -76,3 +88,28 @@ def dense_features(
     blocks = tokens.permute(2, 1, 0)  # [D, grid * grid, rows * columns]
     mean: Tensor = add_up(blocks) / add_up(torch.ones_like(blocks[:1]))  # [D, 1, H / patch, W / patch]
     return mean[:, 0].permute(1, 2, 0)
+
+
+@torch.no_grad()
+def neighbourhood_features(
+    model: VisionTransformer, image: npt.NDArray[np.uint8], augmentation: AugmentationConfig, *, stride: int
+) -> Tensor:
+    """Class tokens of the surroundings of every place of an image, which is mirrored at its borders.
+
+    Args:
+        model: in eval mode, on any device; its window has the size of the images it was trained on.
+        image: uint8 RGB ``[H, W, 3]``, at least as large as the window.
+        augmentation: what the model was trained with; gives the normalisation.
+        stride: distance of the places in pixels.
+
+    Returns:
+        float32 ``[H // stride + 1, W // stride + 1, D]`` on the CPU.
+    """
+    window = model.config.img_size
+    before, after = window // 2, window - window // 2
+    padded = np.pad(image, ((before, after), (before, after), (0, 0)), mode="reflect")
+    pixels = torch.from_numpy(normalize(padded, augmentation.mean, augmentation.std))
+    windows = pixels.unfold(1, window, stride).unfold(2, window, stride)  # [3, rows, columns, window, window]
+    device = next(model.parameters()).device
+    rows = [model(row.transpose(0, 1).to(device)).float().cpu() for row in windows.unbind(dim=1)]
+    return torch.stack(rows)

@@ -28,7 +28,7 @@ class PatchProbe:
         self.k = k
 
     def __call__(self, model: VisionTransformer) -> dict[str, float]:
-        """``{"knn_accuracy": ...}`` of the class tokens, between 0 and 1."""
+        """``{"knn_accuracy": ...}`` of :func:`~dinov2.evaluate.features.image_features`, between 0 and 1."""
         accuracy = knn_accuracy(
             image_features(model, self.index.images, self.augmentation),
             torch.from_numpy(self.index.labels),

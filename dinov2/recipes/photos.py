@@ -13,15 +13,15 @@ from dinov2.train.config import OptimConfig, PretrainConfig, TeacherConfig
 def photos() -> PretrainConfig:
     """A tiny ViT on the bundled photographs; runs on a laptop, no download.
 
-    Made for images of 64 pixels: a global crop takes a third of one on average, so its 32 pixels keep their scale. What
-    differs from the reference, differs because there are minutes and thousands of images, not days and millions: small
-    patches, since fine texture is what tells these images apart; small batches, for many steps; few prototypes with
-    sharp, balanced targets; a learning rate of 0.001 everywhere, and no slow start by LayerScale; colours that are only
-    just disturbed, since they carry meaning here.
+    Made for images of 128 pixels: a crop takes about as many pixels of one as it has itself, so it keeps their scale,
+    and two crops show two places of one neighbourhood. It differs from the reference because there are minutes and
+    thousands of images, not days and millions: small patches, since fine texture is what tells these images apart;
+    small batches, for many steps; few prototypes with sharp, balanced targets; a learning rate of 0.001 everywhere, and
+    no slow start by LayerScale; colours that are only just disturbed, since they carry meaning here.
     """
     return PretrainConfig(
         output=Path("runs/photos"),
-        steps=2000,
+        steps=3000,
         batch_size=16,
         vit=ViTConfig(img_size=32, patch_size=4, embed_dim=64, depth=2, num_heads=1, init_values=1.0),
         dino_head=HeadConfig(out_dim=64, hidden_dim=256, bottleneck_dim=64),
@@ -32,8 +32,8 @@ def photos() -> PretrainConfig:
                 global_size=32,
                 local_size=16,
                 local_crops=4,
-                global_scale=(0.15, 0.5),
-                local_scale=(0.04, 0.12),
+                global_scale=(0.04, 0.125),
+                local_scale=(0.01, 0.03),
                 brightness=0.2,
                 contrast=0.2,
                 saturation=0.1,

@@ -13,7 +13,7 @@ import torch
 
 from dinov2.data import AugmentationConfig, BundledPhotographs, normalize
 from dinov2.data.patches import Patches, cut_patches, half_of
-from dinov2.evaluate.features import dense_features, image_features
+from dinov2.evaluate.features import dense_features, image_features, neighbourhood_features
 from dinov2.evaluate.handmade import colour_histogram, handmade_accuracies, raw_pixels, texture_histogram
 from dinov2.evaluate.patch_probe import PatchProbe
 from dinov2.evaluate.pca import pca_colours, principal_components
@@ -110,11 +110,26 @@ def test_probe_finds_a_patch_among_itself_and_not_its_label_in_noise(
     assert PatchProbe(shuffled, index, VIEWS, k=5)(model)["knn_accuracy"] < 0.5
 
 
-def test_image_features_are_class_tokens_in_order(model: VisionTransformer) -> None:
+def test_image_features_pool_tokens_of_image_and_mirror_image(model: VisionTransformer) -> None:
     images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
-    views = torch.from_numpy(np.stack([normalize(image, VIEWS.mean, VIEWS.std) for image in images]))
     features = image_features(model, images, VIEWS, batch_size=2)
-    torch.testing.assert_close(features, model(views).detach())
+    assert features.shape == (5, 3 * 16)
+    for image, feature in zip(images, features, strict=True):
+        pooled = torch.zeros(3, 16)
+        for view in (image, image[:, ::-1]):
+            tokens = model.forward_features(torch.from_numpy(normalize(view, VIEWS.mean, VIEWS.std))[None])
+            patches = tokens["x_norm_patchtokens"][0]
+            pooled += torch.stack([tokens["x_norm_clstoken"][0], patches.mean(dim=0), patches.amax(dim=0)]).detach()
+        expected = [part / part.norm() for part in pooled]
+        torch.testing.assert_close(feature, torch.cat(expected))
+
+
+def test_neighbourhood_features_are_class_tokens_around_each_place(model: VisionTransformer) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    features = neighbourhood_features(model, image, VIEWS, stride=4)
+    assert features.shape == (7, 9, 16)
+    around = torch.from_numpy(normalize(image[4:20, 8:24], VIEWS.mean, VIEWS.std))[None]  # centred on row 12, column 16
+    torch.testing.assert_close(features[3, 4], model(around)[0].detach())
 
 
 def test_dense_features_are_means_over_all_windows(model: VisionTransformer) -> None:
