@@ -97,18 +97,18 @@ def sinkhorn_knopp(
 def _bias(logits: Tensor, temperature: float, n_iterations: int, group: dist.ProcessGroup | None) -> Tensor:
     _check(logits, temperature, n_iterations)
     logits = logits.contiguous()
-    bias = -_zero_if_empty(_logsumexp_over(group, _column_logsumexp(logits, temperature)))  # [K]
+    bias = _zero_if_empty(_logsumexp_over(group, _column_logsumexp(logits, temperature))).neg_()  # [K]
     for _ in range(n_iterations - 1):
         mass = _column_mass(logits, temperature, bias)  # [K]
         if group is not None:
             dist.all_reduce(mass, group=group)
-        bias -= _zero_if_empty(mass.log())
+        bias -= _zero_if_empty(mass.log_())
     return bias
 
 
 def _zero_if_empty(log_mass: Tensor) -> Tensor:
-    """Leave the bias of a prototype alone that no row gives any mass (log 0)."""
-    return log_mass.masked_fill(log_mass == -torch.inf, 0.0)
+    """Leave the bias of a prototype alone that no row gives any mass (log 0). In place, and in one kernel."""
+    return log_mass.nan_to_num_(nan=torch.nan, posinf=torch.inf, neginf=0.0)
 
 
 def _logsumexp_over(group: dist.ProcessGroup | None, x: Tensor) -> Tensor:
