@@ -20,12 +20,9 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
-from dinov2.data import BundledPhotographs
-from dinov2.data.patches import cut_patches
-from dinov2.evaluate.features import dense_features, neighbourhood_features
+from dinov2.data import BundledPhotographs, cut_patches
+from dinov2.evaluate import PatchProbe, dense_features, neighbourhood_features, pca_colours
 from dinov2.evaluate.handmade import handmade_accuracies
-from dinov2.evaluate.patch_probe import PatchProbe
-from dinov2.evaluate.pca import pca_colours
 from dinov2.evaluate.plots import plot_curves, plot_rows
 from dinov2.models import VisionTransformer, load_pretrained
 from dinov2.recipes import photos
@@ -108,4 +105,7 @@ def table(accuracies: dict[str, float]) -> Table:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("Stopped; the next demo starts anew.") from None

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from dinov2.evaluate.features import dense_features, image_features, neighbourhood_features
 from dinov2.evaluate.knn import knn_accuracy
+from dinov2.evaluate.patch_probe import PatchProbe
+from dinov2.evaluate.pca import pca_colours
 from dinov2.evaluate.probe import FolderProbe
 
-__all__ = ["FolderProbe", "knn_accuracy"]
+__all__ = [
+    "FolderProbe",
+    "PatchProbe",
+    "dense_features",
+    "image_features",
+    "knn_accuracy",
+    "neighbourhood_features",
+    "pca_colours",
+]
