@@ -16,9 +16,7 @@ from dinov2.models import VisionTransformer
 def image_features(
     model: VisionTransformer, images: npt.NDArray[np.uint8], augmentation: AugmentationConfig, batch_size: int = 250
 ) -> Tensor:
-    """Features of whole images: class token, mean and maximum of the patch tokens, of the image and its mirror image.
-
-    Each of the three is the sum over both images and then brought to length 1.
+    """Features of whole images: the mean of the class tokens, of length 1, of an image and of its mirror image.
 
     Args:
         model: in eval mode, on any device.
@@ -27,23 +25,16 @@ def image_features(
         batch_size: images per forward pass.
 
     Returns:
-        float32 ``[N, 3 * D]`` on the CPU.
+        float32 ``[N, D]`` on the CPU.
     """
     device = next(model.parameters()).device
     chunks = []
     for start in range(0, len(images), batch_size):
         views = [normalize(image, augmentation.mean, augmentation.std) for image in images[start : start + batch_size]]
         batch = torch.from_numpy(np.stack(views)).to(device)  # [b, 3, H, W]
-        both = _pooled(model, batch) + _pooled(model, batch.flip(3))  # [b, 3, D]
-        chunks.append(F.normalize(both, dim=2).flatten(1).cpu())
+        class_tokens = torch.stack([model(batch), model(batch.flip(3))])  # [2, b, D]
+        chunks.append(F.normalize(class_tokens.float(), dim=2).mean(dim=0).cpu())
     return torch.cat(chunks)
-
-
-def _pooled(model: VisionTransformer, batch: Tensor) -> Tensor:
-    """Class token, mean and maximum of the patch tokens, ``[b, 3, D]``."""
-    features = model.forward_features(batch)
-    patches = features["x_norm_patchtokens"].float()
-    return torch.stack([features["x_norm_clstoken"].float(), patches.mean(dim=1), patches.amax(dim=1)], dim=1)
 
 
 @torch.no_grad()
