@@ -1,10 +1,10 @@
 // The Sinkhorn-Knopp step on CPU: operators, and how threads share their work. What one thread does stands in
 // cpu_kernels.cpp; the definition is dinov2_kernels/sinkhorn/reference.py.
 //
-// Bytes: column_logsumexp reads the logits once, from memory. column_mass reads them twice, once along rows and once
-// down columns: two threads' sums never meet, so no thread needs its own vectors [K], and the result is the same for
-// every number of threads. assign reads them once from memory and writes the result, which stays in the cache until it is
-// normalised. Nothing else is larger than [B].
+// Bytes: column_logsumexp reads the logits once, from memory. column_mass reads them twice, along rows and then down
+// columns: the sums of two threads never meet, so that no thread needs vectors [K] of its own, and the result is the
+// same for every number of threads. assign reads them once from memory and writes the result, which stays in the cache
+// until it is normalised. Nothing else is larger than [B].
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -11,28 +11,34 @@ constexpr int kStep = 8;
 // Columns that a pass down the rows carries along; their sums stay in the first-level cache.
 constexpr int kTile = 1024;
 
-// An online log-sum-exp of scale * x, lane by lane: N more values x for a running maximum of x and the sum of
-// exp(scale * (x - max)).
+// A shift below every finite number that is to come, with which -inf gives exp(-inf) = 0.
+template <class A>
+constexpr A kNoShift = sizeof(A) == 4 ? A(-0x1.fffffep127) : A(-0x1.fffffffffffffp1023);
+
+// An online log-sum-exp of scale * x, lane by lane: N more values x for the sum of exp(scale * (x - shift)). The shift
+// is a value seen before; it follows the maximum, but only where the exponential would otherwise grow beyond e^kSlack.
 template <class A, int N>
-ALWAYS_INLINE void add_values(const vec<A> (&x)[N], A scale, vec<A>& max, wide<A>& sum) {
-  vec<A> new_max = max;
-  for (int i = 0; i < N; ++i) new_max = maximum(x[i], new_max);
-  // While all values are -inf, any finite number in place of the maximum avoids inf - inf.
-  const vec<A> shift = new_max == broadcast(A(-INFINITY)) ? vec<A>{} : new_max;
-  vec<A> added = exp_of_nonpositive<A>((x[0] - shift) * scale);
-  for (int i = 1; i < N; ++i) added += exp_of_nonpositive<A>((x[i] - shift) * scale);
-  sum = sum * widen<A>(exp_of_nonpositive<A>((max - shift) * scale)) + widen<A>(added);
-  max = new_max;
+ALWAYS_INLINE void add_values(const vec<A> (&x)[N], A scale, vec<A>& shift, wide<A>& sum) {
+  constexpr A kSlack = 32;
+  vec<A> max = shift;
+  for (int i = 0; i < N; ++i) max = maximum(x[i], max);
+  if (any_greater((max - shift) * scale, broadcast(kSlack))) {
+    sum *= widen<A>(exp<A>((shift - max) * scale));
+    shift = max;
+  }
+  vec<A> added = exp<A>((x[0] - shift) * scale);
+  for (int i = 1; i < N; ++i) added += exp<A>((x[i] - shift) * scale);
+  sum += widen<A>(added);
 }
 
 template <int N, class X, class A>
-ALWAYS_INLINE void add_rows(const X* x, int64_t K, A inverse_T, int64_t columns, A* max, double* sum) {
+ALWAYS_INLINE void add_rows(const X* x, int64_t K, A inverse_T, int64_t columns, A* shift, double* sum) {
   for_each_vector<A>(0, columns, [&](int64_t k, auto part) {
-    vec<A> rows[N], max_k = load(max + k);
+    vec<A> rows[N], shift_k = load(shift + k);
     wide<A> sum_k = load_wide<A>(sum + k);
     for (int b = 0; b < N; ++b) rows[b] = load(x + b * K + k, part);
-    add_values<A, N>(rows, inverse_T, max_k, sum_k);
-    store(max + k, max_k);
+    add_values<A, N>(rows, inverse_T, shift_k, sum_k);
+    store(shift + k, shift_k);
     store(sum + k, sum_k);
   });
 }
@@ -45,18 +51,18 @@ void column_logsumexp(const X* x, int64_t B, int64_t K, double T, int64_t begin,
   const A inverse_T = 1 / T;
   for (; begin < end; begin += kTile) {
     const int64_t columns = end - begin < kTile ? end - begin : kTile;
-    A max[kTile];
+    A shift[kTile];
     double sum[kTile] = {};
-    for (A& m : max) m = -INFINITY;
+    for (A& s : shift) s = kNoShift<A>;
     int64_t b = 0;
-    for (; b + kStep <= B; b += kStep) add_rows<kStep>(x + b * K + begin, K, inverse_T, columns, max, sum);
-    for (; b < B; ++b) add_rows<1>(x + b * K + begin, K, inverse_T, columns, max, sum);
-    for (int64_t k = 0; k < columns; ++k) out[begin + k] = max[k] / T + log_of(static_cast<A>(sum[k]));
+    for (; b + kStep <= B; b += kStep) add_rows<kStep>(x + b * K + begin, K, inverse_T, columns, shift, sum);
+    for (; b < B; ++b) add_rows<1>(x + b * K + begin, K, inverse_T, columns, shift, sum);
+    for (int64_t k = 0; k < columns; ++k) out[begin + k] = shift[k] / T + log_of(static_cast<A>(sum[k]));
   }
 }
 
-// z = x / T + bias, and -inf beyond the end of a row. Every pass over a row must round z alike, or z - max would not be
-// exact where z is constant: the loads come first so that the multiplication and the addition are fused in all of them.
+// z = x / T + bias, and -inf beyond the end of a row. Every pass over a row must round z alike, or z - shift would not
+// be exact where z is constant: the loads come first, so that all of them fuse the multiplication and the addition.
 template <class X, class A, class WholeOrPart>
 ALWAYS_INLINE vec<A> biased(const X* x, A inverse_T, const A* bias, WholeOrPart part) {
   const vec<A> x_k = load(x, part), bias_k = load(bias, part, A(-INFINITY));
@@ -66,21 +72,21 @@ ALWAYS_INLINE vec<A> biased(const X* x, A inverse_T, const A* bias, WholeOrPart 
 template <class X, class A>
 RowScale<A> row_scale(const X* x, int64_t K, double T, const A* bias) {
   const A inverse_T = 1 / T;
-  vec<A> max = broadcast(A(-INFINITY));
+  vec<A> shift = broadcast(kNoShift<A>);
   wide<A> sum = {};
   int64_t k = 0;
   for (; k + kStep * lanes<A> <= K; k += kStep * lanes<A>) {
     vec<A> z[kStep];
     for (int i = 0; i < kStep; ++i) z[i] = biased(x + k + i * lanes<A>, inverse_T, bias + k + i * lanes<A>, Whole{});
-    add_values<A, kStep>(z, 1, max, sum);
+    add_values<A, kStep>(z, 1, shift, sum);
   }
   for_each_vector<A>(k, K, [&](int64_t k, auto part) {
     const vec<A> z[1] = {biased(x + k, inverse_T, bias + k, part)};
-    add_values<A, 1>(z, 1, max, sum);
+    add_values<A, 1>(z, 1, shift, sum);
   });
-  const A row_max = largest_lane<A>(max);
-  sum *= widen<A>(exp_of_nonpositive<A>(max - row_max));
-  return {row_max, static_cast<A>(1 / sum_of_lanes<A>(sum))};
+  const A row_shift = largest_lane<A>(shift);
+  sum *= widen<A>(exp<A>(shift - row_shift));
+  return {row_shift, static_cast<A>(1 / sum_of_lanes<A>(sum))};
 }
 
 template <int N, class X, class A>
@@ -90,7 +96,7 @@ ALWAYS_INLINE void add_mass(const X* x, int64_t K, A inverse_T, const A* bias, c
     vec<A> added = {};
     for (int b = 0; b < N; ++b) {
       const vec<A> z = biased(x + b * K + k, inverse_T, bias + k, part);
-      added += exp_of_nonpositive<A>(z - rows[b].max) * rows[b].inverse_sum;
+      added += exp<A>(z - rows[b].shift) * rows[b].inverse_sum;
     }
     store(mass + k, load_wide<A>(mass + k) + widen<A>(added));
   });
@@ -125,7 +131,7 @@ void assign(const X* x, int64_t K, double T, const A* bias, A* out) {
     vec<A> tile_sum = {};
     for_each_vector<A>(begin, begin + kTile < K ? begin + kTile : K, [&](int64_t k, auto part) {
       const vec<A> z = biased(x + k, inverse_T, bias + k, part);
-      const vec<A> e = exp_of_nonpositive<A>(z - row_max);
+      const vec<A> e = exp<A>(z - row_max);
       tile_sum += e;
       store(out + k, e, part);
     });

@@ -6,10 +6,10 @@
 #include "common/cpu_target.h"
 #include "common/dtypes.h"
 
-// What turns a row of z into its softmax: p = exp(z - max) * inverse_sum.
+// What turns a row of z into its softmax: p = exp(z - shift) * inverse_sum.
 template <class A>
 struct RowScale {
-  A max, inverse_sum;
+  A shift, inverse_sum;
 };
 
 #define DECLARE(target)                                                                                              \
