@@ -52,6 +52,6 @@ def photos() -> PretrainConfig:
         ),
         teacher=TeacherConfig(momentum=0.98, temperature=0.04),
         log_every=10,
-        probe_every=100,
+        probe_every=200,
         checkpoint_every=500,
     )
