@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -49,13 +50,17 @@ def build(kind: str, source: Path, output: Path, **environment: str) -> Path:
 
 
 def info_of_installed(wheel: Path, place: Path) -> dict[str, object]:
-    """Install a wheel into an empty folder, run the smoke test from another, and return its info()."""
-    site = place / "site"
-    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, wheel, cwd=place)
-    elsewhere = place / "elsewhere"
-    elsewhere.mkdir()
-    output = run(sys.executable, "-c", SMOKE_TEST, site, cwd=elsewhere, PYTHONPATH=str(site))
-    return dict(json.loads(output))
+    """Install a wheel into a clean virtual environment, run the smoke test away from everything, return its info().
+
+    The dependencies are those of this Python, by a path file: what it has installed in editable mode stays out.
+    """
+    environment = place / "venv"
+    run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=place)
+    python = environment / "bin" / "python"
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=place).strip())
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", wheel, cwd=place)
+    return dict(json.loads(run(python, "-c", SMOKE_TEST, environment, cwd=environment)))
 
 
 @pytest.fixture(scope="module")
