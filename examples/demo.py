@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -34,6 +35,9 @@ IN_THE_PICTURE = ("astronaut", "cat", "coffee", "flower", "motorcycle", "china")
 def main() -> None:
     console = Console()
     config = configuration()
+    # So small a model gains nothing from a second thread, and loses much to it on a busy machine; the other core cuts
+    # the crops of the next batch.
+    torch.set_num_threads(1)
     photographs = BundledPhotographs()
     pool = cut_patches(photographs, half="left", size=128, per_photograph=200, seed=3 * config.seed)
     index = cut_patches(photographs, half="left", size=32, per_photograph=100, seed=3 * config.seed + 1)

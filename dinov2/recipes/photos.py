@@ -27,7 +27,7 @@ def photos() -> PretrainConfig:
         dino_head=HeadConfig(out_dim=64, hidden_dim=256, bottleneck_dim=64),
         objective=ObjectiveConfig(centering="sinkhorn_knopp"),
         data=DataConfig(
-            num_workers=0,
+            num_workers=1,
             augmentation=AugmentationConfig(
                 global_size=32,
                 local_size=16,
