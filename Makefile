@@ -42,7 +42,7 @@ format: setup ## apply the formatter and the lint fixes
 	$(BIN)/ruff format .
 
 bench: setup ## benchmarks on this CPU, peers side by side; writes benchmarks/results
-	$(BIN)/python -m pytest benchmarks
+	$(BIN)/python -m pytest -m 'not gpu' benchmarks
 
 test-gpu: ## tests that need a GPU, with the PyTorch of GPU_PYTHON
 	$(GPU_PYTHON) setup.py --quiet build_ext --inplace

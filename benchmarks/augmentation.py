@@ -19,7 +19,6 @@ from dinov2.data import AugmentationConfig, BundledPhotographs, MultiCropAugment
 from dinov2.data import photometric_reference as pillow
 
 IMAGES_A_ROUND = 10
-REQUIRED_IMAGES_PER_SECOND = 75
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +36,7 @@ def photograph(width: int, height: int) -> np.ndarray:
     return photographs[photographs.names.index("astronaut")][:height, :width].copy()
 
 
-def images_per_second(benchmark: BenchmarkFixture, config: AugmentationConfig, image: np.ndarray) -> float:
+def record_images_per_second(benchmark: BenchmarkFixture, config: AugmentationConfig, image: np.ndarray) -> None:
     augment, seeds = MultiCropAugmentation(config), itertools.count()
 
     def augment_some() -> None:
@@ -45,26 +44,23 @@ def images_per_second(benchmark: BenchmarkFixture, config: AugmentationConfig, i
             augment(image, np.random.default_rng(next(seeds)))
 
     benchmark.pedantic(augment_some, rounds=15, warmup_rounds=1)
-    rate = IMAGES_A_ROUND / benchmark.stats.stats.min
-    benchmark.extra_info["images_per_second"] = round(rate, 1)
-    return rate
+    benchmark.extra_info["images_per_second"] = round(IMAGES_A_ROUND / benchmark.stats.stats.min, 1)
 
 
 @pytest.mark.parametrize("blur", ["released", "paper"])
 def test_multi_crop(benchmark: BenchmarkFixture, blur: str) -> None:
     benchmark.group = "2 x 224 + 8 x 96 from 500 x 400"
-    rate = images_per_second(benchmark, AugmentationConfig(blur=blur), photograph(500, 400))
-    assert rate >= REQUIRED_IMAGES_PER_SECOND
+    record_images_per_second(benchmark, AugmentationConfig(blur=blur), photograph(500, 400))
 
 
 def test_multi_crop_in_pillow(benchmark: BenchmarkFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     benchmark.group = "2 x 224 + 8 x 96 from 500 x 400"
     monkeypatch.setattr(augmentation, "photometric", pillow)
     monkeypatch.setattr(augmentation, "resized_crop", pillow.resized_crop)
-    images_per_second(benchmark, AugmentationConfig(), photograph(500, 400))
+    record_images_per_second(benchmark, AugmentationConfig(), photograph(500, 400))
 
 
 def test_small_images(benchmark: BenchmarkFixture) -> None:
     benchmark.group = "2 x 32 + 4 x 16 from 48 x 48"
     config = AugmentationConfig(global_size=32, local_size=16, local_crops=4)
-    images_per_second(benchmark, config, photograph(48, 48))
+    record_images_per_second(benchmark, config, photograph(48, 48))
