@@ -11,14 +11,14 @@ Prediction, per float32 element, two threads of a 2-core machine with AVX2 (abou
 - ``sinkhorn_knopp``: floor 20 bytes. One more exponential, and the result [B, K] is written and mapped: 0.4 ns + 0.6 ns
   with pages of 2 MB. 6 to 8 times faster.
 
-Measured (results/2026-11-23, both cores shared with other work): ``sinkhorn_bias`` 5.0 times faster in float32 and 6 to
-6.6 in bfloat16, ``sinkhorn_knopp`` 3.5 and 4.4 to 4.7, with one exception below. What the prediction missed:
+Measured (results/2026-11-23): ``sinkhorn_bias`` 4.3 to 5.1 times faster in float32 and 6.6 to 7.3 in bfloat16,
+``sinkhorn_knopp`` 3.1 to 3.5 and 3.8 to 4.3. What the prediction missed:
 
 - An exponential costs 0.40 ns in the mass and 0.50 to 0.55 ns in the two online passes, and memory is not quite hidden:
   3.0 ns a float32 element on one core instead of 2.3. The recipe is as slow as predicted, 15 ns on one core.
 - bfloat16 gains more than a tenth, because the recipe must also write and map a float32 copy first.
 - ``sinkhorn_knopp`` of [1024, 65536] float32 is bimodal in a virtual machine that hands free memory back to its host:
-  the 268 MB of the result take 30 ms of mapping when the host still backs them (3.4 times faster than the recipe) and
+  the 268 MB of the result take 30 ms of mapping when the host still backs them (3.5 times faster than the recipe) and
   up to a second when it does not (1.2 times). Pages of 4 KB would take 170 ms always (2.2 times).
 """
 

@@ -1,4 +1,4 @@
-"""The Sinkhorn-Knopp step: three operators that each read the logits once, and the loop over them."""
+"""The Sinkhorn-Knopp step: three operators, each one pass over the logits, and the loop over them."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def sinkhorn_bias(
     :mod:`dinov2_kernels.sinkhorn.reference`. It works in the log domain: any finite logits and any temperature give a
     finite bias, and adding a constant to all logits changes nothing.
 
-    Bytes: ``n_iterations`` reads of the logits and a few vectors [K]; no [B, K] intermediate. With a process group,
-    each iteration reduces one vector [K] over the processes.
+    Bytes: ``2 * n_iterations - 1`` reads of the logits (floor: ``n_iterations``) and a few vectors [K] and [B]; no
+    [B, K] intermediate. With a process group, each iteration reduces one vector [K] over the processes.
 
     Args:
         logits: [B, K] teacher logits of this process, float64, float32, bfloat16 or float16; K >= 1. B may differ
@@ -78,7 +78,7 @@ def sinkhorn_knopp(
 
     Prefer :func:`sinkhorn_bias` with :func:`soft_cross_entropy`, which never writes the [B, K] result.
 
-    Bytes: ``n_iterations + 1`` reads of the logits and one write of the assignments.
+    Bytes: those of :func:`sinkhorn_bias`, one more read of the logits and one write of the assignments.
 
     Args:
         logits, temperature, n_iterations, group: as for :func:`sinkhorn_bias`.
