@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,15 +41,31 @@ def run(arguments: Sequence[str]) -> None:
 
 def parse(name: str, options: Sequence[str]) -> Arguments:
     """The recipe ``name`` with the overrides of the command line."""
+    config, options = choose_patch_head(recipe(name), options)
     return tyro.cli(
         Arguments,
         args=options,
-        default=Arguments(config=recipe(name)),
+        default=Arguments(config=config),
         prog=f"dinov2 pretrain {name}",
         description=inspect.getdoc(RECIPES[name]),
         use_underscores=True,
         config=(tyro.conf.AvoidSubcommands,),
     )
+
+
+def choose_patch_head(config: PretrainConfig, options: Sequence[str]) -> tuple[PretrainConfig, list[str]]:
+    """Add the head of the masked patches where an option names one of its fields; ``--ibot_head None`` shares instead.
+
+    tyro leaves an optional section as present or as absent as it finds it.
+    """
+    names = [option.partition("=")[0].replace("-", "_") for option in options]
+    if config.ibot_head is None and any(name.startswith("__ibot_head.") for name in names):
+        config = dataclasses.replace(config, ibot_head=config.dino_head)
+    if "__ibot_head" in names:
+        place = names.index("__ibot_head")
+        if list(options[place + 1 : place + 2]) == ["None"]:
+            return dataclasses.replace(config, ibot_head=None), [*options[:place], *options[place + 2 :]]
+    return config, list(options)
 
 
 def help_text() -> str:

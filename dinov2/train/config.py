@@ -82,7 +82,8 @@ class PretrainConfig:
     vit: ViTConfig = field(default_factory=ViTConfig)
     dino_head: HeadConfig = field(default_factory=HeadConfig)
     ibot_head: HeadConfig | None = None
-    """Head of the masked patches; None shares the DINO head."""
+    """Head of the masked patches; None shares the DINO head. Naming one of its fields, as in --ibot_head.out_dim 4096,
+    adds it; --ibot_head None removes it."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -178,3 +178,16 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "torch" in text
     assert "sinkhorn" in text
+
+
+def test_the_patch_head_can_be_added_and_removed() -> None:
+    shared = parse("vitl16_short", []).config
+    assert shared.ibot_head is None
+    for option in ("--ibot_head.out_dim", "--ibot-head.out-dim"):
+        added = parse("vitl16_short", [option, "4096"]).config.ibot_head
+        assert added is not None
+        assert (added.out_dim, added.bottleneck_dim) == (4096, shared.dino_head.bottleneck_dim)
+    assert parse("vitl14", []).config.ibot_head is not None
+    removed = parse("vitl14", ["--ibot_head", "None", "--steps", "7"]).config
+    assert removed.ibot_head is None
+    assert removed.steps == 7
