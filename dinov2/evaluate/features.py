@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -66,13 +68,10 @@ def dense_features(
         raise ValueError(
             f"sides of image must be {window} plus a multiple of stride {stride}, but it is {height} x {width}"
         )
-    pixels = torch.from_numpy(normalize(image, augmentation.mean, augmentation.std))  # [3, H, W]
-    windows = pixels.unfold(1, window, stride).unfold(2, window, stride)  # [3, rows, columns, window, window]
-    device = next(model.parameters()).device
     tokens = torch.cat(
         [
-            model.forward_features(row.transpose(0, 1).to(device))["x_norm_patchtokens"].float().cpu()
-            for row in windows.unbind(dim=1)
+            model.forward_features(row)["x_norm_patchtokens"].float().cpu()
+            for row in _rows_of_windows(model, image, augmentation, stride)
         ]
     )  # [rows * columns, grid * grid, D]
     add_up = torch.nn.Fold((height // patch, width // patch), kernel_size=grid, stride=stride // patch)
@@ -99,8 +98,15 @@ def neighbourhood_features(
     window = model.config.img_size
     before, after = window // 2, window - window // 2
     padded = np.pad(image, ((before, after), (before, after), (0, 0)), mode="reflect")
-    pixels = torch.from_numpy(normalize(padded, augmentation.mean, augmentation.std))
+    return torch.stack([model(row).float().cpu() for row in _rows_of_windows(model, padded, augmentation, stride)])
+
+
+def _rows_of_windows(
+    model: VisionTransformer, image: npt.NDArray[np.uint8], augmentation: AugmentationConfig, stride: int
+) -> Iterator[Tensor]:
+    """Row by row ``[columns, 3, window, window]`` on the model's device, the windows of its size ``stride`` apart."""
+    window, device = model.config.img_size, next(model.parameters()).device
+    pixels = torch.from_numpy(normalize(image, augmentation.mean, augmentation.std))  # [3, H, W]
     windows = pixels.unfold(1, window, stride).unfold(2, window, stride)  # [3, rows, columns, window, window]
-    device = next(model.parameters()).device
-    rows = [model(row.transpose(0, 1).to(device)).float().cpu() for row in windows.unbind(dim=1)]
-    return torch.stack(rows)
+    for row in windows.unbind(dim=1):
+        yield row.transpose(0, 1).to(device)
