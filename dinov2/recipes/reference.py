@@ -29,9 +29,7 @@ def vitl16_short() -> PretrainConfig:
         batch_size=2048,
         accumulation_steps=32,
         precision="bf16",
-        vit=ViTConfig(
-            img_size=224, patch_size=16, embed_dim=1024, depth=24, num_heads=16, ffn="mlp", drop_path_rate=0.3
-        ),
+        vit=ViTConfig.of("vit_large", patch_size=16, drop_path_rate=0.3),
         dino_head=HeadConfig(out_dim=65536, hidden_dim=2048, bottleneck_dim=256, num_layers=3),
         ibot_head=None,
         objective=ObjectiveConfig(centering="softmax"),
@@ -48,9 +46,7 @@ def vitl14() -> PretrainConfig:
     """ViT-L/14 on ImageNet-22k: 625,000 steps of 3072 images (82.0 % k-NN published)."""
     return _imagenet22k(
         Path("runs/vitl14"),
-        ViTConfig(
-            img_size=224, patch_size=14, embed_dim=1024, depth=24, num_heads=16, ffn="swiglu", drop_path_rate=0.4
-        ),
+        ViTConfig.of("vit_large", patch_size=14, ffn="swiglu", drop_path_rate=0.4),
         accumulation_steps=96,
     )
 
@@ -59,9 +55,7 @@ def vitg14() -> PretrainConfig:
     """ViT-g/14, the largest DINOv2: 625,000 steps of 3072 images (83.5 % k-NN published, on LVD-142M)."""
     return _imagenet22k(
         Path("runs/vitg14"),
-        ViTConfig(
-            img_size=224, patch_size=14, embed_dim=1536, depth=40, num_heads=24, ffn="swiglu", drop_path_rate=0.4
-        ),
+        ViTConfig.of("vit_giant2", patch_size=14, drop_path_rate=0.4),
         accumulation_steps=256,
     )
 

@@ -32,9 +32,7 @@ def vits14_small_data() -> PretrainConfig:
         steps=50_000,
         batch_size=256,
         precision="bf16",
-        vit=ViTConfig(
-            img_size=224, patch_size=14, embed_dim=384, depth=12, num_heads=6, num_register_tokens=4, drop_path_rate=0.1
-        ),
+        vit=ViTConfig.of("vit_small", patch_size=14, num_register_tokens=4, drop_path_rate=0.1),
         dino_head=HeadConfig(out_dim=16384),
         objective=ObjectiveConfig(centering="sinkhorn_knopp"),
         data=DataConfig(root=Path("images"), augmentation=AugmentationConfig(local_size=98), num_workers=8),
