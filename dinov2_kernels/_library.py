@@ -39,14 +39,12 @@ class Operator:
 
     Attributes:
         name: name of the operator, without its namespace.
-        schema: its signature in PyTorch's schema language.
         reference: the definition, in plain PyTorch, for any device.
         triton: ``"module:function"`` of the Triton implementation, or None.
         verified_on_gpu: the GPU on which its CUDA kernels passed their tests, with the date; None where none did yet.
     """
 
     name: str
-    schema: str
     reference: Implementation
     triton: str | None
     verified_on_gpu: str | None
@@ -89,7 +87,7 @@ def define(
         triton: ``"module:function"`` of the implementation for CUDA.
         verified_on_gpu: e.g. ``"NVIDIA H200, 2026-11-23"`` once its CUDA kernels passed their tests there.
     """
-    operator = Operator(schema.partition("(")[0], schema, reference, triton, verified_on_gpu)
+    operator = Operator(schema.partition("(")[0], reference, triton, verified_on_gpu)
     _LIBRARY.define(schema)
     _CUDA_LIBRARY.define(schema)
     _LIBRARY.impl(operator.name, reference, "CompositeExplicitAutograd")
