@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-Implementation = Callable[..., torch.Tensor]
+Implementation = Callable[..., Any]
 
 _LIBRARY = torch.library.Library("dinov2_kernels", "DEF")
 _CUDA_LIBRARY = torch.library.Library("dinov2_kernels_cuda", "DEF")
@@ -50,21 +50,24 @@ class Operator:
     verified_on_gpu: str | None
 
     @property
-    def packet(self) -> Any:
-        """What ``torch.ops`` holds for the operator: call it to go through the dispatcher."""
-        return getattr(torch.ops.dinov2_kernels, self.name)
+    def call(self) -> Any:
+        """What ``torch.ops`` holds for the operator: call it to go through the dispatcher.
+
+        It is the overload itself, which spares every call the search for one.
+        """
+        return getattr(torch.ops.dinov2_kernels, self.name).default
 
     def has_native(self, device_type: str) -> bool:
         """Whether the compiled extension holds a kernel of this operator for ``"cpu"`` or ``"cuda"``."""
         namespace = "dinov2_kernels_cuda" if device_type == "cuda" else "dinov2_kernels"
         return torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{self.name}", device_type.upper())
 
-    def call_triton(self, *args: Any) -> torch.Tensor:
+    def call_triton(self, *args: Any) -> Any:
         """Run the Triton implementation, importing it on the first call."""
         if self.triton is None:
             raise NotImplementedError(f"{self.name} has no Triton implementation")
         module, function = self.triton.split(":")
-        return getattr(importlib.import_module(module), function)(*args)  # type: ignore[no-any-return]
+        return getattr(importlib.import_module(module), function)(*args)
 
 
 OPERATORS: dict[str, Operator] = {}
@@ -96,6 +99,19 @@ def define(
         _LIBRARY.impl(operator.name, operator.call_triton, "CUDA")
     OPERATORS[operator.name] = operator
     return operator
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype that autocast gives a matrix product of x: its own where autocast is off or does not touch it."""
+    device_type = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+        return x.dtype
+    return torch.get_autocast_dtype(device_type)
+
+
+def needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd must hear of a call: if not, the operator is called without it, which is cheaper."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def triton_is_installed() -> bool:

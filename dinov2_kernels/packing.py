@@ -25,6 +25,7 @@ class PackedLayout:
 
     Attributes:
         runs: the runs as a tuple of (count, length).
+        flat_runs: the same numbers in one tuple, (count, length, count, length, ...), as operators take them.
         num_sequences: number of sequences S.
         total_tokens: number of tokens T.
         max_length: length of the longest sequence; 0 if there is none.
@@ -34,6 +35,7 @@ class PackedLayout:
     """
 
     runs: tuple[tuple[int, int], ...]
+    flat_runs: tuple[int, ...] = field(init=False, repr=False, compare=False)
     num_sequences: int = field(init=False, repr=False, compare=False)
     total_tokens: int = field(init=False, repr=False, compare=False)
     max_length: int = field(init=False, repr=False, compare=False)
@@ -42,6 +44,7 @@ class PackedLayout:
         checked = tuple(_check_run(run) for run in runs)
         set_field = object.__setattr__  # the dataclass is frozen
         set_field(self, "runs", checked)
+        set_field(self, "flat_runs", tuple(n for run in checked for n in run))
         set_field(self, "num_sequences", sum(count for count, _ in checked))
         set_field(self, "total_tokens", sum(count * length for count, length in checked))
         set_field(self, "max_length", max([0, *(length for count, length in checked if count)]))

@@ -6,19 +6,20 @@
 // FOR_EACH_CPU_TARGET and calls the right one through ON_CPU_TARGET.
 #pragma once
 
-enum class CpuTarget { generic, avx2, avx512 };
+enum class CpuTarget { generic, avx2, avx512, avx512bf16 };
 
-// The widest target this processor runs. DINOV2_KERNELS_CPU_TARGET=generic|avx2|avx512 asks for another one, for tests.
+// The widest target this processor runs. DINOV2_KERNELS_CPU_TARGET=generic|avx2|avx512|avx512bf16 asks for another one, for tests.
 CpuTarget cpu_target();
 
 const char* name_of(CpuTarget target);
 
 #if defined(__x86_64__)
-#define FOR_EACH_CPU_TARGET(DECLARE) DECLARE(generic) DECLARE(avx2) DECLARE(avx512)
+#define FOR_EACH_CPU_TARGET(DECLARE) DECLARE(generic) DECLARE(avx2) DECLARE(avx512) DECLARE(avx512bf16)
 #define ON_CPU_TARGET(function) \
-  (cpu_target() == CpuTarget::avx512 ? &avx512::function \
-   : cpu_target() == CpuTarget::avx2 ? &avx2::function   \
-                                     : &generic::function)
+  (cpu_target() == CpuTarget::avx512bf16 ? &avx512bf16::function \
+   : cpu_target() == CpuTarget::avx512   ? &avx512::function     \
+   : cpu_target() == CpuTarget::avx2     ? &avx2::function       \
+                                         : &generic::function)
 #else
 #define FOR_EACH_CPU_TARGET(DECLARE) DECLARE(generic)
 #define ON_CPU_TARGET(function) (&generic::function)

@@ -1,97 +1,226 @@
-"""Attention over packed sequences as users call it: argument checks, and one fused attention call per run."""
+"""Attention over packed sequences: two operators, their derivative, and the functions that users call."""
 
 from __future__ import annotations
 
-from itertools import pairwise
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from dinov2_kernels._library import autocast_dtype, define, needs_gradient
+from dinov2_kernels.attention import reference
 from dinov2_kernels.packing import PackedLayout
+
+_TRITON = "dinov2_kernels.attention.triton_kernel"
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_HEAD_DIM = 128
+
+
+def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=reference.accumulation_dtype(q))  # [H, T]
+    return torch.empty_like(q, memory_format=torch.contiguous_format), lse
+
+
+def _fake_backward(grad: Tensor, q: Tensor, *_: Any) -> Tensor:
+    return q.new_empty(q.shape[0], 3, *q.shape[1:])  # [T, 3, H, D]
+
+
+# q, k, v [T, H, D] with a dense last dimension and any other strides; grad and out contiguous. The sequences are
+# described by cu_seqlens [S + 1], or by runs (count, length, count, length, ...) on the host where it is None.
+_forward = define(
+    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, int[] runs, float scale) -> (Tensor, Tensor)",
+    reference=reference.attention_forward,
+    fake=_fake_forward,
+).call
+_backward = define(
+    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? cu_seqlens, "
+    "int[] runs, float scale) -> Tensor",
+    reference=reference.attention_backward,
+    fake=_fake_backward,
+).call
 
 
 def varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout | Tensor, *, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: PackedLayout | Tensor,
+    *,
+    scale: float | None = None,
+    validate: bool = False,
 ) -> Tensor:
     """Softmax attention within each sequence of a packed batch, see :mod:`dinov2_kernels.attention.reference`.
 
-    Differentiable; equal to attending to every sequence on its own. Bytes: one read of q, k and v, one write of the
-    result; the attention matrix is never stored.
+    Differentiable, deterministic, and equal to attending to every sequence on its own. Under autocast it computes in
+    autocast's dtype, as ``F.scaled_dot_product_attention`` does.
+
+    Bytes, with e bytes per element: forward reads q, k and v and writes the result, 4 T H D e, and 4 T H of
+    log-sum-exps; backward reads them and the gradient and writes three gradients, 8 T H D e. The attention matrix is
+    never stored.
 
     Args:
-        q, k, v: [T, H, D] tokens, heads, width of a head; any floating dtype, any strides with a dense last dimension.
-        layout: the sequences, as a :class:`PackedLayout` or as int32 offsets [S + 1] from 0 to T. Offsets are read on
-            the host, which waits for their device: prefer a layout.
+        q, k, v: [T, H, D] tokens, heads, width of a head; equal floating dtypes; any strides with a dense last
+            dimension (others are copied). There are kernels for float32, bfloat16 and float16 with D up to 128;
+            float64 and wider heads run in plain PyTorch.
+        layout: the sequences, as a :class:`PackedLayout` or as int32 offsets [S + 1] from 0 to T on the device of q.
+            A layout is cheaper: kernels are chosen by its lengths, on the host.
         scale: factor of the scores; 1 / sqrt(D) by default.
+        validate: check the values of offsets that lie on a GPU too, which waits for it. Those on a CPU always are.
 
     Returns:
-        [T, H, D] in the dtype of v.
+        [T, H, D], contiguous, in the dtype of v.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
     """
     _check_heads(q, k, v)
-    layout = _as_layout(layout, q, "q")
-    if layout.total_tokens == 0:
-        return v.clone()
-    runs = zip(layout.unpack(q), layout.unpack(k), layout.unpack(v), strict=True)
-    attended = [_attend(*run, scale) for run in runs if run[0].numel()]
-    return attended[0] if len(attended) == 1 else torch.cat(attended)
+    cu_seqlens, runs = _sequences(layout, q, "q", validate)
+    if q.dtype != (dtype := autocast_dtype(q)):
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = _dense(q), _dense(k), _dense(v)
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    if needs_gradient(q, k, v):
+        return _Attention.apply(q, k, v, cu_seqlens, runs, scale)  # type: ignore[no-any-return, no-untyped-call]
+    return _run_forward(q, k, v, cu_seqlens, runs, scale)[0]
 
 
-def varlen_attention_qkvpacked(qkv: Tensor, layout: PackedLayout | Tensor, *, scale: float | None = None) -> Tensor:
+def varlen_attention_qkvpacked(
+    qkv: Tensor, layout: PackedLayout | Tensor, *, scale: float | None = None, validate: bool = False
+) -> Tensor:
     """:func:`varlen_attention` for queries, keys and values that one linear layer wrote into one tensor.
+
+    The kernels read q, k and v by their strides, and the gradient is written as one tensor: nothing is copied.
 
     Args:
         qkv: [T, 3, H, D] queries, keys and values.
-        layout, scale: as for :func:`varlen_attention`.
+        layout, scale, validate: as for :func:`varlen_attention`.
 
     Returns:
-        [T, H, D] in the dtype of qkv.
+        [T, H, D], contiguous, in the dtype of qkv.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
     """
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv: expected shape [T, 3, H, D], got {list(qkv.shape)}")
-    q, k, v = qkv.unbind(1)  # [T, H, D] each
-    return varlen_attention(q, k, v, _as_layout(layout, qkv, "qkv"), scale=scale)
+    _check_floating(qkv, "qkv")
+    cu_seqlens, runs = _sequences(layout, qkv, "qkv", validate)
+    if qkv.dtype != (dtype := autocast_dtype(qkv)):
+        qkv = qkv.to(dtype)
+    qkv = _dense(qkv)
+    scale = qkv.shape[3] ** -0.5 if scale is None else scale
+    if needs_gradient(qkv):
+        return _PackedAttention.apply(qkv, cu_seqlens, runs, scale)  # type: ignore[no-any-return, no-untyped-call]
+    return _run_forward(*qkv.unbind(1), cu_seqlens, runs, scale)[0]
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    """One run: q, k, v [S, N, H, D]; returns [S * N, H, D]."""
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # [S, H, N, D]
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(0, 1)
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, runs: Sequence[int], scale: float
+    ) -> Tensor:
+        out, lse = _run_forward(q, k, v, cu_seqlens, runs, scale)
+        ctx.save_for_backward(q, k, v, cu_seqlens, out, lse)
+        ctx.runs, ctx.scale = runs, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, cu_seqlens, out, lse = ctx.saved_tensors
+        dqkv = _run_backward(grad, q, k, v, out, lse, cu_seqlens, ctx.runs, ctx.scale)  # [T, 3, H, D]
+        return *dqkv.unbind(1), None, None, None
 
 
-def _as_layout(layout: PackedLayout | Tensor, tokens: Tensor, name: str) -> PackedLayout:
-    if isinstance(layout, Tensor):
-        layout = _read_offsets(layout)
-    elif not isinstance(layout, PackedLayout):
+class _PackedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, cu_seqlens: Tensor | None, runs: Sequence[int], scale: float) -> Tensor:
+        out, lse = _run_forward(*qkv.unbind(1), cu_seqlens, runs, scale)
+        ctx.save_for_backward(qkv, cu_seqlens, out, lse)
+        ctx.runs, ctx.scale = runs, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, cu_seqlens, out, lse = ctx.saved_tensors
+        dqkv = _run_backward(grad, *qkv.unbind(1), out, lse, cu_seqlens, ctx.runs, ctx.scale)  # [T, 3, H, D]
+        return dqkv, None, None, None
+
+
+def _run_forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    operator = _forward if _has_kernel(q) else reference.attention_forward
+    result: tuple[Tensor, Tensor] = operator(q, k, v, *args)
+    return result
+
+
+def _run_backward(grad: Tensor, q: Tensor, *args: Any) -> Tensor:
+    operator = _backward if _has_kernel(q) else reference.attention_backward
+    result: Tensor = operator(grad.contiguous(), q, *args)
+    return result
+
+
+def _has_kernel(q: Tensor) -> bool:
+    if q.dtype == torch.float64:
+        return False
+    if q.shape[-1] > _MAX_HEAD_DIM or q.dtype not in _KERNEL_DTYPES:
+        _warn_once(f"no attention kernel for heads of width {q.shape[-1]} in {q.dtype}: running in plain PyTorch")
+        return False
+    return True
+
+
+@cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=5)
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _sequences(
+    layout: PackedLayout | Tensor, tokens: Tensor, name: str, validate: bool
+) -> tuple[Tensor | None, Sequence[int]]:
+    """The sequences as operators take them: offsets, or runs."""
+    if isinstance(layout, PackedLayout):
+        layout.check(tokens, name)
+        return None, layout.flat_runs
+    if not isinstance(layout, Tensor):
         raise TypeError(f"layout: expected a PackedLayout or a tensor of offsets, got {type(layout).__name__}")
-    layout.check(tokens, name)
-    return layout
-
-
-def _read_offsets(cu_seqlens: Tensor) -> PackedLayout:
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
-        got = f"{cu_seqlens.dtype} {list(cu_seqlens.shape)}"
+    if layout.dtype != torch.int32 or layout.dim() != 1 or len(layout) == 0:
+        got = f"{layout.dtype} {list(layout.shape)}"
         raise ValueError(f"layout: expected offsets of dtype torch.int32 and shape [S + 1], got {got}")
-    offsets = cu_seqlens.tolist()
-    lengths = [end - start for start, end in pairwise(offsets)]
-    if offsets[0] != 0 or min(lengths, default=0) < 0:
-        raise ValueError(f"layout: expected offsets that start at 0 and never decrease, got {offsets}")
-    return PackedLayout.from_lengths(lengths)
+    if layout.device != tokens.device:
+        raise ValueError(f"layout: expected offsets on the device of {name}, {tokens.device}, got {layout.device}")
+    if validate or (layout.device.type == "cpu" and not torch.compiler.is_compiling()):
+        _check_offsets(layout, tokens, name)
+    return layout.contiguous(), ()
+
+
+def _check_offsets(cu_seqlens: Tensor, tokens: Tensor, name: str) -> None:
+    if cu_seqlens[0] != 0 or (cu_seqlens[1:] < cu_seqlens[:-1]).any():
+        got = cu_seqlens.tolist() if len(cu_seqlens) <= 16 else f"{cu_seqlens[:16].tolist()} and so on"
+        raise ValueError(f"layout: expected offsets that start at 0 and never decrease, got {got}")
+    if (total := int(cu_seqlens[-1])) != tokens.shape[0]:
+        raise ValueError(f"layout describes {total} tokens, but {name} has {tokens.shape[0]}")
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.dim() != 3:
         raise ValueError(f"q: expected shape [T, H, D], got {list(q.shape)}")
+    _check_floating(q, "q")
     for name, tensor in (("k", k), ("v", v)):
         if tensor.shape != q.shape:
             raise ValueError(f"{name}: expected the shape of q, {list(q.shape)}, got {list(tensor.shape)}")
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name}: expected the dtype of q, {q.dtype}, got {tensor.dtype}")
-    if not q.is_floating_point():
-        raise TypeError(f"q: expected a floating-point tensor, got {q.dtype}")
+        if tensor.device != q.device:
+            raise ValueError(f"{name}: expected the device of q, {q.device}, got {tensor.device}")
+
+
+def _check_floating(x: Tensor, name: str) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
+    if x.shape[-1] == 0 or x.shape[-2] == 0:
+        raise ValueError(f"{name}: expected at least one head of width 1 or more, got {list(x.shape)}")

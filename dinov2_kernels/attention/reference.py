@@ -2,21 +2,69 @@
 
 For the tokens of one sequence and each head (Vaswani et al., arXiv:1706.03762, equation 1):
 
-    o_i = sum_j softmax_j(scale * q_i . k_j) v_j
+    s_ij = scale * q_i . k_j    lse_i = log sum_j exp(s_ij)    p_ij = exp(s_ij - lse_i)    o_i = sum_j p_ij v_j
 
-Tokens of different sequences do not see each other.
+and, with the gradient g_i of o_i and delta_i = g_i . o_i,
+
+    dv_j = sum_i p_ij g_i       ds_ij = p_ij (g_i . v_j - delta_i)
+    dq_i = scale * sum_j ds_ij k_j        dk_j = scale * sum_i ds_ij q_i
+
+Tokens of different sequences do not see each other. Legend: T tokens, H heads of width D; a run is S sequences of N
+tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, runs: Sequence[int], scale: float
+) -> tuple[Tensor, Tensor]:
+    """The result [T, H, D] and lse [H, T], float32 or float64, from q, k, v [T, H, D].
+
+    The sequences are described by cu_seqlens [S + 1], or by runs (count, length, count, length, ...) where it is None.
+    """
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)  # [T, H, D]
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=accumulation_dtype(q))  # [H, T]
+    for tokens, count in split_into_runs(cu_seqlens, runs):
+        scores = _scores(q[tokens], k[tokens], count, scale)  # [S, H, N, N]
+        attended = torch.einsum("shij,sjhd->sihd", scores.softmax(dim=-1), v[tokens].unflatten(0, (count, -1)))
+        out[tokens] = attended.flatten(0, 1)
+        lse[:, tokens] = scores.to(lse.dtype).logsumexp(dim=-1).transpose(0, 1).flatten(1)
+    return out, lse
+
+
+def attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor | None,
+    runs: Sequence[int],
+    scale: float,
+) -> Tensor:
+    """Gradients [T, 3, H, D] of q, k and v, given that of the result, grad [T, H, D]."""
+    dqkv = q.new_empty(q.shape[0], 3, *q.shape[1:])  # [T, 3, H, D]
+    for tokens, count in split_into_runs(cu_seqlens, runs):
+        p = _scores(q[tokens], k[tokens], count, scale).softmax(dim=-1)  # [S, H, N, N]
+        g, q_run, k_run, v_run, o = (x[tokens].unflatten(0, (count, -1)) for x in (grad, q, k, v, out))  # [S, N, H, D]
+        delta = (g * o).sum(dim=-1).transpose(1, 2).unsqueeze(-1)  # [S, H, N, 1]
+        ds = p * (torch.einsum("sihd,sjhd->shij", g, v_run) - delta) * scale  # [S, H, N, N]
+        dqkv[tokens, 0] = torch.einsum("shij,sjhd->sihd", ds, k_run).flatten(0, 1)
+        dqkv[tokens, 1] = torch.einsum("shij,sihd->sjhd", ds, q_run).flatten(0, 1)
+        dqkv[tokens, 2] = torch.einsum("shij,sihd->sjhd", p, g).flatten(0, 1)
+    return dqkv
+
+
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
-    """q, k, v: [T, H, D] with T = sum(lengths); returns [T, H, D]."""
+    """The result alone, by plain differentiable PyTorch: q, k, v [T, H, D] with T = sum(lengths); returns [T, H, D]."""
     sequences = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
     return torch.cat([attention(*sequence, scale) for sequence in sequences])
 
@@ -25,3 +73,26 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """One sequence: q, k, v [N, H, D]; returns [N, H, D]."""
     scores = torch.einsum("ihd,jhd->hij", q, k) * scale  # [H, N, N]
     return torch.einsum("hij,jhd->ihd", scores.softmax(dim=-1), v)
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64, float32 for everything narrower."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def split_into_runs(cu_seqlens: Tensor | None, runs: Sequence[int]) -> Iterator[tuple[slice, int]]:
+    """The tokens of each run that has any, and its number of sequences; offsets are runs of one sequence."""
+    if cu_seqlens is not None:
+        pairs = [(1, end - start) for start, end in pairwise(cu_seqlens.tolist())]
+    else:
+        pairs = list(zip(runs[::2], runs[1::2], strict=True))
+    start = 0
+    for count, length in pairs:
+        if count * length:
+            yield slice(start, start + count * length), count
+        start += count * length
+
+
+def _scores(q: Tensor, k: Tensor, count: int, scale: float) -> Tensor:
+    q, k = q.unflatten(0, (count, -1)), k.unflatten(0, (count, -1))  # [S, N, H, D]
+    return torch.einsum("sihd,sjhd->shij", q, k) * scale  # [S, H, N, N]

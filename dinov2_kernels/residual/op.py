@@ -1,115 +1,208 @@
-"""Stochastic depth as users call it: draws the kept samples, gathers them, and adds their residual back."""
+"""The two halves of a residual connection, around its branch: gather with LayerNorm, and scaled scatter."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dinov2_kernels.packing import PackedLayout
-from dinov2_kernels.residual.reference import Branch
+from dinov2_kernels._library import autocast_dtype, define, needs_gradient
+from dinov2_kernels.residual import reference
+from dinov2_kernels.residual.sampling import Subset
+
+_TRITON = "dinov2_kernels.residual.triton_kernel"
 
 
-def stochastic_depth(
-    x: Tensor,
-    layout: PackedLayout,
-    branch: Branch,
-    *,
-    drop_rate: float,
-    gamma: Tensor | None = None,
-    norm: Callable[[Tensor], Tensor] | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Residual connection whose branch sees only a random subset of the samples, so that dropping one saves its work.
+def _fake_gather_norm(
+    x: Tensor, rows: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    kept = x if rows is None else rows
+    statistics = [x.new_empty(kept.shape[0], dtype=reference.accumulation_dtype(x)) for _ in range(2)]  # [t]
+    return x.new_empty(kept.shape[0], x.shape[1], dtype=dtype), *statistics
 
-    Of the n samples of each run, ``num_kept_samples(n, drop_rate)`` are drawn uniformly; their residual is scaled by
-    n / kept and added, the other samples pass unchanged; see :mod:`dinov2_kernels.residual.reference`. With
-    ``drop_rate`` 0 it is the plain residual ``x + gamma * branch(norm(x))`` and draws nothing.
+
+def _fake_gather_norm_backward(grad_h: Tensor, grad_x: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    sums = [grad_x.new_empty(grad_x.shape[1], dtype=reference.accumulation_dtype(grad_x)) for _ in range(2)]  # [C]
+    return torch.empty_like(grad_x), *sums
+
+
+def _fake_scatter(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _fake_scatter_(x: Tensor, *_: Any) -> None:
+    return None
+
+
+def _fake_scatter_backward(
+    grad: Tensor,
+    residual: Tensor | None,
+    rows: Tensor | None,
+    scale: Tensor | None,
+    gamma: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    kept, C = grad if rows is None else rows, grad.shape[1]
+    sums = [grad.new_empty(0 if p is None else C, dtype=reference.accumulation_dtype(grad)) for p in (gamma, bias)]
+    return grad.new_empty(kept.shape[0], C, dtype=dtype), *sums
+
+
+# All tensors contiguous; their shapes stand in reference.py.
+_gather_norm = define(
+    "residual_gather_norm(Tensor x, Tensor? rows, Tensor? weight, Tensor? bias, float eps, ScalarType dtype) "
+    "-> (Tensor, Tensor, Tensor)",
+    reference=reference.residual_gather_norm,
+    fake=_fake_gather_norm,
+).call
+_gather_norm_backward = define(
+    "residual_gather_norm_backward(Tensor grad_h, Tensor grad_x, Tensor? x, Tensor? h, Tensor? rows, Tensor mean, "
+    "Tensor rstd, Tensor? weight, Tensor? bias) -> (Tensor, Tensor, Tensor)",
+    reference=reference.residual_gather_norm_backward,
+    fake=_fake_gather_norm_backward,
+).call
+_scatter = define(
+    "residual_scatter(Tensor x, Tensor residual, Tensor? position, Tensor? scale, Tensor? gamma, Tensor? bias) "
+    "-> Tensor",
+    reference=reference.residual_scatter,
+    fake=_fake_scatter,
+).call
+_scatter_ = define(
+    "residual_scatter_(Tensor(a!) x, Tensor residual, Tensor? rows, Tensor? scale, Tensor? gamma, Tensor? bias) -> ()",
+    reference=reference.residual_scatter_,
+    fake=_fake_scatter_,
+).call
+_scatter_backward = define(
+    "residual_scatter_backward(Tensor grad, Tensor? residual, Tensor? rows, Tensor? scale, Tensor? gamma, "
+    "Tensor? bias, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+    reference=reference.residual_scatter_backward,
+    fake=_fake_scatter_backward,
+).call
+
+
+def gather_norm(
+    x: Tensor, subset: Subset, norm: nn.LayerNorm, *, inplace: bool = False, recompute: bool = False
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm of the kept tokens, and x itself for :func:`scatter_add`.
+
+    What becomes of x goes through the second result, so that its gradient arrives here and that of the norm is added to
+    it in the same pass. Under autocast the norm is written in autocast's dtype at once.
 
     Args:
-        x: [T, C] packed tokens.
-        layout: the samples of x.
-        branch: ``branch(packed_subset, sub_layout)`` returns the residual [T', C] of the packed subset [T', C].
-        drop_rate: share of the samples to drop, 0 <= drop_rate < 1.
-        gamma: [C] LayerScale of the residual (arXiv:2103.17239).
-        norm: applied to the subset before the branch.
-        generator: source of the subset; PyTorch's global one by default.
+        x: [T, C] contiguous.
+        subset: the kept tokens.
+        norm: over C channels.
+        inplace: the second result is x itself, to be overwritten, in place of a view of it.
+        recompute: backward recovers the normalised tokens from the result in place of x.
 
     Returns:
-        [T, C] in the dtype of x.
-
-    Raises:
-        ValueError: x, the residual or ``drop_rate`` is not as described.
+        The normalised tokens [t, C], and x.
     """
-    layout.check(x, "x")
-    if x.dim() != 2:
-        raise ValueError(f"x: expected shape [T, C], got {list(x.shape)}")
-    if not 0.0 <= drop_rate < 1.0:
-        raise ValueError(f"drop_rate: expected a number in [0, 1), got {drop_rate}")
-    if drop_rate == 0.0:
-        return _add(x, _residual(x, layout, branch, gamma, norm))
-    return _add_to_subset(x, layout, branch, drop_rate, gamma, norm, generator)
-
-
-def num_kept_samples(num_samples: int, drop_rate: float) -> int:
-    """Samples of a run that go through the branch: max(1, int(n * (1 - drop_rate))), and 0 of an empty run.
-
-    The product is truncated in floating point, as in DINOv2's code: of 90 samples at rate 0.3 it keeps 62, not 63.
-    """
-    return min(num_samples, max(1, int(num_samples * (1 - drop_rate))))
-
-
-def draw_kept_samples(
-    layout: PackedLayout, drop_rate: float, generator: torch.Generator | None, device: torch.device
-) -> list[Tensor]:
-    """Per run, the int64 indices [kept] of its kept samples."""
-    source = device if generator is None else generator.device
-    return [
-        torch.randperm(count, generator=generator, device=source)[: num_kept_samples(count, drop_rate)].to(device)
-        for count, _ in layout.runs
-    ]
-
-
-def _add_to_subset(
-    x: Tensor,
-    layout: PackedLayout,
-    branch: Branch,
-    drop_rate: float,
-    gamma: Tensor | None,
-    norm: Callable[[Tensor], Tensor] | None,
-    generator: torch.Generator | None,
-) -> Tensor:
-    kept = draw_kept_samples(layout, drop_rate, generator, x.device)
-    runs = layout.unpack(x)  # [n, N, C] each
-    subset = [run.index_select(0, index) for run, index in zip(runs, kept, strict=True)]  # [kept, N, C] each
-    sub_layout = PackedLayout([(len(index), length) for index, (_, length) in zip(kept, layout.runs, strict=True)])
-    residual = _residual(sub_layout.pack(subset), sub_layout, branch, gamma, norm)
-    return layout.pack(
-        [
-            _scatter(run, index, part)
-            for run, index, part in zip(runs, kept, sub_layout.unpack(residual.to(x.dtype)), strict=True)
-        ]
+    dtype = autocast_dtype(x)
+    if not needs_gradient(x, norm.weight, norm.bias):
+        return _gather_norm(x, subset.rows, norm.weight, norm.bias, norm.eps, dtype)[0], x
+    return _GatherNorm.apply(  # type: ignore[no-any-return, no-untyped-call]
+        x, subset.rows, norm.weight, norm.bias, norm.eps, dtype, inplace, recompute or inplace
     )
 
 
-def _scatter(run: Tensor, index: Tensor, residual: Tensor) -> Tensor:
-    """Add the scaled residual [kept, N, C] to the kept samples of run [n, N, C]."""
-    return run if len(index) == 0 else run.index_add(0, index, residual, alpha=len(run) / len(index))
-
-
-def _residual(
-    subset: Tensor,
-    layout: PackedLayout,
-    branch: Branch,
-    gamma: Tensor | None,
-    norm: Callable[[Tensor], Tensor] | None,
+def scatter_add(
+    x: Tensor, residual: Tensor, subset: Subset, gamma: Tensor | None, bias: Tensor | None, *, inplace: bool = False
 ) -> Tensor:
-    residual = branch(subset if norm is None else norm(subset), layout)
-    if residual.shape != subset.shape:
-        raise ValueError(f"branch: expected a residual of shape {list(subset.shape)}, got {list(residual.shape)}")
-    return residual if gamma is None else residual * gamma
+    """x with scale * gamma * (residual + bias) added to the kept tokens.
+
+    Args:
+        x: [T, C] contiguous.
+        residual: [t, C] result of the branch, in any floating dtype.
+        subset: the kept tokens, with their scale.
+        gamma: [C] LayerScale.
+        bias: [C] bias of the branch's last linear layer, where that left it out.
+        inplace: overwrite x.
+
+    Returns:
+        [T, C] in the dtype of x.
+    """
+    residual = residual.contiguous()
+    if needs_gradient(x, residual, gamma, bias):
+        return _ScatterAdd.apply(  # type: ignore[no-any-return, no-untyped-call]
+            x, residual, subset.rows, subset.position, subset.scale, gamma, bias, inplace
+        )
+    return _run_scatter(x, residual, subset.rows, subset.position, subset.scale, gamma, bias, inplace)
 
 
-def _add(x: Tensor, residual: Tensor) -> Tensor:
-    return x + residual.to(x.dtype)
+class _GatherNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        rows: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        dtype: torch.dtype,
+        inplace: bool,
+        recompute: bool,
+    ) -> tuple[Tensor, Tensor]:
+        if inplace:
+            ctx.mark_dirty(x)
+        h, mean, rstd = _gather_norm(x, rows, weight, bias, eps, dtype)
+        ctx.save_for_backward(*((None, h) if recompute else (x, None)), rows, mean, rstd, weight, bias)
+        return h, x
+
+    @staticmethod
+    def backward(ctx: Any, grad_h: Tensor, grad_x: Tensor) -> tuple[Tensor | None, ...]:
+        x, h, rows, mean, rstd, weight, bias = ctx.saved_tensors
+        dx, dweight, dbias = _gather_norm_backward(
+            grad_h.contiguous(), grad_x.contiguous(), x, h, rows, mean, rstd, weight, bias
+        )
+        return dx, None, _gradient_of(weight, dweight), _gradient_of(bias, dbias), None, None, None, None
+
+
+class _ScatterAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor,
+        rows: Tensor | None,
+        position: Tensor | None,
+        scale: Tensor | None,
+        gamma: Tensor | None,
+        bias: Tensor | None,
+        inplace: bool,
+    ) -> Tensor:
+        if inplace:
+            ctx.mark_dirty(x)
+        ctx.save_for_backward(None if gamma is None else residual, rows, scale, gamma, bias)
+        ctx.residual_dtype = residual.dtype
+        return _run_scatter(x, residual, rows, position, scale, gamma, bias, inplace)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        residual, rows, scale, gamma, bias = ctx.saved_tensors
+        dresidual, dgamma, dbias = _scatter_backward(
+            grad.contiguous(), residual, rows, scale, gamma, bias, ctx.residual_dtype
+        )
+        return grad, dresidual, None, None, None, _gradient_of(gamma, dgamma), _gradient_of(bias, dbias), None
+
+
+def _run_scatter(
+    x: Tensor,
+    residual: Tensor,
+    rows: Tensor | None,
+    position: Tensor | None,
+    scale: Tensor | None,
+    gamma: Tensor | None,
+    bias: Tensor | None,
+    inplace: bool,
+) -> Tensor:
+    if inplace:
+        _scatter_(x, residual, rows, scale, gamma, bias)
+        return x
+    y: Tensor = _scatter(x, residual, position, scale, gamma, bias)
+    return y
+
+
+def _gradient_of(parameter: Tensor | None, gradient: Tensor) -> Tensor | None:
+    return None if parameter is None else gradient.to(parameter.dtype)

@@ -6,7 +6,13 @@ after Huang et al., arXiv:1603.09382):
     y_i = x_i + n / |K| * gamma * f(norm(x_i))    for i in K
     y_i = x_i                                     otherwise
 
-so that the expectation over a uniformly drawn K is the plain residual connection.
+so that the expectation over a uniformly drawn K is the plain residual connection. Four steps make it up, and the
+operators below are their definitions: which rows are kept, gather and LayerNorm (Ba et al., arXiv:1607.06450), the
+branch, and the scatter that adds its scaled result.
+
+Legend: T tokens of width C, of which t are kept; rows [t] int32 are the kept tokens in x; position [T] int32 is the
+place of a token among the kept ones, or -1; where rows and position are None, all tokens are kept. Statistics, sums and
+weights' gradients are float32, or float64 for float64 tokens.
 """
 
 from __future__ import annotations
@@ -40,3 +46,134 @@ def stochastic_depth(
             else:
                 sequences.append(sample)
     return torch.cat(sequences)
+
+
+def residual_kept_rows(keys: Tensor, runs: Sequence[int], kept: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """rows [t] and position [T] of the kept[r] samples of each run r that have the smallest keys [S].
+
+    ``runs`` are (count, length, count, length, ...). Samples stay in their order; of equal keys the first one counts as
+    smaller.
+    """
+    pieces, sample, token = [], 0, 0
+    for count, length, num_kept in zip(runs[::2], runs[1::2], kept, strict=True):
+        chosen = keys[sample : sample + count].sort(stable=True).indices[:num_kept].sort().values  # [kept]
+        tokens = chosen[:, None] * length + torch.arange(length, device=keys.device)  # [kept, N]
+        pieces.append(token + tokens.flatten())
+        sample, token = sample + count, token + count * length
+    rows = torch.cat([keys.new_empty(0, dtype=torch.int64), *pieces])
+    position = torch.full((token,), -1, dtype=torch.int32, device=keys.device)
+    position[rows] = torch.arange(len(rows), dtype=torch.int32, device=keys.device)
+    return rows.to(torch.int32), position
+
+
+def residual_gather_norm(
+    x: Tensor, rows: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm h [t, C] of the kept rows of x [T, C] in ``dtype``, their mean [t] and 1 / standard deviation [t]."""
+    kept = _widen(x if rows is None else x[rows])
+    mean = kept.mean(dim=1)
+    rstd = (kept.var(dim=1, correction=0) + eps).rsqrt()
+    h = (kept - mean[:, None]) * rstd[:, None]
+    h = h if weight is None else h * weight
+    h = h if bias is None else h + bias
+    return h.to(dtype), mean, rstd
+
+
+def residual_gather_norm_backward(
+    grad_h: Tensor,
+    grad_x: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
+    rows: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x [T, C], weight [C] and bias [C], given those of h [t, C] and of what else becomes of x [T, C].
+
+    The normalised rows are computed again from x, or recovered from h where x is None: 0 where the weight is 0.
+    """
+    if x is not None:
+        kept = _widen(x if rows is None else x[rows])
+        normed = (kept - mean[:, None]) * rstd[:, None]  # [t, C]
+    else:
+        assert h is not None
+        normed = _widen(h) if bias is None else _widen(h) - bias
+        normed = normed if weight is None else torch.where(weight == 0, 0, normed / weight)
+    grad = _widen(grad_h)
+    through = grad if weight is None else grad * weight  # [t, C]
+    along = (through * normed).mean(dim=1, keepdim=True)
+    dx = (through - through.mean(dim=1, keepdim=True) - normed * along) * rstd[:, None]  # [t, C]
+    total = _widen(grad_x)
+    total = total + dx if rows is None else total.index_add(0, rows, dx)
+    return total.to(grad_x.dtype), (grad * normed).sum(dim=0), grad.sum(dim=0)
+
+
+def residual_scatter(
+    x: Tensor,
+    residual: Tensor,
+    position: Tensor | None,
+    scale: Tensor | None,
+    gamma: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor:
+    """x [T, C] plus scale * gamma * (residual [t, C] + bias) on the kept rows; scale [t], gamma and bias [C]."""
+    y = x.clone()
+    rows = None if position is None else position.argsort(stable=True)[len(position) - len(residual) :]
+    residual_scatter_(y, residual, rows, scale, gamma, bias)
+    return y
+
+
+def residual_scatter_(
+    x: Tensor,
+    residual: Tensor,
+    rows: Tensor | None,
+    scale: Tensor | None,
+    gamma: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    """:func:`residual_scatter` in place of x."""
+    r = _widen(residual) if bias is None else _widen(residual) + bias
+    r = r if gamma is None else r * gamma
+    r = r if scale is None else r * scale[:, None]
+    if rows is None:
+        x.copy_(x + r)
+    else:
+        x.index_copy_(0, rows.long(), (x[rows] + r).to(x.dtype))
+
+
+def residual_scatter_backward(
+    grad: Tensor,
+    residual: Tensor | None,
+    rows: Tensor | None,
+    scale: Tensor | None,
+    gamma: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the residual [t, C] in ``dtype``, of gamma [C] and of bias [C], given that of the result [T, C].
+
+    The residual is needed where there is a gamma. A gamma or bias that is None has a gradient of size 0.
+    """
+    kept = _widen(grad if rows is None else grad[rows])  # [t, C]
+    kept = kept if scale is None else kept * scale[:, None]
+    dresidual = kept if gamma is None else kept * gamma
+    nothing = kept.new_empty(0)
+    dgamma = dbias = nothing
+    if gamma is not None:
+        assert residual is not None
+        r = _widen(residual) if bias is None else _widen(residual) + bias
+        dgamma = (kept * r).sum(dim=0)
+    if bias is not None:
+        dbias = dresidual.sum(dim=0)
+    return dresidual.to(dtype), dgamma, dbias
+
+
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64, float32 for everything narrower."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x.to(accumulation_dtype(x))

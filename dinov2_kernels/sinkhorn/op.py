@@ -25,19 +25,19 @@ _column_logsumexp = define(
     reference=reference.column_logsumexp,
     fake=_fake_columns,
     triton=f"{_TRITON}:column_logsumexp",
-).packet
+).call
 _column_mass = define(
     "sinkhorn_column_mass(Tensor logits, float temperature, Tensor bias) -> Tensor",
     reference=reference.column_mass,
     fake=_fake_columns,
     triton=f"{_TRITON}:column_mass",
-).packet
+).call
 _assign = define(
     "sinkhorn_assign(Tensor logits, float temperature, Tensor bias) -> Tensor",
     reference=reference.assign,
     fake=_fake_assign,
     triton=f"{_TRITON}:assign",
-).packet
+).call
 
 
 @torch.no_grad()

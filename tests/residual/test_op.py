@@ -8,13 +8,25 @@ from torch import Tensor, nn
 
 from dinov2_kernels import PackedLayout, stochastic_depth
 from dinov2_kernels.residual import num_kept_samples, reference
-from dinov2_kernels.residual.op import draw_kept_samples
+from dinov2_kernels.residual.sampling import draw_subset
 
 LAYOUTS = {
     "one run": [(6, 4)],
     "two runs": [(4, 5), (7, 2)],
     "empty run, empty sequences and a lone sample": [(0, 3), (2, 0), (1, 4), (5, 2)],
 }
+
+
+def draw_samples(layout: PackedLayout, rate: float, generator: torch.Generator) -> list[list[int]]:
+    """Per run, the samples that ``stochastic_depth`` keeps when it is given a generator in the same state."""
+    rows = draw_subset(torch.zeros(layout.total_tokens, 1), layout, rate, generator).rows
+    marks = torch.zeros(layout.total_tokens, dtype=torch.int32)
+    marks[slice(None) if rows is None else rows.long()] += 1
+    assert marks.max() <= 1
+    runs = [run.sum(dim=1) if run.numel() else run.new_zeros(len(run)) for run in layout.unpack(marks)]
+    for run, (_, length) in zip(runs, layout.runs, strict=True):
+        assert set(run.tolist()) <= {0, length}  # whole samples
+    return [run.nonzero().flatten().tolist() for run in runs]
 
 
 class MeanMixer(nn.Module):
@@ -72,8 +84,7 @@ def test_values_and_gradients(runs: list[tuple[int, int]], with_gamma_and_norm: 
     gamma = torch.randn(width, dtype=torch.float64, requires_grad=True) if with_gamma_and_norm else None
     x = torch.randn(layout.total_tokens, width, dtype=torch.float64, requires_grad=True)
 
-    draw = draw_kept_samples(layout, rate, torch.Generator().manual_seed(3), x.device)
-    kept = [index.tolist() for index in draw]
+    kept = draw_samples(layout, rate, torch.Generator().manual_seed(3))
     expected = reference.stochastic_depth(x, layout, branch, kept, gamma, norm)
     generator = torch.Generator().manual_seed(3)
     result = stochastic_depth(x, layout, branch, drop_rate=rate, gamma=gamma, norm=norm, generator=generator)
@@ -98,10 +109,10 @@ def test_expectation_is_the_plain_residual() -> None:
 def test_every_call_draws_anew_and_each_run_on_its_own() -> None:
     generator = torch.Generator().manual_seed(0)
     layout = PackedLayout([(50, 1), (50, 1)])
-    first, second = (draw_kept_samples(layout, 0.5, generator, torch.device("cpu")) for _ in range(2))
-    assert first[0].unique().numel() == 25
-    assert not torch.equal(first[0].sort()[0], first[1].sort()[0])
-    assert not torch.equal(first[0].sort()[0], second[0].sort()[0])
+    first, second = (draw_samples(layout, 0.5, generator) for _ in range(2))
+    assert [len(run) for run in first] == [25, 25]
+    assert first[0] != first[1]
+    assert first[0] != second[0]
 
 
 def test_the_input_is_left_alone() -> None:

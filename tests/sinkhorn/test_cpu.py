@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,15 +11,10 @@ from torch import Tensor
 import dinov2_kernels as dk
 from dinov2_kernels import _library
 from dinov2_kernels.sinkhorn import reference
+from tests.cpu_targets import TARGETS, run_python, run_value_tests
 from tests.sinkhorn.cases import CASES, DTYPES, Case, assert_matches_reference, operators_of
 
 native = operators_of("dinov2_kernels")
-LIBRARY = Path(_library.__file__).parent / "_native_cpu.so"
-
-TARGETS = {"AVX512": ["generic", "avx2", "avx512"], "AVX2": ["generic", "avx2"]}.get(
-    torch.backends.cpu.get_cpu_capability(), ["generic"]
-)
-
 SHAPES = (
     Case(8, 64),  # whole steps of every target
     Case(7, 1000),
@@ -125,25 +115,10 @@ def test_values_are_the_same_for_every_number_of_threads(case: Case, dtype: torc
         assert torch.equal(assignments, results[0][1])
 
 
-def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments], env=os.environ | environment, capture_output=True, text=True, timeout=240
-    )
-
-
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_target(target: str) -> None:
     """The value tests above, in a process that runs this target."""
-    run = run_python(
-        "-m", "pytest", "-q", "-k", "test_values", "-p", "no:xdist", __file__, DINOV2_KERNELS_CPU_TARGET=target
-    )
-    assert run.returncode == 0, run.stdout
-
-
-def test_unknown_target() -> None:
-    call = "import torch, dinov2_kernels as dk; dk.sinkhorn_bias(torch.zeros(2, 2), 0.07)"
-    run = run_python("-c", call, DINOV2_KERNELS_CPU_TARGET="avx1024")
-    assert re.search("DINOV2_KERNELS_CPU_TARGET: expected generic, avx2 or avx512, .* got avx1024", run.stderr)
+    run_value_tests(__file__, target)
 
 
 PEAK_MEMORY = """
@@ -170,19 +145,3 @@ def test_peak_memory_is_a_few_vectors(function: str) -> None:
     run = run_python("-c", PEAK_MEMORY, function)
     assert run.returncode == 0, run.stderr
     assert int(run.stdout) <= 128 * 65536 * 4 / 20
-
-
-@pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is not installed")
-def test_wide_instructions_stay_in_their_targets() -> None:
-    """An inline function compiled for AVX-512 and kept by the linker for everyone would crash older processors."""
-    listing = subprocess.run(["objdump", "-dC", "--no-show-raw-insn", LIBRARY], capture_output=True, text=True).stdout
-    functions = re.split(r"^[0-9a-f]+ <(.*)>:$", listing, flags=re.MULTILINE)[1:]
-    widest: dict[str, set[str]] = {}
-    for name, body in zip(functions[::2], functions[1::2], strict=True):
-        target = next((target for target in ("generic", "avx2", "avx512") if f"{target}::" in name), "common")
-        widest.setdefault(target, set()).update(re.findall(r"%([yz]mm|k)\d", body))
-    assert widest["common"] == set()
-    if os.uname().machine == "x86_64":
-        assert widest["generic"] == set()
-        assert widest["avx2"] == {"ymm"}
-        assert "zmm" in widest["avx512"]
