@@ -1,0 +1,133 @@
+"""What the tests of every backend of residual connections share: inputs, and the comparison with float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinov2_kernels import PackedLayout
+from dinov2_kernels.residual import num_kept_samples, reference
+from tests.tolerance import assert_at_most_twice_the_error
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+OPERATORS = ("kept_rows", "gather_norm", "gather_norm_backward", "scatter", "scatter_", "scatter_backward")
+
+
+def operators_of(namespace: Any, prefix: str = "residual_") -> SimpleNamespace:
+    """The raw operators of one backend: of ``torch.ops.dinov2_kernels``, or functions of a module."""
+    return SimpleNamespace(**{name: getattr(namespace, prefix + name) for name in OPERATORS})
+
+
+@dataclass(frozen=True)
+class Case:
+    """Samples of these runs (count, length), C channels; drop_rate 0 keeps all without an index."""
+
+    runs: tuple[tuple[int, int], ...]
+    C: int
+    drop_rate: float = 0.3
+    magnitude: float = 1.0
+    with_weight: bool = True
+    with_bias: bool = True
+    with_gamma: bool = True
+
+    def __str__(self) -> str:
+        runs = "+".join(f"{count}x{length}" for count, length in self.runs) or "nothing"
+        absent = "".join(f"-no-{name}" for name in ("weight", "bias", "gamma") if not getattr(self, f"with_{name}"))
+        return f"{runs}-C{self.C}-drop{self.drop_rate}" + absent + (f"-{self.magnitude:g}" * (self.magnitude != 1))
+
+    @property
+    def layout(self) -> PackedLayout:
+        return PackedLayout(self.runs)
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        return tuple(num_kept_samples(count, self.drop_rate) for count, _ in self.runs)
+
+
+CASES = (
+    Case((), 8),
+    Case(((0, 3), (2, 0)), 8),
+    Case(((1, 1),), 1),
+    Case(((1, 1),), 16),
+    Case(((7, 5), (13, 3)), 5),
+    Case(((4, 9), (6, 2)), 384),
+    Case(((3, 5), (5, 2)), 768),
+    Case(((3, 5), (5, 2)), 1024),
+    Case(((3, 5), (5, 2)), 1280),
+    Case(((3, 5), (5, 2)), 1536),
+    Case(((3, 5), (5, 2)), 1537),
+    Case(((3, 5), (5, 2)), 331),
+    Case(((5, 7), (4, 2)), 384, drop_rate=0.0),
+    Case(((5, 7), (4, 2)), 100, drop_rate=0.0, with_gamma=False, with_bias=False),
+    Case(((5, 7), (4, 2)), 100, drop_rate=0.9, with_gamma=False),
+    Case(((5, 7), (4, 2)), 100, with_weight=False, with_bias=False),
+    Case(((5, 7), (4, 2)), 100, with_bias=False),
+    Case(((9, 4), (4, 2)), 384, magnitude=1e4),
+    Case(((300, 1), (70, 3)), 32, drop_rate=0.5),
+)
+
+
+def _vector(case: Case, generator: torch.Generator, wanted: bool, center: float) -> Tensor | None:
+    values = torch.randn(case.C, dtype=torch.float64, generator=generator) * 0.3 + center
+    return values if wanted else None
+
+
+def assert_matches_reference(operators: Any, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
+    """All operators of a backend on one case: tokens in dtype, the weights in float32 (float64 for float64)."""
+    generator = torch.Generator().manual_seed(case.C + case.layout.total_tokens)
+    T, C = case.layout.total_tokens, case.C
+    wide = reference.accumulation_dtype(torch.empty(0, dtype=dtype))
+    keys = torch.rand(case.layout.num_sequences, generator=generator).to(device)
+    rows = position = scale = None
+    t = T
+    if case.drop_rate > 0:
+        rows, position = operators.kept_rows(keys, case.layout.flat_runs, case.kept)
+        expected = reference.residual_kept_rows(keys, case.layout.flat_runs, case.kept)
+        assert torch.equal(rows, expected[0])
+        assert torch.equal(position, expected[1])
+        t = len(rows)
+        scale = (0.5 + torch.rand(t, generator=generator, dtype=torch.float64)).to(device, wide)
+
+    def tokens(count: int) -> Tensor:
+        values = torch.randn(count, C, dtype=torch.float64, generator=generator) * case.magnitude
+        return values.clamp(-6e4, 6e4).to(device, dtype)
+
+    weight, bias, gamma, last_bias = (
+        None if vector is None else vector.to(device, wide)
+        for vector in (
+            _vector(case, generator, case.with_weight, 1.0),
+            _vector(case, generator, case.with_bias, 0.0),
+            _vector(case, generator, case.with_gamma, 0.5),
+            _vector(case, generator, case.with_bias, 0.0),
+        )
+    )
+    x, residual, grad_h, grad_x = tokens(T), tokens(t), tokens(t), tokens(T)
+    eps = 1e-6
+
+    def run(ops: Any, exact: bool) -> dict[str, Tensor]:
+        def of(*tensors: Tensor | None) -> list[Tensor | None]:
+            return [x.double() if exact and x is not None and x.is_floating_point() else x for x in tensors]
+
+        result_dtype = torch.float64 if exact else dtype
+        x_, r_, gh_, gx_, w_, b_, g_, lb_, s_ = of(x, residual, grad_h, grad_x, weight, bias, gamma, last_bias, scale)
+        h, mean, rstd = ops.gather_norm(x_, rows, w_, b_, eps, result_dtype)
+        dx, dw, db = ops.gather_norm_backward(gh_, gx_, x_, None, rows, mean, rstd, w_, b_)
+        recovered = ops.gather_norm_backward(gh_, gx_, None, h, rows, mean, rstd, w_, b_)
+        y = ops.scatter(x_, r_, position, s_, g_, lb_)
+        in_place = x_.clone()
+        ops.scatter_(in_place, r_, rows, s_, g_, lb_)
+        dr, dg, dlb = ops.scatter_backward(gx_, r_ if g_ is not None else None, rows, s_, g_, lb_, result_dtype)
+        results = {"h": h, "mean": mean, "rstd": rstd, "dx": dx, "dweight": dw, "dbias": db}
+        results |= {f"{name} from h": value for name, value in zip(("dx", "dweight", "dbias"), recovered, strict=True)}
+        return results | {"y": y, "y in place": in_place, "dr": dr, "dgamma": dg, "dlast_bias": dlb}
+
+    results, plain = run(operators, exact=False), run(operators_of(reference), exact=False)
+    exact = run(operators_of(reference), exact=True)
+    for name, value in results.items():
+        assert value.dtype == plain[name].dtype, f"{name}: {value.dtype}, expected {plain[name].dtype}"
+        floor = 8 * torch.finfo(wide).eps * (1 + float(exact[name].abs().max()) if value.numel() else 0)
+        assert_at_most_twice_the_error(name, value, plain[name], exact[name], floor)
