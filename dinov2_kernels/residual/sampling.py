@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import index
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ def _fake_kept_rows(keys: Tensor, runs: list[int], kept: list[int]) -> tuple[Ten
 
 
 _kept_rows = define(
-    "residual_kept_rows(Tensor keys, int[] runs, int[] kept) -> (Tensor, Tensor)",
+    "residual_kept_rows(Tensor keys, SymInt[] runs, SymInt[] kept) -> (Tensor, Tensor)",
     reference=reference.residual_kept_rows,
     fake=_fake_kept_rows,
 ).call
@@ -50,7 +51,8 @@ def num_kept_samples(num_samples: int, drop_rate: float) -> int:
 
     The product is truncated in floating point, as in DINOv2's code: of 90 samples at rate 0.3 it keeps 62, not 63.
     """
-    return min(num_samples, max(1, int(num_samples * (1 - drop_rate))))
+    # index() turns torch.compile's symbolic numbers into numbers: a graph serves one number of samples, of any length.
+    return index(min(num_samples, max(1, int(num_samples * (1 - drop_rate)))))
 
 
 def draw_subset(x: Tensor, layout: PackedLayout, drop_rate: float, generator: torch.Generator | None) -> Subset:
@@ -61,8 +63,11 @@ def draw_subset(x: Tensor, layout: PackedLayout, drop_rate: float, generator: to
     """
     if drop_rate == 0.0:
         return Subset(layout)
-    source = x.device if generator is None else generator.device
-    keys = torch.rand(layout.num_sequences, generator=generator, device=source).to(x.device)  # [S]
+    S = layout.num_sequences
+    if generator is None:
+        keys = torch.rand(S, device=x.device)  # [S]
+    else:
+        keys = torch.rand(S, device=generator.device, generator=generator).to(x.device)  # [S]
     # A fake tensor must not enter the cache, nor a real one a traced graph.
     fake = torch.compiler.is_compiling() or detect_fake_mode() is not None
     plan = _plan if fake else _cached_plan
