@@ -31,7 +31,8 @@ def _fake_backward(grad: Tensor, q: Tensor, *_: Any) -> Tensor:
 # q, k, v [T, H, D] with a dense last dimension and any other strides; grad and out contiguous. The sequences are
 # described by cu_seqlens [S + 1], or by runs (count, length, count, length, ...) on the host where it is None.
 _forward = define(
-    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, SymInt[] runs, float scale) -> (Tensor, Tensor)",
+    "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, SymInt[] runs, float scale) "
+    "-> (Tensor, Tensor)",
     reference=reference.attention_forward,
     fake=_fake_forward,
 ).call
