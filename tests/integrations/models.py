@@ -19,6 +19,13 @@ def of_timm(name: str, **arguments: object) -> nn.Module:
     return timm.create_model(name, img_size=56, **{"depth": 2, "embed_dim": 48, "num_heads": 4, **arguments})
 
 
+class GatedAttention(timm.layers.Attention):
+    """A subclass with the forward of its base, which is all that counts."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, gated=True, **kwargs)
+
+
 def dinov2(**arguments: object) -> nn.Module:
     return hf.Dinov2Model(hf.Dinov2Config(**SIZES, patch_size=14, **arguments))
 
@@ -33,6 +40,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "timm with norms of attention and Mlp": lambda: of_timm(
         "vit_small_patch14_dinov2", scale_attn_norm=True, scale_mlp_norm=True
     ),
+    "timm with gated attention": lambda: of_timm("vit_small_patch14_dinov2", attn_layer=GatedAttention),
     "transformers Dinov2Model": dinov2,
     "transformers Dinov2Model, SwiGLU": lambda: dinov2(use_swiglu_ffn=True),
     "transformers Dinov2WithRegistersModel": lambda: hf.Dinov2WithRegistersModel(
