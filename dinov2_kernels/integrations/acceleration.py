@@ -10,24 +10,24 @@ from typing import TypeVar
 from torch import nn
 
 import dinov2_kernels.nn as native
-from dinov2_kernels.integrations.facebook_vit import FacebookAttention, FacebookBlock, FacebookSwiGLU
+from dinov2_kernels.integrations import facebook_vit, timm_vit, transformers_vit
 from dinov2_kernels.integrations.summary import Report, Status, summarise
 from dinov2_kernels.integrations.swap import Accelerated, original_class
-from dinov2_kernels.integrations.timm_vit import TimmAttention, TimmBlock, TimmSwiGLU
-from dinov2_kernels.integrations.transformers_vit import Dinov2Layer, TransformersAttention, ViTLayer
 
 Model = TypeVar("Model", bound=nn.Module)
 
 RECIPES: tuple[type[Accelerated], ...] = (
-    TimmAttention,
-    TimmBlock,
-    TimmSwiGLU,
-    TransformersAttention,
-    Dinov2Layer,
-    ViTLayer,
-    FacebookAttention,
-    FacebookBlock,
-    FacebookSwiGLU,
+    timm_vit.Attention,
+    timm_vit.Block,
+    timm_vit.SwiGLU,
+    transformers_vit.Attention,
+    transformers_vit.SelfAttention,
+    transformers_vit.Dinov2Layer,
+    transformers_vit.ViTLayer,
+    transformers_vit.SwiGLU,
+    facebook_vit.Attention,
+    facebook_vit.Block,
+    facebook_vit.SwiGLU,
 )
 
 NATIVE: dict[type[nn.Module], str] = {
@@ -119,7 +119,8 @@ def _status(module: nn.Module) -> tuple[Status, str] | None:
         reason = recipe.obstacle(module)
         return ("left", reason) if reason else ("ready", "accelerate(model) swaps it")
     cls = type(module)
-    if not LISTED.search(cls.__name__):
+    wraps_attention = "Attention" in cls.__name__ and hasattr(module, "attention")
+    if wraps_attention or not LISTED.search(cls.__name__):
         return None
     name = f"{cls.__module__}.{cls.__name__}"
     return "left", next(reason for pattern, reason in REASONS.items() if re.search(pattern, name))

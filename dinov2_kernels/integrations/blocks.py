@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from dinov2_kernels.integrations.swap import Accelerated
@@ -49,10 +50,10 @@ class AcceleratedBlock(Accelerated):
         if not isinstance(x, Tensor) or x.dim() != 3:
             return False
         for name in self.scales:
-            if not _is_kind(part := getattr(self, name), "LayerScale") or not _is_unwatched(part):
+            if not _is_kind(part := getattr(self, name), "LayerScale") or not is_unwatched(part):
                 return False
         for name in self.drop_paths:
-            if not _is_kind(part := getattr(self, name), "DropPath") or not _is_unwatched(part):
+            if not _is_kind(part := getattr(self, name), "DropPath") or not is_unwatched(part):
                 return False
             if not _keeps_expectation(part) or drop_rate(part) >= 1:
                 return False
@@ -73,7 +74,9 @@ def add_branch(
 
     layout = PackedLayout([(x.shape[0], x.shape[1])])
     gamma = gamma_of(layer_scale)
-    return stochastic_depth(x.flatten(0, 1), layout, packed_branch, drop_rate=rate, gamma=gamma, norm=norm).view_as(x)
+    y = stochastic_depth(x.flatten(0, 1), layout, packed_branch, drop_rate=rate, gamma=gamma, norm=norm)  # [B N, C]
+    shaped: Tensor = torch.ops.aten._unsafe_view.default(y, x.shape)  # a fresh tensor to autograd, as callers expect
+    return shaped
 
 
 def gamma_of(layer_scale: nn.Module | None) -> Tensor | None:
@@ -96,13 +99,14 @@ def in_use(*args: object, **kwargs: object) -> bool:
     return any(argument is not None and argument is not False for argument in (*args, *kwargs.values()))
 
 
-def _is_kind(part: nn.Module, kind: str) -> bool:
-    return isinstance(part, nn.Identity) or type(part).__name__.endswith(kind)
-
-
-def _is_unwatched(part: nn.Module) -> bool:
+def is_unwatched(part: nn.Module) -> bool:
+    """Whether nobody would notice if the module were not called, or returned less: no hook, no other forward."""
     hooks = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
     return not hooks and "forward" not in part.__dict__
+
+
+def _is_kind(part: nn.Module, kind: str) -> bool:
+    return isinstance(part, nn.Identity) or type(part).__name__.endswith(kind)
 
 
 def _keeps_expectation(drop_path: nn.Module) -> bool:

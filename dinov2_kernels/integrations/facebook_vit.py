@@ -35,7 +35,7 @@ class Facebook(Accelerated):
         return tuple(inspect.signature(forward_of(module)).parameters)[1:] in arguments
 
 
-class FacebookAttention(Facebook):
+class Attention(Facebook):
     """``Attention`` and ``MemEffAttention``; the latter takes packed crops with a PackedLayout as their bias too."""
 
     runs_on = "varlen_attention"
@@ -80,7 +80,7 @@ class FacebookAttention(Facebook):
         return result
 
 
-class FacebookBlock(AcceleratedBlock, Facebook):
+class Block(AcceleratedBlock, Facebook):
     """``Block`` and ``NestedTensorBlock``; a list of crops needs no xFormers."""
 
     parts = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2", "sample_drop_ratio")
@@ -106,7 +106,7 @@ class FacebookBlock(AcceleratedBlock, Facebook):
         return add_branch(x, self.mlp, self.norm2, self.ls2, rate)
 
     def _forward_list(self, crops: list[Tensor], rate: float) -> Any:
-        attention_packs = isinstance(self.attn, FacebookAttention) and self.attn.takes(None)
+        attention_packs = isinstance(self.attn, Attention) and self.attn.takes(None)
         if not attention_packs or not all(self.can_fuse(crop) for crop in crops):
             return super().forward(crops)
         layout = PackedLayout([crop.shape[:2] for crop in crops])
@@ -123,7 +123,7 @@ class FacebookBlock(AcceleratedBlock, Facebook):
         return attended.squeeze(0)
 
 
-class FacebookSwiGLU(Facebook):
+class SwiGLU(Facebook):
     """``SwiGLUFFN``, and ``SwiGLUFFNFused`` without xFormers."""
 
     runs_on = "swiglu"

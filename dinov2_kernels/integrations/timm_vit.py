@@ -16,7 +16,7 @@ from dinov2_kernels.packing import PackedLayout
 from dinov2_kernels.swiglu import swiglu
 
 
-class TimmAttention(Accelerated):
+class Attention(Accelerated):
     """Self-attention with optional norms of queries and keys, norm and gate of the result."""
 
     runs_on = "varlen_attention"
@@ -52,7 +52,7 @@ class TimmAttention(Accelerated):
         return result
 
 
-class TimmBlock(AcceleratedBlock):
+class Block(AcceleratedBlock):
     """The pre-norm block."""
 
     parts = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
@@ -75,8 +75,8 @@ class TimmBlock(AcceleratedBlock):
     def swap(cls, module: nn.Module) -> None:
         super().swap(module)
         for norm in (module.get_submodule("norm1"), module.get_submodule("norm2")):
-            if TimmLayerNorm.recognises(norm) and TimmLayerNorm.obstacle(norm) is None:
-                TimmLayerNorm.swap(norm)
+            if LayerNorm.recognises(norm) and LayerNorm.obstacle(norm) is None:
+                LayerNorm.swap(norm)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x: [B, N, C]; a block with a mask is left to timm."""
@@ -87,7 +87,7 @@ class TimmBlock(AcceleratedBlock):
         return add_branch(x, self.mlp, self.norm2, self.ls2, drop_rate(self.drop_path2))
 
 
-class TimmLayerNorm(Accelerated, nn.LayerNorm):
+class LayerNorm(Accelerated, nn.LayerNorm):
     """timm's LayerNorm without its option of a faster norm is PyTorch's; as such a block can fuse it."""
 
     runs_on = ""
@@ -103,7 +103,7 @@ class TimmLayerNorm(Accelerated, nn.LayerNorm):
     forward = nn.LayerNorm.forward
 
 
-class TimmSwiGLU(Accelerated):
+class SwiGLU(Accelerated):
     """``GluMlp`` as ``SwiGLUPacked`` makes it: one linear layer for gate and value, the gate first."""
 
     runs_on = "swiglu"

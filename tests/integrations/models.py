@@ -10,9 +10,11 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.integrations import earlier_transformers
 from tests.integrations.facebook import DinoVisionTransformer
 
-SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 56}
+SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 56, "patch_size": 14}
+WITHOUT_RATIO = SIZES | {"intermediate_size": 192}
 
 
 def of_timm(name: str, **arguments: object) -> nn.Module:
@@ -27,7 +29,7 @@ class GatedAttention(timm.layers.Attention):
 
 
 def dinov2(**arguments: object) -> nn.Module:
-    return hf.Dinov2Model(hf.Dinov2Config(**SIZES, patch_size=14, **arguments))
+    return hf.Dinov2Model(hf.Dinov2Config(**SIZES, **arguments))
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -37,22 +39,20 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "timm DeiT": lambda: of_timm("deit_tiny_distilled_patch16_224", patch_size=14),
     "timm DeiT3": lambda: of_timm("deit3_small_patch16_224", patch_size=14),
     "timm with norms of queries and keys": lambda: of_timm("vit_small_patch14_dinov2", qk_norm=True),
-    "timm with norms of attention and Mlp": lambda: of_timm(
-        "vit_small_patch14_dinov2", scale_attn_norm=True, scale_mlp_norm=True
+    "timm with norms of attention and SwiGLU": lambda: of_timm(
+        "vit_giant_patch14_reg4_dinov2", scale_attn_norm=True, scale_mlp_norm=True
     ),
     "timm with gated attention": lambda: of_timm("vit_small_patch14_dinov2", attn_layer=GatedAttention),
     "transformers Dinov2Model": dinov2,
     "transformers Dinov2Model, SwiGLU": lambda: dinov2(use_swiglu_ffn=True),
-    "transformers Dinov2WithRegistersModel": lambda: hf.Dinov2WithRegistersModel(
-        hf.Dinov2WithRegistersConfig(**SIZES, patch_size=14)
-    ),
-    "transformers Dinov2ForImageClassification": lambda: hf.Dinov2ForImageClassification(
-        hf.Dinov2Config(**SIZES, patch_size=14)
-    ),
-    "transformers ViTModel": lambda: hf.ViTModel(hf.ViTConfig(**SIZES, intermediate_size=192, patch_size=14)),
-    "transformers ViTForImageClassification": lambda: hf.ViTForImageClassification(
-        hf.ViTConfig(**SIZES, intermediate_size=192, patch_size=14)
-    ),
+    "transformers Dinov2WithRegistersModel": lambda: hf.Dinov2WithRegistersModel(hf.Dinov2WithRegistersConfig(**SIZES)),
+    "transformers Dinov2ForImageClassification": lambda: hf.Dinov2ForImageClassification(hf.Dinov2Config(**SIZES)),
+    "transformers 4.56 to 5.16 Dinov2Model": earlier_transformers.Dinov2Model,
+    "transformers ViTModel": lambda: hf.ViTModel(hf.ViTConfig(**WITHOUT_RATIO)),
+    "transformers ViTForImageClassification": lambda: hf.ViTForImageClassification(hf.ViTConfig(**WITHOUT_RATIO)),
+    "transformers DeiTModel": lambda: hf.DeiTModel(hf.DeiTConfig(**WITHOUT_RATIO)),
+    "transformers IJepaModel": lambda: hf.IJepaModel(hf.IJepaConfig(**WITHOUT_RATIO)),
+    "transformers ViTMSNModel": lambda: hf.ViTMSNModel(hf.ViTMSNConfig(**WITHOUT_RATIO)),
     "facebook": DinoVisionTransformer,
     "facebook, SwiGLU": lambda: DinoVisionTransformer(ffn_layer="swiglu"),
     "facebook in chunks": lambda: DinoVisionTransformer(block_chunks=2),

@@ -6,12 +6,16 @@ import copy
 import io
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import dinov2_kernels as dk
 from dinov2.models import VisionTransformer, ViTConfig
@@ -57,7 +61,9 @@ def test_same_outputs_and_gradients(make: Make) -> None:
         assert error < 1e-5, f"{name}: {error:.2g}"
 
 
-@pytest.mark.parametrize("name", ["timm dinov2 with registers, SwiGLU", "facebook, SwiGLU"])
+@pytest.mark.parametrize(
+    "name", ["timm dinov2 with registers, SwiGLU", "facebook, SwiGLU", "transformers 4.56 to 5.16 Dinov2Model"]
+)
 def test_swiglu_runs_on_its_kernel(name: str) -> None:
     with operators_used() as used:
         gradients(accelerate(randomised(MODELS[name]())), images())
@@ -157,9 +163,10 @@ def test_facebook_lists_need_no_xformers() -> None:
 def test_facebook_lists_drop_samples_of_each_crop() -> None:
     model = accelerate(randomised(DinoVisionTransformer(depth=1, drop_path_rate=0.5))).train()
     tokens: list[int] = []
-    model.blocks[0].mlp.register_forward_hook(lambda _module, args, _output: tokens.append(args[0].shape[0]))
+    for linear in (model.blocks[0].attn.qkv, model.blocks[0].mlp.fc1):
+        linear.register_forward_hook(lambda _module, args, _output: tokens.append(args[0].shape[-2]))
     model.forward_features([images(4), images(6)[:, :, :28, :28]])
-    assert tokens == [2 * 17 + 3 * 5]
+    assert tokens == [2 * 17 + 3 * 5] * 2
 
 
 def test_timm_masks_run_in_timm() -> None:
@@ -169,6 +176,24 @@ def test_timm_masks_run_in_timm() -> None:
     accelerate(model)
     assert torch.equal(model.blocks[0](x, attn_mask=mask), expected)
     assert torch.equal(model.blocks[0](x, is_causal=True), expected)
+
+
+def test_transformers_masks_run_in_transformers() -> None:
+    model = randomised(MODELS["transformers 4.56 to 5.16 Dinov2Model"]())
+    mask = torch.rand(3, 4, 16, 16)
+    expected = output(model, images(), mask)
+    with operators_used() as used:
+        torch.testing.assert_close(output(accelerate(model), images(), mask), expected, atol=1e-5, rtol=1e-5)
+    assert used == {"swiglu"}
+
+
+def test_transformers_attention_masks_run_in_transformers() -> None:
+    model = randomised(dinov2())
+    mask = torch.ones(3, 17, dtype=torch.bool)
+    mask[:, 9:] = False
+    expected = model(images(), attention_mask=mask).last_hidden_state
+    assert not torch.allclose(expected, output(model, images()), atol=1e-2)
+    assert torch.equal(accelerate(model)(images(), attention_mask=mask).last_hidden_state, expected)
 
 
 @pytest.mark.parametrize("library", ["timm", "transformers"])
@@ -186,16 +211,23 @@ def test_attention_dropout_runs_as_before_in_training_only(library: str) -> None
     assert row.detail == "varlen_attention, but in training the library's own forward, for its attention dropout"
 
 
-def test_transformers_returns_wanted_attention_weights_and_hidden_states() -> None:
-    model = randomised(dinov2(attn_implementation="eager"))
-    expected = model(images(), output_attentions=True, output_hidden_states=True)
-    result = accelerate(model)(images(), output_attentions=True, output_hidden_states=True)
-    assert len(result.attentions) == 2
-    torch.testing.assert_close(result.attentions, expected.attentions)
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_transformers_records_hidden_states_and_attention_weights(implementation: str) -> None:
+    """Only the eager implementation has weights to return, and only if they are wanted it must run."""
+    model = accelerate(randomised(dinov2(attn_implementation=implementation)))
     with operators_used() as used:
-        hidden = model(images(), output_hidden_states=True).hidden_states
+        model(images())
     assert "attention_forward" in used
-    torch.testing.assert_close(hidden, expected.hidden_states, atol=1e-5, rtol=1e-5)
+    wanted = {"output_hidden_states": True, "output_attentions": implementation == "eager"}
+    with operators_used() as used:
+        result = model(images(), **wanted)
+    assert ("attention_forward" in used) == (implementation == "sdpa")
+    expected = restore(model)(images(), **wanted)
+    torch.testing.assert_close(result.hidden_states, expected.hidden_states, atol=1e-5, rtol=1e-5)
+    assert len(result.hidden_states) == 3
+    if implementation == "eager":
+        torch.testing.assert_close(result.attentions, expected.attentions)
+        assert len(result.attentions) == 2
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.5])
@@ -307,6 +339,36 @@ def test_our_own_model_runs_on_the_kernels_already() -> None:
         ("Attention", "native"),
         ("SwiGLUFFN", "native"),
     }
+
+
+@pytest.fixture
+def one_process_group(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process_group")
+@pytest.mark.filterwarnings("error:FSDP2-wrapped module .FSDP(Block|Dinov2Layer). returned a view")
+@pytest.mark.parametrize("sharded_first", [False, True])
+@pytest.mark.parametrize("name", ["timm DeiT", "transformers Dinov2Model"])
+def test_with_fsdp2(name: str, sharded_first: bool) -> None:
+    """Its class is a subclass of the module's, too, and parameters are there only while a block runs."""
+    model = randomised(MODELS[name]())
+    expected = model(images())
+    steps = [accelerate, lambda model: shard(model)]
+    for step in reversed(steps) if sharded_first else steps:
+        step(model)
+    with operators_used() as used:
+        result = model(images())
+    assert used >= {"attention_forward", "residual_gather_norm", "residual_scatter"}
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
+
+
+def shard(model: nn.Module) -> None:
+    mesh = init_device_mesh("cpu", (1,))
+    for module in [*blocks_of(model), model]:
+        fully_shard(module, mesh=mesh)
 
 
 def test_the_libraries_are_not_imported() -> None:
