@@ -117,7 +117,7 @@ def _status(module: nn.Module) -> tuple[Status, str] | None:
             return "native", kernel
     if (recipe := _find_recipe(module)) is not None:
         reason = recipe.obstacle(module)
-        return ("left", reason) if reason else ("ready", "accelerate(model) swaps it")
+        return ("left", reason) if reason else ("ready", f"{recipe.runs_on}, after accelerate(model)")
     cls = type(module)
     wraps_attention = "Attention" in cls.__name__ and hasattr(module, "attention")
     if wraps_attention or not LISTED.search(cls.__name__):

@@ -7,7 +7,6 @@ class keep holding; a copy and a pickle are accelerated too. The way back is the
 from __future__ import annotations
 
 import inspect
-from operator import attrgetter
 from typing import Any, ClassVar
 
 from torch import nn
@@ -18,7 +17,7 @@ class Accelerated(nn.Module):
 
     Attributes:
         runs_on: the kernel, for the report; empty for a part that goes with its block.
-        parts: attributes that its forward reads, or paths of them; a module of another version may lack some.
+        parts: attributes that its forward reads; a module of another version may lack some.
         original_class: of the module; set on the classes that :func:`accelerated_class` makes.
     """
 
@@ -36,7 +35,7 @@ class Accelerated(nn.Module):
         """Why a module that is recognised cannot be accelerated; None if it can."""
         if "forward" in vars(module):
             return "its forward was replaced on the instance"
-        missing = [part for part in cls.parts if not _has(module, part)]
+        missing = [part for part in cls.parts if not hasattr(module, part)]
         return f"a version that has no {', '.join(missing)}" if missing else None
 
     @classmethod
@@ -87,14 +86,6 @@ def forward_name(module: nn.Module) -> tuple[str, str]:
     """Where the forward of a module is defined: ("timm.layers.attention", "Attention.forward")."""
     function = forward_of(module)
     return (function.__module__, function.__qualname__) if function else ("", "")
-
-
-def _has(module: nn.Module, path: str) -> bool:
-    try:
-        attrgetter(path)(module)
-    except AttributeError:
-        return False
-    return True
 
 
 def _recipe(cls: type[nn.Module]) -> type[Accelerated] | None:

@@ -1,8 +1,8 @@
 """transformers: DINOv2 with and without registers, and the ViTs that share one code: ViT, DeiT, MAE, MSN, I-JEPA.
 
 transformers itself is never imported here: its classes are known by where their forward is defined. There are two
-generations of them. In the earlier one (4.56 to 5.16 for DINOv2) an attention holds a "self-attention" and its output,
-and the SwiGLU layer has one linear layer for gate and value.
+generations of them. In the earlier one (4.57, and for DINOv2 still 5.16) an attention holds a "self-attention" and its
+output, and the SwiGLU layer has one linear layer for gate and value.
 
 Legend: B samples of N tokens of width C; H heads of width D.
 """
@@ -51,7 +51,7 @@ class Transformers(Accelerated):
     @classmethod
     def obstacle(cls, module: nn.Module) -> str | None:
         if "output_attentions" in inspect.signature(forward_of(module)).parameters:
-            return "of transformers before version 4.56"
+            return "of a version that hands attention weights from layer to layer"
         return super().obstacle(module)
 
 

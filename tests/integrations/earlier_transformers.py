@@ -1,4 +1,4 @@
-"""transformers' DINOv2 of 4.56 to 5.16 in miniature: classes, attributes and behaviour of its layers."""
+"""transformers' DINOv2 of versions 4.57 to 5.16 in miniature: classes, attributes and behaviour of its layers."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "transformers Dinov2Model, SwiGLU": lambda: dinov2(use_swiglu_ffn=True),
     "transformers Dinov2WithRegistersModel": lambda: hf.Dinov2WithRegistersModel(hf.Dinov2WithRegistersConfig(**SIZES)),
     "transformers Dinov2ForImageClassification": lambda: hf.Dinov2ForImageClassification(hf.Dinov2Config(**SIZES)),
-    "transformers 4.56 to 5.16 Dinov2Model": earlier_transformers.Dinov2Model,
+    "earlier transformers Dinov2Model": earlier_transformers.Dinov2Model,
     "transformers ViTModel": lambda: hf.ViTModel(hf.ViTConfig(**WITHOUT_RATIO)),
     "transformers ViTForImageClassification": lambda: hf.ViTForImageClassification(hf.ViTConfig(**WITHOUT_RATIO)),
     "transformers DeiTModel": lambda: hf.DeiTModel(hf.DeiTConfig(**WITHOUT_RATIO)),
