@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 import torch.distributed as dist
+import transformers as hf
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -20,9 +21,10 @@ from torch.distributed.fsdp import fully_shard
 import dinov2_kernels as dk
 from dinov2.models import VisionTransformer, ViTConfig
 from dinov2_kernels.integrations import accelerate, report, restore
-from tests.integrations.facebook import DinoVisionTransformer
+from tests.integrations.facebook import Attention, DinoVisionTransformer, MemEffAttention
 from tests.integrations.models import (
     MODELS,
+    WITHOUT_RATIO,
     blocks_of,
     dinov2,
     gradients,
@@ -187,13 +189,31 @@ def test_transformers_masks_run_in_transformers() -> None:
     assert used == {"swiglu"}
 
 
-def test_transformers_attention_masks_run_in_transformers() -> None:
-    model = randomised(dinov2())
+@pytest.mark.parametrize("name", ["transformers Dinov2Model", "transformers ViTModel"])
+def test_transformers_attention_masks_run_in_transformers(name: str) -> None:
+    model = randomised(MODELS[name]())
     mask = torch.ones(3, 17, dtype=torch.bool)
     mask[:, 9:] = False
     expected = model(images(), attention_mask=mask).last_hidden_state
     assert not torch.allclose(expected, output(model, images()), atol=1e-2)
-    assert torch.equal(accelerate(model)(images(), attention_mask=mask).last_hidden_state, expected)
+    with operators_used() as used:
+        result = accelerate(model)(images(), attention_mask=mask).last_hidden_state
+    assert "attention_forward" not in used
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_dropout_of_results_is_kept() -> None:
+    """Of the same elements, as random numbers are drawn in the same order."""
+    for model in (
+        of_timm("vit_small_patch14_dinov2", proj_drop_rate=0.5),
+        of_timm("vit_giant_patch14_reg4_dinov2", proj_drop_rate=0.5),
+        hf.ViTModel(hf.ViTConfig(**WITHOUT_RATIO, hidden_dropout_prob=0.5)),
+    ):
+        results = []
+        for variant in (randomised(model).train(), accelerate(copy.deepcopy(model))):
+            torch.manual_seed(0)
+            results.append(output(variant, images()))
+        torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("library", ["timm", "transformers"])
@@ -330,6 +350,37 @@ def test_modules_with_another_forward_are_left() -> None:
     assert details["blocks.0.attn", "blocks.1.attn"] == "varlen_attention"
     assert isinstance(second, Other)
     assert type(second) is Other
+
+
+class Squared(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.square()
+
+
+@pytest.mark.parametrize(
+    ("part", "other", "reason"),
+    [
+        ("ls1", Squared(), "ls1 is a Squared, which is no LayerScale"),
+        ("drop_path2", Squared(), "drop_path2 is a Squared, which is no DropPath"),
+        ("drop_path1", timm.layers.DropPath(0.5, scale_by_keep=False), "its DropPath does not rescale what it keeps"),
+    ],
+)
+def test_blocks_of_other_parts_are_left(part: str, other: nn.Module, reason: str) -> None:
+    """Before they are accelerated for that reason, and after it they run their own forward."""
+    model = randomised(of_timm("vit_small_patch14_dinov2"))
+    early, late = model.blocks
+    setattr(early, part, other)
+    assert [row.detail for row in report(accelerate(model)).rows if row.names == ("blocks.0",)] == [reason]
+    setattr(late, part, other)
+    with operators_used() as used:
+        output(model.train(), images())
+    assert used == {"attention_forward"}
+
+
+def test_attention_of_the_same_name_is_left() -> None:
+    """That of the first DINO has the same name and parts, and returns its weights, too."""
+    model = nn.Sequential(Attention(48, 4), MemEffAttention(48, 4))
+    assert [row.status for row in report(accelerate(model)).rows] == ["left", "accelerated"]
 
 
 def test_our_own_model_runs_on_the_kernels_already() -> None:
