@@ -40,6 +40,17 @@ def test_attention_weights_cannot_be_dropped() -> None:
         Attention(24, attn_drop=0.1)
 
 
+def test_norms_of_queries_and_keys_may_widen() -> None:
+    """As autocast's do on a GPU."""
+
+    class Widening(nn.LayerNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.float())
+
+    attention = Attention(24, num_heads=3, qk_norm=True, norm_layer=partial(Widening, elementwise_affine=False))
+    assert attention.bfloat16()(torch.randn(2, 5, 24, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
 FACEBOOK = {
     Attention: "dim num_heads qkv_bias proj_bias attn_drop proj_drop",
     Mlp: "in_features hidden_features out_features act_layer drop bias",
