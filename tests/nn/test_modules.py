@@ -124,6 +124,12 @@ def test_dropout_of_results() -> None:
         assert (module.eval()(x) != 0).all()
 
 
+def test_names_of_timm_in_a_block() -> None:
+    block = Block(24, 3, proj_drop=0.5, mlp_layer=SwiGLUFFN)
+    assert block.attn.proj_drop.p == block.mlp.drop.p == 0.5
+    assert isinstance(block.mlp, SwiGLUFFN)
+
+
 @pytest.mark.parametrize("scale_by_keep", [True, False])
 def test_drop_path_is_that_of_timm(scale_by_keep: bool) -> None:
     x = torch.randn(64, 3, 4)
