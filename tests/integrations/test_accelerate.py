@@ -317,6 +317,13 @@ def test_report_is_a_table() -> None:
     assert report(model).rows[0].names == ("blocks.0", "blocks.1")
 
 
+def test_an_attention_that_wraps_another_is_not_listed() -> None:
+    rows = report(accelerate(MODELS["earlier transformers Dinov2Model"]())).rows
+    assert {row.kind: row.status for row in rows} == dict.fromkeys(
+        ["Dinov2Layer", "Dinov2SelfAttention", "Dinov2SwiGLUFFN"], "accelerated"
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
