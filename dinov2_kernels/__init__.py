@@ -4,6 +4,7 @@ Every function takes ordinary tensors on any device and picks its implementation
 Triton or CUDA C++ on NVIDIA GPUs, plain PyTorch everywhere else. :func:`info` tells what runs where.
 """
 
+from dinov2_kernels import integrations
 from dinov2_kernels._backend import info, use_backend
 from dinov2_kernels.attention import varlen_attention, varlen_attention_qkvpacked
 from dinov2_kernels.cross_entropy import soft_cross_entropy
@@ -16,6 +17,7 @@ from dinov2_kernels.swiglu import swiglu
 __all__ = [
     "PackedLayout",
     "info",
+    "integrations",
     "koleo_loss",
     "nearest_neighbors",
     "sinkhorn_bias",

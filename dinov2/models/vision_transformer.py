@@ -6,6 +6,7 @@ Legend: B images, N tokens of an image, D width of a token, R registers, h x w p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -40,6 +41,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.config = config
         dim = config.embed_dim
+        norm_layer = partial(nn.LayerNorm, eps=1e-6)
         self.patch_embed = PatchEmbed(config.patch_size, config.in_chans, dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.grid_size**2, dim))
@@ -56,11 +58,12 @@ class VisionTransformer(nn.Module):
                 ffn_bias=config.ffn_bias,
                 drop_path=rate,
                 init_values=config.init_values,
+                norm_layer=norm_layer,
                 ffn_layer=SwiGLUFFN if config.ffn == "swiglu" else Mlp,
             )
             for rate in config.drop_path_rates
         )
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = norm_layer(dim)
         self.init_weights()
 
     def init_weights(self) -> None:

@@ -2,7 +2,8 @@
 
 from dinov2_kernels.nn.attention import Attention
 from dinov2_kernels.nn.block import Block
+from dinov2_kernels.nn.drop_path import DropPath
 from dinov2_kernels.nn.feed_forward import Mlp, SwiGLUFFN, swiglu_hidden_features
 from dinov2_kernels.nn.layer_scale import LayerScale
 
-__all__ = ["Attention", "Block", "LayerScale", "Mlp", "SwiGLUFFN", "swiglu_hidden_features"]
+__all__ = ["Attention", "Block", "DropPath", "LayerScale", "Mlp", "SwiGLUFFN", "swiglu_hidden_features"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
-from dinov2_kernels.attention import varlen_attention_qkvpacked
+from dinov2_kernels.attention import varlen_attention, varlen_attention_qkvpacked
 from dinov2_kernels.packing import PackedLayout
 
 
@@ -16,23 +18,51 @@ class Attention(nn.Module):
         num_heads: number of heads H; must divide ``dim``.
         qkv_bias: bias of the first linear layer.
         proj_bias: bias of the second.
+        attn_drop: dropout of the attention weights, which are never stored: 0 is all there is.
+        proj_drop: dropout of the result.
+        qk_norm: normalise queries and keys, head by head (arXiv:2302.05442).
+        norm_layer: makes these norms from the width of a head.
 
     Raises:
-        ValueError: ``num_heads`` does not divide ``dim``.
+        ValueError: ``num_heads`` does not divide ``dim``, or ``attn_drop`` is not 0.
     """
 
-    def __init__(self, dim: int, num_heads: int = 8, qkv_bias: bool = False, proj_bias: bool = True) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        qkv_bias: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        *,
+        qk_norm: bool = False,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+    ) -> None:
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"num_heads: expected a divisor of dim = {dim}, got {num_heads}")
+        if attn_drop:
+            raise ValueError(f"attn_drop: expected 0, the kernels drop no attention weights, got {attn_drop}")
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.q_norm = norm_layer(dim // num_heads) if qk_norm else nn.Identity()
+        self.k_norm = norm_layer(dim // num_heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
+        self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, layout: PackedLayout | None = None) -> Tensor:
         """x: [T, C] packed as ``layout`` says, or [B, N, C] without one; returns the same shape."""
         if layout is None:
             return self.forward(x.flatten(0, 1), PackedLayout([(x.shape[0], x.shape[1])])).view_as(x)
         qkv = self.qkv(x).unflatten(1, (3, self.num_heads, -1))  # [T, 3, H, D]
-        projected: Tensor = self.proj(varlen_attention_qkvpacked(qkv, layout).flatten(1))
+        projected: Tensor = self.proj_drop(self.proj(attend(qkv, layout, self.q_norm, self.k_norm).flatten(1)))
         return projected
+
+
+def attend(qkv: Tensor, layout: PackedLayout, q_norm: nn.Module, k_norm: nn.Module) -> Tensor:
+    """Attention of qkv [T, 3, H, D] after a norm of queries and keys, where that is no Identity; returns [T, H, D]."""
+    if isinstance(q_norm, nn.Identity) and isinstance(k_norm, nn.Identity):
+        return varlen_attention_qkvpacked(qkv, layout)
+    q, k, v = qkv.unbind(1)
+    return varlen_attention(q_norm(q).to(v.dtype), k_norm(k).to(v.dtype), v, layout)  # autocast widens norms

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 from torch import Tensor, nn
 
@@ -13,27 +12,36 @@ from dinov2_kernels.nn.layer_scale import LayerScale
 from dinov2_kernels.packing import PackedLayout
 from dinov2_kernels.residual import stochastic_depth
 
-LayerNorm = partial(nn.LayerNorm, eps=1e-6)
-"""The norm of DINOv2's models."""
-
 
 class Block(nn.Module):
-    """Attention and feed-forward layer, each as a residual branch after a LayerNorm.
+    """Attention and feed-forward layer, each as a residual branch after a norm.
 
     In training, a ``drop_path`` above 0 sends only a random subset of the samples through each branch
     (:func:`dinov2_kernels.stochastic_depth`), whatever the rate. facebook's code does the same for a list of crops; for
-    a single tensor it does so only above 0.1, and below multiplies the samples by Bernoulli variables, which have the
-    same expectation but save no work.
+    a single tensor it does so only above 0.1, and below multiplies the samples by Bernoulli variables, as timm always
+    does, which have the same expectation but save no work.
+
+    The positional order is facebook's; what only timm has, or names otherwise, is for keywords.
 
     Args:
         dim: width C of the tokens.
         num_heads: heads of the attention.
         mlp_ratio: width of the feed-forward layer in units of ``dim``.
         qkv_bias, proj_bias, ffn_bias: biases of the linear layers.
-        drop_path: share of the samples that each branch drops in training, in [0, 1).
+        drop: dropout in the feed-forward layer and of the attention's result.
+        attn_drop: as for :class:`Attention`.
         init_values: initial LayerScale of the branches; None or 0 for no LayerScale.
-        norm_layer: makes a norm from its width.
+        drop_path: share of the samples that each branch drops in training, in [0, 1).
+        act_layer: makes the activation of the feed-forward layer.
+        norm_layer: makes a norm from its width; note that models of DINOv2 have LayerNorms with an eps of 1e-6.
+        attn_class: makes the attention, which is called with (tokens [T, C], layout).
         ffn_layer: makes the feed-forward layer: :class:`Mlp` or :class:`SwiGLUFFN`.
+        qk_norm: as for :class:`Attention`.
+        proj_drop: timm's name of ``drop``.
+        mlp_layer: timm's name of ``ffn_layer``.
+        recompute: keep 2 T C elements less for backward, which then recovers the normalised tokens from what the
+            branches keep anyhow. The gradient of norm weights loses precision where they are small beside their biases,
+            in bfloat16 up to ten times; all other gradients are the same.
     """
 
     def __init__(
@@ -41,21 +49,43 @@ class Block(nn.Module):
         dim: int,
         num_heads: int,
         mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
+        qkv_bias: bool = False,
         proj_bias: bool = True,
         ffn_bias: bool = True,
-        drop_path: float = 0.0,
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
         init_values: float | None = None,
-        norm_layer: Callable[[int], nn.Module] = LayerNorm,
+        drop_path: float = 0.0,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
+        attn_class: Callable[..., nn.Module] = Attention,
         ffn_layer: Callable[..., nn.Module] = Mlp,
+        *,
+        qk_norm: bool = False,
+        proj_drop: float | None = None,
+        mlp_layer: Callable[..., nn.Module] | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
+        drop = drop if proj_drop is None else proj_drop
+        qk_norms = {"qk_norm": True, "norm_layer": norm_layer} if qk_norm else {}
         self.drop_path = drop_path
+        self.recompute = recompute
         self.norm1 = norm_layer(dim)
-        self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, proj_bias=proj_bias)
+        self.attn = attn_class(
+            dim,
+            num_heads=num_heads,
+            qkv_bias=qkv_bias,
+            proj_bias=proj_bias,
+            attn_drop=attn_drop,
+            proj_drop=drop,
+            **qk_norms,
+        )
         self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.norm2 = norm_layer(dim)
-        self.mlp = ffn_layer(in_features=dim, hidden_features=int(dim * mlp_ratio), bias=ffn_bias)
+        self.mlp = (mlp_layer or ffn_layer)(
+            in_features=dim, hidden_features=int(dim * mlp_ratio), act_layer=act_layer, drop=drop, bias=ffn_bias
+        )
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
 
     def forward(self, x: Tensor, layout: PackedLayout | None = None) -> Tensor:
@@ -63,8 +93,18 @@ class Block(nn.Module):
         if layout is None:
             return self.forward(x.flatten(0, 1), PackedLayout([(x.shape[0], x.shape[1])])).view_as(x)
         rate = self.drop_path if self.training else 0.0
-        x = stochastic_depth(x, layout, self.attn, drop_rate=rate, gamma=_gamma(self.ls1), norm=self.norm1)
-        return stochastic_depth(x, layout, self._feed_forward, drop_rate=rate, gamma=_gamma(self.ls2), norm=self.norm2)
+        x = stochastic_depth(
+            x, layout, self.attn, drop_rate=rate, gamma=_gamma(self.ls1), norm=self.norm1, recompute=self.recompute
+        )
+        return stochastic_depth(
+            x,
+            layout,
+            self._feed_forward,
+            drop_rate=rate,
+            gamma=_gamma(self.ls2),
+            norm=self.norm2,
+            inplace=self.recompute,  # which implies it; nobody else holds x
+        )
 
     def _feed_forward(self, x: Tensor, layout: PackedLayout) -> Tensor:
         y: Tensor = self.mlp(x)  # token by token, whatever the layout

@@ -17,7 +17,9 @@ class Mlp(nn.Module):
         hidden_features: width between the linear layers; that of the input by default.
         out_features: width of the output; that of the input by default.
         act_layer: makes the activation; the exact (erf) GELU by default.
-        bias: biases of both linear layers.
+        drop: dropout after the activation and of the result; a pair for different rates.
+        bias: biases of the linear layers; a pair for different choices.
+        norm_layer: makes a norm of the hidden features from their width; none by default.
     """
 
     def __init__(
@@ -26,27 +28,40 @@ class Mlp(nn.Module):
         hidden_features: int | None = None,
         out_features: int | None = None,
         act_layer: Callable[[], nn.Module] = nn.GELU,
-        bias: bool = True,
+        drop: float | tuple[float, float] = 0.0,
+        bias: bool | tuple[bool, bool] = True,
+        *,
+        norm_layer: Callable[[int], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         hidden_features = hidden_features or in_features
-        self.fc1 = nn.Linear(in_features, hidden_features, bias=bias)
+        drop1, drop2 = drop if isinstance(drop, tuple) else (drop, drop)
+        bias1, bias2 = bias if isinstance(bias, tuple) else (bias, bias)
+        self.fc1 = nn.Linear(in_features, hidden_features, bias=bias1)
         self.act = act_layer()
-        self.fc2 = nn.Linear(hidden_features, out_features or in_features, bias=bias)
+        self.drop1 = nn.Dropout(drop1)
+        self.norm = norm_layer(hidden_features) if norm_layer else nn.Identity()
+        self.fc2 = nn.Linear(hidden_features, out_features or in_features, bias=bias2)
+        self.drop2 = nn.Dropout(drop2)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features]; returns [..., out_features]."""
-        y: Tensor = self.fc2(self.act(self.fc1(x)))
+        hidden = self.norm(self.drop1(self.act(self.fc1(x))))  # [..., hidden_features]
+        y: Tensor = self.drop2(self.fc2(hidden))
         return y
 
 
 class SwiGLUFFN(nn.Module):
     """SwiGLU feed-forward layer (arXiv:2002.05202) with about the parameters of an :class:`Mlp` of the same arguments.
 
+    facebook's ``SwiGLUFFNFused``, the one its models have; the ``SwiGLUFFN`` there takes ``hidden_features`` as it is.
+
     Args:
         in_features: width of the input.
         hidden_features: width an Mlp would have; the layer's own is ``swiglu_hidden_features`` of it.
         out_features: width of the output; that of the input by default.
+        act_layer: accepted as an Mlp's is, and not used: the gate is SiLU.
+        drop: dropout after the gate and of the result.
         bias: biases of both linear layers.
     """
 
@@ -55,16 +70,19 @@ class SwiGLUFFN(nn.Module):
         in_features: int,
         hidden_features: int | None = None,
         out_features: int | None = None,
+        act_layer: Callable[[], nn.Module] | None = None,
+        drop: float = 0.0,
         bias: bool = True,
     ) -> None:
         super().__init__()
         hidden_features = swiglu_hidden_features(hidden_features or in_features)
         self.w12 = nn.Linear(in_features, 2 * hidden_features, bias=bias)
         self.w3 = nn.Linear(hidden_features, out_features or in_features, bias=bias)
+        self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features]; returns [..., out_features]."""
-        y: Tensor = self.w3(swiglu(self.w12(x)))
+        y: Tensor = self.drop(self.w3(self.drop(swiglu(self.w12(x)))))
         return y
 
 

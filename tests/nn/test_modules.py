@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+from functools import partial
+
 import pytest
+import timm.layers
+import timm.models.vision_transformer as timm_vit
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from dinov2_kernels import PackedLayout
-from dinov2_kernels.nn import Attention, Block, LayerScale, Mlp, SwiGLUFFN, swiglu_hidden_features
+from dinov2_kernels.nn import Attention, Block, DropPath, LayerScale, Mlp, SwiGLUFFN, swiglu_hidden_features
 
 
 def test_attention_is_that_of_torch_nn() -> None:
@@ -27,6 +33,122 @@ def test_attention_is_that_of_torch_nn() -> None:
 def test_heads_must_divide_the_width() -> None:
     with pytest.raises(ValueError, match="num_heads: expected a divisor of dim = 24, got 5"):
         Attention(24, num_heads=5)
+
+
+def test_attention_weights_cannot_be_dropped() -> None:
+    with pytest.raises(ValueError, match=r"attn_drop: expected 0, .*, got 0\.1"):
+        Attention(24, attn_drop=0.1)
+
+
+def test_norms_of_queries_and_keys_may_widen() -> None:
+    """As autocast's do on a GPU."""
+
+    class Widening(nn.LayerNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.float())
+
+    attention = Attention(24, num_heads=3, qk_norm=True, norm_layer=partial(Widening, elementwise_affine=False))
+    assert attention.bfloat16()(torch.randn(2, 5, 24, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+FACEBOOK = {
+    Attention: "dim num_heads qkv_bias proj_bias attn_drop proj_drop",
+    Mlp: "in_features hidden_features out_features act_layer drop bias",
+    SwiGLUFFN: "in_features hidden_features out_features act_layer drop bias",
+    LayerScale: "dim init_values inplace",
+    DropPath: "drop_prob",
+    Block: "dim num_heads mlp_ratio qkv_bias proj_bias ffn_bias drop attn_drop init_values drop_path act_layer "
+    "norm_layer attn_class ffn_layer",
+}
+
+
+@pytest.mark.parametrize("module", FACEBOOK, ids=lambda module: module.__name__)
+def test_positional_arguments_are_those_of_facebook(module: type[nn.Module]) -> None:
+    expected = FACEBOOK[module].split()
+    assert list(inspect.signature(module).parameters)[: len(expected)] == expected
+
+
+NORM = partial(nn.LayerNorm, eps=1e-6)
+AS_IN_TIMM = [
+    (
+        Attention,
+        timm.layers.Attention,
+        {"dim": 24, "num_heads": 3, "qkv_bias": True, "qk_norm": True, "norm_layer": NORM},
+    ),
+    (
+        Attention,
+        timm.layers.Attention,
+        {"dim": 24, "num_heads": 3, "proj_bias": False, "attn_drop": 0.0, "proj_drop": 0.1},
+    ),
+    (Mlp, timm.layers.Mlp, {"in_features": 24, "hidden_features": 40, "act_layer": nn.SiLU, "bias": (False, True)}),
+    (Mlp, timm.layers.Mlp, {"in_features": 24, "out_features": 8, "norm_layer": NORM, "drop": (0.1, 0.2)}),
+    (LayerScale, timm.layers.LayerScale, {"dim": 24, "init_values": 0.5, "inplace": False}),
+    (
+        Block,
+        timm_vit.Block,
+        {
+            "dim": 24,
+            "num_heads": 3,
+            "mlp_ratio": 2.0,
+            "qkv_bias": True,
+            "qk_norm": True,
+            "proj_bias": True,
+            "proj_drop": 0.1,
+            "attn_drop": 0.0,
+            "init_values": 0.3,
+            "drop_path": 0.1,
+            "act_layer": nn.SiLU,
+            "norm_layer": NORM,
+            "mlp_layer": timm.layers.Mlp,
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("ours", "theirs", "arguments"), AS_IN_TIMM)
+def test_constructed_and_loaded_as_in_timm(
+    ours: type[nn.Module], theirs: type[nn.Module], arguments: dict[str, object]
+) -> None:
+    module, model = ours(**arguments).eval(), theirs(**arguments).eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    module.load_state_dict(model.state_dict())
+    x = torch.randn(2, 5, 24)
+    torch.testing.assert_close(module(x), model(x))
+
+
+def test_dropout_of_results() -> None:
+    x = torch.randn(2, 50, 24)
+    for module in (Attention(24, num_heads=3, proj_drop=0.5), Mlp(24, drop=0.5), SwiGLUFFN(24, drop=0.5)):
+        assert 0.4 < (module(x) == 0).float().mean() < 0.6
+        assert (module.eval()(x) != 0).all()
+
+
+def test_names_of_timm_in_a_block() -> None:
+    block = Block(24, 3, proj_drop=0.5, mlp_layer=SwiGLUFFN)
+    assert block.attn.proj_drop.p == block.mlp.drop.p == 0.5
+    assert isinstance(block.mlp, SwiGLUFFN)
+
+
+@pytest.mark.parametrize("scale_by_keep", [True, False])
+def test_drop_path_is_that_of_timm(scale_by_keep: bool) -> None:
+    x = torch.randn(64, 3, 4)
+    results = []
+    for module in (DropPath(0.3, scale_by_keep), timm.layers.DropPath(0.3, scale_by_keep)):
+        torch.manual_seed(0)
+        results.append(module(x))
+        assert module.eval()(x) is x
+    torch.testing.assert_close(*results)
+    assert 0 < (results[0] == 0).all(dim=(1, 2)).sum() < 64
+
+
+def test_layer_scale_in_place_and_by_channel() -> None:
+    x = torch.randn(3, 4)
+    factors = torch.randn(4)
+    expected = x * factors
+    result = LayerScale(4, factors, inplace=True)(x)
+    assert result.data_ptr() == x.data_ptr()
+    torch.testing.assert_close(result, expected)
 
 
 def test_mlp_uses_the_exact_gelu() -> None:
@@ -113,3 +235,33 @@ def test_block_compiles_in_one_graph(rate: float) -> None:
 def test_block_reports_a_layout_that_does_not_match() -> None:
     with pytest.raises(ValueError, match="layout describes 6 tokens, but x has 5"):
         random_block()(torch.zeros(5, 16, dtype=torch.float64), PackedLayout([(3, 2)]))
+
+
+def kept_for_backward(block: Block, x: Tensor) -> tuple[int, list[Tensor]]:
+    """Bytes that a block keeps beside its parameters, and its gradients."""
+    parameters = {parameter.data_ptr() for parameter in block.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in parameters:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    leaf = x.clone().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = block(leaf * 1)
+    return sum(kept.values()), list(torch.autograd.grad(y.square().sum(), [leaf, *block.parameters()]))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_recompute_keeps_two_activations_less(rate: float) -> None:
+    block = random_block(drop_path=rate)
+    x = torch.randn(8, 50, 16, dtype=torch.float64)
+    results = []
+    for block.recompute in (False, True):
+        torch.manual_seed(1)
+        results.append(kept_for_backward(block, x))
+    (plain, gradients), (less, gradients_of_less) = results
+    assert plain - less == 2 * x.nbytes
+    torch.testing.assert_close(gradients_of_less, gradients)

@@ -1,0 +1,126 @@
+"""``accelerate(model)``: finds the modules it knows and lets their forward run on the kernels, in place."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from typing import TypeVar
+
+from torch import nn
+
+import dinov2_kernels.nn as native
+from dinov2_kernels.integrations import facebook_vit, timm_vit, transformers_vit
+from dinov2_kernels.integrations.summary import Report, Status, summarise
+from dinov2_kernels.integrations.swap import Accelerated, original_class
+
+Model = TypeVar("Model", bound=nn.Module)
+
+RECIPES: tuple[type[Accelerated], ...] = (
+    timm_vit.Attention,
+    timm_vit.Block,
+    timm_vit.SwiGLU,
+    transformers_vit.Attention,
+    transformers_vit.SelfAttention,
+    transformers_vit.Dinov2Layer,
+    transformers_vit.ViTLayer,
+    transformers_vit.SwiGLU,
+    facebook_vit.Attention,
+    facebook_vit.Block,
+    facebook_vit.SwiGLU,
+)
+
+NATIVE: dict[type[nn.Module], str] = {
+    native.Attention: "varlen_attention",
+    native.Block: "stochastic_depth",
+    native.SwiGLUFFN: "swiglu",
+}
+
+LISTED = re.compile("Attention|Attn|SwiGLU|Block$|[a-z]Layer$")
+"""Names of classes that belong into a report, whether any recipe recognises them or not."""
+
+REASONS = {
+    "AttentionPool|CrossAttention": "cross-attention: queries and keys are of different tokens",
+    "Causal": "a causal mask",
+    "[Rr]ope|Eva|DINOv3": "rotary position embeddings",
+    "Window|[Ss]win|[Bb]eit|RelPos": "relative position bias",
+    "Diff": "the difference of two softmaxes",
+    "ParallelScaling": "attention and feed-forward layer share their projections",
+    "ResPost": "its norms follow the branches",
+    "SwiGLU": "gate and value come from two linear layers, and joining them for the kernel costs more than it saves",
+    "": "not a module that accelerate knows",
+}
+"""Why such a module is left, by what is in the full name of its class; the first that fits."""
+
+
+def accelerate(model: Model) -> Model:
+    """Run what the kernels can do of a vision transformer on them: attention, SwiGLU, and residual connections.
+
+    Modules of timm's ``VisionTransformer`` family, of transformers' DINOv2 and ViT models and of facebook's DINOv2 get
+    another forward, which computes the same. Parameters, their names, hooks and optimisers keep working, copies and
+    pickles are accelerated too, and :func:`restore` takes it back. In training, blocks with stochastic depth drop the
+    work of whole samples (:func:`dinov2_kernels.stochastic_depth`) where they multiplied by a mask. Masks, attention
+    dropout in training and wanted attention weights run the library's own forward; see docs/integrations.md.
+
+    Args:
+        model: changed in place; calling twice is harmless.
+
+    Returns:
+        The model. :func:`report` tells what was swapped and why the rest was left; it is logged, too.
+
+    Warns:
+        UserWarning: nothing in the model runs on the kernels.
+    """
+    for module in model.modules():
+        recipe = _find_recipe(module)
+        if recipe is not None and recipe.obstacle(module) is None:
+            recipe.swap(module)
+    result = report(model)
+    logging.getLogger(__name__).info("%s", result)
+    if not result.on_kernels:
+        warnings.warn(f"accelerate: nothing was swapped\n{result}", stacklevel=2)
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Give all modules of an accelerated model, in place, the classes and with them the forwards they had.
+
+    Returns:
+        The model.
+    """
+    for module in model.modules():
+        if (cls := original_class(module)) is not None:
+            module.__class__ = cls
+    return model
+
+
+def report(model: nn.Module) -> Report:
+    """What of a model runs on the kernels, and what is left and why; before :func:`accelerate`, what would.
+
+    Prints as a table.
+    """
+    return summarise(model, _status)
+
+
+def _find_recipe(module: nn.Module) -> type[Accelerated] | None:
+    if isinstance(module, (Accelerated, *NATIVE)):
+        return None
+    return next((recipe for recipe in RECIPES if recipe.recognises(module)), None)
+
+
+def _status(module: nn.Module) -> tuple[Status, str] | None:
+    """What happens to a module, and how or why; None if it is nothing that the kernels could do."""
+    if isinstance(module, Accelerated):
+        return ("accelerated", module.runs_on + module.restriction()) if module.runs_on else None
+    for cls, kernel in NATIVE.items():
+        if isinstance(module, cls):
+            return "native", kernel
+    if (recipe := _find_recipe(module)) is not None:
+        reason = recipe.obstacle(module)
+        return ("left", reason) if reason else ("ready", f"{recipe.runs_on}, after accelerate(model)")
+    cls = type(module)
+    wraps_attention = "Attention" in cls.__name__ and hasattr(module, "attention")
+    if wraps_attention or not LISTED.search(cls.__name__):
+        return None
+    name = f"{cls.__module__}.{cls.__name__}"
+    return "left", next(reason for pattern, reason in REASONS.items() if re.search(pattern, name))

@@ -1,0 +1,113 @@
+"""What the blocks of all libraries share: a residual branch with its norm, LayerScale and stochastic depth.
+
+Legend: B samples of N tokens of width C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dinov2_kernels.integrations.swap import Accelerated
+from dinov2_kernels.packing import PackedLayout
+from dinov2_kernels.residual import stochastic_depth
+
+DROPPED_IN_TRAINING = ", but in training the library's own forward, for its attention dropout"
+"""What a report adds to an attention with dropout of its weights."""
+
+
+class AcceleratedBlock(Accelerated):
+    """A block whose residual branches go through :func:`dinov2_kernels.stochastic_depth`.
+
+    LayerScale and DropPath are read and not called. So a block runs its own forward where these are something else, or
+    somebody watches them by a hook.
+
+    Attributes:
+        scales, drop_paths: names of these parts; an Identity stands for none.
+    """
+
+    runs_on = "stochastic_depth"
+    scales: ClassVar[tuple[str, ...]] = ()
+    drop_paths: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def obstacle(cls, module: nn.Module) -> str | None:
+        if reason := super().obstacle(module):
+            return reason
+        for names, kind in ((cls.scales, "LayerScale"), (cls.drop_paths, "DropPath")):
+            for name in names:
+                if not _is_kind(part := getattr(module, name), kind):
+                    return f"{name} is a {type(part).__name__}, which is no {kind}"
+        if not all(_keeps_expectation(getattr(module, name)) for name in cls.drop_paths):
+            return "its DropPath does not rescale what it keeps"
+        return None
+
+    def can_fuse(self, x: object) -> bool:
+        """Whether x is tokens [B, N, C] and nobody would miss a call of a LayerScale or DropPath."""
+        if not isinstance(x, Tensor) or x.dim() != 3:
+            return False
+        for name in self.scales:
+            if not _is_kind(part := getattr(self, name), "LayerScale") or not is_unwatched(part):
+                return False
+        for name in self.drop_paths:
+            if not _is_kind(part := getattr(self, name), "DropPath") or not is_unwatched(part):
+                return False
+            if not _keeps_expectation(part) or drop_rate(part) >= 1:
+                return False
+        return True
+
+
+def add_branch(
+    x: Tensor,
+    branch: Callable[[Tensor], Tensor],
+    norm: nn.Module,
+    layer_scale: nn.Module | None = None,
+    rate: float = 0.0,
+) -> Tensor:
+    """x + layer_scale(branch(norm(x))), of a random subset of the samples where ``rate`` > 0; x: [B, N, C]."""
+
+    def packed_branch(tokens: Tensor, layout: PackedLayout) -> Tensor:
+        return branch(layout.unpack(tokens)[0]).flatten(0, 1)
+
+    layout = PackedLayout([(x.shape[0], x.shape[1])])
+    gamma = gamma_of(layer_scale)
+    y = stochastic_depth(x.flatten(0, 1), layout, packed_branch, drop_rate=rate, gamma=gamma, norm=norm)  # [B N, C]
+    shaped: Tensor = torch.ops.aten._unsafe_view.default(y, x.shape)  # a fresh tensor to autograd, as callers expect
+    return shaped
+
+
+def gamma_of(layer_scale: nn.Module | None) -> Tensor | None:
+    """The factors [C] of a LayerScale, None of an Identity."""
+    if layer_scale is None or isinstance(layer_scale, nn.Identity):
+        return None
+    gamma: Tensor = getattr(layer_scale, "lambda1" if hasattr(layer_scale, "lambda1") else "gamma")
+    return gamma
+
+
+def drop_rate(drop_path: nn.Module) -> float:
+    """The share of samples that a DropPath would drop if it were called now."""
+    if isinstance(drop_path, nn.Identity) or not drop_path.training:
+        return 0.0
+    return float(drop_path.drop_prob or 0.0)  # type: ignore[arg-type]
+
+
+def in_use(*args: object, **kwargs: object) -> bool:
+    """Whether an optional argument asks for something: a mask that is there, a switch that is on."""
+    return any(argument is not None and argument is not False for argument in (*args, *kwargs.values()))
+
+
+def is_unwatched(part: nn.Module) -> bool:
+    """Whether nobody would notice if the module were not called, or returned less: no hook, no other forward."""
+    hooks = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
+    return not hooks and "forward" not in part.__dict__
+
+
+def _is_kind(part: nn.Module, kind: str) -> bool:
+    return isinstance(part, nn.Identity) or type(part).__name__.endswith(kind)
+
+
+def _keeps_expectation(drop_path: nn.Module) -> bool:
+    return bool(getattr(drop_path, "scale_by_keep", True))
