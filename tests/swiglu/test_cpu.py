@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from dinov2_kernels import _library
-from dinov2_kernels.swiglu import reference
 from tests.cpu_targets import TARGETS, run_value_tests
 from tests.swiglu.cases import CASES, DTYPES, Case, assert_matches_reference
 
@@ -44,7 +43,7 @@ def gates(dtype: torch.dtype) -> Tensor:
 @pytest.mark.usefixtures("poisoned_outputs")
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def test_values_relative_to_each_result(dtype: torch.dtype) -> None:
-    """Every result on its own scale, so that the tails of the sigmoid count as much as its middle: silu(-60) = -5e-25."""
+    """Every result on its own scale: the tails of the sigmoid, e.g. silu(-60) = -5e-25, count as much as its middle."""
     gate = gates(dtype)
     ones = torch.ones_like(gate)
     x, s, rest = gate.double(), torch.sigmoid(gate.double()), torch.sigmoid(-gate.double())
