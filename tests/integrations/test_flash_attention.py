@@ -199,6 +199,24 @@ def test_restore_brings_pytorch_back(calls: list[str]) -> None:
     assert calls == ["forward"]
 
 
+def test_backward_gets_the_log_sum_exps_of_forward(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+    for name, place in (("_forward", None), ("_backward", 5)):
+        operator = getattr(flash_attention, name)
+
+        def spied(*args: Any, name: str = name, place: int | None = place, operator: Any = operator) -> Any:
+            result = operator(*args)
+            seen[name] = result[1] if place is None else args[place]
+            return result
+
+        monkeypatch.setattr(flash_attention, name, spied)
+    results(F.scaled_dot_product_attention, as_linear_layers_give_them(2, 3, 7, 8))
+    torch.testing.assert_close(seen["_backward"], seen["_forward"], rtol=0, atol=0)
+    with OnCPU():
+        results(lambda *qkv: torch.ops.aten._scaled_dot_product_flash_attention(*qkv)[0], one_by_one(2, 3, 7, 8))
+    torch.testing.assert_close(seen["_backward"], seen["_forward"], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("ours_first", [True, False])
 def test_either_backward_takes_what_either_forward_left(calls: list[str], ours_first: bool) -> None:
     inputs = [x.requires_grad_() for x in one_by_one(2, 2, 6, 8)]
