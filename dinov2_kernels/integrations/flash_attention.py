@@ -189,7 +189,7 @@ def _dense_backward(
     B, H, N, D = query.shape
     g, q, k, v, o = (_tokens(x) for x in (grad, query, key, value, out))  # [B N, H, D]
     scale = D**-0.5 if scale is None else scale
-    lse = lse.transpose(0, 1).reshape(H, B * N)
+    lse = lse.transpose(0, 1).reshape(H, B * N).contiguous()
     dqkv: Tensor = _backward(g.contiguous(), q, k, v, o.contiguous(), lse, None, (B, N), scale)
     return dqkv.view(B, N, 3, H, D).permute(2, 0, 3, 1, 4).unbind(0)
 
