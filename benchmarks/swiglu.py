@@ -8,8 +8,8 @@ Counted per result, of which there are rows * H, with e bytes per element, on tw
 - Backward: floor 5e bytes, and the same exponential.
 - Eager: 5e bytes forward, about 20e backward, because each half's gradient is padded with zeros and the two are added.
   So 1.7 times faster forward and 3 times in all; the same bytes as ``torch.compile``, and parity with it.
-- Results above 32 MB are mapped anew in every call, page by page: 0.25 ns a byte on one core with 4 KB pages, a third of
-  it with 2 MB pages. For ViT-g in float32 that is what eager and compiled code spend most of their time on: 2 times
+- Results above 32 MB are mapped anew in every call, page by page: 0.25 ns a byte on one core with 4 KB pages, a third
+  of it with 2 MB pages. For ViT-g in float32 that is what eager and compiled code spend most of their time on: 2 times
   faster than compiled.
 
 Measured (results/2026-11-25): 1.8 to 4.9 times faster than eager forward, 2.3 to 6.4 forward and backward. Over
