@@ -15,8 +15,8 @@ from dinov2_kernels.attention import reference
 from dinov2_kernels.packing import PackedLayout
 
 _TRITON = "dinov2_kernels.attention.triton_kernel"
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_MAX_HEAD_DIM = 128
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 128
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -165,7 +165,7 @@ def _run_backward(grad: Tensor, q: Tensor, *args: Any) -> Tensor:
 def _has_kernel(q: Tensor) -> bool:
     if q.dtype == torch.float64:
         return False
-    if q.shape[-1] > _MAX_HEAD_DIM or q.dtype not in _KERNEL_DTYPES:
+    if q.shape[-1] > MAX_HEAD_DIM or q.dtype not in KERNEL_DTYPES:
         _warn_once(f"no attention kernel for heads of width {q.shape[-1]} in {q.dtype}: running in plain PyTorch")
         return False
     return True

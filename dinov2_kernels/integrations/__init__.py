@@ -1,5 +1,6 @@
-"""The kernels in the models of other libraries: timm, transformers, and facebook's DINOv2."""
+"""The kernels in the models of other libraries (timm, transformers, facebook) and behind PyTorch's own attention."""
 
 from dinov2_kernels.integrations.acceleration import accelerate, report, restore
+from dinov2_kernels.integrations.flash_attention import register_flash_attention
 
-__all__ = ["accelerate", "report", "restore"]
+__all__ = ["accelerate", "register_flash_attention", "report", "restore"]

@@ -1,9 +1,10 @@
-"""SwiGLU: values, gradients, bad input."""
+"""SwiGLU as users call it: values, gradients, PyTorch's machinery, bad input."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from dinov2_kernels import swiglu
 from dinov2_kernels.swiglu import reference
@@ -36,6 +37,72 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(swiglu, torch.randn(3, 4, dtype=torch.float64, requires_grad=True))
 
 
-def test_odd_width() -> None:
-    with pytest.raises(ValueError, match=r"x12: expected a last dimension of even size, got shape \[2, 5\]"):
-        swiglu(torch.zeros(2, 5))
+def test_strided_input_and_gradient() -> None:
+    x12 = torch.randn(5, 8, 3, dtype=torch.float64, requires_grad=True)
+    result, expected = swiglu(x12.transpose(1, 2)), reference.swiglu(x12.transpose(1, 2))
+    torch.testing.assert_close(result, expected)
+    direction = torch.randn(4, 5, 3, dtype=torch.float64).permute(1, 2, 0)
+    gradients = [torch.autograd.grad(y, x12, direction) for y in (result, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("shape", [(7, 6), (2, 3, 4), (0, 8), (10,), (3, 0)], ids=str)
+def test_opcheck(shape: tuple[int, ...]) -> None:
+    x12 = torch.randn(shape)
+    torch.library.opcheck(torch.ops.dinov2_kernels.swiglu.default, (x12,))
+    grad = torch.randn(*shape[:-1], shape[-1] // 2)
+    torch.library.opcheck(torch.ops.dinov2_kernels.swiglu_backward.default, (grad, x12))
+
+
+def test_compiles_into_one_graph() -> None:
+    x12 = torch.randn(6, 10, requires_grad=True)
+
+    def function(x12: torch.Tensor) -> torch.Tensor:
+        return swiglu(2 * x12).sin()
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x12), function(x12))
+    gradients = [torch.autograd.grad(f(x12).sum(), x12) for f in (compiled, function)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_leaves_the_dtype_alone(dtype: torch.dtype) -> None:
+    """It follows a linear layer, whose result has autocast's dtype already; activations keep what they are given."""
+    x12 = torch.randn(6, 10, dtype=dtype, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = swiglu(x12)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, swiglu(x12), rtol=0, atol=0)
+    y.sum().backward()
+    assert x12.grad is not None
+    assert x12.grad.dtype == dtype
+
+
+def test_activation_checkpointing() -> None:
+    x12 = torch.randn(6, 10, requires_grad=True)
+    again = checkpoint(lambda x: swiglu(x.sin()), x12, use_reentrant=False)
+    gradients = [torch.autograd.grad(y.square().sum(), x12) for y in (again, swiglu(x12.sin()))]
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+def test_keeps_nothing_but_its_argument() -> None:
+    kept: list[torch.Tensor] = []
+    x12 = torch.randn(6, 10, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        swiglu(x12)
+    assert [x.data_ptr() for x in kept] == [x12.data_ptr()]
+
+
+@pytest.mark.parametrize(
+    ("x12", "error", "message"),
+    [
+        (torch.zeros(2, 5), ValueError, r"x12: expected a last dimension of even size, got shape \[2, 5\]"),
+        (torch.zeros(()), ValueError, r"x12: expected a last dimension of even size, got shape \[\]"),
+        (torch.zeros(2, 4, dtype=torch.int32), TypeError, "x12: expected a floating-point tensor, got torch.int32"),
+    ],
+    ids=["odd", "scalar", "integers"],
+)
+def test_bad_arguments(x12: torch.Tensor, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        swiglu(x12)

@@ -1,0 +1,19 @@
+// The serial parts of SwiGLU, one thread's share each: cpu_kernels.cpp, compiled for every CPU target.
+//
+// Some rows of x12 [rows, 2H], the gate x1 before the value x2, and of grad and y [rows, H]; all of type X, contiguous.
+#pragma once
+
+#include "common/cpu_target.h"
+#include "common/dtypes.h"
+
+#define DECLARE(target)                                                                                              \
+  namespace target {                                                                                                 \
+  /* y = silu(x1) x2. */                                                                                             \
+  template <class X>                                                                                                 \
+  void swiglu(const X* x12, int64_t rows, int64_t H, X* y);                                                          \
+  /* dx12 [rows, 2H], given the gradient of y. */                                                                    \
+  template <class X>                                                                                                 \
+  void swiglu_backward(const X* grad, const X* x12, int64_t rows, int64_t H, X* dx12);                               \
+  }
+FOR_EACH_CPU_TARGET(DECLARE)
+#undef DECLARE
