@@ -131,7 +131,63 @@ ALWAYS_INLINE void store(A* p, const V& v, Part part) {
   memcpy(p, &v, part.n * sizeof(A));
 }
 
+// ---- stores round to nearest, ties to even
+
+using half_of_vector = VectorOf<uint16_t, kVectorBytes / 2>::type;  // as many 16-bit values as vec<float> has lanes
+
+ALWAYS_INLINE half_of_vector to_bf16(vec<float> v) {
+  const vec<uint32_t> bits = (vec<uint32_t>)v, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return __builtin_convertvector(v == v ? rounded : bits >> 16 | 0x40, half_of_vector);
+}
+
+ALWAYS_INLINE half_of_vector to_fp16(vec<float> v) {
+#if defined(__AVX512F__)
+  return (half_of_vector)_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__AVX2__)
+  return (half_of_vector)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const vec<uint32_t> bits = (vec<uint32_t>)v, magnitude = bits & 0x7fffffff;
+  // The exponent's bias moves from 127 to 15; a carry out of the mantissa reaches the exponent by itself.
+  const vec<uint32_t> normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  // Added to 0.5, a number below the smallest normal one leaves its multiple of 2^-24 in the lowest bits.
+  const vec<uint32_t> subnormal = (vec<uint32_t>)((vec<float>)magnitude + 0.5f) - 0x3f000000;
+  const vec<uint32_t> finite = magnitude < (113u << 23) ? subnormal : normal;
+  const vec<uint32_t> inf_or_nan = magnitude > 0x7f800000 ? vec<uint32_t>{} + 0x7e00 : vec<uint32_t>{} + 0x7c00;
+  const vec<uint32_t> half = magnitude >= (143u << 23) ? inf_or_nan : finite;
+  return __builtin_convertvector(half | (bits >> 16 & 0x8000), half_of_vector);
+#endif
+}
+
+ALWAYS_INLINE void store(bf16* p, vec<float> v, Whole = {}) { store(&p->bits, to_bf16(v)); }
+ALWAYS_INLINE void store(bf16* p, vec<float> v, Part part) { store(&p->bits, to_bf16(v), part); }
+ALWAYS_INLINE void store(fp16* p, vec<float> v, Whole = {}) { store(&p->bits, to_fp16(v)); }
+ALWAYS_INLINE void store(fp16* p, vec<float> v, Part part) { store(&p->bits, to_fp16(v), part); }
+
 // ---- arithmetic
+
+// The product v as it stands: without this, it may be fused with the addition that follows, and is then not rounded.
+template <class V>
+ALWAYS_INLINE V rounded(V v) {
+#if defined(__x86_64__)
+  asm("" : "+x"(v));
+#else
+  asm("" : "+m"(v));
+#endif
+  return v;
+}
+
+// v with zero in the lanes outside the part.
+template <class V>
+ALWAYS_INLINE V zero_outside(V v, Whole) {
+  return v;
+}
+
+template <class V>
+ALWAYS_INLINE V zero_outside(V v, Part part) {
+  V kept = {};
+  memcpy(&kept, &v, part.n * sizeof v[0]);
+  return kept;
+}
 
 // maximum: a NaN in `a` is passed over, a NaN in `b` stays. any_greater: whether a > b in any lane.
 #if defined(__AVX512F__)
