@@ -131,37 +131,40 @@ ALWAYS_INLINE void store(A* p, const V& v, Part part) {
   memcpy(p, &v, part.n * sizeof(A));
 }
 
-// ---- stores round to nearest, ties to even
+// ---- stores of 16-bit floats round to nearest, ties to even
 
-using half_of_vector = VectorOf<uint16_t, kVectorBytes / 2>::type;  // as many 16-bit values as vec<float> has lanes
+typedef VectorOf<uint16_t, kVectorBytes / 2>::type vec_of_16_bits;
 
-ALWAYS_INLINE half_of_vector to_bf16(vec<float> v) {
-  const vec<uint32_t> bits = (vec<uint32_t>)v, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  return __builtin_convertvector(v == v ? rounded : bits >> 16 | 0x40, half_of_vector);
-}
-
-ALWAYS_INLINE half_of_vector to_fp16(vec<float> v) {
-#if defined(__AVX512F__)
-  return (half_of_vector)_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
-#elif defined(__AVX2__)
-  return (half_of_vector)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+ALWAYS_INLINE vec_of_16_bits round_to(bf16, vec<float> v) {
+#if defined(__AVX512BF16__)
+  return (vec_of_16_bits)_mm512_cvtneps_pbh(v);
 #else
-  const vec<uint32_t> bits = (vec<uint32_t>)v, magnitude = bits & 0x7fffffff;
-  // The exponent's bias moves from 127 to 15; a carry out of the mantissa reaches the exponent by itself.
-  const vec<uint32_t> normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
-  // Added to 0.5, a number below the smallest normal one leaves its multiple of 2^-24 in the lowest bits.
-  const vec<uint32_t> subnormal = (vec<uint32_t>)((vec<float>)magnitude + 0.5f) - 0x3f000000;
-  const vec<uint32_t> finite = magnitude < (113u << 23) ? subnormal : normal;
-  const vec<uint32_t> inf_or_nan = magnitude > 0x7f800000 ? vec<uint32_t>{} + 0x7e00 : vec<uint32_t>{} + 0x7c00;
-  const vec<uint32_t> half = magnitude >= (143u << 23) ? inf_or_nan : finite;
-  return __builtin_convertvector(half | (bits >> 16 & 0x8000), half_of_vector);
+  const vec<uint32_t> bits = (vec<uint32_t>)v, rounded = bits + 0x7fff + (bits >> 16 & 1);
+  return __builtin_convertvector((v == v ? rounded : bits | 0x400000) >> 16, vec_of_16_bits);  // a NaN stays one
 #endif
 }
 
-ALWAYS_INLINE void store(bf16* p, vec<float> v, Whole = {}) { store(&p->bits, to_bf16(v)); }
-ALWAYS_INLINE void store(bf16* p, vec<float> v, Part part) { store(&p->bits, to_bf16(v), part); }
-ALWAYS_INLINE void store(fp16* p, vec<float> v, Whole = {}) { store(&p->bits, to_fp16(v)); }
-ALWAYS_INLINE void store(fp16* p, vec<float> v, Part part) { store(&p->bits, to_fp16(v), part); }
+ALWAYS_INLINE vec_of_16_bits round_to(fp16, vec<float> v) {
+#if defined(__AVX512F__)
+  return (vec_of_16_bits)_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__AVX2__)
+  return (vec_of_16_bits)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const vec<uint32_t> bits = (vec<uint32_t>)v, magnitude = bits & 0x7fffffff;
+  // The exponent's bias moves from 127 to 15; adding 1/2 shifts a subnormal number into place, and rounds it.
+  const vec<uint32_t> normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  const vec<uint32_t> subnormal = (vec<uint32_t>)((vec<float>)magnitude + 0.5f) - (126u << 23);
+  const vec<uint32_t> inf_or_nan = magnitude > 0x7f800000u ? broadcast(0x7e00u) : broadcast(0x7c00u);
+  const vec<uint32_t> finite = magnitude < 113u << 23 ? subnormal : normal;
+  const vec<uint32_t> half = (bits >> 16 & 0x8000) | (magnitude < 143u << 23 ? finite : inf_or_nan);
+  return __builtin_convertvector(half, vec_of_16_bits);
+#endif
+}
+
+ALWAYS_INLINE void store(bf16* p, vec<float> v, Whole = {}) { store(&p->bits, round_to(bf16{}, v)); }
+ALWAYS_INLINE void store(fp16* p, vec<float> v, Whole = {}) { store(&p->bits, round_to(fp16{}, v)); }
+ALWAYS_INLINE void store(bf16* p, vec<float> v, Part part) { store(&p->bits, round_to(bf16{}, v), part); }
+ALWAYS_INLINE void store(fp16* p, vec<float> v, Part part) { store(&p->bits, round_to(fp16{}, v), part); }
 
 // ---- arithmetic
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from dinov2_kernels._library import needs_gradient
 from dinov2_kernels.packing import PackedLayout
 from dinov2_kernels.residual.op import gather_norm, scatter_add
 from dinov2_kernels.residual.reference import Branch
@@ -58,7 +59,8 @@ def stochastic_depth(
         bias: [C] added to the residual before gamma: that of the branch's last linear layer, if the branch leaves it
             out; its gradient then comes from the same pass as gamma's.
         generator: source of the subset; PyTorch's global one of the device by default.
-        inplace: overwrite x, which must not be a leaf that requires a gradient; implies ``recompute``.
+        inplace: overwrite x, which must not be a leaf that requires a gradient; implies ``recompute``. Of a view,
+            autograd does not allow the fused norm to be differentiated: the norm then runs by itself.
         recompute: backward recovers the normalised tokens from the norm's result, which the branch keeps anyhow, in
             place of keeping x. Channels whose norm weight is exactly 0 then give that weight no gradient.
 
@@ -76,11 +78,11 @@ def stochastic_depth(
     for name, vector in (("gamma", gamma), ("bias", bias)):
         if vector is not None and vector.shape != x.shape[1:]:
             raise ValueError(f"{name}: expected shape {[x.shape[1]]}, the channels of x, got {list(vector.shape)}")
-    if inplace and not x.is_contiguous():
-        raise ValueError(f"inplace: expected a contiguous x, got strides {x.stride()}")
+    if inplace:
+        _check_overwritable(x)
     x = x.contiguous()
     subset = draw_subset(x, layout, drop_rate, generator)
-    if isinstance(norm, nn.LayerNorm) and _is_plain(norm, x):
+    if isinstance(norm, nn.LayerNorm) and _is_plain(norm, x) and not (inplace and _base_of(x) is not x):
         kept, x = gather_norm(x, subset, norm, inplace=inplace, recompute=recompute)
     else:
         kept = _gather(x, subset)
@@ -89,6 +91,19 @@ def stochastic_depth(
     if residual.shape != kept.shape:
         raise ValueError(f"branch: expected a residual of shape {list(kept.shape)}, got {list(residual.shape)}")
     return scatter_add(x, residual, subset, gamma, bias, inplace=inplace)
+
+
+def _check_overwritable(x: Tensor) -> None:
+    if not x.is_contiguous():
+        raise ValueError(f"inplace: expected a contiguous x, got strides {x.stride()}")
+    base = _base_of(x)
+    if base.is_leaf and needs_gradient(base):
+        raise ValueError("inplace: expected an x that may be overwritten, got a leaf that requires a gradient")
+
+
+def _base_of(x: Tensor) -> Tensor:
+    """The tensor that x is a view of; x itself where it is none, or where torch.compile does without views."""
+    return x if torch.compiler.is_compiling() or x._base is None else x._base
 
 
 def _is_plain(norm: nn.LayerNorm, x: Tensor) -> bool:
