@@ -69,7 +69,7 @@ Tensor to(const Tensor& tensor, ScalarType dtype) {
 // The dtype to compute with beside tokens of dtype x: `dtype` itself where that pair is compiled. float64 beside
 // anything narrower is not; it is so rare that a converted copy will do.
 ScalarType computed_dtype(ScalarType dtype, ScalarType x) {
-  return accumulation_dtype(dtype) == accumulation_dtype(x) ? dtype : x;
+  return accumulation_dtype(dtype) == accumulation_dtype(x) ? dtype : accumulation_dtype(x);
 }
 
 Tensor beside(const Tensor& tensor, ScalarType x) { return to(tensor, computed_dtype(tensor.scalar_type(), x)); }

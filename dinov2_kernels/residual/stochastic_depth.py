@@ -85,7 +85,7 @@ def stochastic_depth(
     if isinstance(norm, nn.LayerNorm) and _is_plain(norm, x) and not (inplace and _base_of(x) is not x):
         kept, x = gather_norm(x, subset, norm, inplace=inplace, recompute=recompute)
     else:
-        kept = _gather(x, subset)
+        kept = _gather(x, subset, inplace)
         kept = kept if norm is None else norm(kept)
     residual = branch(kept, subset.layout)
     if residual.shape != kept.shape:
@@ -112,5 +112,8 @@ def _is_plain(norm: nn.LayerNorm, x: Tensor) -> bool:
     return not hooks and type(norm).forward is nn.LayerNorm.forward and norm.normalized_shape == x.shape[1:]
 
 
-def _gather(x: Tensor, subset: Subset) -> Tensor:
-    return x if subset.rows is None else x.index_select(0, subset.rows)
+def _gather(x: Tensor, subset: Subset, inplace: bool) -> Tensor:
+    """The kept tokens, apart from x where x will be overwritten: the branch may need them in its backward."""
+    if subset.rows is not None:
+        return x.index_select(0, subset.rows)
+    return x.clone() if inplace else x
