@@ -14,6 +14,7 @@ from dinov2_kernels.residual import num_kept_samples, reference
 from tests.tolerance import assert_at_most_twice_the_error
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MODES: dict[str, dict[str, bool]] = {"functional": {}, "recompute": {"recompute": True}, "inplace": {"inplace": True}}
 OPERATORS = ("kept_rows", "gather_norm", "gather_norm_backward", "scatter", "scatter_", "scatter_backward")
 
 
