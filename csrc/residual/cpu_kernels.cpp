@@ -11,19 +11,42 @@ constexpr int kRows = 4;
 
 ALWAYS_INLINE int64_t row_of(const int32_t* rows, int64_t i) { return rows ? rows[i] : i; }
 
+// A sum in double, in registers.
+template <class A>
+struct DoubleSum {
+  static constexpr int kParts = lanes<A> / lanes<double>;
+  vec<double> part[kParts] = {};
+
+  __attribute__((always_inline)) void add(vec<A> v) {
+    typename VectorOf<A, kVectorBytes / kParts>::type terms[kParts];
+    memcpy(terms, &v, sizeof v);
+    for (int i = 0; i < kParts; ++i) part[i] += __builtin_convertvector(terms[i], vec<double>);
+  }
+
+  __attribute__((always_inline)) double total() const {
+    vec<double> sum = part[0];
+    for (int i = 1; i < kParts; ++i) sum += part[i];
+    double lane[lanes<double>];
+    store(lane, sum);
+    for (int n = lanes<double> / 2; n > 0; n /= 2)
+      for (int i = 0; i < n; ++i) lane[i] += lane[i + n];
+    return lane[0];
+  }
+};
+
 // sum_c term(c) of a row, in double: four vectors are added in A before they are widened. The lanes of a term beyond
 // the end of the row must be 0.
 template <class A, class Term>
 ALWAYS_INLINE double sum_over_row(int64_t C, Term term) {
-  wide<A> sum = {};
+  DoubleSum<A> sum;
   int64_t c = 0;
   for (; c + 4 * lanes<A> <= C; c += 4 * lanes<A>) {
     vec<A> v[4];
     for (int i = 0; i < 4; ++i) v[i] = term(c + i * lanes<A>, Whole{});
-    sum += widen<A>((v[0] + v[1]) + (v[2] + v[3]));
+    sum.add((v[0] + v[1]) + (v[2] + v[3]));
   }
-  for_each_vector<A>(c, C, [&](int64_t k, auto part) { sum += widen<A>(term(k, part)); });
-  return sum_of_lanes<A>(sum);
+  for_each_vector<A>(c, C, [&](int64_t k, auto part) { sum.add(term(k, part)); });
+  return sum.total();
 }
 
 // sum[c] += the N terms of column c.
