@@ -20,14 +20,13 @@ recipe's time in float32, and 24 to 30 ms, 0.31 to 0.36, in bfloat16. What the p
 
 - The machine copied 30 GB/s in the same run, and every pass reads memory that the previous one has just pushed out of
   the cache: 20 GB/s of the counted bytes.
-- Without dropping, what decides is whether a tensor is above 32 MB. From there on glibc maps fresh memory for every
-  result, in pages of 4 KB unless asked, which costs torch.compile more than all its arithmetic; ours then takes 0.5 to
-  0.7 of its time. Below 32 MB memory is used again, and ours takes 0.9 to 1.7 times as long, as two kernels must beside
-  one. Over eager PyTorch it is 1.1 to 4.6 times faster.
-- A call costs 80 to 90 us on the host with gradients and 40 us without, of which the operators are 25: PyTorch's own
-  wrapping of an autograd function takes 15 us, twice the prediction.
-- The block takes 0.52 of the time, less than its 0.6 of the work: attention still runs as plain PyTorch, whose
-  temporaries are mapped anew in every call, more of them without dropping.
+- Without dropping, ours takes 0.5 to 0.8 of torch.compile's time where a tensor is above 32 MB, and 0.9 to 1.7 below.
+  The likely reason, not isolated: from 32 MB on glibc maps every result afresh, in pages of 4 KB unless asked; below,
+  memory is used again, and two kernels show beside one. Over eager PyTorch it is 1.1 to 4.6 times faster.
+- A call costs 80 to 90 us on the host with gradients and 40 us without, of which the operators are 25: an
+  autograd function costs about 20 us, four times the prediction.
+- The block takes 0.52 of the time, less than its 0.6 of the work. Attention still ran as plain PyTorch; why dropping
+  saves more than its share was not looked into.
 """
 
 from __future__ import annotations
