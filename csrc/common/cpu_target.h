@@ -15,12 +15,12 @@ const char* name_of(CpuTarget target);
 
 #if defined(__x86_64__)
 #define FOR_EACH_CPU_TARGET(DECLARE) DECLARE(generic) DECLARE(avx2) DECLARE(avx512) DECLARE(avx512bf16)
-#define ON_CPU_TARGET(function) \
-  (cpu_target() == CpuTarget::avx512bf16 ? &avx512bf16::function \
-   : cpu_target() == CpuTarget::avx512   ? &avx512::function     \
-   : cpu_target() == CpuTarget::avx2     ? &avx2::function       \
-                                         : &generic::function)
+#define ON_CPU_TARGET(...) /* a function; variadic for the commas of its template arguments */ \
+  (cpu_target() == CpuTarget::avx512bf16 ? &avx512bf16::__VA_ARGS__ \
+   : cpu_target() == CpuTarget::avx512   ? &avx512::__VA_ARGS__     \
+   : cpu_target() == CpuTarget::avx2     ? &avx2::__VA_ARGS__       \
+                                         : &generic::__VA_ARGS__)
 #else
 #define FOR_EACH_CPU_TARGET(DECLARE) DECLARE(generic)
-#define ON_CPU_TARGET(function) (&generic::function)
+#define ON_CPU_TARGET(...) (&generic::__VA_ARGS__)
 #endif

@@ -168,6 +168,30 @@ ALWAYS_INLINE void store(fp16* p, vec<float> v, Part part) { store(&p->bits, rou
 
 // ---- arithmetic
 
+// The product v as it stands: without this, it may be fused with the addition that follows, and is then not rounded.
+template <class V>
+ALWAYS_INLINE V rounded(V v) {
+#if defined(__x86_64__)
+  asm("" : "+x"(v));
+#else
+  asm("" : "+m"(v));
+#endif
+  return v;
+}
+
+// v with zero in the lanes outside the part.
+template <class V>
+ALWAYS_INLINE V zero_outside(V v, Whole) {
+  return v;
+}
+
+template <class V>
+ALWAYS_INLINE V zero_outside(V v, Part part) {
+  V kept = {};
+  memcpy(&kept, &v, part.n * sizeof v[0]);
+  return kept;
+}
+
 // maximum: a NaN in `a` is passed over, a NaN in `b` stays. any_greater: whether a > b in any lane.
 #if defined(__AVX512F__)
 ALWAYS_INLINE vec<float> maximum(vec<float> a, vec<float> b) { return _mm512_max_ps(a, b); }

@@ -100,10 +100,11 @@ def gather_norm(
         The normalised tokens [t, C], and x.
     """
     dtype = autocast_dtype(x)
-    if not needs_gradient(x, norm.weight, norm.bias):
-        return _gather_norm(x, subset.rows, norm.weight, norm.bias, norm.eps, dtype)[0], x
+    weight, bias = _contiguous(norm.weight), _contiguous(norm.bias)
+    if not needs_gradient(x, weight, bias):
+        return _gather_norm(x, subset.rows, weight, bias, norm.eps, dtype)[0], x
     return _GatherNorm.apply(  # type: ignore[no-any-return, no-untyped-call]
-        x, subset.rows, norm.weight, norm.bias, norm.eps, dtype, inplace, recompute or inplace
+        x, subset.rows, weight, bias, norm.eps, dtype, inplace, recompute or inplace
     )
 
 
@@ -123,7 +124,7 @@ def scatter_add(
     Returns:
         [T, C] in the dtype of x.
     """
-    residual = residual.contiguous()
+    residual, gamma, bias = residual.contiguous(), _contiguous(gamma), _contiguous(bias)
     if needs_gradient(x, residual, gamma, bias):
         return _ScatterAdd.apply(  # type: ignore[no-any-return, no-untyped-call]
             x, residual, subset.rows, subset.position, subset.scale, gamma, bias, inplace
@@ -202,6 +203,10 @@ def _run_scatter(
         return x
     y: Tensor = _scatter(x, residual, position, scale, gamma, bias)
     return y
+
+
+def _contiguous(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.contiguous()
 
 
 def _gradient_of(parameter: Tensor | None, gradient: Tensor) -> Tensor | None:

@@ -18,6 +18,7 @@ weights' gradients are float32, or float64 for float64 tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ def residual_gather_norm(
     x: Tensor, rows: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """LayerNorm h [t, C] of the kept rows of x [T, C] in ``dtype``, their mean [t] and 1 / standard deviation [t]."""
-    kept = _widen(x if rows is None else x[rows])
+    kept, weight, bias = _widen(x, x if rows is None else x[rows], weight, bias)
     mean = kept.mean(dim=1)
     rstd = (kept.var(dim=1, correction=0) + eps).rsqrt()
     h = (kept - mean[:, None]) * rstd[:, None]
@@ -94,18 +95,16 @@ def residual_gather_norm_backward(
 
     The normalised rows are computed again from x, or recovered from h where x is None: 0 where the weight is 0.
     """
-    if x is not None:
-        kept = _widen(x if rows is None else x[rows])
+    kept = x if x is None or rows is None else x[rows]
+    grad, total, kept, h, weight, bias = _widen(grad_x, grad_h, grad_x, kept, h, weight, bias)
+    if kept is not None:
         normed = (kept - mean[:, None]) * rstd[:, None]  # [t, C]
     else:
-        assert h is not None
-        normed = _widen(h) if bias is None else _widen(h) - bias
+        normed = h if bias is None else h - bias
         normed = normed if weight is None else torch.where(weight == 0, 0, normed / weight)
-    grad = _widen(grad_h)
     through = grad if weight is None else grad * weight  # [t, C]
     along = (through * normed).mean(dim=1, keepdim=True)
     dx = (through - through.mean(dim=1, keepdim=True) - normed * along) * rstd[:, None]  # [t, C]
-    total = _widen(grad_x)
     total = total + dx if rows is None else total.index_add(0, rows, dx)
     return total.to(grad_x.dtype), (grad * normed).sum(dim=0), grad.sum(dim=0)
 
@@ -134,7 +133,8 @@ def residual_scatter_(
     bias: Tensor | None,
 ) -> None:
     """:func:`residual_scatter` in place of x."""
-    r = _widen(residual) if bias is None else _widen(residual) + bias
+    r, gamma, bias = _widen(x, residual, gamma, bias)
+    r = r if bias is None else r + bias
     r = r if gamma is None else r * gamma
     r = r if scale is None else r * scale[:, None]
     if rows is None:
@@ -156,17 +156,12 @@ def residual_scatter_backward(
 
     The residual is needed where there is a gamma. A gamma or bias that is None has a gradient of size 0.
     """
-    kept = _widen(grad if rows is None else grad[rows])  # [t, C]
-    kept = kept if scale is None else kept * scale[:, None]
+    kept, r, gamma, bias = _widen(grad, grad if rows is None else grad[rows], residual, gamma, bias)
+    kept = kept if scale is None else kept * scale[:, None]  # [t, C]
     dresidual = kept if gamma is None else kept * gamma
     nothing = kept.new_empty(0)
-    dgamma = dbias = nothing
-    if gamma is not None:
-        assert residual is not None
-        r = _widen(residual) if bias is None else _widen(residual) + bias
-        dgamma = (kept * r).sum(dim=0)
-    if bias is not None:
-        dbias = dresidual.sum(dim=0)
+    dgamma = nothing if gamma is None else (kept * (r if bias is None else r + bias)).sum(dim=0)
+    dbias = nothing if bias is None else dresidual.sum(dim=0)
     return dresidual.to(dtype), dgamma, dbias
 
 
@@ -175,5 +170,6 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _widen(x: Tensor) -> Tensor:
-    return x.to(accumulation_dtype(x))
+def _widen(x: Tensor, *tensors: Tensor | None) -> list[Any]:
+    """The tensors, as far as they are there, in the accumulation dtype of the tokens x."""
+    return [None if tensor is None else tensor.to(accumulation_dtype(x)) for tensor in tensors]

@@ -14,6 +14,7 @@ from dinov2_kernels.residual import num_kept_samples, reference
 from tests.tolerance import assert_at_most_twice_the_error
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MODES: dict[str, dict[str, bool]] = {"functional": {}, "recompute": {"recompute": True}, "inplace": {"inplace": True}}
 OPERATORS = ("kept_rows", "gather_norm", "gather_norm_backward", "scatter", "scatter_", "scatter_backward")
 
 
@@ -76,8 +77,21 @@ def _vector(case: Case, generator: torch.Generator, wanted: bool, center: float)
     return values if wanted else None
 
 
-def assert_matches_reference(operators: Any, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
-    """All operators of a backend on one case: tokens in dtype, the weights in float32 (float64 for float64)."""
+def assert_matches_reference(
+    operators: Any,
+    case: Case,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    *,
+    branch_dtype: torch.dtype | None = None,
+    parameter_dtype: torch.dtype | None = None,
+) -> None:
+    """All operators of a backend on one case, against the reference in float64.
+
+    Tokens are in ``dtype``; what the branch reads and returns is in ``branch_dtype``, by default the same; parameters
+    are in ``parameter_dtype``, by default float32 (float64 for float64).
+    """
+    branch_dtype = branch_dtype or dtype
     generator = torch.Generator().manual_seed(case.C + case.layout.total_tokens)
     T, C = case.layout.total_tokens, case.C
     wide = reference.accumulation_dtype(torch.empty(0, dtype=dtype))
@@ -92,12 +106,12 @@ def assert_matches_reference(operators: Any, case: Case, dtype: torch.dtype, dev
         t = len(rows)
         scale = (0.5 + torch.rand(t, generator=generator, dtype=torch.float64)).to(device, wide)
 
-    def tokens(count: int) -> Tensor:
+    def tokens(count: int, dtype: torch.dtype) -> Tensor:
         values = torch.randn(count, C, dtype=torch.float64, generator=generator) * case.magnitude
         return values.clamp(-6e4, 6e4).to(device, dtype)
 
     weight, bias, gamma, last_bias = (
-        None if vector is None else vector.to(device, wide)
+        None if vector is None else vector.to(device, parameter_dtype or wide)
         for vector in (
             _vector(case, generator, case.with_weight, 1.0),
             _vector(case, generator, case.with_bias, 0.0),
@@ -105,14 +119,15 @@ def assert_matches_reference(operators: Any, case: Case, dtype: torch.dtype, dev
             _vector(case, generator, case.with_bias, 0.0),
         )
     )
-    x, residual, grad_h, grad_x = tokens(T), tokens(t), tokens(t), tokens(T)
+    x, grad_x = tokens(T, dtype), tokens(T, dtype)
+    residual, grad_h = tokens(t, branch_dtype), tokens(t, branch_dtype)
     eps = 1e-6
 
     def run(ops: Any, exact: bool) -> dict[str, Tensor]:
         def of(*tensors: Tensor | None) -> list[Tensor | None]:
             return [x.double() if exact and x is not None and x.is_floating_point() else x for x in tensors]
 
-        result_dtype = torch.float64 if exact else dtype
+        result_dtype = torch.float64 if exact else branch_dtype
         x_, r_, gh_, gx_, w_, b_, g_, lb_, s_ = of(x, residual, grad_h, grad_x, weight, bias, gamma, last_bias, scale)
         h, mean, rstd = ops.gather_norm(x_, rows, w_, b_, eps, result_dtype)
         dx, dw, db = ops.gather_norm_backward(gh_, gx_, x_, None, rows, mean, rstd, w_, b_)

@@ -1,6 +1,10 @@
-"""Stochastic depth: which samples go through the branch, values, gradients, compilation, bad input."""
+"""Stochastic depth: which samples go through the branch, values, gradients, modes, bad input."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ from torch import Tensor, nn
 from dinov2_kernels import PackedLayout, stochastic_depth
 from dinov2_kernels.residual import num_kept_samples, reference
 from dinov2_kernels.residual.sampling import draw_subset
+from tests.residual.cases import MODES
 
 LAYOUTS = {
     "one run": [(6, 4)],
@@ -73,10 +78,13 @@ def test_number_of_kept_samples(samples: int, rate: float, kept: int) -> None:
         torch.testing.assert_close(result.max(), torch.tensor(samples / kept))
 
 
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 @pytest.mark.parametrize("rate", [0.0, 0.3, 0.8])
 @pytest.mark.parametrize("with_gamma_and_norm", [False, True])
 @pytest.mark.parametrize("runs", LAYOUTS.values(), ids=LAYOUTS)
-def test_values_and_gradients(runs: list[tuple[int, int]], with_gamma_and_norm: bool, rate: float) -> None:
+def test_values_and_gradients(
+    runs: list[tuple[int, int]], with_gamma_and_norm: bool, rate: float, mode: dict[str, bool]
+) -> None:
     torch.manual_seed(0)
     layout, width = PackedLayout(runs), 6
     branch = MeanMixer(width)
@@ -87,8 +95,12 @@ def test_values_and_gradients(runs: list[tuple[int, int]], with_gamma_and_norm: 
     kept = draw_samples(layout, rate, torch.Generator().manual_seed(3))
     expected = reference.stochastic_depth(x, layout, branch, kept, gamma, norm)
     generator = torch.Generator().manual_seed(3)
-    result = stochastic_depth(x, layout, branch, drop_rate=rate, gamma=gamma, norm=norm, generator=generator)
+    tokens = x.clone()  # what may be overwritten
+    result = stochastic_depth(
+        tokens, layout, branch, drop_rate=rate, gamma=gamma, norm=norm, generator=generator, **mode
+    )
     torch.testing.assert_close(result, expected)
+    assert torch.equal(tokens, result if mode.get("inplace") else x)
 
     direction = torch.linspace(-1, 1, x.numel(), dtype=torch.float64).view_as(x)
     leaves = [x, branch.linear.weight] + ([gamma, norm.weight] if gamma is not None and norm is not None else [])
@@ -129,25 +141,123 @@ def test_rate_zero_draws_nothing() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.5])
-def test_the_result_has_the_dtype_of_the_input_under_autocast(rate: float) -> None:
-    linear = nn.Linear(4, 4)
-    with torch.autocast("cpu", torch.bfloat16):
-        result = stochastic_depth(torch.ones(6, 4), PackedLayout([(3, 2)]), lambda h, _: linear(h), drop_rate=rate)
-    assert result.dtype == torch.float32
-
-
-def test_gradcheck() -> None:
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@pytest.mark.parametrize("with_norm", [False, True])
+def test_gradcheck(with_norm: bool, mode: dict[str, bool]) -> None:
     layout = PackedLayout([(3, 2), (2, 1)])
-    branch = MeanMixer(3)
-    x = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
-    gamma = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    branch, norm = MeanMixer(3), nn.LayerNorm(3, dtype=torch.float64)
+    torch.manual_seed(0)
+    x, *vectors = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in [(8, 3), *[(3,)] * 4])
 
-    def apply(x: Tensor, gamma: Tensor) -> Tensor:
+    def apply(x: Tensor, gamma: Tensor, bias: Tensor, weight: Tensor, norm_bias: Tensor) -> Tensor:
+        def run(x: Tensor) -> Tensor:
+            generator = torch.Generator().manual_seed(0)
+            options: dict[str, Any] = {"gamma": gamma, "bias": bias, "norm": norm if with_norm else None}
+            return stochastic_depth(x.clone(), layout, branch, drop_rate=0.4, generator=generator, **options, **mode)
+
+        module = _Calls(norm, run)
+        return torch.func.functional_call(module, {"norm.weight": weight, "norm.bias": norm_bias}, (x,))  # type: ignore[no-any-return]
+
+    assert torch.autograd.gradcheck(apply, (x, *vectors))
+
+
+class _Calls(nn.Module):
+    """Calls a function that uses a norm, so that the norm's parameters can be replaced."""
+
+    def __init__(self, norm: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.norm, self.function = norm, function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def test_kept_rows_are_unique_sorted_and_inverted_by_position() -> None:
+    layout = PackedLayout([(11, 3), (6, 4), (2, 0)])
+    for seed in range(20):
+        subset = draw_subset(torch.zeros(57, 1), layout, 0.4, torch.Generator().manual_seed(seed))
+        assert subset.rows is not None
+        assert subset.position is not None
+        rows = subset.rows.long()
+        assert rows.diff().gt(0).all()
+        assert torch.equal(subset.position[rows], torch.arange(len(rows), dtype=torch.int32))
+        assert subset.position.eq(-1).sum() == 57 - len(rows)
+        assert subset.layout.runs == ((6, 3), (3, 4), (1, 0))
+
+
+def test_every_sample_is_kept_equally_often() -> None:
+    """Counts of single samples and of pairs are within 5 standard deviations of a uniform draw's."""
+    n, draws = 8, 4000
+    layout, generator = PackedLayout([(n, 1), (3, 2)]), torch.Generator().manual_seed(0)
+    kept = torch.zeros(draws, n)
+    for draw in kept:
+        draw[draw_samples(layout, 0.4, generator)[0]] = 1
+    k = num_kept_samples(n, 0.4)
+    together = kept.T @ kept  # [n, n]
+    for counts, p in (
+        (together.diagonal(), k / n),
+        (together[~torch.eye(n, dtype=torch.bool)], k * (k - 1) / (n * (n - 1))),
+    ):
+        assert (counts - draws * p).abs().max() <= 5 * math.sqrt(draws * p * (1 - p))
+
+
+class _DoublingNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def _with_hook(norm: nn.Module) -> nn.Module:
+    norm.register_forward_hook(lambda module, inputs, result: 2 * result)
+    return norm
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@pytest.mark.parametrize("norm", [_with_hook(nn.LayerNorm(4)), _DoublingNorm(4), nn.Linear(4, 4), torch.tanh])
+def test_a_norm_that_is_more_than_a_layer_norm_is_called(
+    norm: Callable[[Tensor], Tensor], mode: dict[str, bool]
+) -> None:
+    layout, x = PackedLayout([(5, 2)]), torch.randn(10, 4, requires_grad=True)
+    kept = draw_samples(layout, 0.4, torch.Generator().manual_seed(0))
+    expected = reference.stochastic_depth(x, layout, lambda h, _: h.sin(), kept, norm=norm)
+    generator = torch.Generator().manual_seed(0)
+    options: dict[str, Any] = {"drop_rate": 0.4, "norm": norm, "generator": generator}
+    result = stochastic_depth(x.clone(), layout, lambda h, _: h.sin(), **options, **mode)
+    torch.testing.assert_close(result, expected)
+    gradients = (torch.autograd.grad(y.square().sum(), x)[0] for y in (result, expected))
+    torch.testing.assert_close(*gradients)
+
+
+def test_in_place_of_a_view() -> None:
+    """The result also stands in the tensor that x is a view of, and its gradient is right."""
+    layout, norm = PackedLayout([(5, 2)]), nn.LayerNorm(4)
+    x = torch.randn(5, 2, 4, requires_grad=True)
+
+    def apply(tokens: Tensor, **mode: bool) -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        return stochastic_depth(x, layout, branch, drop_rate=0.4, gamma=gamma, generator=generator)
+        options: dict[str, Any] = {"drop_rate": 0.4, "norm": norm, "generator": generator}
+        return stochastic_depth(tokens.flatten(0, 1), layout, lambda h, _: h.sin(), **options, **mode)
 
-    assert torch.autograd.gradcheck(apply, (x, gamma))
+    tokens = x.clone()
+    result, expected = apply(tokens, inplace=True), apply(x)
+    torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(tokens.flatten(0, 1), expected)
+    gradients = (torch.autograd.grad(y.square().sum(), x)[0] for y in (tokens, expected))
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("with_norm", [False, True])
+def test_in_place_of_a_leaf(with_norm: bool) -> None:
+    layout, norm = PackedLayout([(3, 2)]), nn.LayerNorm(2) if with_norm else None
+    leaf = torch.ones(6, 2, requires_grad=True)
+    message = "inplace: expected an x that may be overwritten, got a leaf that requires a gradient"
+    for x in (leaf, leaf.view(6, 2)):
+        with pytest.raises(ValueError, match=message):
+            stochastic_depth(x, layout, lambda h, _: h, drop_rate=0.5, norm=norm, inplace=True)
+    with torch.no_grad():
+        stochastic_depth(leaf, layout, lambda h, _: h, drop_rate=0.5, norm=norm, inplace=True)
+    strided = torch.ones(2, 6).T
+    with pytest.raises(ValueError, match=r"inplace: expected a contiguous x, got strides \(1, 6\)"):
+        stochastic_depth(strided, layout, lambda h, _: h, drop_rate=0.5, norm=norm, inplace=True)
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5])
@@ -164,3 +274,6 @@ def test_bad_shapes() -> None:
         stochastic_depth(torch.ones(6, 2, 2), layout, lambda h, _: h, drop_rate=0.0)
     with pytest.raises(ValueError, match=r"branch: expected a residual of shape \[6, 2\], got \[6, 1\]"):
         stochastic_depth(torch.ones(6, 2), layout, lambda h, _: h[:, :1], drop_rate=0.0)
+    for name in ("gamma", "bias"):
+        with pytest.raises(ValueError, match=rf"{name}: expected shape \[2\], the channels of x, got \[3\]"):
+            stochastic_depth(torch.ones(6, 2), layout, lambda h, _: h, drop_rate=0.0, **{name: torch.ones(3)})
