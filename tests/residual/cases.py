@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -131,3 +132,30 @@ def assert_matches_reference(operators: Any, case: Case, dtype: torch.dtype, dev
         assert value.dtype == plain[name].dtype, f"{name}: {value.dtype}, expected {plain[name].dtype}"
         floor = 8 * torch.finfo(wide).eps * (1 + float(exact[name].abs().max()) if value.numel() else 0)
         assert_at_most_twice_the_error(name, value, plain[name], exact[name], floor)
+
+
+def launches() -> Iterator[None]:
+    """Every launch whose Triton kernels tests/aot.py compiles: (128, 257) + (512, 50) tokens, three tenths dropped."""
+    from dinov2_kernels.residual import triton_kernel, triton_sampling
+
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    T, t = 58496, 40773
+    rows, position = empty(t, dtype=torch.int32), empty(T, dtype=torch.int32)
+    yield triton_sampling.residual_kept_rows(empty(640, dtype=torch.float32), [128, 257, 512, 50], [89, 358])
+    for dtype, widths in {
+        torch.float64: (384, 1280),
+        torch.float32: (384, 1280),
+        torch.bfloat16: (384, 768, 1024, 1280, 1536, 1537),
+    }.items():
+        wide = reference.accumulation_dtype(empty(0, dtype=dtype))
+        for C in widths:
+            x, h, vector = empty(T, C, dtype=dtype), empty(t, C, dtype=dtype), empty(C, dtype=wide)
+            mean = scale = empty(t, dtype=wide)
+            yield triton_kernel.residual_gather_norm(x, rows, vector, vector, 1e-6, dtype)
+            yield triton_kernel.residual_gather_norm_backward(h, x, x, None, rows, mean, mean, vector, vector)
+            yield triton_kernel.residual_gather_norm_backward(h, x, None, h, rows, mean, mean, vector, vector)
+            yield triton_kernel.residual_scatter(x, h, position, scale, vector, vector)
+            yield triton_kernel.residual_scatter_(x, h, rows, scale, vector, vector)
+            yield triton_kernel.residual_scatter_backward(x, h, rows, scale, vector, vector, dtype)
