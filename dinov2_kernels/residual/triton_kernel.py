@@ -59,11 +59,29 @@ def residual_gather_norm_backward(
     t = grad_h.shape[0]
     dx = torch.empty_like(grad_x)  # [T, C]
     shape = _shape_of_rows(C, mean.dtype)
-    programs = max(1, min(triton.cdiv(T, shape["ROWS"]), 3 * _num_multiprocessors(grad_x.device)))
+    warps = shape["num_warps"]
+    resident = max(1, 12 // warps) * _num_multiprocessors(grad_x.device)  # all of them at the same time
+    programs = max(1, min(triton.cdiv(T, shape["ROWS"]), resident))
+    registers = min(168, 2048 // warps)
     sums = torch.empty(2, programs, C, dtype=mean.dtype, device=grad_x.device)  # [2, programs, C]: weight, bias
     with torch.cuda.device_of(grad_x):
         _gather_norm_backward[(programs,)](
-            grad_h, grad_x, x, h, rows, mean, rstd, weight, bias, dx, sums, T, t, t.bit_length(), **shape
+            grad_h,
+            grad_x,
+            x,
+            h,
+            rows,
+            mean,
+            rstd,
+            weight,
+            bias,
+            dx,
+            sums,
+            T,
+            t,
+            t.bit_length(),
+            **shape,
+            maxnreg=registers,
         )
     dweight, dbias = sums.sum(dim=1).unbind()
     return dx, dweight, dbias
@@ -83,10 +101,10 @@ def residual_scatter(
     """
     T, C = x.shape
     y = torch.empty_like(x)  # [T, C]
-    shape = _shape_of_pieces(C)
+    shape = _shape_of_pieces(C, accumulation_dtype(x))
     grid = (shape["PIECES"] * triton.cdiv(T, shape["ROWS"]),)
     with torch.cuda.device_of(x):
-        _scatter[grid](x, residual, position, scale, gamma, bias, y, T, **shape)
+        _scatter[grid](x, residual, position, scale, gamma, bias, y, T, **shape, maxnreg=64)
     return y
 
 
@@ -100,10 +118,10 @@ def residual_scatter_(
 ) -> None:
     """:func:`residual_scatter` in place of x. Moves 3 m elements: reads the residual, reads and writes x."""
     t, C = residual.shape
-    shape = _shape_of_pieces(C)
+    shape = _shape_of_pieces(C, accumulation_dtype(x))
     grid = (shape["PIECES"] * triton.cdiv(t, shape["ROWS"]),)
     with torch.cuda.device_of(x):
-        _scatter_in_place[grid](x, residual, rows, scale, gamma, bias, t, **shape)
+        _scatter_in_place[grid](x, residual, rows, scale, gamma, bias, t, **shape, maxnreg=64)
 
 
 def residual_scatter_backward(
@@ -123,14 +141,17 @@ def residual_scatter_backward(
     C = grad.shape[1]
     t = grad.shape[0] if rows is None else rows.shape[0]
     dresidual = torch.empty(t, C, dtype=dtype, device=grad.device)  # [t, C]
-    shape = _shape_of_pieces(C)
-    grid = (shape["PIECES"], max(1, min(triton.cdiv(t, shape["ROWS"]), 2 * _num_multiprocessors(grad.device))))
+    shape = _shape_of_pieces(C, accumulation_dtype(grad))
+    resident = 4 * _num_multiprocessors(grad.device) // shape["PIECES"]
+    programs = max(1, min(triton.cdiv(t, shape["ROWS"]), resident))
     dgamma, dbias = (
-        None if of is None else torch.empty(grid[1], C, dtype=accumulation_dtype(grad), device=grad.device)
+        None if of is None else torch.empty(programs, C, dtype=accumulation_dtype(grad), device=grad.device)
         for of in (gamma, bias)
     )  # [programs, C]
     with torch.cuda.device_of(grad):
-        _scatter_backward[grid](grad, residual, rows, scale, gamma, bias, dresidual, dgamma, dbias, t, **shape)
+        _scatter_backward[(shape["PIECES"], programs)](
+            grad, residual, rows, scale, gamma, bias, dresidual, dgamma, dbias, t, **shape, maxnreg=128
+        )
     nothing = torch.empty(0, dtype=accumulation_dtype(grad), device=grad.device)
     dgamma, dbias = (nothing if sums is None else sums.sum(dim=0) for sums in (dgamma, dbias))
     return dresidual, dgamma, dbias
@@ -141,17 +162,30 @@ def residual_scatter_backward(
 
 @lru_cache
 def _shape_of_rows(C: int, dtype: torch.dtype) -> dict[str, int]:
-    """For programs that hold whole rows, with statistics in ``dtype``."""
+    """For programs that hold whole rows: a thread has up to 24 numbers of a tensor in its registers.
+
+    Or 16 where the sums of a row take registers too, because a piece spans two warps.
+    """
     width, pieces = _cut(C)
-    rows = max(1, (256 if dtype == torch.float64 else 1024) // width)
-    return {"C": C, "WIDTH": width, "PIECES": pieces, "ROWS": rows, "num_warps": min(16, max(4, width // 256))}
+    rows = _num_rows(C, dtype, width * pieces, 3072 if width <= 256 else 2048)
+    warps = min(16, max(4, triton.next_power_of_2(width * pieces // 768)))
+    return {"C": C, "WIDTH": width, "PIECES": pieces, "ROWS": rows, "num_warps": warps}
 
 
 @lru_cache
-def _shape_of_pieces(C: int) -> dict[str, int]:
-    """For programs that work on one piece of some rows."""
+def _shape_of_pieces(C: int, dtype: torch.dtype) -> dict[str, int]:
+    """For programs that work on one piece of some rows: a thread has 16 numbers of a tensor in its registers."""
     width, pieces = _cut(C)
-    return {"C": C, "WIDTH": width, "PIECES": pieces, "ROWS": max(1, 2048 // width), "num_warps": 4}
+    return {"C": C, "WIDTH": width, "PIECES": pieces, "ROWS": _num_rows(C, dtype, width, 2048), "num_warps": 4}
+
+
+def _num_rows(C: int, dtype: torch.dtype, length: int, numbers: int) -> int:
+    """A power of two of rows, each of a length, that have this many numbers.
+
+    A quarter of them in float64, and half where C leaves rows unaligned, so that every number has its own address.
+    """
+    numbers //= (4 if dtype == torch.float64 else 1) * (2 if C % 8 else 1)
+    return 1 << max(1, numbers // length).bit_length() - 1
 
 
 def _cut(C: int) -> tuple[int, int]:
@@ -182,22 +216,22 @@ def _gather_norm(
     tokens, total = [], tl.zeros([ROWS, WIDTH], dtype)
     for piece in tl.static_range(PIECES):
         column = piece * WIDTH + tl.arange(0, WIDTH)
-        tokens += [_load(x, row, inside, column, C, WIDTH)]
+        tokens += [_widen(_load(x, row, inside, column, C, WIDTH))]
         total += tokens[piece]
-    average = tl.sum(total, 1) / C  # [ROWS]
+    average = tl.sum(total, 1) * (1 / C)  # [ROWS]
     centred, squares = [], tl.zeros([ROWS, WIDTH], dtype)
     for piece in tl.static_range(PIECES):
         column = piece * WIDTH + tl.arange(0, WIDTH)
         centred += [tl.where((column < C)[None, :], tokens[piece] - average[:, None], 0.0)]
         squares += centred[piece] * centred[piece]
-    scale = tl.rsqrt(tl.sum(squares, 1) / C + tl.full([1], eps, dtype))  # [ROWS]
+    scale = tl.rsqrt(tl.sum(squares, 1) * (1 / C) + tl.full([1], eps, dtype))  # [ROWS]
     for piece in tl.static_range(PIECES):
         column = piece * WIDTH + tl.arange(0, WIDTH)
         normed = centred[piece] * scale[:, None]
         if weight is not None:
-            normed = normed * _load_vector(weight, column, C)
+            normed = normed * _load_vector(weight, column, C, ROWS)
         if bias is not None:
-            normed = normed + _load_vector(bias, column, C)
+            normed = normed + _load_vector(bias, column, C, ROWS)
         _store(h, place, inside, column, normed, C, WIDTH)
     tl.store(mean + place, average, mask=inside)
     tl.store(rstd + place, scale, mask=inside)
@@ -218,31 +252,38 @@ def _gather_norm_backward(
         row = _row_of(place, rows, inside)
         average = tl.load(mean + place, mask=inside, other=0.0)[:, None]
         scale = tl.load(rstd + place, mask=inside, other=0.0)[:, None]
+        sources, gradients, totals = [], [], []  # all loads of a program are under way before any of them is awaited
+        for piece in tl.static_range(PIECES):
+            column = piece * WIDTH + tl.arange(0, WIDTH)
+            sources += [
+                _load(h, place, inside, column, C, WIDTH) if x is None else _load(x, row, inside, column, C, WIDTH)
+            ]
+            gradients += [_load(grad_h, place, inside, column, C, WIDTH)]
+            totals += [_load(grad_x, row, inside, column, C, WIDTH)]
         through, normed, dweight_so_far, dbias_so_far = [], [], dweight, dbias
         dweight, dbias = [], []
         through_total, along_total = tl.zeros([ROWS, WIDTH], dtype), tl.zeros([ROWS, WIDTH], dtype)
         for piece in tl.static_range(PIECES):
             column = piece * WIDTH + tl.arange(0, WIDTH)
-            if x is not None:
-                n = (_load(x, row, inside, column, C, WIDTH) - average) * scale
+            if x is None:
+                n = _recover(_widen(sources[piece]), weight, bias, column, C, ROWS)
             else:
-                n = _recover(_load(h, place, inside, column, C, WIDTH), weight, bias, column, C)
-            g = _load(grad_h, place, inside, column, C, WIDTH)
+                n = (_widen(sources[piece]) - average) * scale
+            g = _widen(gradients[piece])
             dweight += [dweight_so_far[piece] + g * n]
             dbias += [dbias_so_far[piece] + g]
             if weight is not None:
-                g = g * _load_vector(weight, column, C)
+                g = g * _load_vector(weight, column, C, ROWS)
             through += [g]
             normed += [n]
             through_total += g
             along_total += g * n
-        through_mean = (tl.sum(through_total, 1) / C)[:, None]
-        along_mean = (tl.sum(along_total, 1) / C)[:, None]
+        through_mean = (tl.sum(through_total, 1) * (1 / C))[:, None]
+        along_mean = (tl.sum(along_total, 1) * (1 / C))[:, None]
         for piece in tl.static_range(PIECES):
             column = piece * WIDTH + tl.arange(0, WIDTH)
             gradient = (through[piece] - through_mean - normed[piece] * along_mean) * scale
-            gradient += _load(grad_x, row, inside, column, C, WIDTH)
-            _store(dx, row, inside, column, gradient, C, WIDTH)
+            _store(dx, row, inside, column, _widen(totals[piece]) + gradient, C, WIDTH)
     for piece in tl.static_range(PIECES):
         column = piece * WIDTH + tl.arange(0, WIDTH)
         tl.store(sums + program * C + column, tl.sum(dweight[piece], 0), mask=column < C)
@@ -258,12 +299,12 @@ def _gather_norm_backward(
 
 
 @triton.jit
-def _recover(h, weight, bias, column, C: tl.constexpr):
+def _recover(h, weight, bias, column, C: tl.constexpr, ROWS: tl.constexpr):
     """The normalised tokens, given the LayerNorm h of them; 0 where the weight is 0."""
     if bias is not None:
-        h = h - _load_vector(bias, column, C)
+        h = h - _load_vector(bias, column, C, ROWS)
     if weight is not None:
-        divisor = _load_vector(weight, column, C)
+        divisor = _load_vector(weight, column, C, ROWS)
         h = tl.where(divisor == 0, 0.0, h / tl.where(divisor == 0, 1.0, divisor))
     return h
 
@@ -294,11 +335,11 @@ def _scatter(
     column = tl.program_id(0) % PIECES * WIDTH + tl.arange(0, WIDTH)
     row = tl.program_id(0) // PIECES * ROWS + tl.arange(0, ROWS)
     inside = row < T
+    tokens = _load(x, row, inside, column, C, WIDTH)
     place = row if position is None else tl.load(position + row, mask=inside, other=-1)
     kept = inside & (place >= 0)
-    r = _scaled_residual(residual, place, kept, scale, gamma, bias, column, C, WIDTH)
-    total = _load(x, row, inside, column, C, WIDTH) + tl.where(kept[:, None], r, 0.0)
-    _store(y, row, inside, column, total, C, WIDTH)
+    r = _scaled_residual(residual, place, kept, scale, gamma, bias, column, C, WIDTH, ROWS)
+    _store(y, row, inside, column, _widen(tokens) + tl.where(kept[:, None], r, 0.0), C, WIDTH)
 
 
 @triton.jit(do_not_specialize=["t"])
@@ -310,9 +351,9 @@ def _scatter_in_place(
     place = tl.program_id(0) // PIECES * ROWS + tl.arange(0, ROWS)
     inside = place < t
     row = _row_of(place, rows, inside)
-    total = _load(x, row, inside, column, C, WIDTH)
-    total += _scaled_residual(residual, place, inside, scale, gamma, bias, column, C, WIDTH)
-    _store(x, row, inside, column, total, C, WIDTH)
+    tokens = _load(x, row, inside, column, C, WIDTH)
+    r = _scaled_residual(residual, place, inside, scale, gamma, bias, column, C, WIDTH, ROWS)
+    _store(x, row, inside, column, _widen(tokens) + r, C, WIDTH)
 
 
 @triton.jit(do_not_specialize=["t"])
@@ -327,15 +368,15 @@ def _scatter_backward(
     for start in range(program * ROWS, t, programs * ROWS):
         place = start + tl.arange(0, ROWS)
         inside = place < t
-        g = _load(grad, _row_of(place, rows, inside), inside, column, C, WIDTH)
+        g = _widen(_load(grad, _row_of(place, rows, inside), inside, column, C, WIDTH))
         if scale is not None:
             g = g * tl.load(scale + place, mask=inside, other=0.0)[:, None]
         if gamma is not None:
-            r = _load(residual, place, inside, column, C, WIDTH)
+            r = _widen(_load(residual, place, inside, column, C, WIDTH))
             if bias is not None:
-                r = r + _load_vector(bias, column, C)
+                r = r + _load_vector(bias, column, C, ROWS)
             gamma_sum += g * r
-            g = g * _load_vector(gamma, column, C)
+            g = g * _load_vector(gamma, column, C, ROWS)
         bias_sum += g
         _store(dresidual, place, inside, column, g, C, WIDTH)
     if gamma is not None:
@@ -345,12 +386,14 @@ def _scatter_backward(
 
 
 @triton.jit
-def _scaled_residual(residual, place, inside, scale, gamma, bias, column, C: tl.constexpr, WIDTH: tl.constexpr):
-    r = _load(residual, place, inside, column, C, WIDTH)
+def _scaled_residual(
+    residual, place, inside, scale, gamma, bias, column, C: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr
+):
+    r = _widen(_load(residual, place, inside, column, C, WIDTH))
     if bias is not None:
-        r = r + _load_vector(bias, column, C)
+        r = r + _load_vector(bias, column, C, ROWS)
     if gamma is not None:
-        r = r * _load_vector(gamma, column, C)
+        r = r * _load_vector(gamma, column, C, ROWS)
     if scale is not None:
         r = r * tl.load(scale + place, mask=inside, other=0.0)[:, None]
     return r
@@ -367,9 +410,9 @@ def _row_of(place, rows, inside):
 
 @triton.jit
 def _load(tokens, row, inside, column, C: tl.constexpr, WIDTH: tl.constexpr):
-    """[rows, columns] of tokens [.., C], widened; 0 outside."""
+    """[rows, columns] of tokens [.., C]; 0 outside."""
     mask = _mask(inside, column, C, WIDTH)
-    return _widen(tl.load(tokens + row.to(tl.int64)[:, None] * C + column[None, :], mask=mask, other=0.0))
+    return tl.load(tokens + row.to(tl.int64)[:, None] * C + column[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -385,9 +428,13 @@ def _mask(inside, column, C: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _load_vector(vector, column, C: tl.constexpr):
-    """[1, columns] of a vector [C], widened; 0 outside."""
-    return _widen(tl.load(vector + column, mask=column < C, other=0.0))[None, :]
+def _load_vector(vector, column, C: tl.constexpr, ROWS: tl.constexpr):
+    """A vector [C] for each of the rows, widened; 0 outside.
+
+    Every thread reads its own columns, from L1: a vector read once would reach them through shared memory.
+    """
+    address = tl.broadcast_to((vector + column)[None, :], [ROWS, column.shape[0]])
+    return _widen(tl.load(address, mask=(column < C)[None, :], other=0.0))
 
 
 @triton.jit

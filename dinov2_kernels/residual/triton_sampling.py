@@ -24,7 +24,7 @@ def residual_kept_rows(keys: Tensor, runs: list[int], kept: list[int]) -> tuple[
     if position.numel() == 0:
         return rows, position
     samples = triton.next_power_of_2(max(counts))
-    tokens = min(16, max(1, 8192 // samples))  # of each sample, in one program
+    tokens = min(16, max(1, 4096 // samples))  # of each sample, in one program
     grid = (triton.cdiv(max(lengths), tokens), len(counts))
     warps = min(16, max(4, samples // 512))
     with torch.cuda.device_of(keys):

@@ -144,18 +144,15 @@ def launches() -> Iterator[None]:
     T, t = 58496, 40773
     rows, position = empty(t, dtype=torch.int32), empty(T, dtype=torch.int32)
     yield triton_sampling.residual_kept_rows(empty(640, dtype=torch.float32), [128, 257, 512, 50], [89, 358])
-    for dtype, widths in {
-        torch.float64: (384, 1280),
-        torch.float32: (384, 1280),
-        torch.bfloat16: (384, 768, 1024, 1280, 1536, 1537),
-    }.items():
+    of_autocast = [(torch.float32, torch.bfloat16, C) for C in (384, 768, 1024, 1280, 1536, 1537)]
+    alike = [(dtype, dtype, 1280) for dtype in DTYPES]
+    for dtype, branch_dtype, C in of_autocast + alike:
         wide = reference.accumulation_dtype(empty(0, dtype=dtype))
-        for C in widths:
-            x, h, vector = empty(T, C, dtype=dtype), empty(t, C, dtype=dtype), empty(C, dtype=wide)
-            mean = scale = empty(t, dtype=wide)
-            yield triton_kernel.residual_gather_norm(x, rows, vector, vector, 1e-6, dtype)
-            yield triton_kernel.residual_gather_norm_backward(h, x, x, None, rows, mean, mean, vector, vector)
-            yield triton_kernel.residual_gather_norm_backward(h, x, None, h, rows, mean, mean, vector, vector)
-            yield triton_kernel.residual_scatter(x, h, position, scale, vector, vector)
-            yield triton_kernel.residual_scatter_(x, h, rows, scale, vector, vector)
-            yield triton_kernel.residual_scatter_backward(x, h, rows, scale, vector, vector, dtype)
+        x, h, vector = empty(T, C, dtype=dtype), empty(t, C, dtype=branch_dtype), empty(C, dtype=wide)
+        mean = scale = empty(t, dtype=wide)
+        yield triton_kernel.residual_gather_norm(x, rows, vector, vector, 1e-6, branch_dtype)
+        yield triton_kernel.residual_gather_norm_backward(h, x, x, None, rows, mean, mean, vector, vector)
+        yield triton_kernel.residual_gather_norm_backward(h, x, None, h, rows, mean, mean, vector, vector)
+        yield triton_kernel.residual_scatter(x, h, position, scale, vector, vector)
+        yield triton_kernel.residual_scatter_(x, h, rows, scale, vector, vector)
+        yield triton_kernel.residual_scatter_backward(x, h, rows, scale, vector, vector, branch_dtype)
