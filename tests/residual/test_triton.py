@@ -6,7 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
+from dinov2_kernels import PackedLayout, stochastic_depth, use_backend
+from dinov2_kernels._backend import Backend
 from dinov2_kernels.residual import reference, triton_kernel, triton_sampling
 from tests.residual.cases import CASES, DTYPES, Case, assert_matches_reference, operators_of
 from tests.triton_rounding import round_to_nearest
@@ -80,4 +83,29 @@ def test_mixed_dtypes_of_autocast() -> None:
         return [h, mean, rstd, *of_x, *of_h, y, ops.scatter(x, residual, position, scale, gamma, bias), *of_y]
 
     for result, expected in zip(run(TRITON), run(reference), strict=True):
+        torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_whole_residual_connection(inplace: bool) -> None:
+    """Forward and backward of what users call, with Triton behind every operator."""
+    layout = PackedLayout([(5, 3), (7, 2)])
+    norm = nn.LayerNorm(24)
+    x, gamma = torch.randn(29, 24, requires_grad=True), torch.randn(24, requires_grad=True)
+
+    def run(backend: Backend) -> list[torch.Tensor]:
+        with use_backend(backend):
+            y = stochastic_depth(
+                x * 1,
+                layout,
+                lambda h, _: h.tanh(),
+                drop_rate=0.4,
+                gamma=gamma,
+                norm=norm,
+                generator=torch.Generator().manual_seed(0),
+                inplace=inplace,
+            )
+            return [y, *torch.autograd.grad(y.square().sum(), (x, gamma, norm.weight, norm.bias))]
+
+    for result, expected in zip(run("triton"), run("reference"), strict=True):
         torch.testing.assert_close(result, expected)
