@@ -183,9 +183,10 @@ def main(arguments: list[str]) -> None:
         print(json.dumps([asdict(usage) for usage in compile_launches(arguments[1], int(arguments[2]))]))
         return
     operator = arguments[0]
-    threads = importlib.import_module(f"tests.{operator}.cases").CUDA_THREADS
     usages = [usage for target in TRITON_TARGETS for usage in compile_triton(operator, target)]
-    usages += [usage for target in CUDA_TARGETS for usage in compile_cuda(operator, target, threads)]
+    if (ROOT / "csrc" / operator / "cuda.cu").exists():
+        threads = importlib.import_module(f"tests.{operator}.cases").CUDA_THREADS
+        usages += [usage for target in CUDA_TARGETS for usage in compile_cuda(operator, target, threads)]
     print(as_markdown(usages))
 
 

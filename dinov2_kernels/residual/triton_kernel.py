@@ -6,7 +6,7 @@ float64 for float64 tokens. No atomics: results do not change from run to run.
 
 A row is cut into 3 to 5 pieces, each a power of two wide, which make exactly 384, 768, 1024, 1280 or 1536 channels; one
 power of two would be up to a third longer. A program holds all pieces of some rows in registers where it needs their
-sums, and one piece otherwise. Every thread moves 16 bytes of bfloat16 at a time.
+sums, and one piece otherwise. A thread moves 8 or 16 bytes at a time where C is a multiple of 8.
 """
 
 from __future__ import annotations
