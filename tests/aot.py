@@ -171,7 +171,7 @@ def as_markdown(usages: list[Usage]) -> str:
     ]
     for kernel in dict.fromkeys(usage.kernel for usage in usages):
         same = [usage for usage in usages if usage.kernel == kernel]
-        targets = ", ".join(f"sm_{usage.target}" for usage in same)
+        targets = ", ".join(dict.fromkeys(f"sm_{usage.target}" for usage in same))
         fields = [[getattr(u, name) for u in same] for name in ("threads", "registers", "spills", "shared")]
         figures = " | ".join(", ".join(map(str, dict.fromkeys(field))) for field in fields)
         rows.append(f"| `{kernel}` | {targets} | {figures} |")
@@ -183,9 +183,10 @@ def main(arguments: list[str]) -> None:
         print(json.dumps([asdict(usage) for usage in compile_launches(arguments[1], int(arguments[2]))]))
         return
     operator = arguments[0]
-    threads = importlib.import_module(f"tests.{operator}.cases").CUDA_THREADS
     usages = [usage for target in TRITON_TARGETS for usage in compile_triton(operator, target)]
-    usages += [usage for target in CUDA_TARGETS for usage in compile_cuda(operator, target, threads)]
+    if (ROOT / "csrc" / operator / "cuda.cu").exists():
+        threads = importlib.import_module(f"tests.{operator}.cases").CUDA_THREADS
+        usages += [usage for target in CUDA_TARGETS for usage in compile_cuda(operator, target, threads)]
     print(as_markdown(usages))
 
 

@@ -55,29 +55,34 @@ _gather_norm = define(
     "-> (Tensor, Tensor, Tensor)",
     reference=reference.residual_gather_norm,
     fake=_fake_gather_norm,
+    triton=f"{_TRITON}:residual_gather_norm",
 ).call
 _gather_norm_backward = define(
     "residual_gather_norm_backward(Tensor grad_h, Tensor grad_x, Tensor? x, Tensor? h, Tensor? rows, Tensor mean, "
     "Tensor rstd, Tensor? weight, Tensor? bias) -> (Tensor, Tensor, Tensor)",
     reference=reference.residual_gather_norm_backward,
     fake=_fake_gather_norm_backward,
+    triton=f"{_TRITON}:residual_gather_norm_backward",
 ).call
 _scatter = define(
     "residual_scatter(Tensor x, Tensor residual, Tensor? position, Tensor? scale, Tensor? gamma, Tensor? bias) "
     "-> Tensor",
     reference=reference.residual_scatter,
     fake=_fake_scatter,
+    triton=f"{_TRITON}:residual_scatter",
 ).call
 _scatter_ = define(
     "residual_scatter_(Tensor(a!) x, Tensor residual, Tensor? rows, Tensor? scale, Tensor? gamma, Tensor? bias) -> ()",
     reference=reference.residual_scatter_,
     fake=_fake_scatter_,
+    triton=f"{_TRITON}:residual_scatter_",
 ).call
 _scatter_backward = define(
     "residual_scatter_backward(Tensor grad, Tensor? residual, Tensor? rows, Tensor? scale, Tensor? gamma, "
     "Tensor? bias, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
     reference=reference.residual_scatter_backward,
     fake=_fake_scatter_backward,
+    triton=f"{_TRITON}:residual_scatter_backward",
 ).call
 
 

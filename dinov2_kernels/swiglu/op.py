@@ -21,9 +21,17 @@ def _fake_backward(grad: Tensor, x12: Tensor) -> Tensor:
     return torch.empty_like(x12)
 
 
-_forward = define("swiglu(Tensor x12) -> Tensor", reference=reference.swiglu, fake=_fake_forward).call
+_forward = define(
+    "swiglu(Tensor x12) -> Tensor",
+    reference=reference.swiglu,
+    fake=_fake_forward,
+    triton=f"{_TRITON}:swiglu",
+).call
 _backward = define(
-    "swiglu_backward(Tensor grad, Tensor x12) -> Tensor", reference=reference.swiglu_backward, fake=_fake_backward
+    "swiglu_backward(Tensor grad, Tensor x12) -> Tensor",
+    reference=reference.swiglu_backward,
+    fake=_fake_backward,
+    triton=f"{_TRITON}:swiglu_backward",
 ).call
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -146,3 +147,27 @@ def assert_matches_reference(
         assert value.dtype == plain[name].dtype, f"{name}: {value.dtype}, expected {plain[name].dtype}"
         floor = 8 * torch.finfo(wide).eps * (1 + float(exact[name].abs().max()) if value.numel() else 0)
         assert_at_most_twice_the_error(name, value, plain[name], exact[name], floor)
+
+
+def launches() -> Iterator[None]:
+    """Every launch whose Triton kernels tests/aot.py compiles: (128, 257) + (512, 50) tokens, three tenths dropped."""
+    from dinov2_kernels.residual import triton_kernel, triton_sampling
+
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    T, t = 58496, 40773
+    rows, position = empty(t, dtype=torch.int32), empty(T, dtype=torch.int32)
+    yield triton_sampling.residual_kept_rows(empty(640, dtype=torch.float32), [128, 257, 512, 50], [89, 358])
+    of_autocast = [(torch.float32, torch.bfloat16, C) for C in (384, 768, 1024, 1280, 1536, 1537)]
+    alike = [(dtype, dtype, 1280) for dtype in DTYPES]
+    for dtype, branch_dtype, C in of_autocast + alike:
+        wide = reference.accumulation_dtype(empty(0, dtype=dtype))
+        x, h, vector = empty(T, C, dtype=dtype), empty(t, C, dtype=branch_dtype), empty(C, dtype=wide)
+        mean = scale = empty(t, dtype=wide)
+        yield triton_kernel.residual_gather_norm(x, rows, vector, vector, 1e-6, branch_dtype)
+        yield triton_kernel.residual_gather_norm_backward(h, x, x, None, rows, mean, mean, vector, vector)
+        yield triton_kernel.residual_gather_norm_backward(h, x, None, h, rows, mean, mean, vector, vector)
+        yield triton_kernel.residual_scatter(x, h, position, scale, vector, vector)
+        yield triton_kernel.residual_scatter_(x, h, rows, scale, vector, vector)
+        yield triton_kernel.residual_scatter_backward(x, h, rows, scale, vector, vector, branch_dtype)

@@ -1,0 +1,111 @@
+"""The Triton kernels against the reference in Triton's interpreter."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from dinov2_kernels import PackedLayout, stochastic_depth, use_backend
+from dinov2_kernels._backend import Backend
+from dinov2_kernels.residual import reference, triton_kernel, triton_sampling
+from tests.residual.cases import CASES, DTYPES, Case, assert_matches_reference, operators_of
+from tests.triton_rounding import round_to_nearest
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_outputs", "rounding"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, test_gpu.py runs the compiled kernels"),
+]
+
+TRITON = SimpleNamespace(**(vars(triton_kernel) | vars(triton_sampling)))
+operators = operators_of(TRITON)
+
+
+@pytest.fixture
+def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    round_to_nearest(monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values(case: Case, dtype: torch.dtype) -> None:
+    assert_matches_reference(operators, case, dtype)
+
+
+@pytest.mark.parametrize("case", [Case(((40, 9), (30, 7)), 384), Case(((60, 3),), 90, drop_rate=0.0)], ids=str)
+def test_values_where_programs_work_on_many_rows(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_kernel, "_num_multiprocessors", lambda device: 1)
+    assert_matches_reference(operators, case, torch.float32)
+
+
+def test_a_row_is_cut_into_few_pieces() -> None:
+    for C in range(1, 3000):
+        width, pieces = triton_kernel._cut(C)
+        assert pieces <= 5
+        assert (pieces - 1) * width < C <= pieces * width
+        assert pieces * width == C or C not in (384, 768, 1024, 1280, 1536)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("count", "kept"), [(1, 1), (7, 3), (300, 299), (300, 300), (2500, 1250)])
+def test_kept_rows_of_equal_keys(count: int, kept: int, dtype: torch.dtype) -> None:
+    """Keys that few numbers share: the threshold lies among equal ones."""
+    keys = (torch.rand(count + 5, generator=torch.Generator().manual_seed(count)) * 4).floor().div(4).to(dtype)
+    arguments = keys, [count, 3, 0, 4, 5, 0], [kept, 0, 2]
+    for result, expected in zip(
+        triton_sampling.residual_kept_rows(*arguments), reference.residual_kept_rows(*arguments), strict=True
+    ):
+        assert torch.equal(result, expected)
+
+
+def test_mixed_dtypes_of_autocast() -> None:
+    """Tokens in float32, the branch in bfloat16, and weights that are narrower than the sums."""
+    generator = torch.Generator().manual_seed(0)
+    layout = (6, 3, 4, 2)
+    rows, position = reference.residual_kept_rows(torch.rand(10, generator=generator), layout, (4, 2))
+    t, T, C = len(rows), len(position), 100
+    x, grad_x = torch.randn(2, T, C, generator=generator)
+    residual, grad_h = torch.randn(2, t, C, generator=generator).to(torch.bfloat16)
+    weight, bias, gamma = torch.randn(3, C, generator=generator).to(torch.float16)
+    weight[::3] = 0
+    scale = torch.rand(t, generator=generator)
+
+    def run(module: object) -> list[torch.Tensor]:
+        ops = operators_of(module)
+        h, mean, rstd = ops.gather_norm(x, rows, weight, bias, 1e-6, torch.bfloat16)
+        of_x = ops.gather_norm_backward(grad_h, grad_x, x, None, rows, mean, rstd, weight, bias)
+        of_h = ops.gather_norm_backward(grad_h, grad_x, None, h, rows, mean, rstd, weight, bias)
+        y = x.clone()
+        ops.scatter_(y, residual, rows, scale, gamma, bias)
+        of_y = ops.scatter_backward(grad_x, residual, rows, scale, gamma, bias, torch.bfloat16)
+        return [h, mean, rstd, *of_x, *of_h, y, ops.scatter(x, residual, position, scale, gamma, bias), *of_y]
+
+    for result, expected in zip(run(TRITON), run(reference), strict=True):
+        torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_whole_residual_connection(inplace: bool) -> None:
+    """Forward and backward of what users call, with Triton behind every operator."""
+    layout = PackedLayout([(5, 3), (7, 2)])
+    norm = nn.LayerNorm(24)
+    x, gamma = torch.randn(29, 24, requires_grad=True), torch.randn(24, requires_grad=True)
+
+    def run(backend: Backend) -> list[torch.Tensor]:
+        with use_backend(backend):
+            y = stochastic_depth(
+                x * 1,
+                layout,
+                lambda h, _: h.tanh(),
+                drop_rate=0.4,
+                gamma=gamma,
+                norm=norm,
+                generator=torch.Generator().manual_seed(0),
+                inplace=inplace,
+            )
+            return [y, *torch.autograd.grad(y.square().sum(), (x, gamma, norm.weight, norm.bias))]
+
+    for result, expected in zip(run("triton"), run("reference"), strict=True):
+        torch.testing.assert_close(result, expected)
