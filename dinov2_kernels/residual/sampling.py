@@ -7,8 +7,7 @@ from functools import lru_cache
 from operator import index
 
 import torch
-from torch import Tensor
-from torch._guards import detect_fake_mode
+from torch import Tensor, nn
 
 from dinov2_kernels._library import define
 from dinov2_kernels.packing import PackedLayout
@@ -69,9 +68,9 @@ def draw_subset(x: Tensor, layout: PackedLayout, drop_rate: float, generator: to
         keys = torch.rand(S, device=x.device)  # [S]
     else:
         keys = torch.rand(S, device=generator.device, generator=generator).to(x.device)  # [S]
-    # A fake tensor must not enter the cache, nor a real one a traced graph.
-    fake = torch.compiler.is_compiling() or detect_fake_mode() is not None
-    plan = _plan if fake else _cached_plan
+    # A fake tensor must not enter the cache, nor a real one a traced graph: tracers work on subclasses of Tensor.
+    is_traced = torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter)
+    plan = _plan if is_traced else _cached_plan
     kept_layout, scale = plan(layout, drop_rate, x.device, reference.accumulation_dtype(x))
     rows, position = _kept_rows(keys, layout.flat_runs, kept_layout.flat_runs[::2])
     return Subset(kept_layout, rows, position, scale)
