@@ -34,12 +34,14 @@ _forward = define(
     "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, int[] runs, float scale) -> (Tensor, Tensor)",
     reference=reference.attention_forward,
     fake=_fake_forward,
+    triton=f"{_TRITON}:attention_forward",
 ).call
 _backward = define(
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? cu_seqlens, "
     "int[] runs, float scale) -> Tensor",
     reference=reference.attention_backward,
     fake=_fake_backward,
+    triton=f"{_TRITON}:attention_backward",
 ).call
 
 
