@@ -29,12 +29,16 @@ ROOT = Path(__file__).parents[1]
 TRITON_TARGETS = (80, 90)
 CUDA_TARGETS = ("80", "90a")
 REGISTERS = 65536  # of a multiprocessor
+ALWAYS = ("threads", "registers", "spills", "shared")  # columns of the table; matrix instructions where there are any
 SHARED_BYTES = {"80": 163 * 1024, "90": 227 * 1024}  # that a block may use
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What one kernel uses: per thread registers, and bytes of spills and stack; per block bytes of shared memory."""
+    """What one kernel uses: per thread registers, and bytes of spills and stack; per block bytes of shared memory.
+
+    hgmma and hmma count the matrix instructions in its machine code, of a Hopper warpgroup and of a warp (Triton only).
+    """
 
     kernel: str
     target: str
@@ -43,6 +47,8 @@ class Usage:
     spills: int
     stack: int
     shared: int
+    hgmma: int = 0
+    hmma: int = 0
 
     def check(self) -> None:
         """Assert that nothing spills and that one block, at least, fits on a multiprocessor."""
@@ -121,6 +127,7 @@ def compile_launches(operator: str, target: int) -> list[Usage]:
         compiled[kernel.hash] = kernel
 
     compiled: dict[str, Any] = {}
+    torch.cuda.get_device_capability = lambda device=None: divmod(target, 10)  # launchers may ask for it
     launch, triton.JITFunction.run = triton.JITFunction.run, compile_instead
     triton.runtime.driver.set_active(
         SimpleNamespace(
@@ -137,19 +144,22 @@ def compile_launches(operator: str, target: int) -> list[Usage]:
 def read_compiled(kernel: Any) -> Usage:
     import triton
 
-    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     architecture = re.search(r"\.target sm_(\w+)", kernel.asm["ptx"])[1]
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(kernel.asm["ptx"])
-        file.flush()
-        report = run([str(ptxas), "-v", f"--gpu-name=sm_{architecture}", file.name, "-o", "/dev/null"])
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        ptx.write_text(kernel.asm["ptx"])
+        report = run([str(tools / "ptxas"), "-v", f"--gpu-name=sm_{architecture}", str(ptx), "-o", str(cubin)])
+        instructions = run([str(tools / "nvdisasm"), "-c", str(cubin)])
     (usage,) = parse_ptxas(report, threads=32 * kernel.metadata.num_warps)
     names = kernel.src.fn.arg_names
     first_pointer = next(kind.lstrip("*") for kind in kernel.src.signature.values() if kind.startswith("*"))
     constants = {names[path[0]]: value for path, value in kernel.src.constants.items()}
     shape = [f"{name}={value}" for name, value in constants.items() if name.isupper()]
     label = f"{usage.kernel}<{', '.join([first_pointer, *shape])}>"
-    return Usage(**{**asdict(usage), "kernel": label, "shared": kernel.metadata.shared})  # static and dynamic
+    counts = {name.lower(): len(re.findall(rf"\b{name}\.", instructions)) for name in ("HGMMA", "HMMA")}
+    # Triton's figure of shared memory is of static and dynamic memory together.
+    return Usage(**{**asdict(usage), "kernel": label, "shared": kernel.metadata.shared, **counts})
 
 
 # --------------------------------------------------------------------------------------------------------------- output
@@ -165,14 +175,20 @@ def run(command: list[str], **options: Any) -> str:
 
 def as_markdown(usages: list[Usage]) -> str:
     """One row a kernel; a figure per target, in their order, where they differ."""
-    rows = [
-        "| kernel | targets | threads | registers | spills, bytes | shared memory, bytes |",
-        "|---|---|---:|---:|---:|---:|",
-    ]
+    columns = {
+        "threads": "threads",
+        "registers": "registers",
+        "spills": "spills, bytes",
+        "shared": "shared memory, bytes",
+        "hgmma": "HGMMA",
+        "hmma": "HMMA",
+    }
+    shown = {name: title for name, title in columns.items() if name in ALWAYS or any(getattr(u, name) for u in usages)}
+    rows = [f"| kernel | targets | {' | '.join(shown.values())} |", f"|---|---|{'---:|' * len(shown)}"]
     for kernel in dict.fromkeys(usage.kernel for usage in usages):
         same = [usage for usage in usages if usage.kernel == kernel]
         targets = ", ".join(dict.fromkeys(f"sm_{usage.target}" for usage in same))
-        fields = [[getattr(u, name) for u in same] for name in ("threads", "registers", "spills", "shared")]
+        fields = [[getattr(u, name) for u in same] for name in shown]
         figures = " | ".join(", ".join(map(str, dict.fromkeys(field))) for field in fields)
         rows.append(f"| `{kernel}` | {targets} | {figures} |")
     return "\n".join(rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.aot import Usage, find_nvcc, parse_ptxas
+from tests.aot import Usage, as_markdown, find_nvcc, parse_ptxas
 
 REPORT = """
 ptxas info    : 28 bytes gmem
@@ -46,6 +46,21 @@ def test_refuses_what_does_not_fit(excess: dict[str, object], message: str) -> N
     Usage("kernel", **fitting).check()
     with pytest.raises(AssertionError, match=message):
         Usage("kernel", **{**fitting, **excess}).check()
+
+
+def test_the_table_has_a_row_for_each_kernel_and_a_figure_for_each_target() -> None:
+    a100 = Usage("neat", "80", threads=128, registers=64, spills=0, stack=0, shared=0, hmma=8)
+    h100 = Usage("neat", "90a", threads=128, registers=72, spills=0, stack=0, shared=0, hgmma=4)
+    assert as_markdown([a100, h100]).splitlines() == [
+        "| kernel | targets | threads | registers | spills, bytes | shared memory, bytes | HGMMA | HMMA |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+        "| `neat` | sm_80, sm_90a | 128 | 64, 72 | 0 | 0 | 0, 4 | 8, 0 |",
+    ]
+
+
+def test_no_column_for_instructions_that_no_kernel_has() -> None:
+    usage = Usage("neat", "80", threads=128, registers=64, spills=0, stack=0, shared=0)
+    assert "MMA" not in as_markdown([usage])
 
 
 def test_continuous_integration_may_not_lack_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:

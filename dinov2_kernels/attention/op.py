@@ -35,12 +35,14 @@ _forward = define(
     "-> (Tensor, Tensor)",
     reference=reference.attention_forward,
     fake=_fake_forward,
+    triton=f"{_TRITON}:attention_forward",
 ).call
 _backward = define(
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? cu_seqlens, "
     "SymInt[] runs, float scale) -> Tensor",
     reference=reference.attention_backward,
     fake=_fake_backward,
+    triton=f"{_TRITON}:attention_backward",
 ).call
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -105,3 +105,28 @@ def assert_matches_reference(
     for index, name in enumerate(("dq", "dk", "dv")):
         result, plain, exact = (x[:, index] for x in (dqkv, plain_dqkv, exact_dqkv))
         assert_at_most_twice_the_error(name, result, plain, exact, floor)
+
+
+WIDTHS = (64, 80, 96, 128)
+
+
+def launches() -> Iterator[None]:
+    """Every launch whose Triton kernels tests/aot.py compiles: all tiles of ViTs, in half and in single precision."""
+    from dinov2_kernels.attention import triton_kernel
+
+    for dtype, D, lengths in (
+        (torch.bfloat16, 64, (16, 32, 50, 72, 128, 144, 201, 257, 1374)),
+        (torch.bfloat16, 80, (50, 257)),
+        (torch.bfloat16, 96, (50, 257)),
+        (torch.bfloat16, 128, (50, 144, 257)),
+        (torch.float16, 64, (50, 257)),
+        (torch.float32, 64, (16, 32, 257)),
+    ):
+        known = [(None, PackedLayout([(8, length)]).flat_runs) for length in lengths]
+        ragged = (None, PackedLayout.from_lengths([40, 50, 60, 300, 350, 400]).flat_runs)
+        offsets = (torch.empty(9, dtype=torch.int32, device="meta"), ())
+        for sequences in (*known, ragged, offsets) if (dtype, D) == (torch.bfloat16, 64) else known:
+            qkv = torch.empty(4096, 3, 6, D, dtype=dtype, device="meta")
+            out = torch.empty(4096, 6, D, dtype=dtype, device="meta")
+            _, lse = triton_kernel.attention_forward(*qkv.unbind(1), *sequences, 0.125)
+            yield triton_kernel.attention_backward(out, *qkv.unbind(1), out, lse, *sequences, 0.125)

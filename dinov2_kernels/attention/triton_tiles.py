@@ -1,0 +1,215 @@
+"""What the attention kernels in Triton share: tiles of rows, their products, and finding a program's sequence.
+
+A tile is a tuple of one or two chunks: [rows, D0] and, for widths of a head that are no power of two, [rows, D1]. So 80
+columns cost 64 + 16 and not 128; columns past D are loaded as zeros and not stored.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LN2 = tl.constexpr(0.6931471805599453)
+# Products of float32 are float32, as in PyTorch by default; narrower operands have only one precision.
+PRECISION = tl.constexpr("tf32x3")
+# Rows of the smallest block: class and register tokens, beyond the 256 patches of a crop.
+TAIL = tl.constexpr(16)
+
+
+@triton.constexpr_function
+def main_width(D):
+    """Columns of the first chunk: 16, 32, 64, or 128 where 64 + 32 would not do."""
+    return 16 if D <= 16 else 32 if D <= 32 else 64 if D <= 96 else 128
+
+
+@triton.constexpr_function
+def rest_width(D):
+    """Columns of the second chunk: 0 where the first has them all."""
+    rest = D - main_width(D)
+    return 0 if rest <= 0 else 16 if rest <= 16 else 32
+
+
+@triton.jit
+def load_tile(x, first, end, row_stride, ROWS: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
+    """Rows from `first` on of the matrix at x; those from `end` on are zero. MASKED is False where there are none."""
+    x += tl.cast(row_stride, tl.int64) * first  # within a tile, 32 bits suffice
+    if rest_width(D) == 0:
+        return (_load_chunk(x, end - first, row_stride, ROWS, D, 0, main_width(D), MASKED),)
+    else:
+        main = _load_chunk(x, end - first, row_stride, ROWS, D, 0, main_width(D), MASKED)
+        return (main, _load_chunk(x, end - first, row_stride, ROWS, D, main_width(D), rest_width(D), MASKED))
+
+
+@triton.jit
+def _load_chunk(
+    x,
+    end,
+    row_stride,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    row = tl.arange(0, ROWS)[:, None]
+    column = FIRST + tl.arange(0, WIDTH)[None, :]
+    address = x + row * row_stride + column
+    if MASKED and FIRST + WIDTH > D:
+        return tl.load(address, mask=(row < end) & (column < D), other=0.0)
+    elif MASKED:
+        return tl.load(address, mask=row < end, other=0.0)
+    elif FIRST + WIDTH > D:
+        return tl.load(address, mask=column < D, other=0.0)
+    else:
+        return tl.load(address)
+
+
+@triton.constexpr_function
+def total(parts, number=None):
+    """Rows of the first `number` parts of a sequence, or of all."""
+    return sum(parts[:number])
+
+
+@triton.jit
+def load_parts(x, end, row_stride, PARTS: tl.constexpr, D: tl.constexpr):
+    """All rows of a matrix as tiles of PARTS[i] rows; only the last is filled up with zeros from `end` on."""
+    parts = ()
+    for i in tl.static_range(len(PARTS)):
+        parts += (load_tile(x, total(PARTS, i), end, row_stride, PARTS[i], D, i == len(PARTS) - 1),)
+    return parts
+
+
+@triton.jit
+def store_tile(x, first, end, row_stride, tile, D: tl.constexpr):
+    """Write a tile's rows before `end`, the first of which is `first`, rounded to the dtype of x."""
+    x += tl.cast(row_stride, tl.int64) * first
+    _store_chunk(x, end - first, row_stride, tile[0], D, 0)
+    if rest_width(D) > 0:
+        _store_chunk(x, end - first, row_stride, tile[1], D, main_width(D))
+
+
+@triton.jit
+def _store_chunk(x, end, row_stride, chunk, D: tl.constexpr, FIRST: tl.constexpr):
+    row = tl.arange(0, chunk.shape[0])[:, None]
+    column = FIRST + tl.arange(0, chunk.shape[1])[None, :]
+    tl.store(x + row * row_stride + column, chunk.to(x.dtype.element_ty), mask=(row < end) & (column < D))
+
+
+@triton.jit
+def zero_tile(ROWS: tl.constexpr, D: tl.constexpr):
+    """[ROWS, D] of float32."""
+    if rest_width(D) == 0:
+        return (tl.zeros([ROWS, main_width(D)], tl.float32),)
+    else:
+        return (tl.zeros([ROWS, main_width(D)], tl.float32), tl.zeros([ROWS, rest_width(D)], tl.float32))
+
+
+@triton.jit
+def zero_transposed(ROWS: tl.constexpr, D: tl.constexpr):
+    """The transpose of a tile, [D, ROWS], of float32."""
+    if rest_width(D) == 0:
+        return (tl.zeros([main_width(D), ROWS], tl.float32),)
+    else:
+        return (tl.zeros([main_width(D), ROWS], tl.float32), tl.zeros([rest_width(D), ROWS], tl.float32))
+
+
+@triton.jit
+def transpose(tile):
+    if len(tile) == 1:
+        return (tl.trans(tile[0]),)
+    else:
+        return (tl.trans(tile[0]), tl.trans(tile[1]))
+
+
+@triton.jit
+def scale_rows(tile, factor):
+    """Every row times its element of factor [rows]."""
+    if len(tile) == 1:
+        return (tile[0] * factor[:, None],)
+    else:
+        return (tile[0] * factor[:, None], tile[1] * factor[:, None])
+
+
+@triton.jit
+def scale_tile(tile, factor):
+    """All of it times a number."""
+    if len(tile) == 1:
+        return (tile[0] * factor,)
+    else:
+        return (tile[0] * factor, tile[1] * factor)
+
+
+@triton.jit
+def row_products(x, y):
+    """sum_d x_id y_id [rows], in float32."""
+    total = tl.sum(x[0].to(tl.float32) * y[0].to(tl.float32), 1)
+    if len(x) == 2:
+        total += tl.sum(x[1].to(tl.float32) * y[1].to(tl.float32), 1)
+    return total
+
+
+@triton.jit
+def inner_products(x, y):
+    """x_i . y_j [rows of x, rows of y]."""
+    product = tl.dot(x[0], tl.trans(y[0]), input_precision=PRECISION)
+    if len(x) == 2:
+        product = tl.dot(x[1], tl.trans(y[1]), product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def add_product(weights, tile, total):
+    """total + weights @ tile: [n, rows] times [rows, D]."""
+    if len(tile) == 1:
+        return (tl.dot(weights, tile[0], total[0], input_precision=PRECISION),)
+    else:
+        main = tl.dot(weights, tile[0], total[0], input_precision=PRECISION)
+        return (main, tl.dot(weights, tile[1], total[1], input_precision=PRECISION))
+
+
+@triton.jit
+def add_transposed_product(tile, weights, total):
+    """total + tile^T @ weights: [D, rows] times [rows, n], a transposed tile of n rows.
+
+    The width of a head, 64 or more, is then the side that Hopper's matrix instructions cannot split below 64.
+    """
+    if len(tile) == 1:
+        return (tl.dot(tl.trans(tile[0]), weights, total[0], input_precision=PRECISION),)
+    else:
+        main = tl.dot(tl.trans(tile[0]), weights, total[0], input_precision=PRECISION)
+        return (main, tl.dot(tl.trans(tile[1]), weights, total[1], input_precision=PRECISION))
+
+
+@triton.jit
+def find_sequence(index, table, start, length):
+    """First token (64 bits: it will be multiplied by strides) and length of a sequence.
+
+    The sequences are rows (start, length) of a table [n, 2], or, where it is None, a run of equal lengths from `start`.
+    """
+    if table is None:
+        return start + index.to(tl.int64) * length, length
+    else:
+        return tl.load(table + 2 * index).to(tl.int64), tl.load(table + 2 * index + 1)
+
+
+@triton.jit
+def find_block(item, table, start, length, blocks, BLOCK: tl.constexpr, OFFSETS: tl.constexpr):
+    """First token and length of an item's sequence, and the first row of its block; the row may lie past the end.
+
+    As :func:`find_sequence`, with `blocks` items for every sequence. With OFFSETS, the table holds the offsets of
+    `blocks` sequences, whose lengths the host does not know. Sequence s then owns the items from offset_s // BLOCK + s
+    on: never fewer than its length needs, at most one more, and no sum over the sequences before it.
+    """
+    if OFFSETS:
+        low = 0
+        high = blocks - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            begins = tl.load(table + middle) // BLOCK + middle
+            low = tl.where(begins <= item, middle, low)
+            high = tl.where(begins <= item, high, middle - 1)
+        first = tl.load(table + low)
+        return first.to(tl.int64), tl.load(table + low + 1) - first, (item - first // BLOCK - low) * BLOCK
+    else:
+        first, length = find_sequence(item // blocks, table, start, length)
+        return first, length, item % blocks * BLOCK
