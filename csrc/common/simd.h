@@ -73,6 +73,12 @@ ALWAYS_INLINE vec<double> load(const double* p, Whole = {}) {
   return v;
 }
 
+ALWAYS_INLINE vec<uint32_t> load(const uint32_t* p, Whole = {}) {
+  vec<uint32_t> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
 ALWAYS_INLINE vec<uint32_t> load_16_bits(const void* p) {
 #if defined(__AVX512F__)
   return (vec<uint32_t>)_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
@@ -131,6 +137,41 @@ ALWAYS_INLINE void store(A* p, const V& v, Part part) {
   memcpy(p, &v, part.n * sizeof(A));
 }
 
+// ---- stores of 16-bit floats round to nearest, ties to even
+
+typedef VectorOf<uint16_t, kVectorBytes / 2>::type vec_of_16_bits;
+
+ALWAYS_INLINE vec_of_16_bits round_to(bf16, vec<float> v) {
+#if defined(__AVX512BF16__)
+  return (vec_of_16_bits)_mm512_cvtneps_pbh(v);
+#else
+  const vec<uint32_t> bits = (vec<uint32_t>)v, rounded = bits + 0x7fff + (bits >> 16 & 1);
+  return __builtin_convertvector((v == v ? rounded : bits | 0x400000) >> 16, vec_of_16_bits);  // a NaN stays one
+#endif
+}
+
+ALWAYS_INLINE vec_of_16_bits round_to(fp16, vec<float> v) {
+#if defined(__AVX512F__)
+  return (vec_of_16_bits)_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__AVX2__)
+  return (vec_of_16_bits)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const vec<uint32_t> bits = (vec<uint32_t>)v, magnitude = bits & 0x7fffffff;
+  // The exponent's bias moves from 127 to 15; adding 1/2 shifts a subnormal number into place, and rounds it.
+  const vec<uint32_t> normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  const vec<uint32_t> subnormal = (vec<uint32_t>)((vec<float>)magnitude + 0.5f) - (126u << 23);
+  const vec<uint32_t> inf_or_nan = magnitude > 0x7f800000u ? broadcast(0x7e00u) : broadcast(0x7c00u);
+  const vec<uint32_t> finite = magnitude < 113u << 23 ? subnormal : normal;
+  const vec<uint32_t> half = (bits >> 16 & 0x8000) | (magnitude < 143u << 23 ? finite : inf_or_nan);
+  return __builtin_convertvector(half, vec_of_16_bits);
+#endif
+}
+
+ALWAYS_INLINE void store(bf16* p, vec<float> v, Whole = {}) { store(&p->bits, round_to(bf16{}, v)); }
+ALWAYS_INLINE void store(fp16* p, vec<float> v, Whole = {}) { store(&p->bits, round_to(fp16{}, v)); }
+ALWAYS_INLINE void store(bf16* p, vec<float> v, Part part) { store(&p->bits, round_to(bf16{}, v), part); }
+ALWAYS_INLINE void store(fp16* p, vec<float> v, Part part) { store(&p->bits, round_to(fp16{}, v), part); }
+
 // ---- arithmetic
 
 // maximum: a NaN in `a` is passed over, a NaN in `b` stays. any_greater: whether a > b in any lane.
@@ -158,11 +199,26 @@ ALWAYS_INLINE bool any_greater(V a, V b) {
 }
 #endif
 
+ALWAYS_INLINE float sum_of_lanes(vec<float> v) {
+  float sum = 0;
+  for (int lane = 0; lane < lanes<float>; ++lane) sum += v[lane];
+  return sum;
+}
+
 template <class A>
 ALWAYS_INLINE A largest_lane(vec<A> v) {
   A largest = v[0];
   for (int lane = 1; lane < lanes<A>; ++lane) largest = v[lane] > largest ? v[lane] : largest;
   return largest;
+}
+
+// v in the lanes of the part, `fill` in those outside it.
+ALWAYS_INLINE vec<float> keep(vec<float> v, Whole, float) { return v; }
+
+ALWAYS_INLINE vec<float> keep(vec<float> v, Part part, float fill) {
+  vec<int32_t> lane;
+  for (int i = 0; i < lanes<float>; ++i) lane[i] = i;
+  return lane < part.n ? v : broadcast(fill);
 }
 
 // ---- doubles beside the vectors
