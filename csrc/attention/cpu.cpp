@@ -1,8 +1,8 @@
 // Attention over packed sequences on CPU: operators, and how threads share their work. What one thread does stands in
 // cpu_kernels.cpp; the definition is dinov2_kernels/attention/reference.py.
 //
-// A thread takes one head of one sequence at a time; long sequences of a small batch are parted by queries too. Nothing
-// is shared but what is read, so the result is the same for every number of threads.
+// A thread takes some heads of some sequences at a time; the sequences of a small batch are parted by queries too. No
+// number depends on who computes what beside it, so the result is the same for every number of threads.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -27,7 +27,8 @@ namespace {
 
 constexpr int64_t kMaxHeadDim = 128;
 constexpr int64_t kGrain = 1 << 20;       // multiplications below which a second thread does not pay
-constexpr int64_t kQueriesPerPart = 144;  // where a sequence is parted: packing its keys for every part costs little
+constexpr int64_t kShares = 32;           // that a thread takes, so that none waits long for the last
+constexpr int64_t kQueriesPerPart = 144;  // of a part, small beside which is packing the keys anew
 
 struct Sequence {
   int64_t start, length;
@@ -60,27 +61,31 @@ std::vector<Sequence> sequences_of(const std::optional<Tensor>& cu_seqlens, cons
   return sequences;
 }
 
-int64_t multiplications(const std::vector<Sequence>& sequences, int64_t H, int64_t D) {
-  int64_t pairs = 0;
-  for (const Sequence& sequence : sequences) pairs += sequence.length * sequence.length;
-  return pairs * H * D;
+bool is_much(const std::vector<Sequence>& sequences, int64_t H, int64_t D) {
+  int64_t multiplications = 0;
+  for (const Sequence& sequence : sequences) multiplications += sequence.length * sequence.length * H * D;
+  return multiplications > kGrain;
 }
 
 struct Free {
   void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(64)); }
 };
 
-// Calls body(index, workspace) for each index in [0, n). Threads take the next one when they are done with one.
+// Calls body(index, workspace) for each index in [0, n). A thread that is done with its share takes the next one.
 template <class Body>
 void share(int64_t n, int64_t workspace_bytes, bool parallel, const Body& body) {
+  const int64_t threads = parallel ? torch::stable::get_num_threads() : 1;
+  const int64_t share = std::max<int64_t>(1, n / (threads * kShares));
   std::atomic<int64_t> next = 0;
   parallel_for(0, n, parallel ? 1 : n, [&](int64_t, int64_t) {
     const std::unique_ptr<void, Free> workspace(::operator new(workspace_bytes, std::align_val_t(64)));
-    for (int64_t index; (index = next++) < n;) body(index, workspace.get());
+    for (int64_t begin; (begin = next.fetch_add(share)) < n;) {
+      for (int64_t index = begin; index < std::min(begin + share, n); ++index) body(index, workspace.get());
+    }
   });
 }
 
-// Token `start` and those after it, in head h.
+// The tokens of head h from `start` on.
 template <class X>
 Tokens<const X> tokens(const Tensor& x, int64_t start, int64_t h) {
   return {static_cast<const X*>(x.const_data_ptr()) + start * x.stride(0) + h * x.stride(1), x.stride(0)};
@@ -96,12 +101,12 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const std::vecto
   const bool whole = heads >= 4 * torch::stable::get_num_threads();
   const int64_t queries = whole ? longest : kQueriesPerPart, parts = (longest + queries - 1) / queries;
   const int64_t workspace_bytes = ON_CPU_TARGET(attention_forward_workspace<X>)(longest, D);
-  share(heads * parts, workspace_bytes, multiplications(sequences, H, D) > kGrain, [&](int64_t index, void* workspace) {
+  share(heads * parts, workspace_bytes, is_much(sequences, H, D), [&](int64_t index, void* workspace) {
     const auto [start, N] = sequences[index / (H * parts)];
-    const int64_t h = index / parts % H, begin = index % parts * queries;
+    const int64_t h = index / parts % H, begin = index % parts * queries, end = std::min(begin + queries, N);
     if (begin >= N) return;
-    kernel({N, D, scale}, tokens<X>(q, start, h), tokens<X>(k, start, h), tokens<X>(v, start, h), begin,
-           std::min(begin + queries, N), {out + (start * H + h) * D, H * D}, lse + h * T + start, workspace);
+    kernel({N, D, scale}, tokens<X>(q, start, h), tokens<X>(k, start, h), tokens<X>(v, start, h), begin, end,
+           {out + (start * H + h) * D, H * D}, lse + h * T + start, workspace);
   });
 }
 
@@ -112,13 +117,14 @@ void backward(const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor
   if (heads == 0) return;
   const auto kernel = ON_CPU_TARGET(attention_backward<X>);
   const int64_t workspace_bytes = ON_CPU_TARGET(attention_backward_workspace<X>)(sequences[0].length, D);
-  share(heads, workspace_bytes, multiplications(sequences, H, D) > kGrain, [&](int64_t index, void* workspace) {
+  share(heads, workspace_bytes, is_much(sequences, H, D), [&](int64_t index, void* workspace) {
     const auto [start, N] = sequences[index / H];
     const int64_t h = index % H;
-    const auto gradient = [&](int64_t which) { return Tokens<X>{dqkv + ((start * 3 + which) * H + h) * D, 3 * H * D}; };
+    X* gradients = dqkv + (start * 3 * H + h) * D;
+    const auto gradient = [&](int64_t which) { return Tokens<X>{gradients + which * H * D, 3 * H * D}; };
     kernel({N, D, scale}, tokens<X>(grad, start, h), tokens<X>(q, start, h), tokens<X>(k, start, h),
-           tokens<X>(v, start, h), tokens<X>(out, start, h), lse + h * T + start, gradient(0), gradient(1), gradient(2),
-           workspace);
+           tokens<X>(v, start, h), tokens<X>(out, start, h), lse + h * T + start, gradient(0), gradient(1),
+           gradient(2), workspace);
   });
 }
 

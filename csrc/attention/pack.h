@@ -39,34 +39,18 @@ static void pack_rows(const X* x, int64_t stride, int64_t n, int64_t D, E* out, 
 
 // ---- rows as the right factor with n along them: as they are, or with each two rows of bf16 zipped into pairs
 
-template <int n, int... indices>
-struct Zip : Zip<n - 1, n - 1, indices...> {};
-template <int... indices>
-struct Zip<0, indices...> {
-  static constexpr int n = sizeof...(indices);
-  // Lanes a0 b0 a1 b1 ... of the lower halves of a and b.
-  template <class V>
-  ALWAYS_INLINE V low(V a, V b) {
-    return __builtin_shufflevector(a, b, (indices / 2 + indices % 2 * n)...);
-  }
-  template <class V>
-  ALWAYS_INLINE V high(V a, V b) {
-    return __builtin_shufflevector(a, b, (n / 2 + indices / 2 + indices % 2 * n)...);
-  }
-};
-
 // n rows of `row` elements. Returns where the result is; its rows are kValues times as long.
 ALWAYS_INLINE const float* zip_rows(const float* rows, int64_t, int64_t, float*) { return rows; }
 
 #if defined(__AVX512BF16__)
 static const bf16_pair* zip_rows(const bf16_pair* rows, int64_t row, int64_t n, bf16_pair* out) {
   using Halves = VectorOf<uint16_t, kVectorBytes>::type;
-  using ZipHalves = Zip<2 * lanes<bf16_pair>>;
+  using Pairs = Shuffle<2 * lanes<bf16_pair>>;
   for (int64_t i = 0; i < n; i += 2) {
     for (int64_t d = 0; d < row; d += lanes<bf16_pair>) {
       const Halves a = (Halves)load(rows + i * row + d), b = i + 1 < n ? (Halves)load(rows + (i + 1) * row + d) : Halves{};
-      store(out + i * row + 2 * d, ZipHalves::low(a, b));
-      store(out + i * row + 2 * d + lanes<bf16_pair>, ZipHalves::high(a, b));
+      store(out + i * row + 2 * d, Pairs::zip_low(a, b));
+      store(out + i * row + 2 * d + lanes<bf16_pair>, Pairs::zip_high(a, b));
     }
   }
   return out;
@@ -100,8 +84,8 @@ static void transpose_rows(const E* rows, int64_t n, int64_t D, E* out) {
         vec<E> zipped[L];
 #pragma GCC unroll 16
         for (int i = 0; i < L / 2; ++i) {
-          zipped[2 * i] = Zip<L>::low(square[i], square[i + L / 2]);
-          zipped[2 * i + 1] = Zip<L>::high(square[i], square[i + L / 2]);
+          zipped[2 * i] = Shuffle<L>::zip_low(square[i], square[i + L / 2]);
+          zipped[2 * i + 1] = Shuffle<L>::zip_high(square[i], square[i + L / 2]);
         }
         memcpy(square, zipped, sizeof square);
       }

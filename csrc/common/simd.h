@@ -199,17 +199,51 @@ ALWAYS_INLINE bool any_greater(V a, V b) {
 }
 #endif
 
-ALWAYS_INLINE float sum_of_lanes(vec<float> v) {
-  float sum = 0;
-  for (int lane = 0; lane < lanes<float>; ++lane) sum += v[lane];
-  return sum;
+// Shuffles that make vectors of n lanes; `lane` are their numbers.
+template <int n, int... lane>
+struct Shuffle : Shuffle<n - 1, n - 1, lane...> {};
+template <int... lane>
+struct Shuffle<0, lane...> {
+  static constexpr int n = sizeof...(lane);
+
+  // The halves of a vector of 2 n lanes.
+  template <class V>
+  ALWAYS_INLINE auto low(V v) {
+    return __builtin_shufflevector(v, v, lane...);
+  }
+  template <class V>
+  ALWAYS_INLINE auto high(V v) {
+    return __builtin_shufflevector(v, v, (n + lane)...);
+  }
+  // a0 b0 a1 b1 ... of the lower, or the upper, halves of a and b.
+  template <class V>
+  ALWAYS_INLINE V zip_low(V a, V b) {
+    return __builtin_shufflevector(a, b, (lane / 2 + lane % 2 * n)...);
+  }
+  template <class V>
+  ALWAYS_INLINE V zip_high(V a, V b) {
+    return __builtin_shufflevector(a, b, (n / 2 + lane / 2 + lane % 2 * n)...);
+  }
+};
+
+// All lanes combined: the lower half with the upper half, and again.
+template <class V, class Combine>
+ALWAYS_INLINE auto combine_lanes(V v, Combine combine) {
+  constexpr int n = sizeof v / sizeof v[0];
+  if constexpr (n == 1) {
+    return v[0];
+  } else {
+    return combine_lanes(combine(Shuffle<n / 2>::low(v), Shuffle<n / 2>::high(v)), combine);
+  }
 }
 
 template <class A>
 ALWAYS_INLINE A largest_lane(vec<A> v) {
-  A largest = v[0];
-  for (int lane = 1; lane < lanes<A>; ++lane) largest = v[lane] > largest ? v[lane] : largest;
-  return largest;
+  return combine_lanes(v, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+ALWAYS_INLINE float sum_of_lanes(vec<float> v) {
+  return combine_lanes(v, [](auto a, auto b) { return a + b; });
 }
 
 // v in the lanes of the part, `fill` in those outside it.
