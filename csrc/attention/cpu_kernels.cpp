@@ -9,7 +9,7 @@ namespace CPU_TARGET {
 
 constexpr int kQueries = 24;      // of a block of the forward pass
 constexpr int kGradQueries = 48;  // of a block of the backward pass, in which sums over queries go through memory
-constexpr int kGradKeys = 384;    // of a block of the backward pass: what belongs to them stays in the second-level cache
+constexpr int kGradKeys = 384;    // of a block of the backward pass: all of theirs stays in the second-level cache
 
 ALWAYS_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 

@@ -17,7 +17,7 @@ struct HeadShape {
   float scale;
 };
 
-// Formulas: dinov2_kernels/attention/reference.py. A workspace is aligned to 64 bytes, and belongs to the caller's thread.
+// Formulas: dinov2_kernels/attention/reference.py. A workspace is aligned to 64 bytes, one per thread.
 #define DECLARE(target)                                                                                               \
   namespace target {                                                                                                  \
   /* Bytes of a workspace. */                                                                                         \

@@ -48,7 +48,8 @@ static const bf16_pair* zip_rows(const bf16_pair* rows, int64_t row, int64_t n, 
   using Pairs = Shuffle<2 * lanes<bf16_pair>>;
   for (int64_t i = 0; i < n; i += 2) {
     for (int64_t d = 0; d < row; d += lanes<bf16_pair>) {
-      const Halves a = (Halves)load(rows + i * row + d), b = i + 1 < n ? (Halves)load(rows + (i + 1) * row + d) : Halves{};
+      const Halves a = (Halves)load(rows + i * row + d);
+      const Halves b = i + 1 < n ? (Halves)load(rows + (i + 1) * row + d) : Halves{};
       store(out + i * row + 2 * d, Pairs::zip_low(a, b));
       store(out + i * row + 2 * d + lanes<bf16_pair>, Pairs::zip_high(a, b));
     }

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
 import dinov2_kernels as dk
 from dinov2_kernels import PackedLayout, _library
@@ -145,7 +144,6 @@ def test_public_functions_agree_with_pytorch(dtype: torch.dtype) -> None:
 )
 def test_kernels_refuse_what_they_cannot_compute(change: dict[str, object], message: str) -> None:
     x = torch.zeros(6, 2, 8)
-    arguments: dict[str, Tensor | tuple[int, ...] | None | float]
     arguments = {"q": x, "k": x, "v": x, "cu_seqlens": None, "runs": (1, 6), "scale": 1.0}
     with pytest.raises(RuntimeError, match=message):
         forward(**(arguments | change))
