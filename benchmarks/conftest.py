@@ -55,10 +55,12 @@ def compare(benchmark: BenchmarkFixture) -> Compare:
 
     ``compare(peer, baseline, least_bytes=..., rounds=...)`` leaves in the result: ``speedup``, the median over the
     rounds of baseline time / own time; ``least_MB``, what any implementation must move; ``GB_per_s``, that over the
-    median time.
+    median time; with ``flops=...``, the floating-point operations of any implementation, ``GFLOP_per_s`` likewise.
     """
 
-    def run(peer: Callable[[], object], baseline: Callable[[], object], *, least_bytes: int, rounds: int) -> None:
+    def run(
+        peer: Callable[[], object], baseline: Callable[[], object], *, least_bytes: int, rounds: int, flops: int = 0
+    ) -> None:
         peer()  # warm up: threads, caches, torch.compile
         baseline()
         pairs: list[tuple[float, float]] = []
@@ -77,6 +79,8 @@ def compare(benchmark: BenchmarkFixture) -> Compare:
             "least_MB": round(least_bytes / 1e6, 1),
             "GB_per_s": round(least_bytes / median / 1e9, 2),
         }
+        if flops:
+            benchmark.extra_info["GFLOP_per_s"] = round(flops / median / 1e9, 1)
 
     return run
 

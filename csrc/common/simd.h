@@ -73,6 +73,12 @@ ALWAYS_INLINE vec<double> load(const double* p, Whole = {}) {
   return v;
 }
 
+ALWAYS_INLINE vec<uint32_t> load(const uint32_t* p, Whole = {}) {
+  vec<uint32_t> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
 ALWAYS_INLINE vec<uint32_t> load_16_bits(const void* p) {
 #if defined(__AVX512F__)
   return (vec<uint32_t>)_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
@@ -217,11 +223,60 @@ ALWAYS_INLINE bool any_greater(V a, V b) {
 }
 #endif
 
+// Shuffles that make vectors of n lanes; `lane` are their numbers.
+template <int n, int... lane>
+struct Shuffle : Shuffle<n - 1, n - 1, lane...> {};
+template <int... lane>
+struct Shuffle<0, lane...> {
+  static constexpr int n = sizeof...(lane);
+
+  // The halves of a vector of 2 n lanes.
+  template <class V>
+  ALWAYS_INLINE auto low(V v) {
+    return __builtin_shufflevector(v, v, lane...);
+  }
+  template <class V>
+  ALWAYS_INLINE auto high(V v) {
+    return __builtin_shufflevector(v, v, (n + lane)...);
+  }
+  // a0 b0 a1 b1 ... of the lower, or the upper, halves of a and b.
+  template <class V>
+  ALWAYS_INLINE V zip_low(V a, V b) {
+    return __builtin_shufflevector(a, b, (lane / 2 + lane % 2 * n)...);
+  }
+  template <class V>
+  ALWAYS_INLINE V zip_high(V a, V b) {
+    return __builtin_shufflevector(a, b, (n / 2 + lane / 2 + lane % 2 * n)...);
+  }
+};
+
+// All lanes combined: the lower half with the upper half, and again.
+template <class V, class Combine>
+ALWAYS_INLINE auto combine_lanes(V v, Combine combine) {
+  constexpr int n = sizeof v / sizeof v[0];
+  if constexpr (n == 1) {
+    return v[0];
+  } else {
+    return combine_lanes(combine(Shuffle<n / 2>::low(v), Shuffle<n / 2>::high(v)), combine);
+  }
+}
+
 template <class A>
 ALWAYS_INLINE A largest_lane(vec<A> v) {
-  A largest = v[0];
-  for (int lane = 1; lane < lanes<A>; ++lane) largest = v[lane] > largest ? v[lane] : largest;
-  return largest;
+  return combine_lanes(v, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+ALWAYS_INLINE float sum_of_lanes(vec<float> v) {
+  return combine_lanes(v, [](auto a, auto b) { return a + b; });
+}
+
+// v in the lanes of the part, `fill` in those outside it.
+ALWAYS_INLINE vec<float> keep(vec<float> v, Whole, float) { return v; }
+
+ALWAYS_INLINE vec<float> keep(vec<float> v, Part part, float fill) {
+  vec<int32_t> lane;
+  for (int i = 0; i < lanes<float>; ++i) lane[i] = i;
+  return lane < part.n ? v : broadcast(fill);
 }
 
 // ---- doubles beside the vectors

@@ -1,0 +1,127 @@
+"""Attention over packed crops beside ``F.scaled_dot_product_attention`` on dense batches of the same data.
+
+FLOPs of N tokens in one head of width D: 4 N² D forward, 10 N² D backward (five products, one of which forward has made
+already). Least bytes, with e per element: 4 N D e forward, 8 N D e backward. N² exponentials in each direction.
+
+Prediction for two cores with AVX-512 at about 3 GHz, where a large matrix product reaches 189 GFLOP/s in float32 and
+403 in bfloat16 (one instruction of 16 multiply-adds, or of 32, per cycle and core), D = 64:
+
+- Keys come in whole vectors of 16, so Q K^T computes 64 columns for N = 50 and 272 for N = 257. An exponential with the
+  maximum and the sum takes about 1 cycle, 16 to a vector 16 cycles.
+- float32, N = 50: 12,800 cycles for Q K^T, 10,000 for P V, 3,200 for exponentials, 3,000 for packing: 640,000 FLOPs in
+  29,000 cycles, 130 GFLOP/s while everything is in cache. N = 257: 155. SDPA: 52 and 124; so 2.5 and 1.25 times faster.
+- bfloat16: the products take half the cycles, the exponentials do not. N = 50: 215 GFLOP/s, N = 257: 290; SDPA is at 34
+  and 107, so 6 and 2.7 times faster. Backward has more products per exponential, and gains a little more.
+- float16 has no dot products of its own here, and runs at the speed of float32.
+
+Measured on a shared machine whose speed changed by a factor of two: ahead of SDPA at each shape in the table of
+docs/operators/attention.md, by 1.2 to 1.9 in float32, 2.2 to 5.9 in bfloat16 and 3.2 to 9.5 in float16.
+What the prediction missed:
+
+- float32, N = 50 is 1.3 to 1.9 times faster instead of 2.5. In cache a thread does reach 60 GFLOP/s, but tokens of 256
+  bytes come from all over memory, and mapping the result takes a tenth: packing and writing are a third of the time.
+  Asking for the next head's tokens ahead of time gained less than the noise.
+- bfloat16, N = 50: 2.7 to 3.2 times in the forward pass, for the same reason.
+- float16 gains more than bfloat16, because SDPA's own is slower still.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+import dinov2_kernels as dk
+from dinov2_kernels import PackedLayout
+
+if TYPE_CHECKING:
+    from benchmarks.conftest import Compare
+
+DTYPES = [
+    pytest.param(dtype, id=str(dtype).removeprefix("torch."))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+]
+# S sequences of N tokens in H heads of width D: local and global crops, evaluation, high resolution, wider heads.
+SHAPES = [
+    (512, 50, 6, 64),
+    (64, 257, 6, 64),
+    (64, 197, 6, 64),
+    (8, 785, 6, 64),
+    (3, 1374, 6, 64),
+    (64, 197, 6, 80),
+    (32, 197, 6, 96),
+    (32, 197, 6, 128),
+]
+
+
+class Batch:
+    """The same random data packed and dense, and both ways to attend to it."""
+
+    def __init__(self, S: int, N: int, H: int, D: int, dtype: torch.dtype, backward: bool) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.layout = PackedLayout([(S, N)])
+        self.qkv = torch.randn(S * N, 3, H, D, generator=generator).to(dtype)  # [T, 3, H, D]
+        dense = (x.contiguous().unflatten(0, (S, N)).transpose(1, 2) for x in self.qkv.unbind(1))
+        self.dense = [x.requires_grad_(backward) for x in dense]  # q, k, v [S, H, N, D], views of [S, N, H, D]
+        self.qkv.requires_grad_(backward)
+        self.grad = torch.randn(S * N, H, D, generator=generator).to(dtype) if backward else None  # [T, H, D]
+        self.dense_grad = self.grad.unflatten(0, (S, N)).transpose(1, 2) if self.grad is not None else None
+
+    def packed_attention(self) -> Tensor:
+        out = dk.varlen_attention_qkvpacked(self.qkv, self.layout)
+        if self.grad is not None:
+            torch.autograd.grad(out, self.qkv, self.grad)
+        return out
+
+    def dense_attention(self) -> Tensor:
+        out = F.scaled_dot_product_attention(*self.dense)
+        if self.dense_grad is not None:
+            torch.autograd.grad(out, self.dense, self.dense_grad)
+        return out
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward and backward"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "S{}-N{}-H{}-D{}".format(*shape))
+def test_attention(
+    benchmark: BenchmarkFixture, compare: Compare, shape: tuple[int, ...], dtype: torch.dtype, backward: bool
+) -> None:
+    S, N, H, D = shape
+    passes = "forward and backward" if backward else "forward"
+    benchmark.group = f"attention {passes}, {S} sequences of {N}, {H} heads of {D}, {dtype}, speedup over SDPA"
+    batch = Batch(S, N, H, D, dtype, backward)
+    expected = batch.dense_attention().transpose(1, 2).flatten(0, 1)
+    torch.testing.assert_close(batch.packed_attention(), expected, atol=2e-2, rtol=2e-2)
+    compare(
+        batch.packed_attention,
+        batch.dense_attention,
+        least_bytes=(12 if backward else 4) * S * N * H * D * dtype.itemsize,
+        flops=(14 if backward else 4) * S * N * N * H * D,
+        rounds=11,
+    )
+
+
+def attend(qkv: Tensor, layout: PackedLayout) -> Tensor:
+    return dk.varlen_attention_qkvpacked(qkv, layout)
+
+
+def attend_separately(qkv: Tensor, layout: PackedLayout) -> Tensor:
+    return dk.varlen_attention(*qkv.unbind(1), layout)
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["no gradient", "gradient"])
+@pytest.mark.parametrize("function", [attend, attend_separately])
+def test_cost_of_a_call(
+    benchmark: BenchmarkFixture, function: Callable[[Tensor, PackedLayout], Tensor], gradient: bool
+) -> None:
+    """Of one token, where nothing is left but Python, the dispatcher and the allocations of a forward pass."""
+    benchmark.group = "cost of a call of attention"
+    qkv = torch.randn(1, 3, 6, 64, requires_grad=gradient)
+    layout = PackedLayout([(1, 1)])
+    benchmark.pedantic(function, (qkv, layout), rounds=101, iterations=100, warmup_rounds=5)
+    benchmark.extra_info["microseconds"] = round(1e6 * benchmark.stats.stats.median, 2)

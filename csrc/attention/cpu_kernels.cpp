@@ -1,0 +1,243 @@
+#include "attention/cpu_kernels.h"
+
+#include <math.h>
+
+#include "attention/pack.h"
+#include "common/exp.h"
+
+namespace CPU_TARGET {
+
+constexpr int kQueries = 24;      // of a block of the forward pass
+constexpr int kGradQueries = 48;  // of a block of the backward pass, in which sums over queries go through memory
+constexpr int kGradKeys = 384;    // of a block of the backward pass: all of theirs stays in the second-level cache
+
+ALWAYS_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Floats from one row of scores to the next: an odd number of vectors, so that a column spreads over the cache.
+ALWAYS_INLINE int64_t score_row(int64_t keys) {
+  return round_up(keys, 2 * lanes<float>) + lanes<float>;
+}
+
+// The same for rows of P or dS as a left factor: float ones replace the scores, pairs are half as long.
+template <class E>
+ALWAYS_INLINE int64_t factor_row(int64_t keys) {
+  return kValues<E> == 1 ? score_row(keys) : score_row(elements<E>(keys));
+}
+
+// Hands out consecutive pieces of a workspace.
+struct Pieces {
+  char* next;
+
+  template <class T>
+  T* take(int64_t n) {
+    T* piece = reinterpret_cast<T*>(next);
+    next += round_up(n * sizeof(T), 64);
+    return piece;
+  }
+};
+
+ALWAYS_INLINE void store_factors(float* row, int64_t j, vec<float> x) { store(row + j, x); }
+ALWAYS_INLINE void store_factors(bf16_pair* row, int64_t j, vec<float> x) {
+  store(reinterpret_cast<bf16*>(row) + j, x);
+}
+
+template <class X>
+ALWAYS_INLINE void store_row(const float* x, float factor, int64_t D, X* out) {
+  for_each_vector<float>(0, D, [&](int64_t d, auto part) { store(out + d, load(x + d) * factor, part); });
+}
+
+// ---- forward
+
+template <class E>
+struct ForwardWorkspace {
+  E *rows, *k_transpose, *v, *q, *p;
+  float *scores, *out;
+  char* end;
+
+  ForwardWorkspace(void* memory, int64_t N, int64_t D) {
+    Pieces pieces{static_cast<char*>(memory)};
+    const int64_t row = packed_row<E>(D), keys = round_up(N, kPanel);
+    rows = pieces.take<E>(keys * row);
+    k_transpose = pieces.take<E>(keys * row);
+    v = kValues<E> == 1 ? rows : pieces.take<E>((N + 1) * row);
+    q = pieces.take<E>(kQueries * row);
+    scores = pieces.take<float>(kQueries * score_row(N));
+    p = kValues<E> == 1 ? reinterpret_cast<E*>(scores) : pieces.take<E>(kQueries * factor_row<E>(N));
+    out = pieces.take<float>(kQueries * kValues<E> * row);
+    end = pieces.next;
+  }
+};
+
+struct RowSum {
+  float max, sum;
+};
+
+// Turns a row of products into p = exp(scale * s - max), and zeros up to a whole vector.
+template <class E>
+ALWAYS_INLINE RowSum exp_row(const float* s, int64_t N, float scale, E* p) {
+  vec<float> lane_max = broadcast(-INFINITY);
+  for_each_vector<float>(0, N, [&](int64_t j, auto part) {
+    lane_max = maximum(keep(load(s + j) * scale, part, -INFINITY), lane_max);
+  });
+  const float max = largest_lane<float>(lane_max);
+  vec<float> sum = {};
+  for_each_vector<float>(0, N, [&](int64_t j, auto part) {
+    const vec<float> x = exp<float>(keep(load(s + j) * scale - max, part, -INFINITY));
+    sum += x;
+    store_factors(p, j, x);
+  });
+  return {max, sum_of_lanes(sum)};
+}
+
+template <class X>
+void attention_forward(HeadShape shape, Tokens<const X> q, Tokens<const X> k, Tokens<const X> v, int64_t begin,
+                       int64_t end, Tokens<X> out, float* lse, void* workspace) {
+  using E = Element<X>;
+  const auto [N, D, scale] = shape;
+  const ForwardWorkspace<E> w(workspace, N, D);
+  const int64_t row = packed_row<E>(D), s_row = score_row(N), p_row = factor_row<E>(N), out_row = kValues<E> * row;
+
+  pack_rows(k.data, k.stride, N, D, w.rows, lanes<E>);
+  transpose_rows(w.rows, round_up(N, lanes<E>), D, w.k_transpose);
+  pack_rows(v.data, v.stride, N, D, w.rows);
+  const Right<E> k_right = transpose_as_right(w.k_transpose, D);
+  const Right<E> v_right = rows_as_right(zip_rows(w.rows, row, N, w.v), D);
+
+  for (; begin < end; begin += kQueries) {
+    const int64_t rows = min(kQueries, end - begin);
+    pack_rows(q.data + begin * q.stride, q.stride, rows, D, w.q);
+    multiply(Left<E>{w.q, row, 1}, k_right, elements<E>(D), rows, N, w.scores, s_row, false);
+    RowSum sums[kQueries];
+    for (int64_t i = 0; i < rows; ++i) sums[i] = exp_row(w.scores + i * s_row, N, scale, w.p + i * p_row);
+    multiply(Left<E>{w.p, p_row, 1}, v_right, elements<E>(N), rows, D, w.out, out_row, false);
+    for (int64_t i = 0; i < rows; ++i) {
+      store_row(w.out + i * out_row, 1 / sums[i].sum, D, out.data + (begin + i) * out.stride);
+      lse[begin + i] = sums[i].max + logf(sums[i].sum);
+    }
+  }
+}
+
+// ---- backward
+
+template <class E>
+struct BackwardWorkspace {
+  E *rows, *k, *k_transpose, *v_transpose, *q, *q_zipped, *grad, *grad_zipped, *p, *p_zipped, *ds, *ds_zipped;
+  float *delta, *scores, *dp, *dq, *dk, *dv;
+  char* end;
+
+  BackwardWorkspace(void* memory, int64_t N, int64_t D) {
+    constexpr bool zips = kValues<E> > 1;
+    Pieces pieces{static_cast<char*>(memory)};
+    const int64_t row = packed_row<E>(D), keys = min(N, kGradKeys), padded = round_up(keys, kPanel);
+    const int64_t sum_row = kValues<E> * row, queries = kGradQueries;
+    rows = pieces.take<E>(padded * row);
+    k_transpose = pieces.take<E>(padded * row);
+    v_transpose = pieces.take<E>(padded * row);
+    k = pieces.take<E>((padded + 1) * row);
+    q = pieces.take<E>(queries * row);
+    grad = pieces.take<E>(queries * row);
+    scores = pieces.take<float>(queries * score_row(keys));
+    dp = pieces.take<float>(queries * score_row(keys));
+    p = zips ? pieces.take<E>(queries * factor_row<E>(keys)) : reinterpret_cast<E*>(scores);
+    ds = zips ? pieces.take<E>(queries * factor_row<E>(keys)) : reinterpret_cast<E*>(dp);
+    q_zipped = zips ? pieces.take<E>(queries * row) : q;
+    grad_zipped = zips ? pieces.take<E>(queries * row) : grad;
+    p_zipped = zips ? pieces.take<E>(queries * factor_row<E>(keys)) : p;
+    ds_zipped = zips ? pieces.take<E>(queries * factor_row<E>(keys)) : ds;
+    delta = pieces.take<float>(N);
+    dq = pieces.take<float>(N * sum_row);
+    dk = pieces.take<float>(keys * sum_row);
+    dv = pieces.take<float>(keys * sum_row);
+    end = pieces.next;
+  }
+};
+
+template <class X>
+ALWAYS_INLINE float dot(const X* a, const X* b, int64_t D) {
+  vec<float> sum = {};
+  for_each_vector<float>(0, D, [&](int64_t d, auto part) { sum += load(a + d, part) * load(b + d, part); });
+  return sum_of_lanes(sum);
+}
+
+// From a row of products s and of dp: p = exp(scale * s - lse) and ds = p (dp - delta), and zeros up to a whole vector.
+template <class E>
+ALWAYS_INLINE void grad_row(const float* s, const float* dp, int64_t keys, float scale, float lse, float delta, E* p,
+                            E* ds) {
+  for_each_vector<float>(0, keys, [&](int64_t j, auto part) {
+    const vec<float> p_j = exp<float>(keep(load(s + j) * scale - lse, part, -INFINITY));
+    const vec<float> ds_j = p_j * keep(load(dp + j) - delta, part, 0);
+    store_factors(p, j, p_j);
+    store_factors(ds, j, ds_j);
+  });
+}
+
+template <class X>
+void attention_backward(HeadShape shape, Tokens<const X> grad, Tokens<const X> q, Tokens<const X> k,
+                        Tokens<const X> v, Tokens<const X> out, const float* lse, Tokens<X> dq, Tokens<X> dk,
+                        Tokens<X> dv, void* workspace) {
+  using E = Element<X>;
+  const auto [N, D, scale] = shape;
+  const BackwardWorkspace<E> w(workspace, N, D);
+  const int64_t row = packed_row<E>(D), sum_row = kValues<E> * row;
+  const Right<E> k_transpose = transpose_as_right(w.k_transpose, D), v_transpose = transpose_as_right(w.v_transpose, D);
+
+  for (int64_t i = 0; i < N; ++i) w.delta[i] = dot(grad.data + i * grad.stride, out.data + i * out.stride, D);
+
+  for (int64_t first_key = 0; first_key < N; first_key += kGradKeys) {
+    const int64_t keys = min(kGradKeys, N - first_key);
+    const int64_t s_row = score_row(keys), p_row = factor_row<E>(keys);
+    pack_rows(v.data + first_key * v.stride, v.stride, keys, D, w.rows, lanes<E>);
+    transpose_rows(w.rows, round_up(keys, lanes<E>), D, w.v_transpose);
+    pack_rows(k.data + first_key * k.stride, k.stride, keys, D, w.rows, lanes<E>);
+    transpose_rows(w.rows, round_up(keys, lanes<E>), D, w.k_transpose);
+    const Right<E> k_right = rows_as_right(zip_rows(w.rows, row, keys, w.k), D);
+
+    for (int64_t begin = 0; begin < N; begin += kGradQueries) {
+      const int64_t rows = min(kGradQueries, N - begin);
+      pack_rows(q.data + begin * q.stride, q.stride, rows, D, w.q);
+      pack_rows(grad.data + begin * grad.stride, grad.stride, rows, D, w.grad);
+      multiply(Left<E>{w.q, row, 1}, k_transpose, elements<E>(D), rows, keys, w.scores, s_row, false);
+      multiply(Left<E>{w.grad, row, 1}, v_transpose, elements<E>(D), rows, keys, w.dp, s_row, false);
+      for (int64_t i = 0; i < rows; ++i) {
+        grad_row(w.scores + i * s_row, w.dp + i * s_row, keys, scale, lse[begin + i], w.delta[begin + i],
+                 w.p + i * p_row, w.ds + i * p_row);
+      }
+      multiply(Left<E>{w.ds, p_row, 1}, k_right, elements<E>(keys), rows, D, w.dq + begin * sum_row, sum_row,
+               first_key > 0);
+      const Left<E> p_left{zip_rows(w.p, p_row, rows, w.p_zipped), 1, kValues<E> * p_row};
+      const Left<E> ds_left{zip_rows(w.ds, p_row, rows, w.ds_zipped), 1, kValues<E> * p_row};
+      const Right<E> q_right = rows_as_right(zip_rows(w.q, row, rows, w.q_zipped), D);
+      const Right<E> grad_right = rows_as_right(zip_rows(w.grad, row, rows, w.grad_zipped), D);
+      multiply(p_left, grad_right, elements<E>(rows), keys, D, w.dv, sum_row, begin > 0);
+      multiply(ds_left, q_right, elements<E>(rows), keys, D, w.dk, sum_row, begin > 0);
+    }
+    for (int64_t j = 0; j < keys; ++j) {
+      store_row(w.dk + j * sum_row, scale, D, dk.data + (first_key + j) * dk.stride);
+      store_row(w.dv + j * sum_row, 1, D, dv.data + (first_key + j) * dv.stride);
+    }
+  }
+  for (int64_t i = 0; i < N; ++i) store_row(w.dq + i * sum_row, scale, D, dq.data + i * dq.stride);
+}
+
+template <class X>
+int64_t attention_forward_workspace(int64_t N, int64_t D) {
+  return ForwardWorkspace<Element<X>>(nullptr, N, D).end - static_cast<char*>(nullptr);
+}
+
+template <class X>
+int64_t attention_backward_workspace(int64_t N, int64_t D) {
+  return BackwardWorkspace<Element<X>>(nullptr, N, D).end - static_cast<char*>(nullptr);
+}
+
+#define INSTANTIATE(X)                                                                                               \
+  template int64_t attention_forward_workspace<X>(int64_t, int64_t);                                                 \
+  template int64_t attention_backward_workspace<X>(int64_t, int64_t);                                                \
+  template void attention_forward(HeadShape, Tokens<const X>, Tokens<const X>, Tokens<const X>, int64_t, int64_t,    \
+                                  Tokens<X>, float*, void*);                                                         \
+  template void attention_backward(HeadShape, Tokens<const X>, Tokens<const X>, Tokens<const X>, Tokens<const X>,    \
+                                   Tokens<const X>, const float*, Tokens<X>, Tokens<X>, Tokens<X>, void*);
+INSTANTIATE(float)
+INSTANTIATE(bf16)
+INSTANTIATE(fp16)
+
+}  // namespace CPU_TARGET
