@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2_kernels._library import autocast_dtype, define, needs_gradient
+from dinov2_kernels._library import autocast_dtype, define, differentiably, needs_gradient
 from dinov2_kernels.attention import reference
 from dinov2_kernels.packing import PackedLayout
 
@@ -86,7 +86,7 @@ def varlen_attention(
     q, k, v = _dense(q), _dense(k), _dense(v)
     scale = q.shape[2] ** -0.5 if scale is None else scale
     if needs_gradient(q, k, v):
-        return _Attention.apply(q, k, v, cu_seqlens, runs, scale)  # type: ignore[no-any-return, no-untyped-call]
+        return differentiably(_Attention, q, k, v, cu_seqlens, runs, scale)  # type: ignore[no-any-return]
     return _run_forward(q, k, v, cu_seqlens, runs, scale)[0]
 
 
@@ -116,7 +116,7 @@ def varlen_attention_qkvpacked(
     qkv = _dense(qkv)
     scale = qkv.shape[3] ** -0.5 if scale is None else scale
     if needs_gradient(qkv):
-        return _PackedAttention.apply(qkv, cu_seqlens, runs, scale)  # type: ignore[no-any-return, no-untyped-call]
+        return differentiably(_PackedAttention, qkv, cu_seqlens, runs, scale)  # type: ignore[no-any-return]
     return _run_forward(*qkv.unbind(1), cu_seqlens, runs, scale)[0]
 
 

@@ -9,8 +9,9 @@ and, with the gradient g_i of o_i and delta_i = g_i . o_i,
     dv_j = sum_i p_ij g_i       ds_ij = p_ij (g_i . v_j - delta_i)
     dq_i = scale * sum_j ds_ij k_j        dk_j = scale * sum_i ds_ij q_i
 
-Tokens of different sequences do not see each other. Legend: T tokens, H heads of width D; a run is S sequences of N
-tokens.
+Tokens of different sequences do not see each other. Arithmetic is float32, or float64 for float64 tokens.
+
+Legend: T tokens, H heads of width D; a run is S sequences of N tokens.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ def attention_forward(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)  # [T, H, D]
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=accumulation_dtype(q))  # [H, T]
     for tokens, count in split_into_runs(cu_seqlens, runs):
-        scores = _scores(q[tokens], k[tokens], count, scale)  # [S, H, N, N]
-        attended = torch.einsum("shij,sjhd->sihd", scores.softmax(dim=-1), v[tokens].unflatten(0, (count, -1)))
-        out[tokens] = attended.flatten(0, 1)
-        lse[:, tokens] = scores.to(lse.dtype).logsumexp(dim=-1).transpose(0, 1).flatten(1)
+        q_run, k_run, v_run = (_widen(x[tokens], count) for x in (q, k, v))  # [S, N, H, D] each
+        scores = torch.einsum("sihd,sjhd->shij", q_run, k_run) * scale  # [S, H, N, N]
+        out[tokens] = torch.einsum("shij,sjhd->sihd", scores.softmax(dim=-1), v_run).flatten(0, 1).to(out.dtype)
+        lse[:, tokens] = scores.logsumexp(dim=-1).transpose(0, 1).flatten(1)
     return out, lse
 
 
@@ -53,13 +54,14 @@ def attention_backward(
     """Gradients [T, 3, H, D] of q, k and v, given that of the result, grad [T, H, D]."""
     dqkv = q.new_empty(q.shape[0], 3, *q.shape[1:])  # [T, 3, H, D]
     for tokens, count in split_into_runs(cu_seqlens, runs):
-        p = _scores(q[tokens], k[tokens], count, scale).softmax(dim=-1)  # [S, H, N, N]
-        g, q_run, k_run, v_run, o = (x[tokens].unflatten(0, (count, -1)) for x in (grad, q, k, v, out))  # [S, N, H, D]
+        g, q_run, k_run, v_run, o = (_widen(x[tokens], count) for x in (grad, q, k, v, out))  # [S, N, H, D] each
+        p = (torch.einsum("sihd,sjhd->shij", q_run, k_run) * scale).softmax(dim=-1)  # [S, H, N, N]
         delta = (g * o).sum(dim=-1).transpose(1, 2).unsqueeze(-1)  # [S, H, N, 1]
         ds = p * (torch.einsum("sihd,sjhd->shij", g, v_run) - delta) * scale  # [S, H, N, N]
-        dqkv[tokens, 0] = torch.einsum("shij,sjhd->sihd", ds, k_run).flatten(0, 1)
-        dqkv[tokens, 1] = torch.einsum("shij,sihd->sjhd", ds, q_run).flatten(0, 1)
-        dqkv[tokens, 2] = torch.einsum("shij,sihd->sjhd", p, g).flatten(0, 1)
+        dq = torch.einsum("shij,sjhd->sihd", ds, k_run)  # [S, N, H, D]
+        dk = torch.einsum("shij,sihd->sjhd", ds, q_run)
+        dv = torch.einsum("shij,sihd->sjhd", p, g)
+        dqkv[tokens] = torch.stack([dq, dk, dv], dim=2).flatten(0, 1).to(dqkv.dtype)
     return dqkv
 
 
@@ -93,6 +95,7 @@ def split_into_runs(cu_seqlens: Tensor | None, runs: Sequence[int]) -> Iterator[
         start += count * length
 
 
-def _scores(q: Tensor, k: Tensor, count: int, scale: float) -> Tensor:
-    q, k = q.unflatten(0, (count, -1)), k.unflatten(0, (count, -1))  # [S, N, H, D]
-    return torch.einsum("sihd,sjhd->shij", q, k) * scale  # [S, H, N, N]
+def _widen(x: Tensor, count: int) -> Tensor:
+    """The sequences [S, N, H, D] of a run [S * N, H, D], in the dtype of arithmetic."""
+    sequences: Tensor = x.to(accumulation_dtype(x)).unflatten(0, (count, -1))
+    return sequences

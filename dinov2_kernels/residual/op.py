@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinov2_kernels._library import autocast_dtype, define, needs_gradient
+from dinov2_kernels._library import autocast_dtype, define, differentiably, needs_gradient
 from dinov2_kernels.residual import reference
 from dinov2_kernels.residual.sampling import Subset
 
@@ -108,8 +108,8 @@ def gather_norm(
     weight, bias = _contiguous(norm.weight), _contiguous(norm.bias)
     if not needs_gradient(x, weight, bias):
         return _gather_norm(x, subset.rows, weight, bias, norm.eps, dtype)[0], x
-    return _GatherNorm.apply(  # type: ignore[no-any-return, no-untyped-call]
-        x, subset.rows, weight, bias, norm.eps, dtype, inplace, recompute or inplace
+    return differentiably(  # type: ignore[no-any-return]
+        _GatherNorm, x, subset.rows, weight, bias, norm.eps, dtype, inplace, recompute or inplace
     )
 
 
@@ -131,8 +131,8 @@ def scatter_add(
     """
     residual, gamma, bias = residual.contiguous(), _contiguous(gamma), _contiguous(bias)
     if needs_gradient(x, residual, gamma, bias):
-        return _ScatterAdd.apply(  # type: ignore[no-any-return, no-untyped-call]
-            x, residual, subset.rows, subset.position, subset.scale, gamma, bias, inplace
+        return differentiably(  # type: ignore[no-any-return]
+            _ScatterAdd, x, residual, subset.rows, subset.position, subset.scale, gamma, bias, inplace
         )
     return _run_scatter(x, residual, subset.rows, subset.position, subset.scale, gamma, bias, inplace)
 

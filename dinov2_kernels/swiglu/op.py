@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2_kernels._library import define, needs_gradient
+from dinov2_kernels._library import define, differentiably, needs_gradient
 from dinov2_kernels.swiglu import reference
 
 _TRITON = "dinov2_kernels.swiglu.triton_kernel"
@@ -56,7 +56,7 @@ def swiglu(x12: Tensor) -> Tensor:
         raise TypeError(f"x12: expected a floating-point tensor, got {x12.dtype}")
     x12 = x12.contiguous()
     if needs_gradient(x12):
-        return _SwiGLU.apply(x12)  # type: ignore[no-any-return, no-untyped-call]
+        return differentiably(_SwiGLU, x12)  # type: ignore[no-any-return]
     y: Tensor = _forward(x12)
     return y
 

@@ -26,6 +26,7 @@ def test_the_result_has_the_dtype_of_the_input_under_autocast(rate: float) -> No
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 @pytest.mark.parametrize("rate", [0.0, 0.5])
 def test_autocast_writes_the_norm_in_its_dtype(rate: float, mode: dict[str, bool]) -> None:
+    torch.manual_seed(0)
     linear, norm, gamma = nn.Linear(16, 16), nn.LayerNorm(16), nn.Parameter(torch.ones(16))
     x, seen = torch.randn(6, 16, requires_grad=True), []
 
