@@ -32,6 +32,8 @@ recipe's time in float32, and 24 to 30 ms, 0.31 to 0.36, in bfloat16. What the p
 from __future__ import annotations
 
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -200,3 +202,50 @@ def test_block(benchmark: BenchmarkFixture, compare: Compare, device: str) -> No
 
     steps = [step_of(Block(384, 6, init_values=1e-5, drop_path=rate).to(device)) for rate in (0.4, 0.0)]
     compare(*steps, least_bytes=0, rounds=9)
+
+
+PEAK_MEMORY = """
+import sys
+from pathlib import Path
+import torch
+from benchmarks import residual
+
+def memory(name):
+    return next(1024 * int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith(name))
+
+tokens = residual.Residual(residual.CROPS, 384, torch.float32, "cpu")
+peaks = []
+for _ in range(3):  # the first time starts the threads and loads the libraries
+    spare = [tokens.x.clone()] if sys.argv[1] == "inplace" else []
+    if sys.argv[1] == "recipe":
+        step = residual.recipe_step(tokens, 0.3)
+    else:
+        mode = residual.MODES[sys.argv[1]]
+        step = tokens.training_step(lambda x: tokens.dropping(spare.pop() if spare else x, 0.3, **mode))
+        tokens.x.grad = None
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
+    held = memory("VmRSS")
+    step()
+    peaks.append(memory("VmHWM") - held)
+print(min(peaks[1:]))
+"""
+
+
+def extra_peak(mode: str) -> int:
+    """Bytes beyond what is held before a forward and backward pass, in a process of its own."""
+    command = [sys.executable, "-c", PEAK_MEMORY, mode]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("mode", ["functional", "inplace"])
+def test_peak_memory(benchmark: BenchmarkFixture, mode: str) -> None:
+    """Stochastic depth with an empty branch, as above, with the allocator as it comes."""
+    benchmark.group = "extra peak memory of stochastic depth, forward and backward, beside the recipe's"
+    ours = benchmark.pedantic(extra_peak, (mode,), rounds=1)
+    recipe = extra_peak("recipe")
+    benchmark.extra_info |= {
+        "extra_peak_MB": round(ours / 1e6),
+        "recipe_extra_peak_MB": round(recipe / 1e6),
+        "share_of_recipe": round(ours / recipe, 2),
+    }
