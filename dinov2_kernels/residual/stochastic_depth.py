@@ -68,16 +68,9 @@ def stochastic_depth(
         [T, C] in the dtype of x.
 
     Raises:
-        ValueError: x, the residual or ``drop_rate`` is not as described.
+        TypeError, ValueError: an argument or the residual is not as described.
     """
-    layout.check(x, "x")
-    if x.dim() != 2:
-        raise ValueError(f"x: expected shape [T, C], got {list(x.shape)}")
-    if not 0.0 <= drop_rate < 1.0:
-        raise ValueError(f"drop_rate: expected a number in [0, 1), got {drop_rate}")
-    for name, vector in (("gamma", gamma), ("bias", bias)):
-        if vector is not None and vector.shape != x.shape[1:]:
-            raise ValueError(f"{name}: expected shape {[x.shape[1]]}, the channels of x, got {list(vector.shape)}")
+    _check(x, layout, drop_rate, gamma, bias)
     if inplace:
         _check_overwritable(x)
     x = x.contiguous()
@@ -90,7 +83,28 @@ def stochastic_depth(
     residual = branch(kept, subset.layout)
     if residual.shape != kept.shape:
         raise ValueError(f"branch: expected a residual of shape {list(kept.shape)}, got {list(residual.shape)}")
+    if residual.device != x.device:
+        raise ValueError(f"branch: expected a residual on the device of x, {x.device}, got {residual.device}")
     return scatter_add(x, residual, subset, gamma, bias, inplace=inplace)
+
+
+def _check(x: Tensor, layout: PackedLayout, drop_rate: float, gamma: Tensor | None, bias: Tensor | None) -> None:
+    if not isinstance(layout, PackedLayout):
+        raise TypeError(f"layout: expected a PackedLayout, got {type(layout).__name__}")
+    layout.check(x, "x")
+    if x.dim() != 2:
+        raise ValueError(f"x: expected shape [T, C], got {list(x.shape)}")
+    if not x.is_floating_point():
+        raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
+    if not 0.0 <= drop_rate < 1.0:
+        raise ValueError(f"drop_rate: expected a number in [0, 1), got {drop_rate}")
+    for name, vector in (("gamma", gamma), ("bias", bias)):
+        if vector is None:
+            continue
+        if vector.shape != x.shape[1:]:
+            raise ValueError(f"{name}: expected shape {[x.shape[1]]}, the channels of x, got {list(vector.shape)}")
+        if vector.device != x.device:
+            raise ValueError(f"{name}: expected the device of x, {x.device}, got {vector.device}")
 
 
 def _check_overwritable(x: Tensor) -> None:
@@ -108,6 +122,8 @@ def _base_of(x: Tensor) -> Tensor:
 
 def _is_plain(norm: nn.LayerNorm, x: Tensor) -> bool:
     """Whether a call of the module does nothing but its LayerNorm over the channels: no hooks, no other forward."""
+    if norm.weight is not None and norm.weight.device != x.device:
+        return False  # a call of it says so
     hooks = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
     return not hooks and type(norm).forward is nn.LayerNorm.forward and norm.normalized_shape == x.shape[1:]
 

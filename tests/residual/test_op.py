@@ -277,3 +277,17 @@ def test_bad_shapes() -> None:
     for name in ("gamma", "bias"):
         with pytest.raises(ValueError, match=rf"{name}: expected shape \[2\], the channels of x, got \[3\]"):
             stochastic_depth(torch.ones(6, 2), layout, lambda h, _: h, drop_rate=0.0, **{name: torch.ones(3)})
+
+
+def test_bad_types_and_devices() -> None:
+    layout, x = PackedLayout([(3, 2)]), torch.ones(6, 2)
+    with pytest.raises(TypeError, match="layout: expected a PackedLayout, got list"):
+        stochastic_depth(x, [(3, 2)], lambda h, _: h, drop_rate=0.0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"x: expected a floating-point tensor, got torch.int64"):
+        stochastic_depth(x.long(), layout, lambda h, _: h, drop_rate=0.0)
+    with pytest.raises(ValueError, match="branch: expected a residual on the device of x, cpu, got meta"):
+        stochastic_depth(x, layout, lambda h, _: h.to("meta"), drop_rate=0.0)
+    with pytest.raises(ValueError, match="gamma: expected the device of x, cpu, got meta"):
+        stochastic_depth(x, layout, lambda h, _: h, drop_rate=0.0, gamma=torch.ones(2, device="meta"))
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):  # PyTorch's own error, of the norm's call
+        stochastic_depth(x, layout, lambda h, _: h, drop_rate=0.0, norm=nn.LayerNorm(2, device="meta"))
