@@ -12,10 +12,10 @@ from dinov2_kernels import PackedLayout, stochastic_depth, use_backend
 from dinov2_kernels._backend import Backend
 from dinov2_kernels.residual import reference, triton_kernel, triton_sampling
 from tests.residual.cases import CASES, DTYPES, Case, assert_matches_reference, operators_of
-from tests.triton_rounding import round_to_nearest
+from tests.triton_interpreter import exact_bfloat16
 
 pytestmark = [
-    pytest.mark.usefixtures("poisoned_outputs", "rounding"),
+    pytest.mark.usefixtures("poisoned_outputs"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, test_gpu.py runs the compiled kernels"),
 ]
 
@@ -23,9 +23,9 @@ TRITON = SimpleNamespace(**(vars(triton_kernel) | vars(triton_sampling)))
 operators = operators_of(TRITON)
 
 
-@pytest.fixture
-def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    round_to_nearest(monkeypatch)
+@pytest.fixture(autouse=True)
+def _bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact_bfloat16(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
