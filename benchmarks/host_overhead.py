@@ -9,7 +9,7 @@ Predictions: an autograd function takes 5 us, an operator with its allocations 3
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -60,6 +60,15 @@ FUNCTIONS: dict[str, Callable[[Inputs], Tensor]] = {
     "F.silu * value": lambda inputs: F.silu(inputs.gate) * inputs.value,
     "swiglu": lambda inputs: dk.swiglu(inputs.x12),
 }
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Waking another thread takes 10 us or more: that would be all one measures of PyTorch's functions."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
