@@ -12,7 +12,6 @@ C = 384 float32, 90 MB; m = 0.70 T C are the elements of the kept tokens.
   ours 5 and 12, torch.compile 2 and, as it must read x and the gradient again for the sums over tokens, 7. Ours cannot
   reach torch.compile here, since a real branch stands between its two kernels: 0.4 of its speed forward, 0.6 with
   backward, and 1.5 to 2 times eager PyTorch's.
-- A call on the host: two autograd functions at 5 us, five operators and allocations at 3 us, the draw at 10 us: 50 us.
 - A block of ViT-S at drop rate 0.4: 0.6 of the branches' work and all of the rest, 0.62 to 0.66 of the time.
 
 Measured (AMD EPYC with AVX-512, 2026-11-25, on a machine that also did other work): 41 to 44 ms, 0.26 to 0.31 of the
@@ -23,15 +22,12 @@ recipe's time in float32, and 24 to 30 ms, 0.31 to 0.36, in bfloat16. What the p
 - Without dropping, ours takes 0.5 to 0.8 of torch.compile's time where a tensor is above 32 MB, and 0.9 to 1.7 below.
   The likely reason, not isolated: from 32 MB on glibc maps every result afresh, in pages of 4 KB unless asked; below,
   memory is used again, and two kernels show beside one. Over eager PyTorch it is 1.1 to 4.6 times faster.
-- A call costs 80 to 90 us on the host with gradients and 40 us without, of which the operators are 25: an
-  autograd function costs about 20 us, four times the prediction.
 - The block takes 0.52 of the time, less than its 0.6 of the work. Attention still ran as plain PyTorch; why dropping
   saves more than its share was not looked into.
 """
 
 from __future__ import annotations
 
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -168,21 +164,6 @@ def test_without_dropping(
         least_bytes = 16 * residual.x.nbytes
         steps = residual.training_step(residual.whole), residual.training_step(compiled)
         compare(*steps, least_bytes=least_bytes, rounds=25)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_host_overhead(benchmark: BenchmarkFixture, compare: Compare, device: str) -> None:
-    """A call with so few tokens that only the host's work counts."""
-    calls = 200
-    benchmark.group = f"{calls} calls with few tokens on {device}, beside the eager expression without dropping"
-    residual = Residual(dk.PackedLayout([(4, 5), (6, 2)]), 64, torch.float32, device)
-
-    def times(forward: Callable[[Tensor], Tensor]) -> Step:
-        return lambda: [forward(residual.x) for _ in range(calls)]
-
-    compare(times(lambda x: residual.dropping(x, 0.3)), times(residual.plain), least_bytes=0, rounds=15)
-    median = statistics.median(benchmark.stats.stats.data)
-    benchmark.extra_info["microseconds_per_call"] = round(1e6 * median / calls, 1)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dinov2_kernels._triton import widen
+
 
 def swiglu(x12: Tensor) -> Tensor:
     """silu(x1) * x2 [..., H]. Moves 3 R H elements: reads x12, writes the result."""
@@ -44,8 +46,8 @@ def _tiles(y: Tensor) -> tuple[tuple[int], dict[str, int]]:
 def _forward(x12, y, R, H, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     row, column, inside = _tile(R, H, ROWS, WIDTH)
     gate = row * 2 * H + column  # [ROWS, WIDTH]
-    x1 = _widen(tl.load(x12 + gate, mask=inside, other=0.0))
-    x2 = _widen(tl.load(x12 + gate + H, mask=inside, other=0.0))
+    x1 = widen(tl.load(x12 + gate, mask=inside, other=0.0))
+    x2 = widen(tl.load(x12 + gate + H, mask=inside, other=0.0))
     tl.store(y + row * H + column, x1 * tl.sigmoid(x1) * x2, mask=inside)
 
 
@@ -53,9 +55,9 @@ def _forward(x12, y, R, H, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 def _backward(grad, x12, dx12, R, H, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     row, column, inside = _tile(R, H, ROWS, WIDTH)
     gate = row * 2 * H + column  # [ROWS, WIDTH]
-    x1 = _widen(tl.load(x12 + gate, mask=inside, other=0.0))
-    x2 = _widen(tl.load(x12 + gate + H, mask=inside, other=0.0))
-    g = _widen(tl.load(grad + row * H + column, mask=inside, other=0.0))
+    x1 = widen(tl.load(x12 + gate, mask=inside, other=0.0))
+    x2 = widen(tl.load(x12 + gate + H, mask=inside, other=0.0))
+    g = widen(tl.load(grad + row * H + column, mask=inside, other=0.0))
     s = tl.sigmoid(x1)
     tl.store(dx12 + gate, g * x2 * s * (1 + x1 * (1 - s)), mask=inside)
     tl.store(dx12 + gate + H, g * x1 * s, mask=inside)
@@ -68,9 +70,3 @@ def _tile(R, H, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     row = (tl.program_id(0) // pieces * ROWS + tl.arange(0, ROWS))[:, None]
     column = (tl.program_id(0) % pieces * WIDTH + tl.arange(0, WIDTH))[None, :]
     return row.to(tl.int64), column, (row < R) & (column < H)
-
-
-@triton.jit
-def _widen(x):
-    """float64 as it is, everything narrower in float32."""
-    return x if x.dtype == tl.float64 else x.to(tl.float32)

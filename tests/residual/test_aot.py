@@ -8,11 +8,11 @@ from tests import aot
 
 KERNELS = {
     "_kept_rows",
-    "_gather_norm",
-    "_gather_norm_backward",
-    "_scatter",
-    "_scatter_in_place",
-    "_scatter_backward",
+    "gather_norm",
+    "gather_norm_backward",
+    "scatter",
+    "scatter_in_place",
+    "scatter_backward",
 }
 
 

@@ -7,18 +7,18 @@ import torch
 
 from dinov2_kernels.swiglu import triton_kernel
 from tests.swiglu.cases import CASES, DTYPES, Case, assert_matches_reference
-from tests.triton_rounding import round_to_nearest
+from tests.triton_interpreter import exact_bfloat16
 
 pytestmark = [
-    pytest.mark.usefixtures("poisoned_outputs", "rounding"),
+    pytest.mark.usefixtures("poisoned_outputs"),
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),  # exp(1e4) gives a gate of 0
     pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, test_gpu.py runs the compiled kernels"),
 ]
 
 
-@pytest.fixture
-def rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    round_to_nearest(monkeypatch)
+@pytest.fixture(autouse=True)
+def _bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact_bfloat16(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
