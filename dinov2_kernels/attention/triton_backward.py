@@ -119,7 +119,7 @@ def backward_blocks(
     STEP: tl.constexpr,
     OFFSETS: tl.constexpr,
 ):
-    """Two programs share a block of one sequence and one head: one takes its queries, one its keys; the rest streams by.
+    """Two programs share a block of one sequence and one head: one takes its queries and one its keys.
 
     Programs of a sequence are neighbours, and run at a time: what one has read the others find in L2.
     """

@@ -13,18 +13,18 @@ tiles are the largest that ptxas does not spill (`python -m tests.aot attention`
 
 Beyond 64 tokens, a program of the backward takes a block of queries (dq: three products) or one of keys (dk and dv:
 four), by its number. In one launch the two roles of a sequence share what they read in L2, and memory moves the least,
-8 N D e bytes. It costs seven products instead of five, which read-outs for an sm_90 and 64 columns leave no way around:
+8 N D e bytes. It costs seven products instead of five; read-outs for sm_90 and 64 columns leave no way around:
 
-- The gradients of 272 keys and values are 136 KB of float32, over half of a multiprocessor's registers. Kept there while
-  queries pass by, they leave one program of eight warps that still spills 200 bytes a thread and more.
-- With a whole sequence in shared memory (86 KB), so that a role reads it once and not once for every block, the role of
-  queries takes 245 registers, but that of keys spills 416 bytes, and 1280 if it keeps delta; both in turn in one program
-  spill 628. Parts of 32 rows or eight warps do not help.
+- The gradients of 272 keys and values are 136 KB of float32, over half of a multiprocessor's registers. Kept there
+  while queries pass by, they leave one program of eight warps that still spills 200 bytes a thread and more.
+- With a whole sequence in shared memory (86 KB), so that a role reads it once and not once for every block, the role
+  of queries takes 245 registers, but that of keys spills 416 bytes, and 1280 if it keeps delta; both in turn in one
+  program spill 628. Parts of 32 rows do not help, nor do eight warps.
 - Two roles in blocks of 64 spill nothing: 250 registers and 48 KB, so two programs of four warps to a multiprocessor.
   Steps of 32 take 154, and three programs fit, but matrix instructions of 32 columns wait for shared memory.
 
 Computing delta in both roles, from a result that is in L2, costs less than a kernel before them or waiting for another
-program. For N tokens, programs read (3 + 2 b) N D e and (2 + 3 b) N D e from L2, with b blocks to a sequence.
+program. For b blocks to a sequence, programs read (3 + 2 b) N D e and (2 + 3 b) N D e bytes, mostly from L2.
 """
 
 from __future__ import annotations
