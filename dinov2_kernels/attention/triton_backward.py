@@ -1,10 +1,8 @@
-"""Backward attention in Triton: one kernel for sequences whose keys stay on the chip, two for longer ones.
+"""Backward attention in Triton: one kernel for sequences that fit into one tile, one for longer ones.
 
 No atomics and no float32 copy of a gradient in memory: every gradient is summed in registers, in a fixed order, and
-written once. The gradient is one tensor dqkv [T, 3, H, D].
-
-All three are launched with the same arguments. delta [H, T], grad_i . out_i, passes from the second to the third; the
-first, which has all it needs in one tile, keeps it to itself.
+written once. The gradient is one tensor dqkv [T, 3, H, D]. Both are launched with the same arguments, and both compute
+delta [queries], grad_i . out_i, where they need it.
 """
 
 from __future__ import annotations
@@ -35,7 +33,6 @@ def backward_short(
     v,
     out,
     lse,
-    delta,
     dqkv,
     table,
     start: tl.int64,
@@ -69,7 +66,7 @@ def backward_short(
     keys = load_tile(k, 0, length, token_stride, ROWS, D, True)
     values = load_tile(v, 0, length, token_stride, ROWS, D, True)
     grads = load_tile(grad, 0, length, H * D, ROWS, D, True)
-    norm, row_delta = _load_queries(grads, out, lse, 0, length, H * D, ROWS, D)
+    norm, row_delta = _load_queries(grads, out, lse, 0, length, H * D, ROWS, D, True)
     p, ds = _probabilities(keys, queries, values, grads, norm[None, :], row_delta[None, :], scale)  # [keys, queries]
     there = (row < length)[:, None]
     p = tl.where(there, p, 0.0).to(queries[0].dtype)
@@ -82,11 +79,14 @@ def backward_short(
 
 
 @triton.jit
-def _load_queries(grads, out, lse, first, end, row_stride, ROWS: tl.constexpr, D: tl.constexpr):
+def _load_queries(grads, out, lse, first, end, row_stride, ROWS: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
     """lse in units of log 2, and delta [ROWS]; lse is infinite for a query that is not there: it attends to nothing."""
+    delta = row_products(grads, load_tile(out, first, end, row_stride, ROWS, D, MASKED))
     row = first + tl.arange(0, ROWS)
-    norm = tl.load(lse + row, mask=row < end, other=float("inf")) / LN2
-    return norm, row_products(grads, load_tile(out, first, end, row_stride, ROWS, D, True))
+    if MASKED:
+        return tl.load(lse + row, mask=row < end, other=float("inf")) / LN2, delta
+    else:
+        return tl.load(lse + row) / LN2, delta
 
 
 @triton.jit
@@ -97,14 +97,13 @@ def _probabilities(x, y, gx, gy, norm, delta, scale):
 
 
 @triton.jit(do_not_specialize=["start", "length", "blocks"])
-def backward_queries(
+def backward_blocks(
     grad,
     q,
     k,
     v,
     out,
     lse,
-    delta,
     dqkv,
     table,
     start: tl.int64,
@@ -116,14 +115,18 @@ def backward_queries(
     H,
     scale,
     D: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
     OFFSETS: tl.constexpr,
 ):
-    """A program takes one block of queries of one sequence and one head; keys stream past. Writes delta [H, T] too."""
+    """Two programs share a block of one sequence and one head: one takes its queries and one its keys.
+
+    Programs of a sequence are neighbours, and run at a time: what one has read the others find in L2.
+    """
     program = tl.program_id(0)
-    head = program % H
-    first, length, first_row = find_block(program // H, table, start, length, blocks, QUERIES, OFFSETS)
+    takes_keys = program % 2 == 0  # the longer of the two first
+    head = program // 2 % H
+    first, length, first_row = find_block(program // 2 // H, table, start, length, blocks, BLOCK, OFFSETS)
     if first_row >= length:
         return
     q += first * token_stride + head.to(tl.int64) * head_stride
@@ -133,23 +136,44 @@ def backward_queries(
     out += (first * H + head) * D
     dqkv += (first * 3 * H + head) * D
     lse += head.to(tl.int64) * T + first
-    delta += head.to(tl.int64) * T + first
+    if takes_keys:
+        _take_keys(grad, q, k, v, out, lse, dqkv, first_row, length, token_stride, H, scale, D, BLOCK, STEP)
+    else:
+        _take_queries(grad, q, k, v, out, lse, dqkv, first_row, length, token_stride, H, scale, D, BLOCK, STEP)
 
-    row = first_row + tl.arange(0, QUERIES)
+
+@triton.jit
+def _take_queries(
+    grad,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    dqkv,
+    first_row,
+    length,
+    token_stride,
+    H,
+    scale,
+    D: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """dq of a block of queries: three products for each block of keys."""
     queries = load_tile(q, first_row, length, token_stride, QUERIES, D, True)
     grads = load_tile(grad, first_row, length, H * D, QUERIES, D, True)
-    norm, row_delta = _load_queries(grads, out, lse, first_row, length, H * D, QUERIES, D)
-    tl.store(delta + row, row_delta, mask=row < length)
+    norm, delta = _load_queries(grads, out, lse, first_row, length, H * D, QUERIES, D, True)
     dq = zero_tile(QUERIES, D)
     rest = length % KEYS
     for key in range(0, length - rest, KEYS):
-        dq = _visit_keys(queries, grads, k, v, token_stride, norm, row_delta, dq, key, length, scale, D, KEYS, False)
+        dq = _visit_keys(queries, grads, k, v, token_stride, norm, delta, dq, key, length, scale, D, KEYS, False)
     if rest > TAIL:
         key = length - rest
-        dq = _visit_keys(queries, grads, k, v, token_stride, norm, row_delta, dq, key, length, scale, D, KEYS, True)
+        dq = _visit_keys(queries, grads, k, v, token_stride, norm, delta, dq, key, length, scale, D, KEYS, True)
     elif rest > 0:
         key = length - rest
-        dq = _visit_keys(queries, grads, k, v, token_stride, norm, row_delta, dq, key, length, scale, D, TAIL, True)
+        dq = _visit_keys(queries, grads, k, v, token_stride, norm, delta, dq, key, length, scale, D, TAIL, True)
     store_tile(dqkv, first_row, length, 3 * H * D, scale_tile(dq, scale), D)
 
 
@@ -179,44 +203,25 @@ def _visit_keys(
     return add_product(ds.to(keys[0].dtype), keys, dq)
 
 
-@triton.jit(do_not_specialize=["start", "length", "blocks"])
-def backward_keys(
+@triton.jit
+def _take_keys(
     grad,
     q,
     k,
     v,
     out,
     lse,
-    delta,
     dqkv,
-    table,
-    start: tl.int64,
-    length: tl.int32,
-    blocks: tl.int32,
+    first_key,
+    length,
     token_stride,
-    head_stride,
-    T,
     H,
     scale,
     D: tl.constexpr,
-    QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
-    OFFSETS: tl.constexpr,
+    QUERIES: tl.constexpr,
 ):
-    """A program takes one block of keys of one sequence and one head; queries stream past."""
-    program = tl.program_id(0)
-    head = program % H
-    first, length, first_key = find_block(program // H, table, start, length, blocks, KEYS, OFFSETS)
-    if first_key >= length:
-        return
-    q += first * token_stride + head.to(tl.int64) * head_stride
-    k += first * token_stride + head.to(tl.int64) * head_stride
-    v += first * token_stride + head.to(tl.int64) * head_stride
-    grad += (first * H + head) * D
-    dqkv += (first * 3 * H + head) * D
-    lse += head.to(tl.int64) * T + first
-    delta += head.to(tl.int64) * T + first
-
+    """dk and dv of a block of keys: four products, and delta once more, for each block of queries."""
     keys = load_tile(k, first_key, length, token_stride, KEYS, D, True)
     values = load_tile(v, first_key, length, token_stride, KEYS, D, True)
     dk = zero_tile(KEYS, D)
@@ -224,17 +229,17 @@ def backward_keys(
     rest = length % QUERIES
     for row in range(0, length - rest, QUERIES):
         dk, dv = _visit_queries(
-            keys, values, q, grad, lse, delta, token_stride, H * D, dk, dv, row, length, scale, D, QUERIES, False
+            keys, values, q, grad, out, lse, token_stride, H * D, dk, dv, row, length, scale, D, QUERIES, False
         )
     if rest > TAIL:
         row = length - rest
         dk, dv = _visit_queries(
-            keys, values, q, grad, lse, delta, token_stride, H * D, dk, dv, row, length, scale, D, QUERIES, True
+            keys, values, q, grad, out, lse, token_stride, H * D, dk, dv, row, length, scale, D, QUERIES, True
         )
     elif rest > 0:
         row = length - rest
         dk, dv = _visit_queries(
-            keys, values, q, grad, lse, delta, token_stride, H * D, dk, dv, row, length, scale, D, TAIL, True
+            keys, values, q, grad, out, lse, token_stride, H * D, dk, dv, row, length, scale, D, TAIL, True
         )
     store_tile(dqkv + H * D, first_key, length, 3 * H * D, scale_tile(dk, scale), D)
     store_tile(dqkv + 2 * H * D, first_key, length, 3 * H * D, dv, D)
@@ -246,8 +251,8 @@ def _visit_queries(
     values,
     q,
     grad,
+    out,
     lse,
-    delta,
     token_stride,
     grad_token,
     dk,
@@ -259,15 +264,9 @@ def _visit_queries(
     QUERIES: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    row = first_row + tl.arange(0, QUERIES)
     queries = load_tile(q, first_row, length, token_stride, QUERIES, D, MASKED)
     grads = load_tile(grad, first_row, length, grad_token, QUERIES, D, MASKED)
-    if MASKED:  # infinity for a query that is not there: it attends to nothing
-        norm = tl.load(lse + row, mask=row < length, other=float("inf")) / LN2
-        row_delta = tl.load(delta + row, mask=row < length, other=0.0)
-    else:
-        norm = tl.load(lse + row) / LN2
-        row_delta = tl.load(delta + row)
-    p, ds = _probabilities(keys, queries, values, grads, norm[None, :], row_delta[None, :], scale)  # [KEYS, QUERIES]
+    norm, delta = _load_queries(grads, out, lse, first_row, length, grad_token, QUERIES, D, MASKED)
+    p, ds = _probabilities(keys, queries, values, grads, norm[None, :], delta[None, :], scale)  # [KEYS, QUERIES]
     dv = add_product(p.to(keys[0].dtype), grads, dv)
     return add_product(ds.to(keys[0].dtype), queries, dk), dv

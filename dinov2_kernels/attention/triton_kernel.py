@@ -49,14 +49,13 @@ def attention_backward(
 ) -> Tensor:
     """Gradients [T, 3, H, D] of q, k and v, given that of the result, grad [T, H, D].
 
-    Bytes, with e per element: 8 T H D e up to 64 tokens a sequence; beyond, two kernels move 12 T H D e from memory or
-    L2, and blocks of the longer side again from L2.
+    Bytes, with e per element: 8 T H D e. Beyond 64 tokens a sequence, blocks of it are read again by its other blocks,
+    from L2.
     """
     T, H, D = q.shape
     q, k, v = _with_equal_strides(q, k, v)
     dqkv = torch.empty((T, 3, H, D), dtype=q.dtype, device=q.device)  # [T, 3, H, D]
-    delta = torch.empty((H, T), dtype=torch.float32, device=q.device)  # [H, T]: what one kernel leaves for the next
-    tensors = (grad, q, k, v, out, lse, delta, dqkv)
+    tensors = (grad, q, k, v, out, lse, dqkv)
     token_stride, head_stride, _ = q.stride()
     with torch.cuda.device_of(q):
         for launch in backward_launches(cu_seqlens, runs, q):

@@ -4,18 +4,27 @@
 tokens    forward                                         backward
 ========  ==============================================  ============================================================
 1..64     one tile                                        one tile, five matrix products
-65..272   keys and values resident, full-row softmax      two kernels, blocks of 64 and a tail of 16
-longer    keys stream past 128 queries                    the same two kernels, blocks of 128
+65..272   keys and values resident, full-row softmax      one kernel of two roles, blocks of 64 and a tail of 16
+longer    keys stream past 128 queries                    the same kernel, blocks of 128
 ========  ==============================================  ============================================================
 
 The table is for bfloat16 and float16, heads of up to 64 columns, and Hopper. Elsewhere registers run out earlier, and
 tiles are the largest that ptxas does not spill (`python -m tests.aot attention`).
 
-Why two kernels take the backward of 65 to 272 tokens, with seven products instead of five: the gradients of 272 keys
-and values are 136 KB of float32, over half of a multiprocessor's registers. Kept there while queries pass by, they
-leave one program of eight warps that still spills 200 bytes a thread and more; the two kernels as two passes of one
-program spill 160. Apart they spill nothing, and two to three programs share a multiprocessor. Of 257 tokens and 64
-columns they move 12 instead of 8 N D e bytes, 92 ns of an H200's memory at most, beside 98 ns of its matrix units.
+Beyond 64 tokens, a program of the backward takes a block of queries (dq: three products) or one of keys (dk and dv:
+four), by its number. In one launch the two roles of a sequence share what they read in L2, and memory moves the least,
+8 N D e bytes. It costs seven products instead of five; read-outs for sm_90 and 64 columns leave no way around:
+
+- The gradients of 272 keys and values are 136 KB of float32, over half of a multiprocessor's registers. Kept there
+  while queries pass by, they leave one program of eight warps that still spills 200 bytes a thread and more.
+- With a whole sequence in shared memory (86 KB), so that a role reads it once and not once for every block, the role
+  of queries takes 245 registers, but that of keys spills 416 bytes, and 1280 if it keeps delta; both in turn in one
+  program spill 628. Parts of 32 rows do not help, nor do eight warps.
+- Two roles in blocks of 64 spill nothing: 250 registers and 48 KB, so two programs of four warps to a multiprocessor.
+  Steps of 32 take 154, and three programs fit, but matrix instructions of 32 columns wait for shared memory.
+
+Computing delta in both roles, from a result that is in L2, costs less than a kernel before them or waiting for another
+program. For b blocks to a sequence, programs read (3 + 2 b) N D e and (2 + 3 b) N D e bytes, mostly from L2.
 """
 
 from __future__ import annotations
@@ -28,7 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2_kernels.attention.triton_backward import backward_keys, backward_queries, backward_short
+from dinov2_kernels.attention.triton_backward import backward_blocks, backward_short
 from dinov2_kernels.attention.triton_forward import forward_resident, forward_streaming
 
 MOST_RUNS = 2  # that one tile takes in launches of their own: more are cheaper as one launch that reads a table
@@ -40,14 +49,17 @@ class Tile:
 
     Attributes:
         kernel: a Triton kernel.
-        block: rows of a sequence that one program takes; None: all.
         shape: names and values of the kernel's constants.
+        block: rows of a sequence that one program takes; None: all.
+        roles: programs that share a block.
     """
 
     kernel: Any
-    block: int | None
     shape: tuple[tuple[str, Any], ...]
     num_warps: int
+    num_stages: int = 2
+    block: int | None = None
+    roles: int = 1
 
 
 @dataclass(frozen=True)
@@ -75,7 +87,7 @@ class Launch:
     options: dict[str, Any]
 
 
-def forward_tiles(length: int | None, D: int, dtype: torch.dtype, hopper: bool) -> tuple[Tile, ...]:
+def forward_tile(length: int | None, D: int, dtype: torch.dtype, hopper: bool) -> Tile:
     """The kernel for sequences of this length, or of any where it is None."""
     half, narrow = dtype != torch.float32, D <= 64
     if length is not None:
@@ -83,12 +95,13 @@ def forward_tiles(length: int | None, D: int, dtype: torch.dtype, hopper: bool) 
             if length <= sum(parts) <= _longest_resident(half, narrow, hopper):
                 queries = min(parts[0], 64)
                 # A warp takes 16 rows; float32 in three products of TF32 needs more registers, and so more warps.
-                return (_tile(forward_resident, queries // 16 if half else 4, QUERIES=queries, PARTS=parts),)
+                shape = ("PARTS", parts), ("QUERIES", queries)
+                return Tile(forward_resident, shape, queries // 16 if half else 4)
     if not half:
-        return (_streaming(forward_streaming, 32, 32, 4),)
+        return _streaming(32, 32, 4)
     if hopper and narrow:
-        return (_streaming(forward_streaming, 128, 128, 8) if length else _streaming(forward_streaming, 64, 64, 4),)
-    return (_streaming(forward_streaming, 128, 64, 8),)
+        return _streaming(128, 128, 8) if length else _streaming(64, 64, 4)
+    return _streaming(128, 64, 8)
 
 
 def _longest_resident(half: bool, narrow: bool, hopper: bool) -> int:
@@ -100,62 +113,65 @@ def _longest_resident(half: bool, narrow: bool, hopper: bool) -> int:
     return 272 if narrow else 144
 
 
-def backward_tiles(length: int | None, D: int, dtype: torch.dtype, hopper: bool) -> tuple[Tile, ...]:
-    """The kernels for sequences of this length, or of any where it is None, in their order."""
+def backward_tile(length: int | None, D: int, dtype: torch.dtype, hopper: bool) -> Tile:
+    """The kernel for the gradients of sequences of this length, or of any where it is None."""
     half, narrow = dtype != torch.float32, D <= 64
     if length is not None:
         for rows in (16, 32, 64) if half else (16, 32):
             if length <= rows:
-                return (_tile(backward_short, rows // 16 if half else 4, ROWS=rows),)
+                return Tile(backward_short, (("ROWS", rows),), rows // 16 if half else 4)
     if not half:
-        return _streaming(backward_queries, 16, 16, 4), _streaming(backward_keys, 16, 16, 4)
-    if not hopper and not narrow:
-        return _streaming(backward_queries, 32, 32, 4), _streaming(backward_keys, 32, 32, 4)
-    if hopper and narrow and length is not None and length > 272:
-        return _streaming(backward_queries, 128, 64, 8), _streaming(backward_keys, 64, 128, 8)
-    return _streaming(backward_queries, 64, 64, 4), _streaming(backward_keys, 64, 64, 4 if hopper and narrow else 8)
+        return _blocks(16, 16, 8)
+    if not hopper:  # operands pass through registers; a second stage would take more of them for addresses
+        if narrow:
+            return _blocks(64, 32, 4, num_stages=1)
+        return _blocks(64, 16, 4, num_stages=1) if D <= 96 else _blocks(32, 32, 8)
+    if narrow:
+        return _blocks(128, 64, 8) if length and length > 272 else _blocks(64, 64, 4)
+    return _blocks(64, 32, 4) if D <= 96 else _blocks(64, 64, 8)
 
 
-def _tile(kernel: Any, num_warps: int, *, block: int | None = None, **shape: Any) -> Tile:
-    return Tile(kernel, block, tuple(shape.items()), num_warps)
+def _streaming(queries: int, keys: int, num_warps: int) -> Tile:
+    shape = ("QUERIES", queries), ("KEYS", keys), ("OFFSETS", False)
+    return Tile(forward_streaming, shape, num_warps, block=queries)
 
 
-def _streaming(kernel: Any, queries: int, keys: int, num_warps: int) -> Tile:
-    block = keys if kernel is backward_keys else queries
-    return _tile(kernel, num_warps, block=block, QUERIES=queries, KEYS=keys, OFFSETS=False)
+def _blocks(block: int, step: int, num_warps: int, num_stages: int = 2) -> Tile:
+    shape = ("BLOCK", block), ("STEP", step), ("OFFSETS", False)
+    return Tile(backward_blocks, shape, num_warps, num_stages, block, roles=2)
 
 
 def forward_launches(cu_seqlens: Tensor | None, runs: Sequence[int], q: Tensor) -> Sequence[Launch]:
     """What to launch for sequences of q [T, H, D], given as operators take them."""
     if cu_seqlens is None:
-        return _launches_for_runs(forward_tiles, tuple(runs), q.shape[2], q.dtype, q.device)
-    return _launches_for_offsets(forward_tiles, cu_seqlens, q)
+        return _launches_for_runs(forward_tile, tuple(runs), q.shape[2], q.dtype, q.device)
+    return _launches_for_offsets(forward_tile, cu_seqlens, q)
 
 
 def backward_launches(cu_seqlens: Tensor | None, runs: Sequence[int], q: Tensor) -> Sequence[Launch]:
-    """What to launch for the gradients of sequences of q [T, H, D], in this order."""
+    """What to launch for the gradients of sequences of q [T, H, D]."""
     if cu_seqlens is None:
-        return _launches_for_runs(backward_tiles, tuple(runs), q.shape[2], q.dtype, q.device)
-    return _launches_for_offsets(backward_tiles, cu_seqlens, q)
+        return _launches_for_runs(backward_tile, tuple(runs), q.shape[2], q.dtype, q.device)
+    return _launches_for_offsets(backward_tile, cu_seqlens, q)
 
 
-Tiles = Callable[[int | None, int, torch.dtype, bool], tuple[Tile, ...]]
+ChooseTile = Callable[[int | None, int, torch.dtype, bool], Tile]
 
 
 @lru_cache(maxsize=256)
 def _launches_for_runs(
-    tiles: Tiles, runs: tuple[int, ...], D: int, dtype: torch.dtype, device: torch.device
+    choose: ChooseTile, runs: tuple[int, ...], D: int, dtype: torch.dtype, device: torch.device
 ) -> list[Launch]:
     hopper = _is_hopper(device)
-    groups: dict[tuple[Tile, ...], list[Run]] = {}
+    groups: dict[Tile, list[Run]] = {}
     start = 0
     for count, length in zip(runs[::2], runs[1::2], strict=True):
         if count * length:
-            groups.setdefault(tiles(length, D, dtype, hopper), []).append(Run(count, length, start))
+            groups.setdefault(choose(length, D, dtype, hopper), []).append(Run(count, length, start))
         start += count * length
     launches = []
     sequences: list[tuple[int, Tensor | None, int, int]]
-    for kernels, group in groups.items():
+    for tile, group in groups.items():
         if len(group) <= MOST_RUNS:
             sequences = [(run.count, None, run.start, run.length) for run in group]
         else:
@@ -163,23 +179,23 @@ def _launches_for_runs(
             lengths = torch.tensor(rows, dtype=torch.int32, device=device)  # [n, 2]
             sequences = [(len(rows), lengths, 0, max(run.length for run in group))]
         for count, table, start, longest in sequences:
-            for tile in kernels:
-                blocks = -(-longest // tile.block) if tile.block else 1
-                launches.append(_launch(tile, count * blocks, (table, start, longest, blocks), D))
+            blocks = -(-longest // tile.block) if tile.block else 1
+            launches.append(_launch(tile, count * blocks, (table, start, longest, blocks), D))
     return launches
 
 
-def _launches_for_offsets(tiles: Tiles, cu_seqlens: Tensor, q: Tensor) -> list[Launch]:
+def _launches_for_offsets(choose: ChooseTile, cu_seqlens: Tensor, q: Tensor) -> list[Launch]:
     """For lengths that only the device knows: as many programs as there may be blocks."""
     T, S, D = q.shape[0], len(cu_seqlens) - 1, q.shape[2]
-    kernels = _tiles_for_any_length(tiles, D, q.dtype, q.device) if T else ()
-    sequences = (cu_seqlens, 0, 0, S)
-    return [_launch(tile, T // (tile.block or T) + S, sequences, D, OFFSETS=True) for tile in kernels]
+    if T == 0:
+        return []
+    tile = _tile_for_any_length(choose, D, q.dtype, q.device)
+    return [_launch(tile, T // (tile.block or T) + S, (cu_seqlens, 0, 0, S), D, OFFSETS=True)]
 
 
 @lru_cache(maxsize=256)
-def _tiles_for_any_length(tiles: Tiles, D: int, dtype: torch.dtype, device: torch.device) -> tuple[Tile, ...]:
-    return tiles(None, D, dtype, _is_hopper(device))
+def _tile_for_any_length(choose: ChooseTile, D: int, dtype: torch.dtype, device: torch.device) -> Tile:
+    return choose(None, D, dtype, _is_hopper(device))
 
 
 def _is_hopper(device: torch.device) -> bool:
@@ -190,8 +206,6 @@ def _is_hopper(device: torch.device) -> bool:
     return device.type == "cpu" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
-def _launch(
-    tile: Tile, programs: int, sequences: tuple[Tensor | None, int, int, int], D: int, **options: Any
-) -> Launch:
-    shape = {"D": D, **dict(tile.shape), "num_warps": tile.num_warps, "num_stages": 2, **options}
-    return Launch(tile.kernel, programs, sequences, shape)
+def _launch(tile: Tile, blocks: int, sequences: tuple[Tensor | None, int, int, int], D: int, **options: Any) -> Launch:
+    options = {"D": D, **dict(tile.shape), "num_warps": tile.num_warps, "num_stages": tile.num_stages, **options}
+    return Launch(tile.kernel, tile.roles * blocks, sequences, options)

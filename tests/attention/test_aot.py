@@ -16,8 +16,7 @@ def test_triton(target: int) -> None:
         "forward_resident",
         "forward_streaming",
         "backward_short",
-        "backward_queries",
-        "backward_keys",
+        "backward_blocks",
     }
     for usage in usages:
         usage.check()
