@@ -27,7 +27,6 @@ What the prediction missed:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
@@ -104,24 +103,3 @@ def test_attention(
         flops=(14 if backward else 4) * S * N * N * H * D,
         rounds=11,
     )
-
-
-def attend(qkv: Tensor, layout: PackedLayout) -> Tensor:
-    return dk.varlen_attention_qkvpacked(qkv, layout)
-
-
-def attend_separately(qkv: Tensor, layout: PackedLayout) -> Tensor:
-    return dk.varlen_attention(*qkv.unbind(1), layout)
-
-
-@pytest.mark.parametrize("gradient", [False, True], ids=["no gradient", "gradient"])
-@pytest.mark.parametrize("function", [attend, attend_separately])
-def test_cost_of_a_call(
-    benchmark: BenchmarkFixture, function: Callable[[Tensor, PackedLayout], Tensor], gradient: bool
-) -> None:
-    """Of one token, where nothing is left but Python, the dispatcher and the allocations of a forward pass."""
-    benchmark.group = "cost of a call of attention"
-    qkv = torch.randn(1, 3, 6, 64, requires_grad=gradient)
-    layout = PackedLayout([(1, 1)])
-    benchmark.pedantic(function, (qkv, layout), rounds=101, iterations=100, warmup_rounds=5)
-    benchmark.extra_info["microseconds"] = round(1e6 * benchmark.stats.stats.median, 2)
