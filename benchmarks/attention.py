@@ -15,13 +15,16 @@ Prediction for two cores with AVX-512 at about 3 GHz, where a large matrix produ
 - float16 has no dot products of its own here, and runs at the speed of float32.
 
 Measured on a shared machine whose speed changed by a factor of two: ahead of SDPA at each shape in the table of
-docs/operators/attention.md, by 1.2 to 1.9 in float32, 2.2 to 5.9 in bfloat16 and 3.2 to 9.5 in float16.
+docs/operators/attention.md, by 1.2 to 2.3 in float32, 2.2 to 5.9 in bfloat16 and 3.2 to 9.5 in float16.
 What the prediction missed:
 
-- float32, N = 50 is 1.3 to 1.9 times faster instead of 2.5. In cache a thread does reach 60 GFLOP/s, but tokens of 256
-  bytes come from all over memory, and mapping the result takes a tenth: packing and writing are a third of the time.
-  Asking for the next head's tokens ahead of time gained less than the noise.
-- bfloat16, N = 50: 2.7 to 3.2 times in the forward pass, for the same reason.
+- float32, N = 50 is 1.7 to 2.3 times faster instead of 2.5. Of 23 ms while the machine was calm, products took 10.5,
+  waiting for tokens of 256 bytes from all over memory 5.5, exponentials 2, mapping the result 1.2 and writing it 1.
+  Asking for the next head's tokens ahead of time leaves 20, and 14.6 would be left with everything in cache. They come
+  to the second-level cache in three parts of a block of queries; coming to the first-level cache gained about half as
+  much, and coming there in one part little or nothing.
+- There, writing past the caches gains 2% more, and blocks of 12, 30 or 54 queries instead of 24 gain nothing.
+- bfloat16, N = 50: 2.9 to 3.9 times in the forward pass, for the same reason.
 - float16 gains more than bfloat16, because SDPA's own is slower still.
 """
 

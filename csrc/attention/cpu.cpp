@@ -101,11 +101,15 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, const std::vecto
   const bool whole = heads >= 4 * torch::stable::get_num_threads();
   const int64_t queries = whole ? longest : kQueriesPerPart, parts = (longest + queries - 1) / queries;
   const int64_t workspace_bytes = ON_CPU_TARGET(attention_forward_workspace<X>)(longest, D);
+  const auto head = [&](int64_t index) -> Head<X> {
+    const int64_t start = sequences[index / (H * parts)].start, h = index / parts % H;
+    return {tokens<X>(q, start, h), tokens<X>(k, start, h), tokens<X>(v, start, h)};
+  };
   share(heads * parts, workspace_bytes, is_much(sequences, H, D), [&](int64_t index, void* workspace) {
     const auto [start, N] = sequences[index / (H * parts)];
     const int64_t h = index / parts % H, begin = index % parts * queries, end = std::min(begin + queries, N);
     if (begin >= N) return;
-    kernel({N, D, scale}, tokens<X>(q, start, h), tokens<X>(k, start, h), tokens<X>(v, start, h), begin, end,
+    kernel({N, D, scale}, head(index), head(std::min(index + 1, heads * parts - 1)), begin, end,
            {out + (start * H + h) * D, H * D}, lse + h * T + start, workspace);
   });
 }

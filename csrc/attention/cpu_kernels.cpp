@@ -11,6 +11,8 @@ constexpr int kQueries = 24;      // of a block of the forward pass
 constexpr int kGradQueries = 48;  // of a block of the backward pass, in which sums over queries go through memory
 constexpr int kGradKeys = 384;    // of a block of the backward pass: all of theirs stays in the second-level cache
 
+constexpr int64_t kAheadBytes = 256 << 10;  // of the next head at most: the second-level cache has room beside this one
+
 ALWAYS_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Floats from one row of scores to the next: an odd number of vectors, so that a column spreads over the cache.
@@ -89,11 +91,21 @@ ALWAYS_INLINE RowSum exp_row(const float* s, int64_t N, float scale, E* p) {
   return {max, sum_of_lanes(sum)};
 }
 
+// Asks for values of token i, to the second-level cache. An address outside the tensor is no error.
 template <class X>
-void attention_forward(HeadShape shape, Tokens<const X> q, Tokens<const X> k, Tokens<const X> v, int64_t begin,
-                       int64_t end, Tokens<X> out, float* lse, void* workspace) {
+ALWAYS_INLINE void prefetch(Tokens<const X> x, int64_t i, int64_t values) {
+  constexpr int64_t kLine = 64 / sizeof(X);
+  for (int64_t d = 0; d < values; d += kLine) __builtin_prefetch(x.data + i * x.stride + d, 0, 2);
+}
+
+template <class X>
+void attention_forward(HeadShape shape, Head<X> head, Head<X> next, int64_t begin, int64_t end, Tokens<X> out,
+                       float* lse, void* workspace) {
   using E = Element<X>;
   const auto [N, D, scale] = shape;
+  const auto [q, k, v] = head;
+  // Q, K and V come in turns: the few lines that a core can wait for at a time then hold up no arithmetic.
+  const int64_t ahead = 3 * N * D * static_cast<int64_t>(sizeof(X)) <= kAheadBytes ? D : 0;
   const ForwardWorkspace<E> w(workspace, N, D);
   const int64_t row = packed_row<E>(D), s_row = score_row(N), p_row = factor_row<E>(N), out_row = kValues<E> * row;
 
@@ -106,13 +118,18 @@ void attention_forward(HeadShape shape, Tokens<const X> q, Tokens<const X> k, To
   for (; begin < end; begin += kQueries) {
     const int64_t rows = min(kQueries, end - begin);
     pack_rows(q.data + begin * q.stride, q.stride, rows, D, w.q);
+    for (int64_t i = 0; i < rows; ++i) prefetch(next.q, begin + i, ahead);
     multiply(Left<E>{w.q, row, 1}, k_right, elements<E>(D), rows, N, w.scores, s_row, false);
     RowSum sums[kQueries];
-    for (int64_t i = 0; i < rows; ++i) sums[i] = exp_row(w.scores + i * s_row, N, scale, w.p + i * p_row);
+    for (int64_t i = 0; i < rows; ++i) {
+      sums[i] = exp_row(w.scores + i * s_row, N, scale, w.p + i * p_row);
+      prefetch(next.k, begin + i, ahead);
+    }
     multiply(Left<E>{w.p, p_row, 1}, v_right, elements<E>(N), rows, D, w.out, out_row, false);
     for (int64_t i = 0; i < rows; ++i) {
       store_row(w.out + i * out_row, 1 / sums[i].sum, D, out.data + (begin + i) * out.stride);
       lse[begin + i] = sums[i].max + logf(sums[i].sum);
+      prefetch(next.v, begin + i, ahead);
     }
   }
 }
@@ -232,8 +249,7 @@ int64_t attention_backward_workspace(int64_t N, int64_t D) {
 #define INSTANTIATE(X)                                                                                               \
   template int64_t attention_forward_workspace<X>(int64_t, int64_t);                                                 \
   template int64_t attention_backward_workspace<X>(int64_t, int64_t);                                                \
-  template void attention_forward(HeadShape, Tokens<const X>, Tokens<const X>, Tokens<const X>, int64_t, int64_t,    \
-                                  Tokens<X>, float*, void*);                                                         \
+  template void attention_forward(HeadShape, Head<X>, Head<X>, int64_t, int64_t, Tokens<X>, float*, void*);          \
   template void attention_backward(HeadShape, Tokens<const X>, Tokens<const X>, Tokens<const X>, Tokens<const X>,    \
                                    Tokens<const X>, const float*, Tokens<X>, Tokens<X>, Tokens<X>, void*);
 INSTANTIATE(float)

@@ -12,6 +12,12 @@ struct Tokens {
   int64_t stride;
 };
 
+// One head of one sequence.
+template <class X>
+struct Head {
+  Tokens<const X> q, k, v;
+};
+
 struct HeadShape {
   int64_t N, D;
   float scale;
@@ -25,10 +31,10 @@ struct HeadShape {
   int64_t attention_forward_workspace(int64_t N, int64_t D);                                                          \
   template <class X>                                                                                                  \
   int64_t attention_backward_workspace(int64_t N, int64_t D);                                                         \
-  /* out_i and lse[i] of the queries i in [begin, end). */                                                            \
+  /* out_i and lse[i] of the queries i in [begin, end). The head `next` is asked for ahead of its own call. */         \
   template <class X>                                                                                                  \
-  void attention_forward(HeadShape shape, Tokens<const X> q, Tokens<const X> k, Tokens<const X> v, int64_t begin,     \
-                         int64_t end, Tokens<X> out, float* lse, void* workspace);                                    \
+  void attention_forward(HeadShape shape, Head<X> head, Head<X> next, int64_t begin, int64_t end, Tokens<X> out,      \
+                         float* lse, void* workspace);                                                                \
   template <class X>                                                                                                  \
   void attention_backward(HeadShape shape, Tokens<const X> grad, Tokens<const X> q, Tokens<const X> k,                \
                           Tokens<const X> v, Tokens<const X> out, const float* lse, Tokens<X> dq, Tokens<X> dk,       \
