@@ -14,11 +14,11 @@ Prediction for two cores with AVX-512 at about 3 GHz, where a large matrix produ
   and 107, so 6 and 2.7 times faster. Backward has more products per exponential, and gains a little more.
 - float16 has no dot products of its own here, and runs at the speed of float32.
 
-Measured on a shared machine whose speed changed by a factor of two: ahead of SDPA at each shape in the table of
-docs/operators/attention.md, by 1.2 to 2.3 in float32, 2.2 to 5.9 in bfloat16 and 3.2 to 9.5 in float16.
+Measured (results/2026-11-25): ahead of SDPA at each shape in the table of docs/operators/attention.md, by 1.1 to 1.8 in
+float32, 1.9 to 5.5 in bfloat16 and 2.2 to 10 in float16.
 What the prediction missed:
 
-- float32, N = 50 is 1.7 to 2.3 times faster instead of 2.5. Of 23 ms while the machine was calm, products took 10.5,
+- float32, N = 50 is 1.4 to 2.3 times faster from run to run instead of 2.5. Of 23 ms while the machine was calm, products took 10.5,
   waiting for tokens of 256 bytes from all over memory 5.5, exponentials 2, mapping the result 1.2 and writing it 1.
   Asking for the next head's tokens ahead of time leaves 20, and 14.6 would be left with everything in cache. They come
   to the second-level cache in three parts of a block of queries; coming to the first-level cache gained about half as

@@ -8,22 +8,20 @@ C = 384 float32, 90 MB; m = 0.70 T C are the elements of the kept tokens.
   both gradients of x are one): 2.1 GB, 63 ms. It also maps some 5 T C of fresh memory in pages of 4 KB, at 20 ms per
   90 MB as `clone` shows: 100 ms. Ours moves 13.7 m, 860 MB, in 25 ms, or 12.9 m in place, and maps 3.4 T C in pages of
   2 MB, 10 ms. So 35 ms against 160: 0.22 of the time; in place 0.20.
-- LayerNorm + LayerScale + residual with an identity branch. Eager PyTorch moves 7 T C forward and 22 with backward,
-  ours 5 and 12, torch.compile 2 and, as it must read x and the gradient again for the sums over tokens, 7. Ours cannot
-  reach torch.compile here, since a real branch stands between its two kernels: 0.4 of its speed forward, 0.6 with
-  backward, and 1.5 to 2 times eager PyTorch's.
+- LayerNorm, a branch that nothing can be fused across, LayerScale and residual, without dropping. Ours and torch.compile
+  move the same 5 T C forward; with backward ours moves 12, and torch.compile reads tokens and gradients again for the
+  sums over tokens. So a par forward, and 1.2 times faster in all.
 - A block of ViT-S at drop rate 0.4: 0.6 of the branches' work and all of the rest, 0.62 to 0.66 of the time.
 
-Measured (AMD EPYC with AVX-512, 2026-11-25, on a machine that also did other work): 41 to 44 ms, 0.26 to 0.31 of the
-recipe's time in float32, and 24 to 30 ms, 0.31 to 0.36, in bfloat16. What the predictions missed:
+Measured (results/2026-11-25, a calm machine): stochastic depth 35 to 39 ms, 0.24 to 0.28 of the recipe's time in
+float32, and 0.31 in bfloat16. Against torch.compile 1.07 to 1.47 times faster with backward; forward 0.97 to 1.42 in
+float32 and 0.57 to 1.08 in bfloat16. The block takes 0.55 of the time. What the predictions missed:
 
-- The machine copied 30 GB/s in the same run, and every pass reads memory that the previous one has just pushed out of
-  the cache: 20 GB/s of the counted bytes.
-- Without dropping, ours takes 0.5 to 0.8 of torch.compile's time where a tensor is above 32 MB, and 0.9 to 1.7 below.
-  The likely reason, not isolated: from 32 MB on glibc maps every result afresh, in pages of 4 KB unless asked; below,
-  memory is used again, and two kernels show beside one. Over eager PyTorch it is 1.1 to 4.6 times faster.
-- The block takes 0.52 of the time, less than its 0.6 of the work. Attention still ran as plain PyTorch; why dropping
-  saves more than its share was not looked into.
+- Every pass reads memory that the previous one has just pushed out of the cache: 20 to 23 GB/s of the counted bytes.
+- The recipe maps less than thought, and takes 145 ms instead of 160.
+- bfloat16 forward is behind torch.compile at C = 1280 and 1536, where results pass 32 MB and are mapped anew; not looked
+  into. On a busier machine the same cells were at 0.85 and 0.97.
+- The block gains a little more than its share of the work; why was not looked into.
 """
 
 from __future__ import annotations

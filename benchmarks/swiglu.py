@@ -12,12 +12,11 @@ Counted per result, of which there are rows * H, with e bytes per element, on tw
   of it with 2 MB pages. For ViT-g in float32 that is what eager and compiled code spend most of their time on: 2 times
   faster than compiled.
 
-Measured (results/2026-11-25): 1.8 to 4.9 times faster than eager forward, 2.3 to 6.4 forward and backward. Over
-``torch.compile``, the quotient of the two: 1.3 to 1.8 and 1.2 to 1.8, and 2.6 and 2.8 for ViT-g in float32. What the
+Measured (results/2026-11-25): 1.9 to 4.7 times faster than eager forward, 2.2 to 6.0 forward and backward. Over
+``torch.compile``, the quotient of the two: 1.4 to 1.6 and 1.2 to 1.4, and 2.6 and 2.1 for ViT-g in float32. What the
 prediction missed:
 
-- Parity with compiled code holds for nothing measured: even without fresh pages it takes 1.2 to 1.8 times as long.
-- ViT-g in bfloat16 takes 0.39 ns a result instead of 0.3: results of 17 MB do not stay in the cache either.
+- Parity with compiled code holds for nothing measured: even without fresh pages it takes 1.2 to 1.6 times as long.
 """
 
 from __future__ import annotations
