@@ -18,8 +18,9 @@ Measured (results/2026-11-25): ahead of SDPA at each shape in the table of docs/
 float32, 1.9 to 5.5 in bfloat16 and 2.2 to 10 in float16.
 What the prediction missed:
 
-- float32, N = 50 is 1.4 to 2.3 times faster from run to run instead of 2.5. Of 23 ms while the machine was calm, products took 10.5,
-  waiting for tokens of 256 bytes from all over memory 5.5, exponentials 2, mapping the result 1.2 and writing it 1.
+- float32, N = 50 is 1.4 to 2.3 times faster from run to run instead of 2.5. Of 23 ms while the machine was calm,
+  products took 10.5, waiting for tokens of 256 bytes from all over memory 5.5, exponentials 2, mapping the result 1.2
+  and writing it 1.
   Asking for the next head's tokens ahead of time leaves 20, and 14.6 would be left with everything in cache. They come
   to the second-level cache in three parts of a block of queries; coming to the first-level cache gained about half as
   much, and coming there in one part little or nothing.

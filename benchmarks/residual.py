@@ -8,19 +8,19 @@ C = 384 float32, 90 MB; m = 0.70 T C are the elements of the kept tokens.
   both gradients of x are one): 2.1 GB, 63 ms. It also maps some 5 T C of fresh memory in pages of 4 KB, at 20 ms per
   90 MB as `clone` shows: 100 ms. Ours moves 13.7 m, 860 MB, in 25 ms, or 12.9 m in place, and maps 3.4 T C in pages of
   2 MB, 10 ms. So 35 ms against 160: 0.22 of the time; in place 0.20.
-- LayerNorm, a branch that nothing can be fused across, LayerScale and residual, without dropping. Ours and torch.compile
-  move the same 5 T C forward; with backward ours moves 12, and torch.compile reads tokens and gradients again for the
-  sums over tokens. So a par forward, and 1.2 times faster in all.
+- LayerNorm, a branch that nothing can be fused across, LayerScale and residual, without dropping. Ours and
+  torch.compile move the same 5 T C forward; with backward ours moves 12, and torch.compile reads tokens and gradients
+  again for the sums over tokens. So a par forward, and 1.2 times faster in all.
 - A block of ViT-S at drop rate 0.4: 0.6 of the branches' work and all of the rest, 0.62 to 0.66 of the time.
 
 Measured (results/2026-11-25, a calm machine): stochastic depth 35 to 39 ms, 0.24 to 0.28 of the recipe's time in
 float32, and 0.31 in bfloat16. Against torch.compile 1.07 to 1.47 times faster with backward; forward 0.97 to 1.42 in
 float32 and 0.57 to 1.08 in bfloat16. The block takes 0.55 of the time. What the predictions missed:
 
-- Every pass reads memory that the previous one has just pushed out of the cache: 20 to 23 GB/s of the counted bytes.
+- Every pass reads memory that the previous one has just pushed out of the cache: 18 to 23 GB/s of the bytes counted.
 - The recipe maps less than thought, and takes 145 ms instead of 160.
-- bfloat16 forward is behind torch.compile at C = 1280 and 1536, where results pass 32 MB and are mapped anew; not looked
-  into. On a busier machine the same cells were at 0.85 and 0.97.
+- bfloat16 forward is behind torch.compile at C = 1280 and 1536, where results pass 32 MB and are mapped anew; not
+  looked into. On a busier machine the same cells were at 0.85 and 0.97.
 - The block gains a little more than its share of the work; why was not looked into.
 """
 
