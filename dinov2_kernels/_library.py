@@ -101,6 +101,11 @@ def define(
     return operator
 
 
+def accumulation_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype of arithmetic and sums: float64 for float64, float32 for everything narrower."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def autocast_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype that autocast gives a matrix product of x: its own where autocast is off or does not touch it."""
     if not torch._C._is_any_autocast_enabled() or x.dtype == torch.float64:

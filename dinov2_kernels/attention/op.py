@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2_kernels._library import autocast_dtype, define, differentiably, needs_gradient
+from dinov2_kernels._library import accumulation_dtype, autocast_dtype, define, differentiably, needs_gradient
 from dinov2_kernels.attention import reference
 from dinov2_kernels.packing import PackedLayout
 
@@ -20,7 +20,7 @@ MAX_HEAD_DIM = 128
 
 
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    lse = q.new_empty(q.shape[1], q.shape[0], dtype=reference.accumulation_dtype(q))  # [H, T]
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=accumulation_dtype(q))  # [H, T]
     return torch.empty_like(q, memory_format=torch.contiguous_format), lse
 
 

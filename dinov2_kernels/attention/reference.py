@@ -22,6 +22,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from dinov2_kernels._library import accumulation_dtype
+
 
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, runs: Sequence[int], scale: float
@@ -75,11 +77,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """One sequence: q, k, v [N, H, D]; returns [N, H, D]."""
     scores = torch.einsum("ihd,jhd->hij", q, k) * scale  # [H, N, N]
     return torch.einsum("hij,jhd->ihd", scores.softmax(dim=-1), v)
-
-
-def accumulation_dtype(x: Tensor) -> torch.dtype:
-    """float64 for float64, float32 for everything narrower."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def split_into_runs(cu_seqlens: Tensor | None, runs: Sequence[int]) -> Iterator[tuple[slice, int]]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinov2_kernels._library import autocast_dtype, define, differentiably, needs_gradient
+from dinov2_kernels._library import accumulation_dtype, autocast_dtype, define, differentiably, needs_gradient
 from dinov2_kernels.residual import reference
 from dinov2_kernels.residual.sampling import Subset
 
@@ -18,12 +18,12 @@ def _fake_gather_norm(
     x: Tensor, rows: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
     kept = x if rows is None else rows
-    statistics = [x.new_empty(kept.shape[0], dtype=reference.accumulation_dtype(x)) for _ in range(2)]  # [t]
+    statistics = [x.new_empty(kept.shape[0], dtype=accumulation_dtype(x)) for _ in range(2)]  # [t]
     return x.new_empty(kept.shape[0], x.shape[1], dtype=dtype), *statistics
 
 
 def _fake_gather_norm_backward(grad_h: Tensor, grad_x: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    sums = [grad_x.new_empty(grad_x.shape[1], dtype=reference.accumulation_dtype(grad_x)) for _ in range(2)]  # [C]
+    sums = [grad_x.new_empty(grad_x.shape[1], dtype=accumulation_dtype(grad_x)) for _ in range(2)]  # [C]
     return torch.empty_like(grad_x), *sums
 
 
@@ -45,7 +45,7 @@ def _fake_scatter_backward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
     kept, C = grad if rows is None else rows, grad.shape[1]
-    sums = [grad.new_empty(0 if p is None else C, dtype=reference.accumulation_dtype(grad)) for p in (gamma, bias)]
+    sums = [grad.new_empty(0 if p is None else C, dtype=accumulation_dtype(grad)) for p in (gamma, bias)]
     return grad.new_empty(kept.shape[0], C, dtype=dtype), *sums
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinov2_kernels._library import accumulation_dtype
 from dinov2_kernels.packing import PackedLayout
 
 Branch = Callable[[Tensor, PackedLayout], Tensor]
@@ -163,11 +164,6 @@ def residual_scatter_backward(
     dgamma = nothing if gamma is None else (kept * (r if bias is None else r + bias)).sum(dim=0)
     dbias = nothing if bias is None else dresidual.sum(dim=0)
     return dresidual.to(dtype), dgamma, dbias
-
-
-def accumulation_dtype(x: Tensor) -> torch.dtype:
-    """float64 for float64, float32 for everything narrower."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _widen(x: Tensor, *tensors: Tensor | None) -> list[Any]:

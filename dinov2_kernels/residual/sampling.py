@@ -9,7 +9,7 @@ from operator import index
 import torch
 from torch import Tensor, nn
 
-from dinov2_kernels._library import define
+from dinov2_kernels._library import accumulation_dtype, define
 from dinov2_kernels.packing import PackedLayout
 from dinov2_kernels.residual import reference
 
@@ -71,7 +71,7 @@ def draw_subset(x: Tensor, layout: PackedLayout, drop_rate: float, generator: to
     # A fake tensor must not enter the cache, nor a real one a traced graph: tracers work on subclasses of Tensor.
     is_traced = torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter)
     plan = _plan if is_traced else _cached_plan
-    kept_layout, scale = plan(layout, drop_rate, x.device, reference.accumulation_dtype(x))
+    kept_layout, scale = plan(layout, drop_rate, x.device, accumulation_dtype(x))
     rows, position = _kept_rows(keys, layout.flat_runs, kept_layout.flat_runs[::2])
     return Subset(kept_layout, rows, position, scale)
 

@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from dinov2_kernels.residual.reference import accumulation_dtype
+from dinov2_kernels._library import accumulation_dtype
 from dinov2_kernels.residual.triton_gather import gather_norm, gather_norm_backward
 from dinov2_kernels.residual.triton_scatter import scatter, scatter_backward, scatter_in_place
 

@@ -6,14 +6,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dinov2_kernels._library import define
+from dinov2_kernels._library import accumulation_dtype, define
 from dinov2_kernels.sinkhorn import reference
 
 _TRITON = "dinov2_kernels.sinkhorn.triton_kernel"
 
 
 def _fake_columns(logits: Tensor, temperature: float, bias: Tensor | None = None) -> Tensor:
-    return logits.new_empty(logits.shape[1], dtype=reference.accumulation_dtype(logits))  # [K]
+    return logits.new_empty(logits.shape[1], dtype=accumulation_dtype(logits))  # [K]
 
 
 def _fake_assign(logits: Tensor, temperature: float, bias: Tensor) -> Tensor:

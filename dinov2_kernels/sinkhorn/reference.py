@@ -19,14 +19,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dinov2_kernels._library import accumulation_dtype
+
 
 def scale(logits: Tensor, temperature: float) -> Tensor:
     """x / T [B, K], in the accumulation dtype: float64 for float64 logits, float32 otherwise."""
     return logits.to(accumulation_dtype(logits)) / temperature
-
-
-def accumulation_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def column_logsumexp(logits: Tensor, temperature: float) -> Tensor:

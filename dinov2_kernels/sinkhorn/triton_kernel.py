@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dinov2_kernels.sinkhorn.reference import accumulation_dtype
+from dinov2_kernels._library import accumulation_dtype
 
 MANY_ROWS = 1024  # from here on rows share a read of the bias: there are enough of them for every multiprocessor
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dinov2_kernels import PackedLayout
+from dinov2_kernels._library import accumulation_dtype
 from dinov2_kernels.residual import num_kept_samples, reference
 from tests.tolerance import assert_at_most_twice_the_error
 
@@ -95,7 +96,7 @@ def assert_matches_reference(
     branch_dtype = branch_dtype or dtype
     generator = torch.Generator().manual_seed(case.C + case.layout.total_tokens)
     T, C = case.layout.total_tokens, case.C
-    wide = reference.accumulation_dtype(torch.empty(0, dtype=dtype))
+    wide = accumulation_dtype(torch.empty(0, dtype=dtype))
     keys = torch.rand(case.layout.num_sequences, generator=generator).to(device)
     rows = position = scale = None
     t = T
@@ -162,7 +163,7 @@ def launches() -> Iterator[None]:
     of_autocast = [(torch.float32, torch.bfloat16, C) for C in (384, 768, 1024, 1280, 1536, 1537)]
     alike = [(dtype, dtype, 1280) for dtype in DTYPES]
     for dtype, branch_dtype, C in of_autocast + alike:
-        wide = reference.accumulation_dtype(empty(0, dtype=dtype))
+        wide = accumulation_dtype(empty(0, dtype=dtype))
         x, h, vector = empty(T, C, dtype=dtype), empty(t, C, dtype=branch_dtype), empty(C, dtype=wide)
         mean = scale = empty(t, dtype=wide)
         yield triton_kernel.residual_gather_norm(x, rows, vector, vector, 1e-6, branch_dtype)

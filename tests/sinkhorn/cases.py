@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from dinov2_kernels._library import accumulation_dtype
 from dinov2_kernels.sinkhorn import reference
 
 
@@ -79,7 +80,7 @@ def assert_matches_reference(operators: Operators, case: Case, dtype: torch.dtyp
     """Every operator: dtype and shape as defined, and an error of at most twice that of plain PyTorch in this dtype."""
     logits, T = case.logits(dtype, device), case.temperature
     exact_bias = -reference.column_logsumexp(logits.double(), T) if case.B else torch.zeros(case.K, device=device)
-    bias = exact_bias.to(reference.accumulation_dtype(logits))
+    bias = exact_bias.to(accumulation_dtype(logits))
 
     for name, arguments in {"column_logsumexp": (T,), "column_mass": (T, bias), "assign": (T, bias)}.items():
         define = getattr(reference, name)
@@ -106,7 +107,7 @@ def launches() -> Iterator[None]:
     for dtype in DTYPES:
         for B in (128, 4096):
             logits = torch.empty(B, 65536, dtype=dtype, device="meta")
-            bias = torch.empty(65536, dtype=reference.accumulation_dtype(logits), device="meta")
+            bias = torch.empty(65536, dtype=accumulation_dtype(logits), device="meta")
             yield triton_kernel.column_logsumexp(logits, 0.07)
             yield triton_kernel.column_mass(logits, 0.07, bias)
             yield triton_kernel.assign(logits, 0.07, bias)
