@@ -11,7 +11,7 @@ from dinov2_kernels.cross_entropy import soft_cross_entropy
 from dinov2_kernels.koleo import koleo_loss, nearest_neighbors
 from dinov2_kernels.packing import PackedLayout
 from dinov2_kernels.residual import stochastic_depth
-from dinov2_kernels.sinkhorn import sinkhorn_bias, sinkhorn_knopp
+from dinov2_kernels.sinkhorn import sinkhorn_bias, sinkhorn_biases, sinkhorn_knopp
 from dinov2_kernels.swiglu import swiglu
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "koleo_loss",
     "nearest_neighbors",
     "sinkhorn_bias",
+    "sinkhorn_biases",
     "sinkhorn_knopp",
     "soft_cross_entropy",
     "stochastic_depth",

@@ -1,18 +1,21 @@
-"""The Sinkhorn-Knopp step: three operators, each one pass over the logits, and the loop over them."""
+"""The Sinkhorn-Knopp step: one operator for a batch of one process; passes between which several reduce a vector."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dinov2_kernels._distributed import world_size
 from dinov2_kernels._library import accumulation_dtype, define
 from dinov2_kernels.sinkhorn import reference
 
 _TRITON = "dinov2_kernels.sinkhorn.triton_kernel"
 
 
-def _fake_columns(logits: Tensor, temperature: float, bias: Tensor | None = None) -> Tensor:
+def _fake_columns(logits: Tensor, temperature: float, *_: object) -> Tensor:
     return logits.new_empty(logits.shape[1], dtype=accumulation_dtype(logits))  # [K]
 
 
@@ -20,6 +23,12 @@ def _fake_assign(logits: Tensor, temperature: float, bias: Tensor) -> Tensor:
     return torch.empty_like(logits, dtype=bias.dtype)  # [B, K]
 
 
+_sinkhorn_bias = define(
+    "sinkhorn_bias(Tensor logits, float temperature, int n_iterations) -> Tensor",
+    reference=reference.sinkhorn_bias,
+    fake=_fake_columns,
+    triton=f"{_TRITON}:sinkhorn_bias",
+).call
 _column_logsumexp = define(
     "sinkhorn_column_logsumexp(Tensor logits, float temperature) -> Tensor",
     reference=reference.column_logsumexp,
@@ -50,12 +59,12 @@ def sinkhorn_bias(
     :mod:`dinov2_kernels.sinkhorn.reference`. It works in the log domain: any finite logits and any temperature give a
     finite bias, and adding a constant to all logits changes nothing.
 
-    Bytes: ``2 * n_iterations - 1`` reads of the logits (floor: ``n_iterations``) and a few vectors [K] and [B]; no
-    [B, K] intermediate. With a process group, each iteration reduces one vector [K] over the processes.
+    Bytes: ``n_iterations`` reads of the logits and a few vectors [K] and [B]; no [B, K] intermediate. With a process
+    group, each iteration reduces one vector [K] over the processes.
 
     Args:
         logits: [B, K] teacher logits of this process, float64, float32, bfloat16 or float16; K >= 1. B may differ
-            between processes and may be 0; rows that only pad a batch must be left out.
+            between processes and may be 0. Leave out rows that only pad a batch: ``logits[:n]`` copies nothing.
         temperature: temperature T > 0 of the teacher.
         n_iterations: number of Sinkhorn-Knopp iterations, at least 1.
         group: processes whose rows form one batch; None means the rows of this process alone.
@@ -67,7 +76,30 @@ def sinkhorn_bias(
     Raises:
         TypeError, ValueError: an argument is not as described.
     """
-    return _bias(logits, temperature, n_iterations, group).float()
+    (bias,) = _biases([logits], temperature, n_iterations, group)
+    return bias.float()
+
+
+@torch.no_grad()
+def sinkhorn_biases(
+    logits: Sequence[Tensor], temperature: float, *, n_iterations: int = 3, group: dist.ProcessGroup | None = None
+) -> list[Tensor]:
+    """:func:`sinkhorn_bias` of several batches at once, whose reductions over the processes are shared.
+
+    DINOv2 balances class tokens and masked patches apart; together they take ``n_iterations`` reductions, not twice as
+    many.
+
+    Args:
+        logits: tensors [B_i, K_i], each a batch of its own.
+        temperature, n_iterations, group: as for :func:`sinkhorn_bias`.
+
+    Returns:
+        One bias [K_i] float32 for each.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+    """
+    return [bias.float() for bias in _biases(logits, temperature, n_iterations, group)]
 
 
 @torch.no_grad()
@@ -89,25 +121,39 @@ def sinkhorn_knopp(
     Raises:
         TypeError, ValueError: an argument is not as described.
     """
-    bias = _bias(logits, temperature, n_iterations, group)
+    (bias,) = _biases([logits], temperature, n_iterations, group)
     assignments: Tensor = _assign(logits.contiguous(), temperature, bias)
     return assignments.float()
 
 
-def _bias(logits: Tensor, temperature: float, n_iterations: int, group: dist.ProcessGroup | None) -> Tensor:
-    _check(logits, temperature, n_iterations)
-    logits = logits.contiguous()
-    bias = _zero_if_empty(_logsumexp_over(group, _column_logsumexp(logits, temperature))).neg_()  # [K]
+def _biases(
+    logits: Sequence[Tensor], temperature: float, n_iterations: int, group: dist.ProcessGroup | None
+) -> list[Tensor]:
+    for x in logits:
+        _check(x, temperature, n_iterations)
+    logits = [x.contiguous() for x in logits]
+    if world_size(group) == 1:
+        return [_sinkhorn_bias(x, temperature, n_iterations) for x in logits]
+    return _biases_over(group, logits, temperature, n_iterations)
+
+
+def _biases_over(
+    group: dist.ProcessGroup | None, logits: Sequence[Tensor], temperature: float, n_iterations: int
+) -> list[Tensor]:
+    """The loop of :func:`reference.sinkhorn_bias` over all processes; the vectors of all batches travel as one."""
+    widths = [x.shape[1] for x in logits]
+    own = torch.cat([_column_logsumexp(x, temperature) for x in logits])  # [sum K_i]
+    bias = _zero_if_empty(_logsumexp_over(group, own)).neg_()
     for _ in range(n_iterations - 1):
-        mass = _column_mass(logits, temperature, bias)  # [K]
-        if group is not None:
-            dist.all_reduce(mass, group=group)
+        pairs = zip(logits, bias.split(widths), strict=True)
+        mass = torch.cat([_column_mass(x, temperature, b.to(accumulation_dtype(x))) for x, b in pairs])
+        dist.all_reduce(mass, group=group)
         bias -= _zero_if_empty(mass.log_())
-    return bias
+    return list(bias.split(widths))
 
 
 def _zero_if_empty(log_mass: Tensor) -> Tensor:
-    """Leave the bias of a prototype alone that no row gives any mass (log 0). In place, and in one kernel."""
+    """:func:`reference.zero_if_empty` in place, and so in one kernel."""
     return log_mass.nan_to_num_(nan=torch.nan, posinf=torch.inf, neginf=0.0)
 
 
@@ -117,10 +163,7 @@ def _logsumexp_over(group: dist.ProcessGroup | None, x: Tensor) -> Tensor:
     Every process gathers one slice of the columns from all, combines it, and hands it out: the bytes of one all-reduce,
     where a maximum and a sum would take two.
     """
-    if group is None:
-        return x
-    world_size = dist.get_world_size(group)
-    slices = torch.nn.functional.pad(x, (0, -len(x) % world_size)).view(world_size, -1)  # [W, K/W]
+    slices = torch.nn.functional.pad(x, (0, -len(x) % world_size(group))).view(world_size(group), -1)  # [W, K/W]
     gathered = torch.empty_like(slices)
     dist.all_to_all_single(gathered, slices, group=group)
     combined = torch.empty_like(slices)

@@ -42,9 +42,14 @@ def assign(logits: Tensor, temperature: float, bias: Tensor) -> Tensor:
     return torch.softmax(scale(logits, temperature) + bias, dim=1)
 
 
+def zero_if_empty(log_mass: Tensor) -> Tensor:
+    """log_mass [K] with 0 in place of -inf: the bias of a prototype that no row gives any mass stays as it is."""
+    return log_mass.nan_to_num(nan=torch.nan, posinf=torch.inf, neginf=0.0)
+
+
 def sinkhorn_bias(logits: Tensor, temperature: float, n_iterations: int = 3) -> Tensor:
-    """log u [K] after the iterations."""
-    bias = -column_logsumexp(logits, temperature)
+    """log u [K] after the iterations, of a batch that one process holds."""
+    bias = -zero_if_empty(column_logsumexp(logits, temperature))
     for _ in range(n_iterations - 1):
-        bias = bias - column_mass(logits, temperature, bias).log()
+        bias = bias - zero_if_empty(column_mass(logits, temperature, bias).log())
     return bias

@@ -151,7 +151,22 @@ def test_backends_can_be_forced() -> None:
         dk.use_backend("cuda")  # type: ignore[arg-type]
 
 
-def _worker(rank: int, world_size: int, store: str, splits: list[int], logits: Tensor, results: list[Tensor]) -> None:
+def test_padding_rows_are_left_out_by_slicing() -> None:
+    padded = torch.full((9, 20), torch.nan)
+    padded[:6] = torch.randn(6, 20, generator=torch.Generator().manual_seed(5))
+    assert torch.equal(dk.sinkhorn_bias(padded[:6], 0.07), dk.sinkhorn_bias(padded[:6].clone(), 0.07))
+
+
+def test_several_batches_are_balanced_apart() -> None:
+    logits = [torch.randn(B, K, dtype=dtype) for B, K, dtype in ((5, 8, torch.float32), (0, 3, torch.float64))]
+    biases = dk.sinkhorn_biases(logits, 0.07)
+    assert all(torch.equal(bias, dk.sinkhorn_bias(x, 0.07)) for bias, x in zip(biases, logits, strict=True))
+    assert dk.sinkhorn_biases([], 0.07) == []
+
+
+def _worker(
+    rank: int, world_size: int, store: str, splits: list[int], logits: list[Tensor], results: list[Tensor]
+) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     counts: list[int] = []
     real_all_reduce = dist.all_reduce
@@ -161,16 +176,25 @@ def _worker(rank: int, world_size: int, store: str, splits: list[int], logits: T
         return real_all_reduce(tensor, *args, **kwargs)
 
     dist.all_reduce = counting_all_reduce
-    mine = logits.split(splits)[rank]
-    results[rank].copy_(dk.sinkhorn_bias(mine, 0.05, group=dist.group.WORLD))
-    assert counts == [logits.shape[1]] * 2  # the first reduction is a log-sum-exp, by all-to-all and all-gather
+    mine = [x.split(splits)[rank] for x in logits]
+    biases = dk.sinkhorn_biases(mine, 0.05, group=dist.group.WORLD)
+    results[rank].copy_(torch.cat(biases))
+    # The first reduction is a log-sum-exp, by all-to-all and all-gather.
+    assert counts == ([] if world_size == 1 else [len(results[rank])] * 2)
+    assert torch.equal(dk.sinkhorn_bias(mine[0], 0.05, group=dist.group.WORLD), biases[0])
+    foreign = dist.new_group([0])
+    if rank > 0:
+        with pytest.raises(ValueError, match="group: expected a process group that this process is a member of"):
+            dk.sinkhorn_bias(mine[0], 0.05, group=foreign)
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("splits", [[5, 8], [0, 13], [3, 1, 0, 9]])
+@pytest.mark.parametrize("splits", [[13], [5, 8], [0, 13], [3, 1, 0, 9]])
 def test_processes_equal_one_process_on_the_whole_batch(splits: list[int], tmp_path: object) -> None:
-    logits = 3 * torch.randn(13, 21, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
-    results = [torch.full((21,), torch.nan).share_memory_() for _ in splits]
+    generator = torch.Generator().manual_seed(4)
+    logits = [3 * torch.randn(13, K, dtype=torch.float64, generator=generator) for K in (21, 8)]
+    results = [torch.full((29,), torch.nan).share_memory_() for _ in splits]
     mp.spawn(_worker, (len(splits), f"{tmp_path}/store", splits, logits, results), nprocs=len(splits))
-    for bias in results:
-        torch.testing.assert_close(bias, dk.sinkhorn_bias(logits, 0.05), atol=1e-5, rtol=1e-6)
+    expected = torch.cat(dk.sinkhorn_biases(logits, 0.05))
+    for biases in results:
+        torch.testing.assert_close(biases, expected, atol=1e-5, rtol=1e-6)
