@@ -21,7 +21,7 @@ from dinov2_kernels.attention.triton_tiles import (
     row_products,
     scale_tile,
     store_tile,
-    zero_tile,
+    zeros_like,
 )
 
 
@@ -71,10 +71,10 @@ def backward_short(
     there = (row < length)[:, None]
     p = tl.where(there, p, 0.0).to(queries[0].dtype)
     ds = tl.where(there, ds, 0.0).to(queries[0].dtype)
-    store_tile(dqkv + 2 * H * D, 0, length, 3 * H * D, add_product(p, grads, zero_tile(ROWS, D)), D)
-    dk = add_product(ds, queries, zero_tile(ROWS, D))
+    store_tile(dqkv + 2 * H * D, 0, length, 3 * H * D, add_product(p, grads, zeros_like(queries, ROWS)), D)
+    dk = add_product(ds, queries, zeros_like(queries, ROWS))
     store_tile(dqkv + H * D, 0, length, 3 * H * D, scale_tile(dk, scale), D)
-    dq = add_product(tl.trans(ds), keys, zero_tile(ROWS, D))
+    dq = add_product(tl.trans(ds), keys, zeros_like(queries, ROWS))
     store_tile(dqkv, 0, length, 3 * H * D, scale_tile(dq, scale), D)
 
 
@@ -164,9 +164,12 @@ def _take_queries(
     queries = load_tile(q, first_row, length, token_stride, QUERIES, D, True)
     grads = load_tile(grad, first_row, length, H * D, QUERIES, D, True)
     norm, delta = _load_queries(grads, out, lse, first_row, length, H * D, QUERIES, D, True)
-    dq = zero_tile(QUERIES, D)
+    dq = zeros_like(queries, QUERIES)
     rest = length % KEYS
     for key in range(0, length - rest, KEYS):
+        if q.dtype.element_ty == tl.float32:  # three parts of an operand, kept for all steps, would fill the registers
+            queries = load_tile(q, first_row, length, token_stride, QUERIES, D, True)
+            grads = load_tile(grad, first_row, length, H * D, QUERIES, D, True)
         dq = _visit_keys(queries, grads, k, v, token_stride, norm, delta, dq, key, length, scale, D, KEYS, False)
     if rest > TAIL:
         key = length - rest
@@ -224,10 +227,13 @@ def _take_keys(
     """dk and dv of a block of keys: four products, and delta once more, for each block of queries."""
     keys = load_tile(k, first_key, length, token_stride, KEYS, D, True)
     values = load_tile(v, first_key, length, token_stride, KEYS, D, True)
-    dk = zero_tile(KEYS, D)
-    dv = zero_tile(KEYS, D)
+    dk = zeros_like(keys, KEYS)
+    dv = zeros_like(keys, KEYS)
     rest = length % QUERIES
     for row in range(0, length - rest, QUERIES):
+        if q.dtype.element_ty == tl.float32:  # see _take_queries
+            keys = load_tile(k, first_key, length, token_stride, KEYS, D, True)
+            values = load_tile(v, first_key, length, token_stride, KEYS, D, True)
         dk, dv = _visit_queries(
             keys, values, q, grad, out, lse, token_stride, H * D, dk, dv, row, length, scale, D, QUERIES, False
         )

@@ -22,8 +22,8 @@ from dinov2_kernels.attention.triton_tiles import (
     store_tile,
     total,
     transpose,
-    zero_tile,
-    zero_transposed,
+    transposed_zeros_like,
+    zeros_like,
 )
 
 
@@ -104,7 +104,7 @@ def _attend(
         maximum = tl.maximum(maximum, tl.max(part, 1))
         scores += (part,)
     norm = tl.zeros([QUERIES], tl.float32)
-    attended = zero_tile(QUERIES, D)
+    attended = zeros_like(queries, QUERIES)
     for i in tl.static_range(len(PARTS)):
         p = tl.exp2(scores[i] - maximum[:, None])
         norm += tl.sum(p, 1)
@@ -142,7 +142,7 @@ def _attend_few(
         maximum = tl.maximum(maximum, tl.max(part, 0))
         scores += (part,)
     norm = tl.zeros([QUERIES], tl.float32)
-    attended = zero_transposed(QUERIES, D)
+    attended = transposed_zeros_like(queries, QUERIES)
     for i in tl.static_range(len(PARTS)):
         p = tl.exp2(scores[i] - maximum[None, :])
         norm += tl.sum(p, 0)
@@ -188,7 +188,7 @@ def forward_streaming(
     queries = load_tile(q, first_row, length, token_stride, QUERIES, D, True)
     maximum = tl.full([QUERIES], float("-inf"), tl.float32)
     norm = tl.zeros([QUERIES], tl.float32)
-    attended = zero_tile(QUERIES, D)
+    attended = zeros_like(queries, QUERIES)
     rest = length % KEYS
     for key in range(0, length - rest, KEYS):
         maximum, norm, attended = _attend_more(

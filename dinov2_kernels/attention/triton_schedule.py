@@ -98,7 +98,7 @@ def forward_tile(length: int | None, D: int, dtype: torch.dtype, hopper: bool) -
                 shape = ("PARTS", parts), ("QUERIES", queries)
                 return Tile(forward_resident, shape, queries // 16 if half else 4)
     if not half:
-        return _streaming(32, 32, 4)
+        return _streaming(32, 32, 4) if narrow else _streaming(16, 16, 4)
     if hopper and narrow:
         return _streaming(128, 128, 8) if length else _streaming(64, 64, 4)
     return _streaming(128, 64, 8)
@@ -107,7 +107,7 @@ def forward_tile(length: int | None, D: int, dtype: torch.dtype, hopper: bool) -
 def _longest_resident(half: bool, narrow: bool, hopper: bool) -> int:
     """Tokens whose scores fit into registers beside everything else."""
     if not half:
-        return 32
+        return 32 if narrow else 16
     if not hopper:
         return 64
     return 272 if narrow else 144
@@ -117,8 +117,8 @@ def backward_tile(length: int | None, D: int, dtype: torch.dtype, hopper: bool) 
     """The kernel for the gradients of sequences of this length, or of any where it is None."""
     half, narrow = dtype != torch.float32, D <= 64
     if length is not None:
-        for rows in (16, 32, 64) if half else (16, 32):
-            if length <= rows:
+        for rows in (16, 32, 64):
+            if length <= rows <= (64 if half else 32 if narrow else 16):
                 return Tile(backward_short, (("ROWS", rows),), rows // 16 if half else 4)
     if not half:
         return _blocks(16, 16, 8)

@@ -1,7 +1,7 @@
 """What the attention kernels in Triton share: tiles of rows, their products, and finding a program's sequence.
 
 A tile is a tuple of one or two chunks: [rows, D0] and, for widths of a head that are no power of two, [rows, D1]. So 80
-columns cost 64 + 16 and not 128; columns past D are loaded as zeros and not stored.
+columns cost 64 + 16 and not 128 (in float32 64 + 32); columns past D are loaded as zeros and not stored.
 """
 
 from __future__ import annotations
@@ -17,27 +17,31 @@ TAIL = tl.constexpr(16)
 
 
 @triton.constexpr_function
-def main_width(D):
-    """Columns of the first chunk: 16, 32, 64, or 128 where 64 + 32 would not do."""
-    return 16 if D <= 16 else 32 if D <= 32 else 64 if D <= 96 else 128
+def main_width(D, dtype):
+    """Columns of the first chunk: 16, 32, 64, or, where 64 + 32 would not do, the widest."""
+    widest = 64 if dtype == tl.float32 else 128  # 128 columns of three-part operands would fill the registers
+    return 16 if D <= 16 else 32 if D <= 32 else 64 if D <= 96 else widest
 
 
 @triton.constexpr_function
-def rest_width(D):
+def rest_width(D, dtype):
     """Columns of the second chunk: 0 where the first has them all."""
-    rest = D - main_width(D)
-    return 0 if rest <= 0 else 16 if rest <= 16 else 32
+    rest = D - main_width(D, dtype)
+    narrowest = 32 if dtype == tl.float32 else 16  # warps cannot share products of 16 rows and 16 columns
+    return 0 if rest <= 0 else narrowest if rest <= narrowest else 32 if rest <= 32 else 64
 
 
 @triton.jit
 def load_tile(x, first, end, row_stride, ROWS: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
     """Rows from `first` on of the matrix at x; those from `end` on are zero. MASKED is False where there are none."""
     x += tl.cast(row_stride, tl.int64) * first  # within a tile, 32 bits suffice
-    if rest_width(D) == 0:
-        return (_load_chunk(x, end - first, row_stride, ROWS, D, 0, main_width(D), MASKED),)
+    main_columns: tl.constexpr = main_width(D, x.dtype.element_ty)
+    rest_columns: tl.constexpr = rest_width(D, x.dtype.element_ty)
+    main = _load_chunk(x, end - first, row_stride, ROWS, D, 0, main_columns, MASKED)
+    if rest_columns == 0:
+        return (main,)
     else:
-        main = _load_chunk(x, end - first, row_stride, ROWS, D, 0, main_width(D), MASKED)
-        return (main, _load_chunk(x, end - first, row_stride, ROWS, D, main_width(D), rest_width(D), MASKED))
+        return (main, _load_chunk(x, end - first, row_stride, ROWS, D, main_columns, rest_columns, MASKED))
 
 
 @triton.jit
@@ -84,8 +88,8 @@ def store_tile(x, first, end, row_stride, tile, D: tl.constexpr):
     """Write a tile's rows before `end`, the first of which is `first`, rounded to the dtype of x."""
     x += tl.cast(row_stride, tl.int64) * first
     _store_chunk(x, end - first, row_stride, tile[0], D, 0)
-    if rest_width(D) > 0:
-        _store_chunk(x, end - first, row_stride, tile[1], D, main_width(D))
+    if len(tile) == 2:
+        _store_chunk(x, end - first, row_stride, tile[1], D, tile[0].shape[1])
 
 
 @triton.jit
@@ -96,21 +100,21 @@ def _store_chunk(x, end, row_stride, chunk, D: tl.constexpr, FIRST: tl.constexpr
 
 
 @triton.jit
-def zero_tile(ROWS: tl.constexpr, D: tl.constexpr):
-    """[ROWS, D] of float32."""
-    if rest_width(D) == 0:
-        return (tl.zeros([ROWS, main_width(D)], tl.float32),)
+def zeros_like(tile, ROWS: tl.constexpr):
+    """[ROWS, D] of float32, in the chunks of a tile."""
+    if len(tile) == 1:
+        return (tl.zeros([ROWS, tile[0].shape[1]], tl.float32),)
     else:
-        return (tl.zeros([ROWS, main_width(D)], tl.float32), tl.zeros([ROWS, rest_width(D)], tl.float32))
+        return (tl.zeros([ROWS, tile[0].shape[1]], tl.float32), tl.zeros([ROWS, tile[1].shape[1]], tl.float32))
 
 
 @triton.jit
-def zero_transposed(ROWS: tl.constexpr, D: tl.constexpr):
-    """The transpose of a tile, [D, ROWS], of float32."""
-    if rest_width(D) == 0:
-        return (tl.zeros([main_width(D), ROWS], tl.float32),)
+def transposed_zeros_like(tile, ROWS: tl.constexpr):
+    """The transpose of that, [D, ROWS]."""
+    if len(tile) == 1:
+        return (tl.zeros([tile[0].shape[1], ROWS], tl.float32),)
     else:
-        return (tl.zeros([main_width(D), ROWS], tl.float32), tl.zeros([rest_width(D), ROWS], tl.float32))
+        return (tl.zeros([tile[0].shape[1], ROWS], tl.float32), tl.zeros([tile[1].shape[1], ROWS], tl.float32))
 
 
 @triton.jit

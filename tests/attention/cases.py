@@ -123,6 +123,7 @@ def launches() -> Iterator[None]:
         (torch.bfloat16, 128, (50, 144, 257)),
         (torch.float16, 64, (50, 257)),
         (torch.float32, 64, (16, 32, 257)),
+        *((torch.float32, D, (16, 257)) for D in (80, 96, 128)),
     ):
         known = [(None, PackedLayout([(8, length)]).flat_runs) for length in lengths]
         ragged = (None, PackedLayout.from_lengths([40, 50, 60, 300, 350, 400]).flat_runs)
