@@ -20,6 +20,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,13 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype:
         return x.dtype
     device_type = x.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype
+
+
+def autocast_disabled(device_type: str) -> AbstractContextManager[object]:
+    """Keeps products of float32 in float32; the meta device knows no autocast."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:

@@ -71,11 +71,15 @@ class DINOHead(nn.Module):
         self.mlp.apply(init_linear)
         self.last_layer.reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., D] tokens; returns scores over the prototypes [..., K]."""
+    def features(self, x: Tensor) -> Tensor:
+        """x: [..., D] tokens; returns what is compared with the prototypes, normalised features [..., bottleneck]."""
         x = self.mlp(x)
         eps = 1e-6 if x.dtype == torch.float16 else 1e-12  # 1e-12 rounds to 0 in float16
-        scores: Tensor = self.last_layer(F.normalize(x, dim=-1, eps=eps))
+        return F.normalize(x, dim=-1, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., D] tokens; returns scores over the prototypes [..., K]."""
+        scores: Tensor = self.last_layer(self.features(x))
         return scores
 
 
@@ -96,9 +100,13 @@ class WeightNormLinear(nn.Module):
         nn.init.ones_(self.weight_g)
         nn.init.kaiming_uniform_(self.weight_v, a=sqrt(5))
 
+    def weight(self) -> Tensor:
+        """The weight g * v / |v| [out, in]."""
+        return self.weight_g * F.normalize(self.weight_v, dim=1)
+
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in]; returns [..., out]."""
-        return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=1))
+        return F.linear(x, self.weight())
 
 
 def _mlp(widths: list[int]) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -14,18 +15,42 @@ class MaskedPatches:
 
     Attributes:
         index: [M] int64, position among the 2B * patches patches of the global crops.
-        count: [M] int64, number of masked patches in the same crop.
+        weight: [M], 1 / (2B * masked patches of the same crop).
     """
 
     index: Tensor
-    count: Tensor
+    weight: Tensor
 
     @classmethod
-    def of(cls, masks: Tensor, device: torch.device) -> MaskedPatches:
+    def of(cls, masks: Tensor, device: torch.device, dtype: torch.dtype) -> MaskedPatches:
         """Find them in masks [2B, patches], on the masks' own device, and bring them to ``device``."""
         index = masks.flatten().nonzero()[:, 0]
         count = masks.sum(dim=1)[index // masks.shape[1]]
-        return cls(index.to(device, non_blocking=True), count.to(device, non_blocking=True))
+        weight = 1 / (len(masks) * count.to(dtype))
+        return cls(index.to(device, non_blocking=True), weight.to(device, non_blocking=True))
+
+
+@lru_cache(maxsize=8)
+def crop_pairs(B: int, L: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Which global crops each crop is compared with, and its weight in the mean over all pairs.
+
+    Global crops face the other one of their image, twice with half the weight, local crops both: so all face two.
+
+    Args:
+        B: images.
+        L: local crops of each.
+
+    Returns:
+        index: [2B + L B, 2] int64, rows of the 2B global crops.
+        weight: [2B + L B].
+    """
+    image = torch.arange(B, device=device)
+    both = torch.stack([image, image + B], dim=1)  # [B, 2]
+    index = torch.cat([(image + B).repeat(2, 1).T, image.repeat(2, 1).T, both.repeat(L, 1)])
+    pairs = 2 + max(2 * L, 1)
+    weight = torch.full((len(index),), 1 / (pairs * B), device=device, dtype=dtype)
+    weight[: 2 * B] /= 2
+    return index, weight
 
 
 def check_shapes(global_crops: Tensor, local_crops: Tensor, masks: Tensor) -> None:

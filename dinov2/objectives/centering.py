@@ -6,12 +6,15 @@ Either way is one bias per prototype: the targets are ``softmax(logits / tempera
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from dinov2.objectives.config import ObjectiveConfig
-from dinov2_kernels import sinkhorn_bias
+from dinov2_kernels import sinkhorn_bias, sinkhorn_biases
+from dinov2_kernels._library import autocast_disabled
 
 
 class SoftmaxCentering(nn.Module):
@@ -39,15 +42,25 @@ class SoftmaxCentering(nn.Module):
         return -self.center / temperature
 
     @torch.no_grad()
-    def update(self, logits: Tensor) -> None:
-        """Move the centre towards the mean of logits [B, K] over the rows of all processes; B may differ and be 0."""
-        rows = self.center.new_full((1,), len(logits))
-        sums = torch.cat([logits.sum(dim=0, dtype=self.center.dtype), rows])  # [K + 1]: one all-reduce for both
+    def update(self, features: Tensor, prototypes: nn.Module) -> None:
+        """Move the centre towards the mean logits of the rows of all processes; B may differ between them and be 0.
+
+        Logits are linear in the features, so their mean is ``prototypes`` of the mean feature: d numbers, not K, are
+        reduced over the processes, and no logit is read again.
+
+        Args:
+            features: [B, d] features of the teacher's tokens.
+            prototypes: linear layer without bias that makes logits [B, K] of them.
+        """
+        rows = self.center.new_full((1,), len(features))
+        sums = torch.cat([features.sum(dim=0, dtype=self.center.dtype), rows])  # [d + 1]: one all-reduce for both
         if self.group is not None:
             dist.all_reduce(sums, group=self.group)
         total, rows = sums[:-1], sums[-1:]
+        with autocast_disabled(sums.device.type):
+            mean: Tensor = prototypes(total / rows.clamp(min=1))  # [K]
         # Without any row there is no mean to move to. The row count stays on the device, so no if.
-        self.center.lerp_(total / rows.clamp(min=1), (1 - self.momentum) * (rows > 0).to(total.dtype))
+        self.center.lerp_(mean, (1 - self.momentum) * (rows > 0).to(mean.dtype))
 
 
 class SinkhornCentering(nn.Module):
@@ -67,13 +80,22 @@ class SinkhornCentering(nn.Module):
         """Bias [K] for teacher logits [B, K]; B may differ between processes and be 0."""
         return sinkhorn_bias(logits, temperature, n_iterations=self.n_iterations, group=self.group)
 
-    def update(self, logits: Tensor) -> None:
+    def update(self, features: Tensor, prototypes: nn.Module) -> None:
         """Nothing to remember."""
 
 
-def make_centering(
-    config: ObjectiveConfig, num_prototypes: int, group: dist.ProcessGroup | None
-) -> SoftmaxCentering | SinkhornCentering:
+Centering = SoftmaxCentering | SinkhornCentering
+
+
+def biases_of(centerings: Sequence[Centering], logits: Sequence[Tensor], temperature: float) -> list[Tensor]:
+    """The bias of each centring, all of one kind, for its logits; Sinkhorn-Knopp shares its reductions among them."""
+    first = centerings[0]
+    if isinstance(first, SinkhornCentering):
+        return sinkhorn_biases(logits, temperature, n_iterations=first.n_iterations, group=first.group)
+    return [centering(x, temperature) for centering, x in zip(centerings, logits, strict=True)]
+
+
+def make_centering(config: ObjectiveConfig, num_prototypes: int, group: dist.ProcessGroup | None) -> Centering:
     """The centring that the configuration names, for logits [B, num_prototypes]."""
     if config.centering == "softmax":
         return SoftmaxCentering(num_prototypes, config.center_momentum, group)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Centering = Literal["softmax", "sinkhorn_knopp"]
+StudentLogits = Literal["stored", "recomputed"]
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,16 @@ class ObjectiveConfig:
     """Part of the centre kept at each step, for softmax centring."""
     sinkhorn_iterations: int = 3
     """Iterations of Sinkhorn-Knopp."""
+    student_logits: StudentLogits = "stored"
+    """Whether the student's scores over all prototypes are stored for the loss, or made in pieces, and again in the
+    backward pass: that takes memory for neither scores nor their gradients, but a third more arithmetic."""
 
     def __post_init__(self) -> None:
         if self.centering not in get_args(Centering):
             raise ValueError(f"centering: expected one of {', '.join(get_args(Centering))}, got {self.centering!r}")
+        if self.student_logits not in get_args(StudentLogits):
+            expected = ", ".join(get_args(StudentLogits))
+            raise ValueError(f"student_logits: expected one of {expected}, got {self.student_logits!r}")
         if not self.student_temperature > 0:
             raise ValueError(f"student_temperature: expected a number above 0, got {self.student_temperature}")
         for name in ("dino_weight", "ibot_weight", "koleo_weight"):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2.models import DINOHead, HeadConfig, VisionTransformer, ViTConfig
+from dinov2.models.dino_head import WeightNormLinear
 
 
 def build_networks(
@@ -64,14 +66,41 @@ def features(
     return cast(Any, network["backbone"]).forward_features(list(crops), masks=list(masks))  # type: ignore[no-any-return]
 
 
-def head_logits(network: nn.ModuleDict, class_tokens: Tensor, patch_tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits of class tokens [N, D] and of patch tokens [M, D]; a shared head runs once over both."""
+@dataclass(frozen=True)
+class Projected:
+    """Tokens of one kind behind their head, short of its prototypes.
+
+    Attributes:
+        features: [N, d] normalised.
+        prototypes: the last layer of the head.
+    """
+
+    features: Tensor
+    prototypes: WeightNormLinear
+
+
+def project(network: nn.ModuleDict, class_tokens: Tensor, patch_tokens: Tensor) -> tuple[Projected, Projected]:
+    """Class tokens [N, D] and patch tokens [M, D] behind their heads; a shared head runs once over both."""
+    class_head = cast(DINOHead, network["dino_head"])
     if "ibot_head" in network:
-        return network["dino_head"](class_tokens), network["ibot_head"](patch_tokens)
-    logits = network["dino_head"](torch.cat([class_tokens, patch_tokens]))  # [N + M, K]
-    return logits[: len(class_tokens)], logits[len(class_tokens) :]
+        patch_head = cast(DINOHead, network["ibot_head"])
+        class_features, patch_features = class_head.features(class_tokens), patch_head.features(patch_tokens)
+    else:
+        patch_head = class_head
+        both = class_head.features(torch.cat([class_tokens, patch_tokens]))  # [N + M, d]
+        class_features, patch_features = both.split([len(class_tokens), len(patch_tokens)])
+    return Projected(class_features, class_head.last_layer), Projected(patch_features, patch_head.last_layer)
+
+
+def logits_of(class_tokens: Projected, patch_tokens: Projected) -> tuple[Tensor, Tensor]:
+    """Logits of both [N, K], [M, K'], as tensors of their own: slices of one would add up their gradients in full."""
+    layer = class_tokens.prototypes
+    if patch_tokens.prototypes is not layer:
+        return layer(class_tokens.features), patch_tokens.prototypes(patch_tokens.features)
+    weight = layer.weight()  # [K, d], normalised once for both
+    return F.linear(class_tokens.features, weight), F.linear(patch_tokens.features, weight)
 
 
 def num_prototypes(head: nn.Module) -> int:
     """K, the logits per row of a DINOHead."""
-    return len(cast(Tensor, head.get_submodule("last_layer").weight_v))
+    return len(cast(DINOHead, head).last_layer.weight_v)

@@ -48,12 +48,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dinov2.objectives.batch import MaskedPatches, check_shapes
-from dinov2.objectives.centering import make_centering
+from dinov2.objectives.batch import MaskedPatches, check_shapes, crop_pairs
+from dinov2.objectives.centering import biases_of, make_centering
 from dinov2.objectives.config import ObjectiveConfig
-from dinov2.objectives.networks import check_networks, features, head_logits, num_prototypes
-from dinov2_kernels import koleo_loss, soft_cross_entropy
-from dinov2_kernels.cross_entropy.reference import cross_entropy, soft_targets
+from dinov2.objectives.networks import check_networks, features, logits_of, num_prototypes, project
+from dinov2.objectives.prototype_loss import Targets, prototype_losses
+from dinov2_kernels import koleo_loss
+from dinov2_kernels.cross_entropy.reference import soft_targets
 
 
 class SelfDistillation(nn.Module):
@@ -117,16 +118,17 @@ class SelfDistillation(nn.Module):
         local_crops = batch.get("local_crops", global_crops[:0])
         check_shapes(global_crops, local_crops, masks)
         self._check_koleo(len(global_crops) // 2)
-        masked = MaskedPatches.of(masks, global_crops.device)
+        masked = MaskedPatches.of(masks, global_crops.device, torch.promote_types(global_crops.dtype, torch.float32))
 
-        class_targets, patch_targets = self._teacher_logits(global_crops, masked)
+        targets = self._targets(global_crops, len(local_crops), masked, teacher_temperature)
         class_tokens, patch_tokens = self._student_tokens(global_crops, local_crops, masks, masked)
-        class_logits, patch_logits = head_logits(self.student, class_tokens, patch_tokens)
-
-        dino_local, dino_global = self._dino(class_logits, class_targets, teacher_temperature)
+        students = project(self.student, class_tokens, patch_tokens)
+        temperature, student_logits = self.config.student_temperature, self.config.student_logits
+        dino, ibot = prototype_losses(students, targets, temperature, student_logits)  # [2B + L B], [M]
+        dino_global, dino_local = (part.sum() for part in dino.split([len(global_crops), len(local_crops)]))
         global_tokens = class_tokens[: len(global_crops)]  # [2B, D]
-        koleo = torch.stack([koleo_loss(tokens, group=self.group) for tokens in global_tokens.chunk(2)]).sum()
-        ibot = self._ibot(patch_logits, patch_targets, masked, teacher_temperature) / len(masks)
+        koleo = 2 * koleo_loss(global_tokens, n_groups=2, group=self.group)  # the mean of both crops, times two
+        ibot = ibot.sum()
         config = self.config
         total = (
             config.dino_weight * (dino_local + dino_global) + config.koleo_weight * koleo + config.ibot_weight * ibot
@@ -168,11 +170,25 @@ class SelfDistillation(nn.Module):
         }
 
     @torch.no_grad()
-    def _teacher_logits(self, global_crops: Tensor, masked: MaskedPatches) -> tuple[Tensor, Tensor]:
-        """Logits of the global crops' class tokens [2B, K] and of their masked patches [M, K']."""
+    def _targets(
+        self, global_crops: Tensor, num_local: int, masked: MaskedPatches, temperature: float
+    ) -> tuple[Targets, Targets]:
+        """Targets of the class tokens, those of the 2B global crops, and of the masked patches."""
         (tokens,) = features(self.teacher, [global_crops], [None])
         patch_tokens = tokens["x_norm_patchtokens"].flatten(0, 1)[masked.index]  # [M, D]
-        return head_logits(self.teacher, tokens["x_norm_clstoken"], patch_tokens)
+        teachers = project(self.teacher, tokens["x_norm_clstoken"], patch_tokens)
+        class_logits, patch_logits = logits_of(*teachers)  # [2B, K], [M, K']
+        centerings = (self.dino_centering, self.ibot_centering)
+        class_bias, patch_bias = biases_of(centerings, (class_logits, patch_logits), temperature)
+        if self.training:
+            for centering, teacher in zip(centerings, teachers, strict=True):
+                centering.update(teacher.features, teacher.prototypes)
+        B = len(global_crops) // 2
+        index, weight = crop_pairs(B, num_local // B, class_logits.device, masked.weight.dtype)
+        return (
+            Targets(class_logits, class_bias, temperature, weight, index),
+            Targets(patch_logits, patch_bias, temperature, masked.weight),
+        )
 
     def _student_tokens(
         self, global_crops: Tensor, local_crops: Tensor, masks: Tensor, masked: MaskedPatches
@@ -185,36 +201,6 @@ class SelfDistillation(nn.Module):
             outputs = features(self.student, [global_crops], [masks])
         patch_tokens = outputs[0]["x_norm_patchtokens"].flatten(0, 1)[masked.index]
         return torch.cat([tokens["x_norm_clstoken"] for tokens in outputs]), patch_tokens
-
-    def _dino(self, student: Tensor, teacher: Tensor, teacher_temperature: float) -> tuple[Tensor, Tensor]:
-        """DINO terms of student logits [2B + L B, K] and teacher logits [2B, K]."""
-        B = len(teacher) // 2
-        crops = student.unflatten(0, (-1, B))  # [2 + L, B, K]
-        L = len(crops) - 2
-        targets = soft_targets(teacher, teacher_temperature, self.dino_centering(teacher, teacher_temperature))
-        if self.training:
-            self.dino_centering.update(teacher)
-        targets = targets.unflatten(0, (2, B))  # [2, B, K]
-        temperature = self.config.student_temperature
-        pairs = 2 + max(2 * L, 1)
-        # Cross-entropy is linear in the target: both targets of a local crop cost one pass against their sum.
-        dino_local = cross_entropy(crops[2:], targets.sum(dim=0), temperature).mean(dim=1).sum() / pairs
-        dino_global = cross_entropy(crops[:2], targets.flip(0), temperature).mean(dim=1).sum() / pairs
-        return dino_local, dino_global
-
-    def _ibot(self, student: Tensor, teacher: Tensor, masked: MaskedPatches, teacher_temperature: float) -> Tensor:
-        """Sum over crops of the mean cross-entropy of their masked patches; student and teacher logits [M, K']."""
-        bias = self.ibot_centering(teacher, teacher_temperature)
-        loss = soft_cross_entropy(
-            student,
-            teacher,
-            student_temperature=self.config.student_temperature,
-            teacher_temperature=teacher_temperature,
-            teacher_bias=bias,
-        )
-        if self.training:
-            self.ibot_centering.update(teacher)
-        return (loss / masked.count).sum()
 
     def _check_koleo(self, images: int) -> None:
         if self.group is not None:
