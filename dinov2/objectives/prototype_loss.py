@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -40,7 +41,7 @@ def prototype_losses(
 
     Stored logits are overwritten by their gradients in the backward pass, which can therefore run only once.
     """
-    options = [
+    options: list[dict[str, Any]] = [
         {
             "student_temperature": student_temperature,
             "teacher_temperature": target.temperature,

@@ -193,12 +193,13 @@ def test_collapse_statistics() -> None:
     assert_close(statistics, expected)
 
 
-def _two_processes(rank: int, store: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def _train_in_a_group(rank: int, world_size: int, store: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     whole = random_batch(images=4)
     mine = {
-        name: torch.cat([crop.split(2)[rank] for crop in tensor.split(4)]) for name, tensor in whole.items()
-    }  # two images of each crop
+        name: torch.cat([crop.split(4 // world_size)[rank] for crop in tensor.split(4)])
+        for name, tensor in whole.items()
+    }  # some of the images, every crop of them
     for centering, tolerance in (("softmax", 1e-10), ("sinkhorn_knopp", 1e-5)):  # log u passes through float32
         config = ObjectiveConfig(centering=centering)  # type: ignore[arg-type]
         split, single = make_objective(config, True, group=dist.group.WORLD), make_objective(config, True)
@@ -206,15 +207,16 @@ def _two_processes(rank: int, store: str) -> None:
             losses, expected = split(mine, TEMPERATURE), single(whole, TEMPERATURE)
             actual = gradients(losses, split.student)
             for tensor in [*actual.values(), *losses.values()]:
-                tensor.detach().div_(2)
+                tensor.detach().div_(world_size)
                 dist.all_reduce(tensor.detach())
             assert_close({name: loss.detach() for name, loss in losses.items()}, expected, tolerance)
             assert_close(actual, gradients(expected, single.student), tolerance)
     dist.destroy_process_group()
 
 
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    mp.spawn(_two_processes, args=(f"{tmp_path}/store",), nprocs=2)
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_processes_train_as_one(world_size: int, tmp_path: Path) -> None:
+    mp.spawn(_train_in_a_group, args=(world_size, f"{tmp_path}/store"), nprocs=world_size)
 
 
 @pytest.mark.parametrize(
