@@ -7,11 +7,11 @@ autocast.
 Prediction for two cores (190 and 400 GFLOP/s of matrix products in float32 and bfloat16, 27 GB/s), for N = 1390 student
 rows, 1260 teacher rows, and so 91 M student logits:
 
-- Matrix products of the last layers: teacher 42 GFLOP, student 140 (three products), 182 in all; 0.96 s in float32, 0.46
-  in bfloat16. Recomputed logits take one product more for each student row and two for each teacher row: 313.
+- Matrix products of the last layers: teacher 42 GFLOP, student 140 (three products), 182 in all; 0.96 s in float32,
+  0.46 in bfloat16. Recomputed logits take one product more for each student row and two for each teacher row: 313.
 - The recipe's losses are some 30 elementwise passes over 364 MB of float32: 0.8 s.
-- Ours: three reads and exponentials for Sinkhorn-Knopp; two reads and two exponentials forward; two reads, one write and
-  two exponentials backward: 3 GB in 0.15 s.
+- Ours: three reads and exponentials for Sinkhorn-Knopp; two reads and two exponentials forward; two reads, one write
+  and two exponentials backward: 3 GB in 0.15 s.
 - So 1.1 s against 1.8 s in float32 (1.6 times faster), 0.6 s against 1.3 s in bfloat16 (2.1 times). Recomputing adds
   0.7 s in float32 and 0.3 s in bfloat16: it does not win in time here, and spares 364 MB of logits.
 """
