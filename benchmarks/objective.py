@@ -28,6 +28,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
+from benchmarks.sinkhorn import TEMPERATURE
 from benchmarks.sinkhorn import recipe as sinkhorn_recipe
 from dinov2.models import DINOHead
 from dinov2.objectives import ObjectiveConfig, SelfDistillation
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from benchmarks.conftest import Compare
 
 B, LOCAL_CROPS, PATCHES, D, K = 16, 8, 256, 384, 65536
-TEMPERATURE = 0.05
 
 
 class GivenTokens(nn.Module):
@@ -70,32 +70,43 @@ def batch() -> dict[str, Tensor]:
     }
 
 
-def recipe_step(student: nn.ModuleDict, teacher: nn.ModuleDict, masks: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return -(targets * torch.log_softmax(logits.float() / 0.1, dim=-1)).sum(dim=-1)
+
+
+def class_and_patch_losses(
+    global_logits: Tensor,
+    local_logits: Tensor,
+    patch_logits: Tensor,
+    class_targets: Tensor,
+    patch_targets: Tensor,
+    masks: Tensor,
+) -> Tensor:
     """DINO and iBOT as published: targets are matrices, every student crop meets every target in a pass of its own."""
+    L = 2 * len(local_logits) // len(global_logits)
+    targets = class_targets.chunk(2)
+    loss = sum(cross_entropy(s, t).mean() for s in local_logits.chunk(L) for t in targets)
+    loss = loss + sum(cross_entropy(s, t).mean() for s, t in zip(global_logits.chunk(2), targets[::-1], strict=True))
+    weight = 1 / masks.sum(dim=1)[masks.nonzero()[:, 0]] / len(masks)  # [M]
+    return loss / (2 + 2 * L) + (cross_entropy(patch_logits, patch_targets) * weight).sum()
 
-    def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-        return -(targets * torch.log_softmax(logits.float() / 0.1, dim=-1)).sum(dim=-1)
 
+def recipe_loss(student: nn.ModuleDict, teacher: nn.ModuleDict, masks: Tensor) -> Tensor:
     with torch.no_grad():
         tokens = teacher["backbone"].globals
-        class_targets = sinkhorn_recipe(teacher["dino_head"](tokens[:, 0])).chunk(2)
+        class_targets = sinkhorn_recipe(teacher["dino_head"](tokens[:, 0]))
         patch_targets = sinkhorn_recipe(teacher["ibot_head"](tokens[:, 1:][masks]))
-    tokens = student["backbone"].globals
-    global_logits = student["dino_head"](tokens[:, 0]).chunk(2)
-    local_logits = student["dino_head"](student["backbone"].locals[:, 0]).chunk(LOCAL_CROPS)
-    pairs = 2 + 2 * LOCAL_CROPS
-    loss = sum(cross_entropy(s, t).mean() for s in local_logits for t in class_targets)
-    loss = loss + sum(cross_entropy(s, t).mean() for s, t in zip(global_logits, class_targets[::-1], strict=True))
-    weight = 1 / masks.sum(dim=1)[masks.nonzero()[:, 0]] / len(masks)
-    patch_loss = cross_entropy(student["ibot_head"](tokens[:, 1:][masks]), patch_targets)
-    return loss / pairs + (patch_loss * weight).sum()
+    tokens, local_tokens = student["backbone"].globals, student["backbone"].locals
+    global_logits, local_logits = student["dino_head"](tokens[:, 0]), student["dino_head"](local_tokens[:, 0])
+    patch_logits = student["ibot_head"](tokens[:, 1:][masks])
+    return class_and_patch_losses(global_logits, local_logits, patch_logits, class_targets, patch_targets, masks)
 
 
 def step_of(name: str, bf16: bool) -> Callable[[], None]:
     student, teacher = networks()
     given = batch()
     if name == "recipe":
-        loss_of: Callable[[], Tensor] = lambda: recipe_step(student, teacher, given["masks"])  # noqa: E731
+        loss_of: Callable[[], Tensor] = lambda: recipe_loss(student, teacher, given["masks"])  # noqa: E731
     else:
         options: dict[str, Any] = {"student_logits": name, "centering": "sinkhorn_knopp", "koleo_weight": 0.0}
         objective = SelfDistillation(student, teacher, ObjectiveConfig(**options))
