@@ -97,7 +97,7 @@ def step_of(name: str, bf16: bool) -> Callable[[], Tensor]:
                 loss = objective(given, TEMPERATURE)["total"]
         loss.backward()
         optimizer.step()
-        objective.update_teacher(0.99)
+        objective.update_average(0.99)
         return loss.detach()
 
     return step

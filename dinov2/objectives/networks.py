@@ -46,11 +46,21 @@ def _network(vit: ViTConfig, dino_head: HeadConfig, ibot_head: HeadConfig | None
 
 
 def check_networks(student: nn.ModuleDict, teacher: nn.ModuleDict) -> None:
-    """Raise ValueError unless both hold a backbone and a DINO head, with parameters of the same names and shapes."""
+    """Raise ValueError unless both hold a backbone and the same heads, with as many prototypes each."""
     for role, network in (("student", student), ("teacher", teacher)):
         for name in ("backbone", "dino_head"):
             if name not in network:
                 raise ValueError(f"{role}: expected modules backbone and dino_head, got {', '.join(network) or 'none'}")
+    if student.keys() != teacher.keys():
+        raise ValueError(f"teacher: expected the student's modules {', '.join(student)}, got {', '.join(teacher)}")
+    for name in student.keys() - {"backbone"}:
+        expected, got = num_prototypes(student[name]), num_prototypes(teacher[name])
+        if got != expected:
+            raise ValueError(f"teacher: expected the student's {expected} prototypes in {name}, got {got}")
+
+
+def check_same_parameters(student: nn.ModuleDict, teacher: nn.ModuleDict) -> None:
+    """Raise ValueError unless both have parameters of the same names and shapes."""
     student_shapes, teacher_shapes = (
         {(name, tuple(p.shape)) for name, p in network.named_parameters()} for network in (student, teacher)
     )

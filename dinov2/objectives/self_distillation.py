@@ -29,7 +29,7 @@ Sinkhorn-Knopp overflows at |logit / T| > 88    log domain
 iBOT centre: mean of the processes' means       mean over all masked patches
 centre update of the last step not saved        applied at once after use, so a checkpoint holds it
 no masked patch at all: centre becomes NaN      the centre stays, ibot is 0
-teacher neither copied nor updated unless FSDP  :func:`build_networks` copies, :meth:`SelfDistillation.update_teacher`
+teacher neither copied nor updated unless FSDP  :func:`build_networks` copies, :meth:`SelfDistillation.update_average`
                                                 works on any parameters
 logs koleo/2, ibot/2 and the sum of those       logs what is optimised: the formulas above
 iBOT counts unmasked crops in its mean          kept: each masked crop weighs 1/(2B), so masking fewer crops lowers
@@ -43,6 +43,7 @@ buffers not averaged into the teacher           kept; ViT and head have none
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -51,10 +52,20 @@ from torch import Tensor, nn
 from dinov2.objectives.batch import MaskedPatches, check_shapes, crop_pairs
 from dinov2.objectives.centering import biases_of, make_centering
 from dinov2.objectives.config import ObjectiveConfig
-from dinov2.objectives.networks import check_networks, features, logits_of, num_prototypes, project
+from dinov2.objectives.networks import (
+    check_networks,
+    check_same_parameters,
+    features,
+    logits_of,
+    num_prototypes,
+    project,
+)
 from dinov2.objectives.prototype_loss import Targets, prototype_losses
 from dinov2_kernels import koleo_loss
 from dinov2_kernels.cross_entropy.reference import soft_targets
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # part of typing from Python 3.11 on
 
 
 class SelfDistillation(nn.Module):
@@ -82,7 +93,7 @@ class SelfDistillation(nn.Module):
         group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
-        check_networks(student, teacher)
+        self._check_networks(student, teacher)
         self.student = student
         self.teacher = teacher.requires_grad_(False).eval()
         self.config = config
@@ -91,10 +102,16 @@ class SelfDistillation(nn.Module):
         self.dino_centering = make_centering(config, num_prototypes(teacher["dino_head"]), group)
         self.ibot_centering = make_centering(config, num_prototypes(teacher[patch_head]), group)
 
-    def train(self, mode: bool = True) -> SelfDistillation:
-        """Set the student's mode; the teacher stays in evaluation mode."""
+    @property
+    def average(self) -> nn.ModuleDict:
+        """The moving average of the student, which training is for: here the teacher."""
+        return self.teacher
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the student's mode; the teacher and the average stay in evaluation mode."""
         super().train(mode)
         self.teacher.eval()
+        self.average.eval()
         return self
 
     def forward(self, batch: Mapping[str, Tensor], teacher_temperature: float) -> dict[str, Tensor]:
@@ -118,10 +135,11 @@ class SelfDistillation(nn.Module):
         local_crops = batch.get("local_crops", global_crops[:0])
         check_shapes(global_crops, local_crops, masks)
         self._check_koleo(len(global_crops) // 2)
+        masks, hidden = self._predicted_and_hidden(masks)
         masked = MaskedPatches.of(masks, global_crops.device, torch.promote_types(global_crops.dtype, torch.float32))
 
         targets = self._targets(global_crops, len(local_crops), masked, teacher_temperature)
-        class_tokens, patch_tokens = self._student_tokens(global_crops, local_crops, masks, masked)
+        class_tokens, patch_tokens = self._student_tokens(global_crops, local_crops, hidden, masked)
         students = project(self.student, class_tokens, patch_tokens)
         temperature, student_logits = self.config.student_temperature, self.config.student_logits
         dino, ibot = prototype_losses(students, targets, temperature, student_logits)  # [2B + L B], [M]
@@ -136,14 +154,14 @@ class SelfDistillation(nn.Module):
         return {"dino_local": dino_local, "dino_global": dino_global, "koleo": koleo, "ibot": ibot, "total": total}
 
     @torch.no_grad()
-    def update_teacher(self, momentum: float) -> None:
-        """Move every teacher parameter: ``teacher = momentum * teacher + (1 - momentum) * student``.
+    def update_average(self, momentum: float) -> None:
+        """Move every parameter of :attr:`average`: ``average = momentum * average + (1 - momentum) * student``.
 
         Call it after the optimiser's step. Buffers stay as they are.
         """
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum: expected a number from 0 to 1, got {momentum}")
-        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum)
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.student.parameters()), 1 - momentum)
 
     @torch.no_grad()
     def collapse_statistics(self, global_crops: Tensor, teacher_temperature: float) -> dict[str, Tensor]:
@@ -191,16 +209,25 @@ class SelfDistillation(nn.Module):
         )
 
     def _student_tokens(
-        self, global_crops: Tensor, local_crops: Tensor, masks: Tensor, masked: MaskedPatches
+        self, global_crops: Tensor, local_crops: Tensor, hidden: Tensor | None, masked: MaskedPatches
     ) -> tuple[Tensor, Tensor]:
         """Class tokens of global, then local crops [2B + L B, D] and masked patches of the global ones [M, D]."""
-        masks = masks.to(global_crops.device, non_blocking=True)
+        if hidden is not None:
+            hidden = hidden.to(global_crops.device, non_blocking=True)
         if len(local_crops):
-            outputs = features(self.student, [global_crops, local_crops], [masks, None])
+            outputs = features(self.student, [global_crops, local_crops], [hidden, None])
         else:
-            outputs = features(self.student, [global_crops], [masks])
+            outputs = features(self.student, [global_crops], [hidden])
         patch_tokens = outputs[0]["x_norm_patchtokens"].flatten(0, 1)[masked.index]
         return torch.cat([tokens["x_norm_clstoken"] for tokens in outputs]), patch_tokens
+
+    def _check_networks(self, student: nn.ModuleDict, teacher: nn.ModuleDict) -> None:
+        check_networks(student, teacher)
+        check_same_parameters(student, teacher)
+
+    def _predicted_and_hidden(self, masks: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Which patches [2B, patches] of the global crops iBOT compares, and which of them the student does not see."""
+        return masks, masks
 
     def _check_koleo(self, images: int) -> None:
         if self.group is not None:

@@ -61,7 +61,7 @@ class Trainer:
             for name, module in self.objective.student.items()
         }
         self.optimizer.step()
-        self.objective.update_teacher(settings.teacher_momentum)
+        self.objective.update_average(settings.teacher_momentum)
         return {name: torch.stack([term[name] for term in terms]).mean() for name in terms[0]} | norms
 
     def _forward_backward(self, batch: Batch, settings: StepSettings, number: int) -> dict[str, Tensor]:

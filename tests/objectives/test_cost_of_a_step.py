@@ -47,7 +47,7 @@ def test_a_step_never_asks_the_device_for_a_value(centering: Any) -> None:
     batch = {name: tensor.float().to("meta") if name != "masks" else tensor for name, tensor in random_batch().items()}
     losses = objective(batch, TEMPERATURE)
     losses["total"].backward()
-    objective.update_teacher(0.9)
+    objective.update_average(0.9)
     statistics = objective.collapse_statistics(batch["global_crops"], TEMPERATURE)
     assert all(value.is_meta and value.shape == () for value in (losses | statistics).values())
     with pytest.raises(NotImplementedError, match="nonzero"):

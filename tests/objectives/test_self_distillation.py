@@ -159,7 +159,7 @@ def test_the_teacher_follows_the_student(momentum: float) -> None:
         name: momentum * p + (1 - momentum) * dict(objective.student.named_parameters())[name]
         for name, p in objective.teacher.named_parameters()
     }
-    objective.update_teacher(momentum)
+    objective.update_average(momentum)
     assert_close(dict(objective.teacher.named_parameters()), expected, 1e-14)
 
 
@@ -244,8 +244,8 @@ def test_networks_that_do_not_fit_are_named() -> None:
     student, teacher = build_networks(VIT, HEAD)
     with pytest.raises(ValueError, match="teacher: expected modules backbone and dino_head, got backbone"):
         SelfDistillation(student, nn.ModuleDict({"backbone": teacher["backbone"]}), ObjectiveConfig())
-    _, larger = build_networks(VIT, replace(HEAD, out_dim=25))
-    with pytest.raises(ValueError, match=r"teacher: expected the student's parameters, .* dino_head.last_layer"):
+    _, larger = build_networks(VIT, replace(HEAD, hidden_dim=25))
+    with pytest.raises(ValueError, match=r"teacher: expected the student's parameters, .* dino_head.mlp"):
         SelfDistillation(student, larger, ObjectiveConfig())
     with pytest.raises(ValueError, match=r"momentum: expected a number from 0 to 1, got 1\.5"):
-        SelfDistillation(student, teacher, ObjectiveConfig()).update_teacher(1.5)
+        SelfDistillation(student, teacher, ObjectiveConfig()).update_average(1.5)

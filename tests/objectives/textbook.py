@@ -73,8 +73,13 @@ def textbook_koleo(tokens: Tensor) -> Tensor:
     return torch.stack(terms).mean()
 
 
-def textbook_step(objective: SelfDistillation, batch: Batch, centers: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The losses of one step, crop by crop and image by image; moves ``centers`` as the step does."""
+def textbook_step(
+    objective: SelfDistillation, batch: Batch, centers: dict[str, Tensor], hidden: bool = True
+) -> dict[str, Tensor]:
+    """The losses of one step, crop by crop and image by image; moves ``centers`` as the step does.
+
+    hidden: whether the student does not see the masked patches.
+    """
     student, teacher, config = objective.student, objective.teacher, objective.config
     patch_head = "ibot_head" if "ibot_head" in student else "dino_head"
     global_crops, masks = batch["global_crops"], batch["masks"]
@@ -94,7 +99,8 @@ def textbook_step(objective: SelfDistillation, batch: Batch, centers: dict[str, 
         patch_targets = targets("ibot", teacher[patch_head](patches[masks]))
 
     crops = [
-        student["backbone"].forward_features(x, m) for x, m in zip(global_crops.split(B), masks.split(B), strict=True)
+        student["backbone"].forward_features(x, m if hidden else None)
+        for x, m in zip(global_crops.split(B), masks.split(B), strict=True)
     ]
     g1, g2 = (student["dino_head"](f["x_norm_clstoken"]) for f in crops)
     dino_global = cross_entropy(g1, t2) + cross_entropy(g2, t1)
