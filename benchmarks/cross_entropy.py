@@ -5,7 +5,7 @@ In the second case each student faces two teachers, as local crops face both glo
 
 Prediction for two cores with AVX-512 (27 GB/s of reads), per student logit of float32:
 
-- The recipe: softmax of the teacher (a fourth as many logits), then per chunk of students log-softmax, product, sum, and
+- The recipe: softmax of the teacher (a fourth as many logits), then per chunk of students log-softmax, product and sum;
   backward product, expand, log-softmax's and the sum of chunk gradients: about 45 bytes in fresh memory, 3 ns. 67 M
   logits: 200 ms, and 150 ms to map 1 GB of results.
 - Ours: forward reads 4 bytes and a fourth of 4, and takes 1.25 exponentials, 0.5 ns each over two threads' halves;
