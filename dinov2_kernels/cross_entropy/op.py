@@ -1,10 +1,56 @@
-"""Soft-target cross-entropy as users call it: argument checks."""
+"""Soft-target cross-entropy: three operators, their derivative, and the function that users call."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from dinov2_kernels._library import accumulation_dtype, define, differentiably, needs_gradient
 from dinov2_kernels.cross_entropy import reference
+
+_TRITON = "dinov2_kernels.cross_entropy.triton_kernel"
+
+
+def _fake_forward(student: Tensor, teacher: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    N, M, dtype = student.shape[0], teacher.shape[0], accumulation_dtype(student)
+    norms = student.new_empty(N, 2, dtype=dtype), student.new_empty(M, 2, dtype=dtype)
+    return student.new_empty(N, dtype=dtype), *norms
+
+
+def _fake_backward(grad: Tensor, student: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(student)
+
+
+def _fake_backward_(student: Tensor, *_: Any) -> None:
+    return None
+
+
+# All contiguous: student [N, K], teacher [M, K], index [N, J] int64; bias [K], weight and grad [N] as sums are.
+_forward = define(
+    "soft_cross_entropy(Tensor student, Tensor teacher, Tensor? index, Tensor? bias, Tensor? weight, "
+    "float student_temperature, float teacher_temperature) -> (Tensor, Tensor, Tensor)",
+    reference=reference.soft_cross_entropy,
+    fake=_fake_forward,
+    triton=f"{_TRITON}:soft_cross_entropy",
+).call
+_backward = define(
+    "soft_cross_entropy_backward(Tensor grad, Tensor student, Tensor teacher, Tensor? index, Tensor? bias, "
+    "Tensor? weight, float student_temperature, float teacher_temperature, Tensor student_norm, Tensor teacher_norm) "
+    "-> Tensor",
+    reference=reference.soft_cross_entropy_backward,
+    fake=_fake_backward,
+    triton=f"{_TRITON}:soft_cross_entropy_backward",
+).call
+_backward_ = define(
+    "soft_cross_entropy_backward_(Tensor(a!) student, Tensor grad, Tensor teacher, Tensor? index, Tensor? bias, "
+    "Tensor? weight, float student_temperature, float teacher_temperature, Tensor student_norm, Tensor teacher_norm) "
+    "-> ()",
+    reference=reference.soft_cross_entropy_backward_,
+    fake=_fake_backward_,
+    triton=f"{_TRITON}:soft_cross_entropy_backward_",
+).call
 
 
 def soft_cross_entropy(
@@ -15,23 +61,34 @@ def soft_cross_entropy(
     teacher_temperature: float,
     teacher_bias: Tensor | None = None,
     row_weight: Tensor | None = None,
+    teacher_index: Tensor | None = None,
+    overwrite_student_logits: bool = False,
 ) -> Tensor:
     """Cross-entropy of each student row against ``softmax(teacher_logits / teacher_temperature + teacher_bias)``.
 
     The loss of DINO and iBOT (arXiv:2104.14294, arXiv:2111.07832); formula in
-    :mod:`dinov2_kernels.cross_entropy.reference`. Gradients reach the student alone. The arithmetic is float32 (float64
-    for float64 logits), whatever the dtype of the logits and inside autocast too.
+    :mod:`dinov2_kernels.cross_entropy.reference`. The targets are never written down, and gradients reach the student
+    alone. The arithmetic is float32 (float64 for float64 logits), whatever the dtype of the logits and inside autocast
+    too. Results do not change from run to run, nor with the number of threads.
 
-    Bytes: in plain PyTorch, about ten passes over [N, K] in float32.
+    Bytes, with s and t per student and teacher logit: forward reads the student, N K s, and the teacher, M K t, which
+    8 students (on a GPU: students that L2 serves) share. Backward reads the same and writes N K s. Between them 8 bytes
+    a row are kept beside the logits.
 
     Args:
-        student_logits: [N, K], any floating dtype.
-        teacher_logits: [N, K], any floating dtype.
+        student_logits: [N, K], float64, float32, bfloat16 or float16.
+        teacher_logits: [M, K], of any of these, but float64 beside float64 only.
         student_temperature: above 0; 0.1 in DINO.
         teacher_temperature: above 0; 0.04 to 0.07 in DINO.
         teacher_bias: [K], added to the scaled teacher logits: -center / teacher_temperature for softmax centring, the
             result of :func:`sinkhorn_bias` for Sinkhorn-Knopp; None for none.
-        row_weight: [N], factor on each row's loss; None for 1.
+        row_weight: [N], factor on each row's loss; None for 1. NaN raises an error on a CPU; elsewhere it spreads.
+        teacher_index: [N] or [N, J] integers, the teacher rows that a student faces; the losses against J of them are
+            added. None pairs row n with row n. Its values are checked on a CPU only: elsewhere that would wait for the
+            device.
+        overwrite_student_logits: backward writes the gradient over the student logits, and takes no memory. Whoever
+            made the logits must not need them for its own backward (a linear layer does not), and a second backward
+            raises autograd's error.
 
     Returns:
         [N], float32 (float64 for float64 logits).
@@ -45,20 +102,103 @@ def soft_cross_entropy(
         if logits.dim() != 2 or logits.shape[1] == 0:
             raise ValueError(f"{name}: expected shape [N, K] with K >= 1, got {list(logits.shape)}")
     N, K = student_logits.shape
-    _check_shape("teacher_logits", teacher_logits, (N, K))
-    _check_shape("teacher_bias", teacher_bias, (K,))
-    _check_shape("row_weight", row_weight, (N,))
+    dtype = accumulation_dtype(student_logits)
+    if accumulation_dtype(teacher_logits) != dtype:
+        raise TypeError(
+            f"teacher_logits: expected float64 beside float64 student_logits only, got {teacher_logits.dtype}"
+        )
+    M = N if teacher_index is None else teacher_logits.shape[0]
+    _check(student_logits, "teacher_logits", teacher_logits, (M, K))
+    _check(student_logits, "teacher_bias", teacher_bias, (K,))
+    _check(student_logits, "row_weight", row_weight, (N,))
+    _check_weight(row_weight)
+    index = _checked_index(teacher_index, student_logits, M)
     for name, temperature in (
         ("student_temperature", student_temperature),
         ("teacher_temperature", teacher_temperature),
     ):
         if not temperature > 0:
             raise ValueError(f"{name}: expected a number above 0, got {temperature}")
-    return reference.soft_cross_entropy(
-        student_logits, teacher_logits, student_temperature, teacher_temperature, teacher_bias, row_weight
-    )
+
+    if overwrite_student_logits and not student_logits.is_contiguous():
+        raise ValueError("overwrite_student_logits: expected contiguous student_logits")
+    student, teacher = student_logits.contiguous(), teacher_logits.detach().contiguous()
+    bias, weight = _constant(teacher_bias, dtype), _constant(row_weight, dtype)
+    arguments = (student, teacher, index, bias, weight, student_temperature, teacher_temperature)
+    if needs_gradient(student):
+        return differentiably(_SoftCrossEntropy, *arguments, overwrite_student_logits)  # type: ignore[no-any-return]
+    loss: Tensor = _forward(*arguments)[0]
+    return loss
 
 
-def _check_shape(name: str, tensor: Tensor | None, expected: tuple[int, ...]) -> None:
-    if tensor is not None and tensor.shape != expected:
+class _SoftCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        index: Tensor | None,
+        bias: Tensor | None,
+        weight: Tensor | None,
+        student_temperature: float,
+        teacher_temperature: float,
+        overwrite: bool,
+    ) -> Tensor:
+        temperatures = (student_temperature, teacher_temperature)
+        loss: Tensor
+        loss, *norms = _forward(student, teacher, index, bias, weight, *temperatures)
+        ctx.save_for_backward(student, teacher, index, bias, weight, *norms)
+        ctx.temperatures, ctx.overwrite = temperatures, overwrite
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        student, *others = ctx.saved_tensors
+        teacher, index, bias, weight, *norms = others
+        constants = (teacher, index, bias, weight, *ctx.temperatures, *norms)
+        if ctx.overwrite:
+            gradient = student.detach()
+            _backward_(gradient, grad.contiguous(), *constants)
+            if not torch.compiler.is_compiling():
+                torch.autograd.graph.increment_version(student)  # by which autograd notices a second backward
+        else:
+            gradient = _backward(grad.contiguous(), student, *constants)
+        return gradient, *(None,) * 7
+
+
+def _constant(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.detach().to(dtype).contiguous()
+
+
+def _check(student: Tensor, name: str, tensor: Tensor | None, expected: tuple[int, ...]) -> None:
+    if tensor is None:
+        return
+    if tensor.shape != expected:
         raise ValueError(f"{name}: expected shape {list(expected)} to match student_logits, got {list(tensor.shape)}")
+    if tensor.device != student.device:
+        raise ValueError(f"{name}: expected the device of student_logits, {student.device}, got {tensor.device}")
+
+
+def _check_weight(weight: Tensor | None) -> None:
+    if weight is None or weight.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if weight.isnan().any():
+        raise ValueError(f"row_weight: expected numbers, got NaN in row {int(weight.isnan().nonzero()[0, 0])}")
+
+
+def _checked_index(index: Tensor | None, student: Tensor, M: int) -> Tensor | None:
+    """The index as operators take it, int64 [N, J]."""
+    if index is None:
+        return None
+    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        raise TypeError(f"teacher_index: expected integers, got {index.dtype}")
+    N = student.shape[0]
+    if index.dim() not in (1, 2) or index.shape[0] != N or index.shape[-1] == 0 < N:
+        raise ValueError(f"teacher_index: expected shape [{N}] or [{N}, J] with J >= 1, got {list(index.shape)}")
+    if index.device != student.device:
+        raise ValueError(f"teacher_index: expected the device of student_logits, {student.device}, got {index.device}")
+    if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
+        low, high = (int(bound) for bound in torch.aminmax(index))
+        if low < 0 or high >= M:
+            raise ValueError(f"teacher_index: expected rows from 0 to {M - 1}, got {low if low < 0 else high}")
+    return index.long().reshape(N, -1 if N else 1).contiguous()

@@ -1,9 +1,10 @@
 """Soft-target cross-entropy in plain PyTorch: the definition every kernel is tested against.
 
-With teacher logits t [N, K], their temperature and a bias b [K], and student logits s [N, K],
+With teacher logits t [M, K], their temperature and a bias b [K], and student logits s [N, K], student n facing the
+teachers index_n1, ..., index_nJ,
 
-    q = softmax(t / T_teacher + b)                              (the target; no gradient)
-    loss_n = -w_n sum_k q_nk log_softmax(s_n / T_student)_k
+    q_m = softmax(t_m / T_teacher + b)                          (the targets; no gradient)
+    loss_n = -w_n sum_j sum_k q_(index_nj)k log_softmax(s_n / T_student)_k
 
 Both centrings of DINO are such a bias: b = -center / T_teacher (arXiv:2104.14294), or b = log u after Sinkhorn-Knopp.
 """
@@ -13,34 +14,69 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def widened(x: Tensor) -> Tensor:
-    """x in the dtype of the arithmetic: float64 for float64, float32 otherwise."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+from dinov2_kernels._library import accumulation_dtype
 
 
 @torch.no_grad()
 def soft_targets(logits: Tensor, temperature: float, bias: Tensor | None = None) -> Tensor:
     """softmax(logits / T + bias) over the last dimension, without gradient, [..., K]."""
-    scaled = widened(logits) / temperature
+    scaled = logits.to(accumulation_dtype(logits)) / temperature
     return torch.softmax(scaled if bias is None else scaled + bias, dim=-1)
 
 
-def cross_entropy(student_logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """-sum_k q_k log_softmax(s / T)_k over the last dimension; logits and targets [..., K] broadcast."""
-    log_probabilities = torch.log_softmax(widened(student_logits) / temperature, dim=-1)
-    return -(targets * log_probabilities).sum(dim=-1)
-
-
 def soft_cross_entropy(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    index: Tensor | None,
+    bias: Tensor | None,
+    weight: Tensor | None,
     student_temperature: float,
     teacher_temperature: float,
-    teacher_bias: Tensor | None = None,
-    row_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss [N]; norms of students [N, 2] and teachers [M, 2]: a row's maximum, and the sum of exponentials about it.
+
+    The maximum is that of the logits s of a student, and of t / T + b of a teacher. Kept apart, not as one log-sum-exp:
+    at 1e5 its rounding alone would cost the softmax 1 %.
+    """
+    targets = _targets(teacher, index, bias, teacher_temperature)  # [N, K]
+    scaled = student.to(accumulation_dtype(student)) / student_temperature
+    loss = -(targets * torch.log_softmax(scaled, dim=-1)).sum(dim=-1)
+    student_max = student.amax(dim=1, keepdim=True).to(scaled.dtype)  # [N, 1]
+    student_sum = torch.exp(scaled - student_max / student_temperature).sum(dim=1, keepdim=True)
+    z = teacher.to(accumulation_dtype(teacher)) / teacher_temperature
+    z = z if bias is None else z + bias
+    teacher_max = z.amax(dim=1, keepdim=True)  # [M, 1]
+    teacher_sum = torch.exp(z - teacher_max).sum(dim=1, keepdim=True)
+    norms = torch.cat([student_max, student_sum], dim=1), torch.cat([teacher_max, teacher_sum], dim=1)
+    return loss if weight is None else loss * weight, *norms
+
+
+def soft_cross_entropy_backward(
+    grad: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    index: Tensor | None,
+    bias: Tensor | None,
+    weight: Tensor | None,
+    student_temperature: float,
+    teacher_temperature: float,
+    student_norm: Tensor,
+    teacher_norm: Tensor,
 ) -> Tensor:
-    """Loss of each row [N]."""
-    targets = soft_targets(teacher_logits, teacher_temperature, teacher_bias)
-    loss = cross_entropy(student_logits, targets, student_temperature)
-    return loss if row_weight is None else loss * row_weight
+    """Gradient of the students [N, K], given that of the losses: w_n / T_student (J softmax(s_n / T) - sum_j q_j)."""
+    targets = _targets(teacher, index, bias, teacher_temperature)  # [N, K]
+    probabilities = torch.softmax(student.to(accumulation_dtype(student)) / student_temperature, dim=-1)
+    faced = 1 if index is None else index.shape[1]
+    factor = (grad if weight is None else grad * weight) / student_temperature  # [N]
+    return (factor[:, None] * (faced * probabilities - targets)).to(student.dtype)
+
+
+def soft_cross_entropy_backward_(student: Tensor, grad: Tensor, teacher: Tensor, *args: Tensor) -> None:
+    """The same, written over the student logits."""
+    student.copy_(soft_cross_entropy_backward(grad, student, teacher, *args))  # type: ignore[arg-type]
+
+
+def _targets(teacher: Tensor, index: Tensor | None, bias: Tensor | None, temperature: float) -> Tensor:
+    """sum_j q_(index_nj) [N, K]."""
+    targets = soft_targets(teacher, temperature, bias)  # [M, K]
+    return targets if index is None else targets[index].sum(dim=1)

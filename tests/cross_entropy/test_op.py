@@ -1,4 +1,4 @@
-"""Soft-target cross-entropy: values, gradients, precision, errors."""
+"""Soft-target cross-entropy as users call it: values, gradients, precision, PyTorch's machinery, errors."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dinov2_kernels import sinkhorn_bias
 from dinov2_kernels.cross_entropy import soft_cross_entropy
+from tests.cross_entropy.cases import CASES, Case
 
 
 def golden_logits(scale: float = 1.0) -> Tensor:
@@ -127,6 +128,83 @@ def test_compiles_without_a_graph_break() -> None:
     torch.testing.assert_close(compiled(student, teacher), loss(student, teacher))
 
 
+def test_students_share_teachers_by_index() -> None:
+    student, teacher, bias = random_logits(5, 9), random_logits(3, 9, 1), random_logits(1, 9, 2)[0]
+    index = torch.tensor([[0, 1], [2, 2], [1, 0], [0, 1], [2, 0]])
+    options: dict[str, Any] = {"student_temperature": 0.3, "teacher_temperature": 0.2, "teacher_bias": bias}
+    loss = soft_cross_entropy(student, teacher, teacher_index=index, **options)
+    expected = sum(by_hand(student, teacher[index[:, j]], 0.3, 0.2, bias) for j in range(2))
+    torch.testing.assert_close(loss, expected, atol=1e-11, rtol=1e-11)
+    for one in (index[:, 0], index[:, :1].int()):
+        loss = soft_cross_entropy(student, teacher, teacher_index=one, **options)
+        torch.testing.assert_close(loss, by_hand(student, teacher[index[:, 0]], 0.3, 0.2, bias), atol=1e-11, rtol=1e-11)
+
+
+def test_gradient_with_shared_teachers_is_the_derivative() -> None:
+    student, teacher = random_logits(4, 7).requires_grad_(), random_logits(3, 7, 1)
+    index, weight = torch.tensor([[0, 2], [1, 1], [2, 0], [0, 1]]), random_logits(1, 4, 3)[0]
+
+    def loss(student: Tensor) -> Tensor:
+        options: dict[str, Any] = {"student_temperature": 0.5, "teacher_temperature": 0.3}
+        return soft_cross_entropy(student, teacher, teacher_index=index, row_weight=weight, **options)
+
+    assert torch.autograd.gradcheck(loss, student)
+
+
+def test_the_gradient_may_overwrite_the_logits() -> None:
+    leaf, teacher = random_logits(6, 50, 0, torch.float32).requires_grad_(), random_logits(6, 50, 1, torch.float32)
+    options: dict[str, Any] = {"student_temperature": 0.1, "teacher_temperature": 0.07}
+    (expected,) = torch.autograd.grad(soft_cross_entropy(leaf, teacher, **options).sum(), leaf)
+    logits = leaf * 1
+    loss = soft_cross_entropy(logits, teacher, overwrite_student_logits=True, **options)
+    loss.sum().backward(retain_graph=True)
+    assert torch.equal(leaf.grad, expected)
+    assert torch.equal(logits, expected)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.sum().backward()
+
+
+def test_padding_rows_are_left_out_by_slicing() -> None:
+    student, teacher = torch.full((2, 9, 20), torch.nan)
+    student[:6], teacher[:6] = random_logits(6, 20), random_logits(6, 20, 1)
+    options: dict[str, Any] = {"student_temperature": 0.1, "teacher_temperature": 0.07}
+    loss = soft_cross_entropy(student[:6], teacher[:6], **options)
+    assert torch.equal(loss, soft_cross_entropy(student[:6].clone(), teacher[:6].clone(), **options))
+
+
+def test_strides_change_nothing() -> None:
+    student, teacher = random_logits(9, 6).T, random_logits(9, 6, 1).T
+    options: dict[str, Any] = {"student_temperature": 0.1, "teacher_temperature": 0.07}
+    expected = soft_cross_entropy(student.contiguous(), teacher.contiguous(), **options)
+    assert torch.equal(soft_cross_entropy(student, teacher, **options), expected)
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[4], CASES[6]], ids=str)
+@pytest.mark.parametrize("name", ["", "_backward", "_backward_"])
+def test_opcheck(name: str, case: Case) -> None:
+    arguments = case.arguments(torch.float32)
+    loss, *norms = torch.ops.dinov2_kernels.soft_cross_entropy(*arguments)
+    if name == "_backward":
+        arguments = [loss, *arguments, *norms]
+    elif name == "_backward_":
+        arguments = [arguments[0], loss, *arguments[1:], *norms]
+    torch.library.opcheck(getattr(torch.ops.dinov2_kernels, f"soft_cross_entropy{name}").default, arguments)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_compiles_forward_and_backward(overwrite: bool) -> None:
+    leaf, teacher = random_logits(8, 33, 0, torch.float32).requires_grad_(), random_logits(8, 33, 1, torch.float32)
+
+    def loss(leaf: Tensor, teacher: Tensor) -> Tensor:
+        options: dict[str, Any] = {"student_temperature": 0.1, "teacher_temperature": 0.07}
+        return soft_cross_entropy(leaf * 2, teacher, overwrite_student_logits=overwrite, **options).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    (expected,) = torch.autograd.grad(loss(leaf, teacher), leaf)
+    (gradient,) = torch.autograd.grad(compiled(leaf, teacher), leaf)
+    torch.testing.assert_close(gradient, expected)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -134,6 +212,12 @@ def test_compiles_without_a_graph_break() -> None:
         ({"student_logits": torch.zeros(4, 0)}, ValueError, r"student_logits: expected .* K >= 1, got \[4, 0\]"),
         ({"teacher_logits": torch.zeros(4, 6)}, ValueError, r"teacher_logits: expected shape \[4, 7\] .* got \[4, 6\]"),
         ({"teacher_logits": torch.zeros(4, 7, dtype=torch.int32)}, TypeError, "teacher_logits: .* got torch.int32"),
+        ({"teacher_logits": torch.zeros(4, 7).double()}, TypeError, "teacher_logits: expected float64 beside float64"),
+        ({"teacher_index": torch.zeros(4)}, TypeError, "teacher_index: expected integers, got torch.float32"),
+        ({"teacher_index": torch.zeros(3).long()}, ValueError, r"teacher_index: expected shape \[4\] or .* got \[3\]"),
+        ({"teacher_index": torch.tensor([0, 4, 1, 2])}, ValueError, "teacher_index: .* rows from 0 to 3, got 4"),
+        ({"teacher_index": torch.tensor([0, 3, -1, 2])}, ValueError, "teacher_index: .* rows from 0 to 3, got -1"),
+        ({"row_weight": torch.tensor([1, 2, torch.nan, 1])}, ValueError, "row_weight: .* got NaN in row 2"),
         ({"teacher_bias": torch.zeros(4)}, ValueError, r"teacher_bias: expected shape \[7\] .* got \[4\]"),
         ({"row_weight": torch.zeros(7)}, ValueError, r"row_weight: expected shape \[4\] .* got \[7\]"),
         ({"student_temperature": 0}, ValueError, "student_temperature: expected a number above 0, got 0"),
