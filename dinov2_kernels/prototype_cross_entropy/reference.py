@@ -45,9 +45,7 @@ def prototype_target_norm(teacher_logits: Tensor, bias: Tensor, temperature: flo
     return torch.stack([maximum, torch.exp(z - maximum[:, None]).sum(dim=1)])
 
 
-def prototype_targets_(
-    targets: Tensor, teacher_logits: Tensor, bias: Tensor, norm: Tensor, temperature: float
-) -> None:
+def prototype_targets_(targets: Tensor, teacher_logits: Tensor, bias: Tensor, norm: Tensor, temperature: float) -> None:
     """Write the targets q [M, c] of the columns of teacher_logits [M, c] and bias [c], given the norm [2, M]."""
     z = widen(teacher_logits) / temperature + bias
     targets.copy_(torch.exp(z - norm[0, :, None]) / norm[1, :, None])
