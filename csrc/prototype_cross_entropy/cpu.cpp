@@ -1,5 +1,5 @@
-// The cross-entropy of prototypes on CPU: the operators on a chunk of c prototypes, and how threads share their work. What
-// one thread does stands in cpu_kernels.cpp; the definition is dinov2_kernels/prototype_cross_entropy/reference.py.
+// The cross-entropy of prototypes on CPU: the operators on a chunk of c prototypes, and how threads share their work.
+// What one thread does stands in cpu_kernels.cpp; the definition is dinov2_kernels/prototype_cross_entropy/reference.py.
 //
 // Bytes: each operator reads its arguments once, or twice the second time from the cache, and writes its result once. A
 // thread takes whole rows, so that the result is the same for every number of threads.
@@ -99,7 +99,8 @@ void prototype_targets_(Tensor targets, const Tensor& teacher_logits, const Tens
     const A *b = pointer<A>(bias), *n = pointer<A>(norm);
     A* q = written<A>(targets);
     parallel_rows(M, c, [&](int64_t m) {
-      kernel(t + m * stride, b, TargetNorm<A>{n[m], n[M + m]}, c, temperature, q + m * c);
+      const X* next = t + std::min(m + 1, M - 1) * stride;
+      kernel(t + m * stride, b, TargetNorm<A>{n[m], n[M + m]}, c, temperature, next, q + m * c);
     });
   });
 }

@@ -18,8 +18,8 @@ ALWAYS_INLINE void for_each_tile(int64_t c, Body body, EndOfTile end_of_tile) {
   }
 }
 
-// z = t / T + bias, and -inf beyond the end of a row. Every pass over a row must round z alike, or z - maximum would not
-// be exact where z is constant: the loads come first, so that all of them fuse the multiplication and the addition.
+// z = t / T + bias, and -inf beyond the end of a row. Every pass over a row must round z alike, or z - maximum would
+// not be exact where z is constant: the loads come first, so that all of them fuse multiplication and addition.
 template <class X, class A, class WholeOrPart>
 ALWAYS_INLINE vec<A> biased(const X* t, A inverse_T, const A* bias, WholeOrPart part) {
   const vec<A> t_k = load(t, part), bias_k = load(bias, part, A(-INFINITY));
@@ -60,9 +60,10 @@ TargetNorm<A> target_norm(const X* t, const A* bias, int64_t c, double T) {
 }
 
 template <class X, class A>
-void targets(const X* t, const A* bias, TargetNorm<A> norm, int64_t c, double T, A* q) {
+void targets(const X* t, const A* bias, TargetNorm<A> norm, int64_t c, double T, const X* next, A* q) {
   const A inverse_T = 1 / T, inverse_total = 1 / norm.total;
   for_each_vector<A>(0, c, [&](int64_t k, auto part) {
+    __builtin_prefetch(next + k);
     const vec<A> z = biased(t + k, inverse_T, bias + k, part);
     store(q + k, exp<A>(z - norm.maximum) * inverse_total, part);
   });
@@ -118,7 +119,7 @@ void gradient(RowState<A> state, const A* q, const int64_t* index, int64_t J, A 
 
 #define INSTANTIATE(X, A)                                                                                             \
   template TargetNorm<A> target_norm(const X*, const A*, int64_t, double);                                            \
-  template void targets(const X*, const A*, TargetNorm<A>, int64_t, double, A*);                                      \
+  template void targets(const X*, const A*, TargetNorm<A>, int64_t, double, const X*, A*);                            \
   template RowState<A> accumulate(RowState<A>, const X*, const A*, const int64_t*, int64_t, int64_t, double);         \
   template void gradient(RowState<A>, const A*, const int64_t*, int64_t, A, int64_t, double, X*);
 INSTANTIATE(double, double)

@@ -1,7 +1,7 @@
 // The serial parts of the cross-entropy of prototypes, of one row each: cpu_kernels.cpp, compiled for every CPU target.
 //
-// A row has c columns: teacher logits t of type X, with bias [c]; student logits s of type X; rows of targets q [M, c] in
-// A = accumulate_t<X>, of which those of an index [J] are summed up as Q. T is the temperature of teacher or student.
+// A row has c columns: teacher logits t of type X, with bias [c]; student logits s of type X; rows of targets q [M, c]
+// in A = accumulate_t<X>, of which those of an index [J] are summed up as Q. T is the teacher's or student's temperature.
 #pragma once
 
 #include "common/cpu_target.h"
@@ -24,9 +24,9 @@ struct RowState {
   namespace target {                                                                                                 \
   template <class X, class A = accumulate_t<X>>                                                                      \
   TargetNorm<A> target_norm(const X* t, const A* bias, int64_t c, double T);                                         \
-  /* q[k], given the norm of the whole row. */                                                                       \
+  /* q[k], given the norm of the whole row. The row that follows, elsewhere in memory, is asked for meanwhile. */    \
   template <class X, class A = accumulate_t<X>>                                                                      \
-  void targets(const X* t, const A* bias, TargetNorm<A> norm, int64_t c, double T, A* q);                            \
+  void targets(const X* t, const A* bias, TargetNorm<A> norm, int64_t c, double T, const X* next, A* q);             \
   /* The state with c more columns. */                                                                               \
   template <class X, class A = accumulate_t<X>>                                                                      \
   RowState<A> accumulate(RowState<A> state, const X* s, const A* q, const int64_t* index, int64_t J, int64_t c,      \

@@ -1,17 +1,18 @@
 """The two operators of :mod:`dinov2_kernels.prototype_cross_entropy.reference` in chunks of prototypes.
 
-A chunk of c prototypes is a matrix product, the student's logits [N, c]; the targets [M, c] of the same columns; and one
-kernel that takes both together, in place. Nothing is larger than a chunk but arguments and results.
+A chunk of c prototypes is a matrix product, the student's logits [N, c]; the targets [M, c] of the same columns; and
+one kernel that takes both together, in place. Nothing is larger than a chunk but arguments and results.
 
-FLOPs, of 2 N K D for one product: forward 1; backward 3, the logits again, the gradient of the features, and that of the
-prototypes. Two ways to spare one were counted and left:
+FLOPs, of 2 N K D for one product: forward 1; backward 3, the logits again, the gradient of the features, and that of
+the prototypes. Two ways to share work were counted and left:
 
 - The gradient of the features can be summed up in the forward pass, as Flash Attention sums up its result. The gradient
-  of the prototypes needs the logits again all the same, so it is no product less; a pass without gradient has one more.
-- Cross-entropy is linear in its targets, so loss and gradient of the features need the prototypes' mean under a target,
-  q_m W [D], only: then no row ever meets its targets. It adds two products of 2 M K D, q W in forward and q^T (sum of w g h
-  over the rows that share q) in backward, and spares J N K multiplications and additions, a 250th of that where M = J N.
-  Rounded to 16 bits by themselves, p and q would also lose what their difference keeps.
+  of the prototypes needs the logits again all the same, so no product is spared, and a pass without gradient would have
+  one more.
+- Cross-entropy is linear in its targets: loss and gradient of the features need the mean q_m W [D] of the prototypes
+  under a target, and no row meets its targets column by column. That takes 2 M K D more FLOPs in forward, and as many
+  in backward for q^T times the sums of h that share a target, and spares 4 J N K: with M = J N and D = 256 it costs 256
+  times what it spares. In 16 bits it would also round p and q apart, and lose what their difference keeps.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from dinov2_kernels.prototype_cross_entropy.reference import (
     row_scale_of,
 )
 
-CHUNK_BYTES = 16 << 20  # of logits, targets and prototypes together; they stay in the last-level cache
+# Of logits, targets and prototypes together. On a CPU they stay in the last-level cache; on a GPU a chunk lasts longer
+# than the host takes for its 25 launches.
+CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 LEAST_COLUMNS = 256  # where rows are so many that fewer columns would fit: matrix products of fewer are slow
 
 
@@ -118,7 +121,8 @@ def _chunks(
 ) -> Iterator[Chunk]:
     """All prototypes, chunk by chunk, in memory that the next chunk overwrites."""
     (N, D), (M, K) = h.shape, teacher_logits.shape
-    width = columns_of_a_chunk(N * h.itemsize + M * norm.itemsize + D * weight.itemsize, K)
+    bytes_per_column = N * h.itemsize + M * norm.itemsize + D * weight.itemsize
+    width = columns_of_a_chunk(bytes_per_column, K, h.device.type)
     logits_memory, targets_memory = h.new_empty(N * width), norm.new_empty(M * width)
     for start in range(0, K, width):
         columns = slice(start, min(start + width, K))
@@ -131,7 +135,7 @@ def _chunks(
         yield Chunk(columns, prototypes, logits, targets)
 
 
-def columns_of_a_chunk(bytes_per_column: int, K: int) -> int:
-    """A power of two, or K if that is less. It depends on shapes and dtypes alone, so results do too."""
-    columns = max(CHUNK_BYTES // bytes_per_column, LEAST_COLUMNS)
+def columns_of_a_chunk(bytes_per_column: int, K: int, device_type: str) -> int:
+    """A power of two, or K if that is less. Nothing that varies from run to run enters, so results do not vary."""
+    columns = max(CHUNK_BYTES.get(device_type, CHUNK_BYTES["cpu"]) // bytes_per_column, LEAST_COLUMNS)
     return min(1 << (columns.bit_length() - 1), K)

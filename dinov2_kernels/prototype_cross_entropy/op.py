@@ -69,16 +69,16 @@ def prototype_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of ``softmax(features @ prototypes.T / student_temperature)`` against the targets of a teacher.
 
-    The last layer of a DINO or iBOT head together with its loss (arXiv:2104.14294, arXiv:2111.07832), without the logits
-    [N, K] of the student or their gradient, and without the targets
+    The last layer of a DINO or iBOT head together with its loss (arXiv:2104.14294, arXiv:2111.07832), without the
+    logits [N, K] of the student or their gradient, and without the targets
     ``softmax(teacher_logits / teacher_temperature + teacher_bias)``; formula in
     :mod:`dinov2_kernels.prototype_cross_entropy.reference`. It equals ``F.linear`` followed by
     :func:`soft_cross_entropy`, under autocast too: the product is in autocast's dtype, all else in float32. Gradients
     reach features, weight and weight_gain.
 
-    Memory: beyond arguments and gradients some 16 MB, or 256 columns where the rows are very many. FLOPs: 2 N K D
-    forward, 6 N K D backward, which computes the logits again. Deterministic as far as ``torch.mm`` is: chunks depend on
-    shapes and dtypes alone, and no sum of a kernel crosses two threads.
+    Memory: beyond arguments and gradients, chunks of 16 MB (256 MB on a GPU), or of 256 columns where rows are very
+    many. FLOPs: 2 N K D forward, 6 N K D backward, which computes the logits again. Deterministic as far as
+    ``torch.mm`` is: chunks depend on shapes and dtypes, and no sum of a kernel crosses two threads.
 
     Args:
         features: [N, D], any floating dtype.
@@ -112,7 +112,10 @@ def prototype_cross_entropy(
         student_temperature=student_temperature,
         teacher_temperature=teacher_temperature,
     )
-    N, K, dtype = features.shape[0], weight.shape[0], accumulation_dtype(features)
+    K, dtype = weight.shape[0], accumulation_dtype(features)
+    if teacher_index is not None:
+        teacher_index = teacher_index.to(torch.int64).contiguous()
+        teacher_index = teacher_index if teacher_index.dim() == 2 else teacher_index[:, None]  # [N, J]
     teacher_logits = teacher_logits.detach()
     if accumulation_dtype(teacher_logits) != dtype:
         teacher_logits = teacher_logits.to(dtype)
@@ -122,7 +125,7 @@ def prototype_cross_entropy(
         None if weight_gain is None else weight_gain.reshape(K, 1),
         teacher_logits if teacher_logits.stride(1) == 1 else teacher_logits.contiguous(),
         features.new_zeros(K, dtype=dtype) if teacher_bias is None else teacher_bias.detach().to(dtype).contiguous(),
-        None if teacher_index is None else teacher_index.reshape(N, -1).to(torch.int64).contiguous(),
+        teacher_index,
         None if row_weight is None else row_weight.detach().to(dtype),
         student_temperature,
         teacher_temperature,
@@ -140,6 +143,7 @@ def _run(features: Tensor, weight: Tensor, weight_gain: Tensor | None, *rest: An
 class _PrototypeCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
+        loss: Tensor
         loss, state, norm = _forward(*args)
         *tensors, student_temperature, teacher_temperature, dtype = args
         ctx.save_for_backward(*tensors, state, norm)

@@ -11,7 +11,8 @@ largest logit S_n and Z_n = sum_k exp((s_nk - S_n) / T),
 
     loss_n = w_n (|Q_n| log Z_n - sum_k Q_nk (s_nk - S_n) / T)
 
-in which no term has the other sign, so that none cancels however large the logits are; and, with the gradient g of loss,
+in which no term has the other sign, so that none cancels however large the logits are; and, with the gradient g of
+loss,
 
     ds_n = w_n g_n / T (|Q_n| softmax(s_n / T) - Q_n)        dh = ds W        dW = ds^T h
 
@@ -35,7 +36,7 @@ def widen(x: Tensor) -> Tensor:
     return x.to(accumulation_dtype(x))
 
 
-# ------------------------------------------------------------------------------------------------ of a chunk of c columns
+# ---------------------------------------------------------------------------------------------- of a chunk of c columns
 
 
 def prototype_target_norm(teacher_logits: Tensor, bias: Tensor, temperature: float) -> Tensor:
@@ -92,7 +93,7 @@ def _sum_of_targets(targets: Tensor, index: Tensor | None) -> Tensor:
     return total
 
 
-# -------------------------------------------------------------------------------------------------- of the prototypes W
+# ------------------------------------------------------------------------------------------------- of the prototypes W
 
 
 def prototypes_of(weight: Tensor, gain: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -100,24 +101,27 @@ def prototypes_of(weight: Tensor, gain: Tensor | None, dtype: torch.dtype) -> Te
     if gain is None:
         return weight.to(dtype)
     weight = widen(weight)
-    return (gain * (weight / _norm(weight).clamp_min(EPS))).to(dtype)
+    return (weight * (gain / _norm(weight).clamp_min(EPS))).to(dtype)
 
 
 def prototypes_backward(grad: Tensor, weight: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of weight [K, D] and gain [K, 1], given that of the prototypes [K, D]."""
+    """Gradients of weight [K, D] and gain [K, 1], given that of the prototypes [K, D].
+
+    With u = v / |v|: dg = dW . u and dv = g / |v| (dW - (dW . u) u).
+    """
     dtype, grad, weight = weight.dtype, widen(grad), widen(weight)
     norm = _norm(weight)
     divisor = norm.clamp_min(EPS)
-    direction = weight / divisor
-    grad_gain = (grad * direction).sum(dim=1, keepdim=True)  # [K, 1]
-    # Below EPS the divisor is constant, and nothing of the gradient is projected out.
-    along = torch.where(norm < EPS, 0.0, grad_gain)
-    grad_weight = gain / divisor * (grad - along * direction)  # [K, D]
+    grad_gain = (grad * weight).sum(dim=1, keepdim=True) / divisor  # [K, 1]
+    # Below EPS the divisor is constant, and no part of the gradient is taken off.
+    along = torch.where(norm < EPS, 0.0, grad_gain / divisor)
+    grad_weight = (grad - along * weight) * (gain / divisor)  # [K, D]
     return grad_weight.to(dtype), grad_gain.to(gain.dtype)
 
 
 def _norm(weight: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(weight, dim=1, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
+    return norm
 
 
 # ------------------------------------------------------------------------------------------- with the logits in memory

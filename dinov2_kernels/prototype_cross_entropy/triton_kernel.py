@@ -1,8 +1,9 @@
 """The operators of :mod:`dinov2_kernels.prototype_cross_entropy.chunk_ops` in Triton, for CUDA tensors.
 
-Legend: c columns of a chunk; teacher logits [M, c], whose rows lie `stride` apart, and student logits [N, c], in float64,
-float32, bfloat16 or float16; bias [c], targets [M, c], norm [2, M] and state [4, N] in the dtype of arithmetic. A program
-has one row, or a piece of one: sums go along rows alone, and no two programs add to the same number.
+Legend: c columns of a chunk; teacher logits [M, c], whose rows lie `stride` apart, and student logits [N, c], in
+float64, float32, bfloat16 or float16; bias [c], targets [M, c], norm [2, M] and state [4, N] in the dtype of
+arithmetic. A program has one row, or a piece of one: sums go along rows alone, and no two programs add to the same
+number.
 """
 
 from __future__ import annotations

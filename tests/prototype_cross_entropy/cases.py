@@ -106,18 +106,18 @@ def with_logits_in_memory(
     if weight_gain is not None:
         weight = weight_gain.view(-1, 1) * F.normalize(weight, dim=1)
     logits = F.linear(features, weight)
-    rows = [slice(None)] if teacher_index is None else teacher_index.view(len(features), -1).unbind(1)
+    rows = [slice(None)] if teacher_index is None else teacher_index.unbind(1)
     losses = [soft_cross_entropy(logits, teacher_logits[r], row_weight=row_weight, **options) for r in rows]
     return torch.stack(losses).sum(dim=0)
 
 
 def to_float64(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: x.detach().double().requires_grad_(x.requires_grad)
-        if isinstance(x, Tensor) and x.is_floating_point()
-        else x
-        for name, x in arguments.items()
-    }
+    def convert(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        return x.detach().double().requires_grad_(x.requires_grad)
+
+    return {name: convert(x) for name, x in arguments.items()}
 
 
 def chunk_arguments(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict[str, tuple[Any, ...]]:
@@ -145,11 +145,10 @@ def chunk_arguments(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict
 
 def run_chunk_operator(operators: Any, name: str, arguments: tuple[Any, ...]) -> Tensor:
     """What the operator returns, or makes of a copy of its first argument."""
-    arguments = tuple(
-        x.clone() if isinstance(x, Tensor) and i == 0 and name.endswith("_") else x for i, x in enumerate(arguments)
-    )
-    result = getattr(operators, name)(*arguments)
-    return arguments[0] if result is None else result
+    first, *rest = arguments
+    first = first.clone() if name.endswith("_") else first
+    result = getattr(operators, name)(first, *rest)
+    return first if result is None else result
 
 
 def assert_matches_reference(operators: Any, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:

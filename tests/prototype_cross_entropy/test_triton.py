@@ -39,8 +39,7 @@ def test_values(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", [Case(4, 4, 100, J=0), Case(5, 3, 100, J=2)], ids=str)
 def test_loss_and_gradients(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under use_backend, the loop over chunks stays and its operators are Triton's."""
-    monkeypatch.setattr(chunked, "CHUNK_BYTES", 0)
-    monkeypatch.setattr(chunked, "LEAST_COLUMNS", 32)
+    monkeypatch.setattr(chunked, "columns_of_a_chunk", lambda *_: 32)
     arguments = case.loss_arguments(torch.float64, gain=True)
     with dk.use_backend("triton"):
         loss = dk.prototype_cross_entropy(**arguments)
