@@ -3,15 +3,16 @@
 Two parts of a step with 64 images per GPU and 65536 prototypes of 256 features: 512 local crops, each against two of
 128 class tokens of the teacher, and 4900 masked patches, each against its own.
 
-Prediction for an H200 (products at 600 TFLOP/s, 4.3 TB/s), no GPU having run this yet; NK are the student's logits:
+Prediction for an H200 (products at 600 TFLOP/s, 4.3 TB/s), no GPU having run this yet; NK is the number of the
+student's logits:
 
-- Class tokens: four products of 17 GFLOP, 0.11 ms. In backward and forward together a chunk moves 30 NK bytes between
-  its kernels, 1.0 GB, 0.25 ms; the teacher's logits are small. Weight normalisation in chunks moves 3 GB, 0.7 ms. Some 2
-  x 4 x 25 launches take the host 0.8 ms, so it waits for neither. About 1.2 ms. The recipe: three products, and 80 NK
-  bytes, 2.7 GB and 1.5 GB of weight normalisation: 1.1 ms. No gain in time; 0.25 GB of memory in place of 1.
-- Masked patches: four products of 164 GFLOP, 1.1 ms; 36 NK bytes, 11.6 GB, 2.7 ms; with the rest 4.8 ms. The recipe:
-  80 NK bytes, 26 GB, 6 ms, and 0.8 ms of products: 7 ms. 1.4 times faster, with 0.25 GB of memory in place of 9.
-- Compiled, the recipe moves about 30 NK: on a par in time.
+- Local crops, all prototypes in one chunk: four products of 17 GFLOP, 0.11 ms. The logits and targets of the chunk are
+  written and read, forward and backward together 30 NK bytes, 1.0 GB, 0.25 ms; weight normalisation and its gradient
+  move 1.7 GB, 0.4 ms. So 0.8 ms. The recipe: three products, some 80 NK bytes, and 1.3 GB for the weight: 1.0 ms.
+- Masked patches in 8 chunks: four products of 164 GFLOP, 1.1 ms; 36 NK bytes, 11.6 GB, 2.7 ms; 4.2 ms with the weight's
+  part, while 400 launches take the host 1.6 ms. The recipe: 0.8 ms of products, 80 NK bytes, 26 GB, 6 ms: 7.1 ms. So
+  1.7 times faster, with 0.5 GB of memory in place of 9.
+- Compiled, the recipe moves some 30 NK bytes: a par in time.
 """
 
 from __future__ import annotations

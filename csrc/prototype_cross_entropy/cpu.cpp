@@ -1,5 +1,5 @@
 // The cross-entropy of prototypes on CPU: the operators on a chunk of c prototypes, and how threads share their work.
-// What one thread does stands in cpu_kernels.cpp; the definition is dinov2_kernels/prototype_cross_entropy/reference.py.
+// What a thread does stands in cpu_kernels.cpp; the definition is dinov2_kernels/prototype_cross_entropy/reference.py.
 //
 // Bytes: each operator reads its arguments once, or twice the second time from the cache, and writes its result once. A
 // thread takes whole rows, so that the result is the same for every number of threads.

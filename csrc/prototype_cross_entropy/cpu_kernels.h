@@ -1,7 +1,8 @@
 // The serial parts of the cross-entropy of prototypes, of one row each: cpu_kernels.cpp, compiled for every CPU target.
 //
 // A row has c columns: teacher logits t of type X, with bias [c]; student logits s of type X; rows of targets q [M, c]
-// in A = accumulate_t<X>, of which those of an index [J] are summed up as Q. T is the teacher's or student's temperature.
+// in A = accumulate_t<X>, of which those of an index [J] are summed up as Q. T is the teacher's or the student's
+// temperature.
 #pragma once
 
 #include "common/cpu_target.h"

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+import dinov2_kernels as dk
 from dinov2_kernels import _library, prototype_cross_entropy
 from dinov2_kernels.prototype_cross_entropy import reference
 from tests.cpu_targets import TARGETS, run_python, run_value_tests
@@ -109,6 +110,20 @@ def test_a_step_is_the_same_every_time() -> None:
         steps.append([loss.detach(), *gradients_of(loss, arguments).values()])
     for step in steps[1:]:
         assert all(torch.equal(a, b) for a, b in zip(steps[0], step, strict=True))
+
+
+def test_use_backend_reaches_the_operators_inside() -> None:
+    arguments = Case(6, 4, 37, J=2).loss_arguments(torch.float32)
+    expected = prototype_cross_entropy(**arguments)
+    with dk.use_backend("native"):
+        assert torch.equal(prototype_cross_entropy(**arguments), expected)
+    # info() tells what runs where a kernel runs: in the parts.
+    assert {name for name in dk.info()["operators"] if name.startswith("prototype_")} == {
+        "prototype_accumulate_",
+        "prototype_gradient_",
+        "prototype_target_norm",
+        "prototype_targets_",
+    }
 
 
 @pytest.mark.parametrize("target", TARGETS)
