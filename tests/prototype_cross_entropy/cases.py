@@ -131,15 +131,15 @@ def chunk_arguments(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict
     targets = torch.empty(case.M, case.K, dtype=wide, device=device)
     reference.prototype_targets_(targets, teacher, bias, norm, TEACHER_TEMPERATURE)
     index, scale = case.index(device), case.random(case.N, seed=4).to(device, wide)
-    state = reference.initial_state(case.N, student)
-    seen = state.clone()  # after columns whose logits were the same in another order
-    reference.prototype_accumulate_(seen, student.flip(1), targets, index, STUDENT_TEMPERATURE)
+    state, earlier, complete = (reference.initial_state(case.N, student) for _ in range(3))
+    reference.prototype_accumulate_(earlier, student.flip(1) / 2, targets, index, STUDENT_TEMPERATURE)
+    reference.prototype_accumulate_(complete, student, targets, index, STUDENT_TEMPERATURE)
     return {
         "prototype_target_norm": (teacher, bias, TEACHER_TEMPERATURE),
         "prototype_targets_": (torch.empty_like(targets), teacher, bias, norm, TEACHER_TEMPERATURE),
         "prototype_accumulate_": (state, student, targets, index, STUDENT_TEMPERATURE),
-        "prototype_accumulate_ (more)": (seen, student, targets, index, STUDENT_TEMPERATURE),
-        "prototype_gradient_": (student, seen, targets, index, scale, STUDENT_TEMPERATURE),
+        "prototype_accumulate_ (more)": (earlier, student, targets, index, STUDENT_TEMPERATURE),
+        "prototype_gradient_": (student, complete, targets, index, scale, STUDENT_TEMPERATURE),
     }
 
 

@@ -51,14 +51,14 @@ def test_values(case: Case, dtype: torch.dtype) -> None:
 def test_values_of_missing_and_infinite_logits(dtype: torch.dtype) -> None:
     """NaN stays in its row; a prototype at -inf gets nothing."""
     arguments = chunk_arguments(Case(6, 6, 50, J=0), dtype)
-    logits, seen, targets, index, scale, T = arguments["prototype_gradient_"]
+    logits, complete, targets, index, scale, T = arguments["prototype_gradient_"]
     logits[2, 7] = torch.nan
     logits[4, 9] = -torch.inf
     state, *_ = arguments["prototype_accumulate_"]
     native.prototype_accumulate_(state, logits, targets, index, T)
     assert state[1].isnan().nonzero().tolist() == [[2]]
     expected = -scale[4] * targets[4, 9]
-    native.prototype_gradient_(logits, seen, targets, index, scale, T)
+    native.prototype_gradient_(logits, complete, targets, index, scale, T)
     assert logits.isnan().nonzero().tolist() == [[2, 7]]
     torch.testing.assert_close(logits[4, 9], expected.to(dtype))
     teacher, bias, teacher_T = arguments["prototype_target_norm"]
