@@ -10,6 +10,7 @@ from dinov2_kernels.attention import varlen_attention, varlen_attention_qkvpacke
 from dinov2_kernels.cross_entropy import soft_cross_entropy
 from dinov2_kernels.koleo import koleo_loss, nearest_neighbors
 from dinov2_kernels.packing import PackedLayout
+from dinov2_kernels.prototype_cross_entropy import prototype_cross_entropy
 from dinov2_kernels.residual import stochastic_depth
 from dinov2_kernels.sinkhorn import sinkhorn_bias, sinkhorn_biases, sinkhorn_knopp
 from dinov2_kernels.swiglu import swiglu
@@ -20,6 +21,7 @@ __all__ = [
     "integrations",
     "koleo_loss",
     "nearest_neighbors",
+    "prototype_cross_entropy",
     "sinkhorn_bias",
     "sinkhorn_biases",
     "sinkhorn_knopp",

@@ -43,6 +43,9 @@ class use_backend(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         if self.name == "reference":
             return operator.reference(*args)
+        if operator.composite is not None:
+            with self:  # for the operators that it is made of
+                return operator.composite(*args)
         if self.name == "triton":
             return operator.call_triton(*args)
         device_type = args[0].device.type
@@ -56,9 +59,10 @@ def info() -> dict[str, Any]:
 
     Returns:
         A dictionary with the versions, per device type why compiled kernels are missing (None: they are there), how
-        the extension was built, and for each operator what the dispatcher will run on CPU and on CUDA. An operator
-        whose CUDA kernels no GPU has confirmed yet says so.
+        the extension was built, and for each operator that is not made of others what the dispatcher will run on CPU
+        and on CUDA. An operator whose CUDA kernels no GPU has confirmed yet says so.
     """
+    with_kernels = {name: x for name, x in sorted(_library.OPERATORS.items()) if x.composite is None}
     return {
         "version": __version__,
         "torch": torch.__version__,
@@ -68,7 +72,7 @@ def info() -> dict[str, Any]:
         "host": _host_build(),
         "cpu_threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-        "operators": {name: _describe(operator) for name, operator in sorted(_library.OPERATORS.items())},
+        "operators": {name: _describe(operator) for name, operator in with_kernels.items()},
     }
 
 

@@ -5,7 +5,8 @@ A call goes one way: public function -> ``torch.ops.dinov2_kernels.<op>`` -> PyT
 ==================  ===============================================================================================
 dispatch key        implementation
 ==================  ===============================================================================================
-any device          ``reference.py`` (CompositeExplicitAutograd), unless a more specific key below has one
+any device          ``reference.py`` (CompositeExplicitAutograd), unless a more specific key below has one; for an
+                    operator that is made of others, how it is made of them
 CPU                 ``csrc/<op>/cpu.cpp``, which registers itself when ``_native_cpu.so`` is loaded
 CUDA                ``triton_kernel.py``, imported on its first call
 ==================  ===============================================================================================
@@ -42,12 +43,14 @@ class Operator:
         name: name of the operator, without its namespace.
         reference: the definition, in plain PyTorch, for any device.
         triton: ``"module:function"`` of the Triton implementation, or None.
+        composite: how it is made of other operators, on every device; None for an operator with kernels of its own.
         verified_on_gpu: the GPU on which its CUDA kernels passed their tests, with the date; None where none did yet.
     """
 
     name: str
     reference: Implementation
     triton: str | None
+    composite: Implementation | None
     verified_on_gpu: str | None
 
     @property
@@ -80,6 +83,7 @@ def define(
     reference: Implementation,
     fake: Implementation,
     triton: str | None = None,
+    composite: Implementation | None = None,
     verified_on_gpu: str | None = None,
 ) -> Operator:
     """Define ``dinov2_kernels::<op>`` and register its reference, its fake and its Triton implementation.
@@ -89,12 +93,14 @@ def define(
         reference: the definition in plain PyTorch; serves every device that has nothing better.
         fake: allocates the result for given arguments without computing it (``torch.compile``, FakeTensor).
         triton: ``"module:function"`` of the implementation for CUDA.
+        composite: Python that calls other operators, which have kernels; it serves every device in place of the
+            definition, with which it is compared like any kernel.
         verified_on_gpu: e.g. ``"NVIDIA H200, 2026-11-23"`` once its CUDA kernels passed their tests there.
     """
-    operator = Operator(schema.partition("(")[0], reference, triton, verified_on_gpu)
+    operator = Operator(schema.partition("(")[0], reference, triton, composite, verified_on_gpu)
     _LIBRARY.define(schema)
     _CUDA_LIBRARY.define(schema)
-    _LIBRARY.impl(operator.name, reference, "CompositeExplicitAutograd")
+    _LIBRARY.impl(operator.name, composite or reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"dinov2_kernels::{operator.name}", fake, lib=_LIBRARY)
     if triton is not None and triton_is_installed():
         _LIBRARY.impl(operator.name, operator.call_triton, "CUDA")

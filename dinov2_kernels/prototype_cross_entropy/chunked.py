@@ -1,0 +1,141 @@
+"""The two operators of :mod:`dinov2_kernels.prototype_cross_entropy.reference` in chunks of prototypes.
+
+A chunk of c prototypes is a matrix product, the student's logits [N, c]; the targets [M, c] of the same columns; and
+one kernel that takes both together, in place. Nothing is larger than a chunk but arguments and results.
+
+FLOPs, of 2 N K D for one product: forward 1; backward 3, the logits again, the gradient of the features, and that of
+the prototypes. Two ways to share work were counted and left:
+
+- The gradient of the features can be summed up in the forward pass, as Flash Attention sums up its result. The gradient
+  of the prototypes needs the logits again all the same, so no product is spared, and a pass without gradient would have
+  one more.
+- Cross-entropy is linear in its targets: loss and gradient of the features need the mean q_m W [D] of the prototypes
+  under a target, and no row meets its targets column by column. That takes 2 M K D more FLOPs in forward, and as many
+  in backward for q^T times the sums of h that share a target, and spares 4 J N K: with M = J N and D = 256 it costs 256
+  times what it spares. In 16 bits it would also round p and q apart, and lose what their difference keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dinov2_kernels._library import accumulation_dtype
+from dinov2_kernels.prototype_cross_entropy import chunk_ops
+from dinov2_kernels.prototype_cross_entropy.reference import (
+    initial_state,
+    prototypes_backward,
+    prototypes_of,
+    row_scale_of,
+)
+
+# Of logits, targets and prototypes together. On a CPU they stay in the last-level cache; on a GPU a chunk lasts longer
+# than the host takes for its 25 launches.
+CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
+LEAST_COLUMNS = 256  # where rows are so many that fewer columns would fit: matrix products of fewer are slow
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Of c prototypes: their columns, the prototypes [c, D], logits [N, c] and targets [M, c]."""
+
+    columns: slice
+    prototypes: Tensor
+    logits: Tensor
+    targets: Tensor
+
+
+def prototype_cross_entropy(
+    features: Tensor,
+    weight: Tensor,
+    weight_gain: Tensor | None,
+    teacher_logits: Tensor,
+    teacher_bias: Tensor,
+    teacher_index: Tensor | None,
+    row_weight: Tensor | None,
+    student_temperature: float,
+    teacher_temperature: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss [N], state [4, N] and norm [2, M] of the targets."""
+    features = features.to(dtype)
+    norm = chunk_ops.target_norm(teacher_logits, teacher_bias, teacher_temperature)  # [2, M]
+    state = initial_state(len(features), features)  # [4, N]
+    for chunk in _chunks(features, weight, weight_gain, teacher_logits, teacher_bias, norm, teacher_temperature):
+        chunk_ops.accumulate_(state, chunk.logits, chunk.targets, teacher_index, student_temperature)
+    _, total, mass, cross = state
+    loss = mass * total.log() - cross / student_temperature  # [N]
+    return loss if row_weight is None else loss * row_weight, state, norm
+
+
+def prototype_cross_entropy_backward(
+    grad: Tensor,
+    features: Tensor,
+    weight: Tensor,
+    weight_gain: Tensor | None,
+    teacher_logits: Tensor,
+    teacher_bias: Tensor,
+    teacher_index: Tensor | None,
+    row_weight: Tensor | None,
+    state: Tensor,
+    norm: Tensor,
+    student_temperature: float,
+    teacher_temperature: float,
+    dtype: torch.dtype,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of features [N, D], weight [K, D] and weight_gain [K, 1]; output_mask as in the definition."""
+    features_wanted, weight_wanted = output_mask
+    h = features.to(dtype)
+    dfeatures = torch.zeros_like(h, dtype=accumulation_dtype(h)) if features_wanted else h.new_empty(0)  # [N, D]
+    dweight = torch.empty_like(weight) if weight_wanted else weight.new_empty(0)  # [K, D]
+    dgain = weight.new_empty(0) if weight_gain is None or not weight_wanted else torch.empty_like(weight_gain)  # [K, 1]
+    row_scale = row_scale_of(grad, row_weight, student_temperature)  # [N]
+    for chunk in _chunks(h, weight, weight_gain, teacher_logits, teacher_bias, norm, teacher_temperature):
+        chunk_ops.gradient_(chunk.logits, state, chunk.targets, teacher_index, row_scale, student_temperature)
+        if features_wanted:
+            dfeatures += torch.mm(chunk.logits, chunk.prototypes, out=torch.empty_like(h))
+        if weight_wanted:
+            columns, dprototypes = chunk.columns, torch.empty_like(chunk.prototypes)  # [c, D]
+            torch.mm(chunk.logits.t(), h, out=dprototypes)
+            if weight_gain is None:
+                dweight[columns] = dprototypes
+            else:
+                dweight[columns], dgain[columns] = prototypes_backward(
+                    dprototypes, weight[columns], weight_gain[columns]
+                )
+    return dfeatures.to(features.dtype), dweight, dgain
+
+
+def _chunks(
+    h: Tensor,
+    weight: Tensor,
+    weight_gain: Tensor | None,
+    teacher_logits: Tensor,
+    teacher_bias: Tensor,
+    norm: Tensor,
+    temperature: float,
+) -> Iterator[Chunk]:
+    """All prototypes, chunk by chunk, in memory that the next chunk overwrites."""
+    (N, D), (M, K) = h.shape, teacher_logits.shape
+    bytes_per_column = N * h.itemsize + M * norm.itemsize + D * weight.itemsize
+    width = columns_of_a_chunk(bytes_per_column, K, h.device.type)
+    logits_memory, targets_memory = h.new_empty(N * width), norm.new_empty(M * width)
+    for start in range(0, K, width):
+        columns = slice(start, min(start + width, K))
+        c = columns.stop - start
+        gain = None if weight_gain is None else weight_gain[columns]
+        prototypes = prototypes_of(weight[columns], gain, h.dtype)
+        logits, targets = logits_memory[: N * c].view(N, c), targets_memory[: M * c].view(M, c)
+        torch.mm(h, prototypes.t(), out=logits)
+        chunk_ops.targets_(targets, teacher_logits[:, columns], teacher_bias[columns], norm, temperature)
+        yield Chunk(columns, prototypes, logits, targets)
+
+
+def columns_of_a_chunk(bytes_per_column: int, K: int, device_type: str) -> int:
+    """A power of two, or K if that is less. Nothing that varies from run to run enters, so results do not vary."""
+    columns = max(CHUNK_BYTES.get(device_type, CHUNK_BYTES["cpu"]) // bytes_per_column, LEAST_COLUMNS)
+    return min(1 << (columns.bit_length() - 1), K)

@@ -1,0 +1,158 @@
+"""Cross-entropy of prototypes: the operators over all of them, their derivative, and the function that users call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dinov2_kernels._library import accumulation_dtype, autocast_dtype, define, differentiably, needs_gradient
+from dinov2_kernels.prototype_cross_entropy import chunked, reference
+from dinov2_kernels.prototype_cross_entropy.arguments import check
+
+
+def _fake_forward(
+    features: Tensor,
+    weight: Tensor,
+    weight_gain: Tensor | None,
+    teacher_logits: Tensor,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    N, M, dtype = features.shape[0], teacher_logits.shape[0], accumulation_dtype(features)
+    return tuple(features.new_empty(shape, dtype=dtype) for shape in ((N,), (4, N), (2, M)))  # type: ignore[return-value]
+
+
+def _fake_backward(
+    grad: Tensor, features: Tensor, weight: Tensor, weight_gain: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    features_wanted, weight_wanted = rest[-1]
+    return (
+        torch.empty_like(features) if features_wanted else features.new_empty(0),
+        torch.empty_like(weight) if weight_wanted else weight.new_empty(0),
+        weight.new_empty(0) if weight_gain is None or not weight_wanted else torch.empty_like(weight_gain),
+    )
+
+
+_ARGUMENTS = (
+    "Tensor features, Tensor weight, Tensor? weight_gain, Tensor teacher_logits, Tensor teacher_bias, "
+    "Tensor? teacher_index, Tensor? row_weight"
+)
+_forward = define(
+    f"prototype_cross_entropy({_ARGUMENTS}, float student_temperature, float teacher_temperature, ScalarType dtype) "
+    "-> (Tensor, Tensor, Tensor)",
+    reference=reference.prototype_cross_entropy,
+    composite=chunked.prototype_cross_entropy,
+    fake=_fake_forward,
+).call
+_backward = define(
+    f"prototype_cross_entropy_backward(Tensor grad, {_ARGUMENTS}, Tensor state, Tensor norm, "
+    "float student_temperature, float teacher_temperature, ScalarType dtype, bool[2] output_mask) "
+    "-> (Tensor, Tensor, Tensor)",
+    reference=reference.prototype_cross_entropy_backward,
+    composite=chunked.prototype_cross_entropy_backward,
+    fake=_fake_backward,
+).call
+
+
+def prototype_cross_entropy(
+    features: Tensor,
+    weight: Tensor,
+    teacher_logits: Tensor,
+    *,
+    student_temperature: float,
+    teacher_temperature: float,
+    teacher_bias: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    teacher_index: Tensor | None = None,
+    weight_gain: Tensor | None = None,
+) -> Tensor:
+    """Cross-entropy of ``softmax(features @ prototypes.T / student_temperature)`` against the targets of a teacher.
+
+    The last layer of a DINO or iBOT head together with its loss (arXiv:2104.14294, arXiv:2111.07832), without the
+    logits [N, K] of the student or their gradient, and without the targets
+    ``softmax(teacher_logits / teacher_temperature + teacher_bias)``; formula in
+    :mod:`dinov2_kernels.prototype_cross_entropy.reference`. It equals ``F.linear`` followed by
+    :func:`soft_cross_entropy`, under autocast too: the product is in autocast's dtype, all else in float32. Gradients
+    reach features, weight and weight_gain.
+
+    Memory: beyond arguments and gradients, chunks of 16 MB (256 MB on a GPU), or of 256 columns where rows are very
+    many. FLOPs: 2 N K D forward, 6 N K D backward, which computes the logits again. Deterministic as far as
+    ``torch.mm`` is: chunks depend on shapes and dtypes, and no sum of a kernel crosses two threads.
+
+    Args:
+        features: [N, D], any floating dtype.
+        weight: [K, D] prototypes, any floating dtype; they are multiplied in the dtype of features, or autocast's. With
+            weight_gain, their directions.
+        teacher_logits: [M, K], any floating dtype.
+        student_temperature: above 0; 0.1 in DINO.
+        teacher_temperature: above 0; 0.04 to 0.07 in DINO.
+        teacher_bias: [K], added to the scaled teacher logits: -center / teacher_temperature for softmax centring, the
+            result of :func:`sinkhorn_bias` for Sinkhorn-Knopp; None for none.
+        row_weight: [N], factor on each row's loss; None for 1.
+        teacher_index: [N] or [N, J] integers, the teacher rows whose cross-entropies a row adds up; None for the row of
+            the same number, M = N. Values are checked on a CPU only.
+        weight_gain: [K] or [K, 1]: prototypes are ``weight_gain * F.normalize(weight)``, weight normalisation
+            (arXiv:1602.07868); None for weight as it is.
+
+    Returns:
+        [N], float32 (float64 for float64 features).
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+    """
+    check(
+        features=features,
+        weight=weight,
+        teacher_logits=teacher_logits,
+        teacher_bias=teacher_bias,
+        row_weight=row_weight,
+        teacher_index=teacher_index,
+        weight_gain=weight_gain,
+        student_temperature=student_temperature,
+        teacher_temperature=teacher_temperature,
+    )
+    K, dtype = weight.shape[0], accumulation_dtype(features)
+    if teacher_index is not None:
+        teacher_index = teacher_index.to(torch.int64).contiguous()
+        teacher_index = teacher_index if teacher_index.dim() == 2 else teacher_index[:, None]  # [N, J]
+    teacher_logits = teacher_logits.detach()
+    if accumulation_dtype(teacher_logits) != dtype:
+        teacher_logits = teacher_logits.to(dtype)
+    return _run(
+        features.contiguous(),
+        weight.contiguous(),
+        None if weight_gain is None else weight_gain.reshape(K, 1),
+        teacher_logits if teacher_logits.stride(1) == 1 else teacher_logits.contiguous(),
+        features.new_zeros(K, dtype=dtype) if teacher_bias is None else teacher_bias.detach().to(dtype).contiguous(),
+        teacher_index,
+        None if row_weight is None else row_weight.detach().to(dtype),
+        student_temperature,
+        teacher_temperature,
+        autocast_dtype(features),
+    )
+
+
+def _run(features: Tensor, weight: Tensor, weight_gain: Tensor | None, *rest: Any) -> Tensor:
+    if needs_gradient(features, weight, weight_gain):
+        return differentiably(_PrototypeCrossEntropy, features, weight, weight_gain, *rest)  # type: ignore[no-any-return]
+    loss: Tensor = _forward(features, weight, weight_gain, *rest)[0]
+    return loss
+
+
+class _PrototypeCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        loss: Tensor
+        loss, state, norm = _forward(*args)
+        *tensors, student_temperature, teacher_temperature, dtype = args
+        ctx.save_for_backward(*tensors, state, norm)
+        ctx.rest = student_temperature, teacher_temperature, dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        features, weight, gain = ctx.needs_input_grad[:3]
+        wanted = [features, weight or gain]
+        dfeatures, dweight, dgain = _backward(grad.contiguous(), *ctx.saved_tensors, *ctx.rest, wanted)
+        return dfeatures if features else None, dweight if weight else None, dgain if gain else None, *[None] * 7
