@@ -30,6 +30,8 @@ SHAPES = (
     Case(200, 15),  # fewer columns than lanes
     Case(9, 1024 + 17),  # a tile of columns and a bit
     Case(16, 2048, offset=3),
+    Case(300, 1500),  # several tiles in several groups
+    Case(24, 37, temperature=1e-11),  # logits beside which the log of a sum is nothing
 )
 
 
