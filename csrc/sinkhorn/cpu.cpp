@@ -1,16 +1,22 @@
 // The Sinkhorn-Knopp step on CPU: operators, and how threads share their work. What one thread does stands in
 // cpu_kernels.cpp; the definition is dinov2_kernels/sinkhorn/reference.py.
 //
-// Bytes: column_logsumexp reads the logits once, from memory. column_mass reads them twice, along rows and then down
-// columns: the sums of two threads never meet, so that no thread needs vectors [K] of its own, and the result is the
-// same for every number of threads. assign reads them once from memory and writes the result, which stays in the cache
-// until it is normalised. Nothing else is larger than [B].
+// Bytes: sinkhorn_bias, for all rows at once, reads the logits once per iteration, and takes one exponential of each:
+// a tile of columns is visited with all its rows, and its p stay in the cache until the columns' sums are known; divided
+// by them, they add up to the rows' sums of the next iteration.
+//
+// The other operators are its passes, between which several processes reduce a vector. column_logsumexp reads the logits
+// once, from memory. column_mass reads them twice, along rows and then down columns: the sums of two threads never meet,
+// so that no thread needs vectors [K] of its own, and the result is the same for every number of threads. assign reads
+// them once from memory and writes the result, which stays in the cache until it is normalised. No operator allocates
+// more than vectors [B] and [K], and sinkhorn_bias a tile per thread.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "common/huge_pages.h"
@@ -59,6 +65,91 @@ void column_mass(const X* x, int64_t B, int64_t K, double T, const A* bias, A* o
   });
 }
 
+struct alignas(64) CacheLine {
+  char bytes[64];
+};
+
+// Columns of a tile: their p stays in the second-level cache. With very many rows it moves to the third, because the
+// shorter a tile's runs in memory, the slower they are read.
+int64_t tile_width(int64_t B, int64_t bytes) {
+  constexpr int64_t kCached = 256 << 10, kMinTileWidth = 128;
+  const int64_t width = kCached / (std::max<int64_t>(B, 1) * bytes) / kColumns * kColumns;
+  return std::clamp(width, kMinTileWidth, kMaxTileWidth);
+}
+
+// The state of the whole loop for a batch that this process holds.
+template <class X, class A = accumulate_t<X>>
+class SinkhornKnopp {
+ public:
+  SinkhornKnopp(const X* x, int64_t B, int64_t K, double T, A* bias)
+      : x(x), B(B), K(K), T(T), bias(bias), rows(B, RowScale<A>{0, 1}), row_sums(groups * B) {}
+
+  // bias = log u.
+  void run(int64_t n_iterations) {
+    iteration(true);
+    for (int64_t i = 2; i < n_iterations; ++i) {
+      scale_rows();
+      iteration(false);
+    }
+    if (n_iterations > 1) {
+      scale_rows();
+      last_iteration();
+    }
+  }
+
+ private:
+  // Threads part between groups of tiles, and add up the rows' sums of all groups in their order: the result is the
+  // same for every number of threads.
+  static constexpr int64_t kGroups = 128;
+
+  void iteration(bool first) {
+    const auto kernel = ON_CPU_TARGET(iterate<X>);
+    parallel_for(0, groups, ceil_div(kGrain, group * std::max<int64_t>(B, 1)), [&](int64_t begin, int64_t end) {
+      std::vector<CacheLine> p(B * width * sizeof(A) / sizeof(CacheLine)), lane_sums(B);
+      const Scratch<A> scratch{width, reinterpret_cast<A*>(p.data()), reinterpret_cast<A*>(lane_sums.data())};
+      for (int64_t g = begin; g < end; ++g) {
+        kernel(x, B, K, T, first, rows.data(), g * group, std::min((g + 1) * group, K), scratch, bias, &row_sums[g * B]);
+      }
+    });
+  }
+
+  // Far below the others, a row has hardly any share in the columns' first sums, and its own sum is lost among numbers
+  // too small for A. Such a row is measured by itself, now and in the iterations to come: at |z| = 1e5, where z is
+  // rounded to 1 %, the p of one iteration do not add up to what the next one needs.
+  void scale_rows() {
+    const auto row_scale = ON_CPU_TARGET(row_scale<X>);
+    parallel_rows(B, K, [&](int64_t b) {
+      double sum = 0;
+      for (int64_t g = 0; g < groups; ++g) sum += row_sums[g * B + b];
+      const double inverse_sum = rows[b].inverse_sum / sum;
+      const bool shares = rows[b].shift == 0 && inverse_sum > 0x1p-60 && inverse_sum < 0x1p60;
+      rows[b] = shares ? RowScale<A>{0, static_cast<A>(inverse_sum)} : row_scale(x + b * K, K, T, bias);
+    });
+  }
+
+  // Nobody asks for the rows' sums any more.
+  void last_iteration() {
+    const auto kernel = ON_CPU_TARGET(column_mass<X>);
+    std::vector<A> mass(K);
+    parallel_columns(B, K, [&](int64_t begin, int64_t end) {
+      kernel(x, B, K, T, bias, rows.data(), begin, end, mass.data());
+      for (int64_t k = begin; k < end; ++k) {
+        if (mass[k] != 0) bias[k] -= std::log(mass[k]);
+      }
+    });
+  }
+
+  const X* x;  // [B, K]
+  const int64_t B, K;
+  const double T;
+  A* bias;  // [K]
+  const int64_t width = tile_width(B, sizeof(A));
+  const int64_t group = ceil_div(ceil_div(K, kGroups), width) * width;  // columns of one
+  const int64_t groups = ceil_div(K, group);
+  std::vector<RowScale<A>> rows;  // [B]
+  std::vector<double> row_sums;   // [groups, B]
+};
+
 template <class X, class A = accumulate_t<X>>
 void assign(const X* x, int64_t B, int64_t K, double T, const A* bias, A* out) {
   advise_huge_pages(out, B * K * sizeof(A));
@@ -81,6 +172,16 @@ void dispatch(const Tensor& logits, const Body& body) {
 
 ScalarType accumulation_dtype(const Tensor& logits) {
   return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+Tensor sinkhorn_bias(const Tensor& logits, double temperature, int64_t n_iterations) {
+  const int64_t B = logits.size(0), K = logits.size(1);
+  Tensor out = torch::stable::new_empty(logits, {K}, accumulation_dtype(logits));
+  dispatch(logits, [&]<class X>(const X* x) {
+    using A = accumulate_t<X>;
+    SinkhornKnopp<X>(x, B, K, temperature, out.mutable_data_ptr<A>()).run(n_iterations);
+  });
+  return out;
 }
 
 Tensor sinkhorn_column_logsumexp(const Tensor& logits, double temperature) {
@@ -116,6 +217,7 @@ Tensor sinkhorn_assign(const Tensor& logits, double temperature, const Tensor& b
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dinov2_kernels, CPU, m) {
+  m.impl("sinkhorn_bias", TORCH_BOX(&sinkhorn_bias));
   m.impl("sinkhorn_column_logsumexp", TORCH_BOX(&sinkhorn_column_logsumexp));
   m.impl("sinkhorn_column_mass", TORCH_BOX(&sinkhorn_column_mass));
   m.impl("sinkhorn_assign", TORCH_BOX(&sinkhorn_assign));

@@ -8,8 +8,8 @@ namespace CPU_TARGET {
 
 // Values that one step takes at a time: rows of a column, vectors of a row. They share one rescaling of the sum so far.
 constexpr int kStep = 8;
-// Columns that a pass down the rows carries along; their sums stay in the first-level cache.
-constexpr int kTile = 1024;
+// Columns that a pass down the rows carries along at most; their sums stay in the first-level cache.
+constexpr int kTile = kMaxTileWidth;
 
 // A shift below every finite number that is to come, with which -inf gives exp(-inf) = 0.
 template <class A>
@@ -89,32 +89,136 @@ RowScale<A> row_scale(const X* x, int64_t K, double T, const A* bias) {
   return {row_shift, static_cast<A>(1 / sum_of_lanes<A>(sum))};
 }
 
-template <int N, class X, class A>
+// Adds what N rows give to the mass of some columns, and shows every vector of z and p to visit(b, k, z, p). The rows
+// are K apart, where no hardware fetches ahead: it is done here, for N rows more.
+template <int N, class X, class A, class Visit>
 ALWAYS_INLINE void add_mass(const X* x, int64_t K, A inverse_T, const A* bias, const RowScale<A>* rows,
-                            int64_t columns, double* mass) {
+                            int64_t columns, double* mass, Visit visit) {
   for_each_vector<A>(0, columns, [&](int64_t k, auto part) {
     vec<A> added = {};
     for (int b = 0; b < N; ++b) {
       const vec<A> z = biased(x + b * K + k, inverse_T, bias + k, part);
-      added += exp<A>(z - rows[b].shift) * rows[b].inverse_sum;
+      const vec<A> p = exp<A>(z - rows[b].shift) * rows[b].inverse_sum;
+      added += p;
+      visit(b, k, z, p);
     }
     store(mass + k, load_wide<A>(mass + k) + widen<A>(added));
+    for (int b = 0; b < N; ++b) __builtin_prefetch(x + (N + b) * K + k);
   });
+}
+
+// mass[k] = sum_b p_bk, for at most kTile columns. A vector beyond their end has p = 0 there.
+template <class X, class A, class Visit>
+ALWAYS_INLINE void tile_mass(const X* x, int64_t B, int64_t K, A inverse_T, const A* bias, const RowScale<A>* rows,
+                             int64_t columns, double* mass, Visit visit) {
+  for (int64_t k = 0; k < kTile; ++k) mass[k] = 0;
+  int64_t begin = 0;
+  const auto visit_row = [&](int64_t b, int64_t k, vec<A> z, vec<A> p) { visit(begin + b, k, z, p); };
+  for (; begin + kStep <= B; begin += kStep) {
+    add_mass<kStep>(x + begin * K, K, inverse_T, bias, rows + begin, columns, mass, visit_row);
+  }
+  for (; begin < B; ++begin) add_mass<1>(x + begin * K, K, inverse_T, bias, rows + begin, columns, mass, visit_row);
 }
 
 template <class X, class A>
 void column_mass(const X* x, int64_t B, int64_t K, double T, const A* bias, const RowScale<A>* rows, int64_t begin,
                  int64_t end, A* out) {
-  const A inverse_T = 1 / T;
   for (; begin < end; begin += kTile) {
     const int64_t columns = end - begin < kTile ? end - begin : kTile;
-    double mass[kTile] = {};
-    int64_t b = 0;
-    for (; b + kStep <= B; b += kStep) {
-      add_mass<kStep>(x + b * K + begin, K, inverse_T, bias + begin, rows + b, columns, mass);
-    }
-    for (; b < B; ++b) add_mass<1>(x + b * K + begin, K, inverse_T, bias + begin, rows + b, columns, mass);
+    double mass[kTile];
+    tile_mass<X, A>(x + begin, B, K, 1 / T, bias + begin, rows, columns, mass, [](auto...) {});
     for (int64_t k = 0; k < columns; ++k) out[begin + k] = static_cast<A>(mass[k]);
+  }
+}
+
+// A bias that puts the first rows' largest z at 0: of all rows' largest z, it is usually within reach.
+template <class X, class A>
+ALWAYS_INLINE void guess_bias(const X* x, int64_t B, int64_t K, A inverse_T, int64_t columns, A* bias) {
+  for_each_vector<A>(0, columns, [&](int64_t k, auto part) {
+    vec<A> max = broadcast(kNoShift<A>);
+    for (int64_t b = 0; b < B && b < kStep; ++b) max = maximum(load(x + b * K + k, part), max);
+    store(bias + k, max > kNoShift<A> ? -max * inverse_T : vec<A>{}, part);
+  });
+}
+
+// Whether the largest z of a column is so far from 0 that exp(z) might overflow, or underflow where it counts. Within
+// reach, the column's sum and the inverse of that are ordinary numbers.
+template <class A>
+static bool out_of_reach(A largest) {
+  constexpr A kReach = 60;
+  return largest > kReach || (largest < -kReach && largest > -INFINITY);
+}
+
+// Puts the largest z at 0 in columns where it is out of reach; returns whether there were any.
+template <class A>
+static bool correct_bias(const A* largest, int64_t columns, A* bias) {
+  bool corrected = false;
+  for (int64_t k = 0; k < columns; ++k) {
+    if (out_of_reach(largest[k])) {
+      bias[k] -= largest[k];
+      corrected = true;
+    }
+  }
+  return corrected;
+}
+
+// bias -= log mass. weight = exp(new bias - old bias): what turns p into its value with the new bias, as it is rounded.
+// A column without mass keeps its bias.
+template <class A>
+static void balance(const double* mass, int64_t columns, A* bias, A* weight) {
+  for (int64_t k = 0; k < columns; ++k) {
+    const A old = bias[k];
+    if (mass[k] != 0) bias[k] -= log_of(static_cast<A>(mass[k]));
+    weight[k] = bias[k] - old;
+  }
+  for (int64_t k = columns; k % lanes<A> != 0; ++k) weight[k] = 0;
+  for (int64_t k = 0; k < columns; k += lanes<A>) store(weight + k, exp<A>(load(weight + k)));
+}
+
+template <class X, class A>
+void iterate(const X* x, int64_t B, int64_t K, double T, bool first, const RowScale<A>* rows, int64_t begin,
+             int64_t end, const Scratch<A>& scratch, A* bias, double* row_sums) {
+  const A inverse_T = 1 / T;
+  const int64_t width = scratch.width;
+  bool lost = false;
+  for (int64_t i = 0; i < B * lanes<A>; ++i) scratch.lane_sums[i] = 0;
+  for (; begin < end; begin += width) {
+    const int64_t columns = end - begin < width ? end - begin : width;
+    alignas(64) A largest[kTile], weight[kTile];
+    double mass[kTile];
+    const auto visit = [&](auto also) {
+      tile_mass(x + begin, B, K, inverse_T, bias + begin, rows, columns, mass,
+                [&](int64_t b, int64_t k, vec<A> z, vec<A> p) {
+                  store(scratch.p + b * width + k, p);
+                  also(k, z);
+                });
+    };
+    const auto visit_first = [&] {
+      for (A& z : largest) z = -INFINITY;
+      visit([&](int64_t k, vec<A> z) { store(largest + k, maximum(z, load(largest + k))); });
+    };
+    if (first) {
+      guess_bias(x + begin, B, K, inverse_T, columns, bias + begin);
+      visit_first();
+      if (correct_bias(largest, columns, bias + begin)) visit_first();
+      for (int64_t k = 0; k < columns; ++k) {
+        if (out_of_reach(largest[k])) {  // still: |x / T| beyond 1e9, beside which log mass is nothing
+          mass[k] = 0;
+          lost = true;
+        }
+      }
+    } else {
+      visit([](auto...) {});
+    }
+    balance(mass, columns, bias + begin, weight);
+    for (int64_t b = 0; b < B; ++b) {
+      vec<A> sum = load(scratch.lane_sums + b * lanes<A>);
+      for (int64_t k = 0; k < columns; k += lanes<A>) sum += load(scratch.p + b * width + k) * load(weight + k);
+      store(scratch.lane_sums + b * lanes<A>, sum);
+    }
+  }
+  for (int64_t b = 0; b < B; ++b) {
+    row_sums[b] = lost ? NAN : sum_of_lanes<A>(widen<A>(load(scratch.lane_sums + b * lanes<A>)));
   }
 }
 
@@ -144,6 +248,8 @@ void assign(const X* x, int64_t K, double T, const A* bias, A* out) {
 #define INSTANTIATE(X, A)                                                                                             \
   template void column_logsumexp(const X*, int64_t, int64_t, double, int64_t, int64_t, A*);                           \
   template void column_mass(const X*, int64_t, int64_t, double, const A*, const RowScale<A>*, int64_t, int64_t, A*);  \
+  template void iterate(const X*, int64_t, int64_t, double, bool, const RowScale<A>*, int64_t, int64_t,               \
+                        const Scratch<A>&, A*, double*);                                                              \
   template RowScale<A> row_scale(const X*, int64_t, double, const A*);                                                \
   template void assign(const X*, int64_t, double, const A*, A*);
 INSTANTIATE(double, double)

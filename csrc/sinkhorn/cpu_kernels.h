@@ -12,6 +12,16 @@ struct RowScale {
   A shift, inverse_sum;
 };
 
+constexpr int64_t kMaxTileWidth = 1024;
+
+// Room for one thread's tile of `width` columns, at most kMaxTileWidth, and all rows. Aligned to cache lines.
+template <class A>
+struct Scratch {
+  int64_t width;
+  A* p;          // [B, width]
+  A* lane_sums;  // [B, lanes]: sums over columns, before the lanes of a vector are added; room for 64 bytes a row
+};
+
 #define DECLARE(target)                                                                                              \
   namespace target {                                                                                                 \
   /* out[k] = log sum_b exp(x_bk / T), for k in [begin, end). */                                                     \
@@ -21,6 +31,12 @@ struct RowScale {
   template <class X, class A = accumulate_t<X>>                                                                      \
   void column_mass(const X* x, int64_t B, int64_t K, double T, const A* bias, const RowScale<A>* rows,            \
                    int64_t begin, int64_t end, A* out);                                                              \
+  /* One iteration, for the columns in [begin, end): bias -= log sum_b p_bk. row_sums[b] is then the sum of the p_bk  \
+     of these columns with their new bias, and the sum over all columns divides the row's inverse_sum; or it is NaN,  \
+     where no sum can. The first iteration does not read the bias; its rows are {0, 1}: p = exp(z). */               \
+  template <class X, class A = accumulate_t<X>>                                                                      \
+  void iterate(const X* x, int64_t B, int64_t K, double T, bool first, const RowScale<A>* rows, int64_t begin,       \
+               int64_t end, const Scratch<A>& scratch, A* bias, double* row_sums);                                   \
   /* The scale of one row x [K]. */                                                                                  \
   template <class X, class A = accumulate_t<X>>                                                                      \
   RowScale<A> row_scale(const X* x, int64_t K, double T, const A* bias);                                          \
