@@ -75,10 +75,10 @@ std::vector<A> lengths(const X* x, int64_t N, int64_t D) {
   return lengths;
 }
 
-// What makes unit rows of rows of these lengths.
+// The divisors of rows of these lengths.
 template <class A>
-std::vector<A> factors(std::vector<A> lengths, double eps) {
-  for (A& length : lengths) length = 1 / std::max(length, static_cast<A>(eps));
+std::vector<A> at_least(std::vector<A> lengths, double eps) {
+  for (A& length : lengths) length = std::max(length, static_cast<A>(eps));  // NaN stays NaN
   return lengths;
 }
 
@@ -103,13 +103,13 @@ class Neighbors {
 };
 
 template <class X, class A>
-std::vector<Panel<A>> pack(const X* x, const std::vector<A>& factor, const Rows& rows, A* unit) {
+std::vector<Panel<A>> pack(const X* x, const std::vector<A>& divisor, const Rows& rows, A* unit) {
   const int64_t P = ON_CPU_TARGET(panel_rows)(), D = rows.D;
   const auto kernel = ON_CPU_TARGET(pack_panel<X>);
   std::vector<Panel<A>> panels(ceil_div(rows.N, P));
   parallel_rows(panels.size(), P * D, [&](int64_t p) {
     const int64_t first = p * P, n = std::min(P, rows.N - first);
-    kernel(x + first * D, factor.data() + first, n, D, unit + first * D);
+    kernel(x + first * D, divisor.data() + first, n, D, unit + first * D);
     Panel<A>& panel = panels[p] = {unit + first * D, first, n, n < P ? -1 : rows.batch(first), 0};
     for (int64_t i = 0; i < n; ++i) {
       panel.low = std::min(panel.low, rows.batch(first + i));
@@ -121,7 +121,7 @@ std::vector<Panel<A>> pack(const X* x, const std::vector<A>& factor, const Rows&
 
 // The k nearest of each row of this process, of which row i stands at rows.first - base + i.
 template <class X, class A>
-Neighbors<A> find_nearest(const Tensor& x, const std::vector<A>& factor, const Rows& rows, int64_t k) {
+Neighbors<A> find_nearest(const Tensor& x, const std::vector<A>& divisor, const Rows& rows, int64_t k) {
   const int64_t P = ON_CPU_TARGET(panel_rows)();
   const auto search = ON_CPU_TARGET(search<A>);
   const auto insert = ON_CPU_TARGET(insert<A>);
@@ -129,7 +129,7 @@ Neighbors<A> find_nearest(const Tensor& x, const std::vector<A>& factor, const R
   const int64_t padded = ceil_div(rows.N, P) * P;
   Tensor unit = torch::stable::new_empty(x, {padded, rows.D}, accumulation_dtype(x));
   advise_huge_pages(unit.mutable_data_ptr(), unit.numel() * sizeof(A));
-  const auto panels = pack(static_cast<const X*>(x.const_data_ptr()), factor, rows, unit.mutable_data_ptr<A>());
+  const auto panels = pack(static_cast<const X*>(x.const_data_ptr()), divisor, rows, unit.mutable_data_ptr<A>());
   std::vector<int32_t> batch(padded, -1);
   for (int64_t n = 0; n < rows.N; ++n) batch[n] = rows.batch(n);
 
@@ -168,7 +168,7 @@ std::tuple<Tensor, Tensor> koleo_nearest(const Tensor& x, int64_t k, int64_t n_g
   dispatch(x, [&]<class X>() {
     using A = accumulate_t<X>;
     const X* data = static_cast<const X*>(x.const_data_ptr());
-    const auto found = find_nearest<X>(x, factors(lengths(data, rows.N, rows.D), eps), rows, k);
+    const auto found = find_nearest<X>(x, at_least(lengths(data, rows.N, rows.D), eps), rows, k);
     for (int64_t i = 0; i < rows.B * k; ++i) {
       const A value = found.cosine(rows.first + i / k, i % k);
       index.mutable_data_ptr<int64_t>()[i] = found.index(rows.first + i / k, i % k);
@@ -187,15 +187,15 @@ std::tuple<Tensor, Tensor> koleo_forward(const Tensor& x, int64_t k, int64_t n_g
     using A = accumulate_t<X>;
     const X* data = static_cast<const X*>(x.const_data_ptr());
     int64_t* indices = index.mutable_data_ptr<int64_t>();
-    const auto factor = factors(lengths(data, rows.N, rows.D), eps);
-    const auto found = find_nearest<X>(x, factor, rows, k);
+    const auto divisor = at_least(lengths(data, rows.N, rows.D), eps);
+    const auto found = find_nearest<X>(x, divisor, rows, k);
     const auto distance = ON_CPU_TARGET(distance<X>);
     std::vector<double> logarithms(rows.B);  // summed over a row's neighbours
     parallel_rows(rows.B, k * rows.D, [&](int64_t i) {
       const int64_t n = rows.first + i;
       for (int64_t slot = 0; slot < k; ++slot) {
         const int64_t m = indices[i * k + slot] = found.index(n, slot);
-        const A apart = distance(data + n * rows.D, factor[n], data + m * rows.D, factor[m], rows.D, eps);
+        const A apart = distance(data + n * rows.D, divisor[n], data + m * rows.D, divisor[m], rows.D, eps);
         logarithms[i] += std::log(apart + eps);
       }
     });
@@ -232,7 +232,7 @@ Tensor koleo_backward(const Tensor& grad, const Tensor& x, const Tensor& index, 
     const A* grads = grad.const_data_ptr<A>();
     const int64_t* neighbors = index.const_data_ptr<int64_t>();
     const auto length = lengths(data, rows.N, D);
-    const auto factor = factors(length, eps);
+    const auto divisor = at_least(length, eps);
     const Followers followers(neighbors, k, rows);
     const auto distance = ON_CPU_TARGET(distance<X>);
     const auto add_difference = ON_CPU_TARGET(add_difference<X>);
@@ -241,10 +241,10 @@ Tensor koleo_backward(const Tensor& grad, const Tensor& x, const Tensor& index, 
     // Adds to g what the distance from row n to its neighbour m does to n (sign 1) or m (sign -1).
     const auto add_pull = [&](int64_t n, int64_t m, int sign, A* g) {
       const X *from = data + n * D, *to = data + m * D;
-      const A apart = distance(from, factor[n], to, factor[m], D, eps);
+      const A apart = distance(from, divisor[n], to, divisor[m], D, eps);
       if (n == m || apart == 0) return;
       const A slope = -grads[n / B] / (B * k) / (apart * (apart + static_cast<A>(eps)));
-      add_difference(from, factor[n], to, factor[m], D, eps, sign * slope, g);
+      add_difference(from, divisor[n], to, divisor[m], D, eps, sign * slope, g);
     };
     parallel_for(0, B, std::max<int64_t>(kGrain / std::max<int64_t>(4 * k * D, 1), 1), [&](int64_t begin, int64_t end) {
       std::vector<A> g(D);  // of a unit row
@@ -253,8 +253,8 @@ Tensor koleo_backward(const Tensor& grad, const Tensor& x, const Tensor& index, 
         std::fill(g.begin(), g.end(), A(0));
         for (int64_t slot = 0; slot < k; ++slot) add_pull(n, neighbors[n * k + slot], 1, g.data());
         for (int64_t f = followers.start[i]; f < followers.start[i + 1]; ++f) add_pull(followers.who[f], n, -1, g.data());
-        const A scale = length[n] < static_cast<A>(eps) ? 0 : factor[n];  // a row that short has no direction
-        normalize_backward(data + n * D, scale, g.data(), D, out + i * D);
+        if (length[n] < static_cast<A>(eps)) std::fill(g.begin(), g.end(), A(0));  // it has no direction
+        normalize_backward(data + n * D, divisor[n], g.data(), D, out + i * D);
       }
     });
   });

@@ -17,6 +17,17 @@ ALWAYS_INLINE A add_lanes(vec<A> v) {
   return combine_lanes(v, [](auto a, auto b) { return a + b; });
 }
 
+// A vector of a row over the row's divisor, with its inverse at hand: rounded as a division is, at a third of its price.
+template <class A>
+ALWAYS_INLINE vec<A> divide(vec<A> x, A divisor, A inverse) {
+#if defined(__FMA__)
+  const vec<A> quotient = x * inverse;
+  return rounded(quotient + (x - quotient * divisor) * inverse);  // what is missing is exact, in a multiply-add
+#else
+  return x / divisor;
+#endif
+}
+
 template <class X, class A>
 A length(const X* x, int64_t D) {
   vec<A> sum = {};
@@ -28,14 +39,16 @@ A length(const X* x, int64_t D) {
 }
 
 template <class X, class A>
-void pack_panel(const X* x, const A* factor, int64_t n, int64_t D, A* panel) {
+void pack_panel(const X* x, const A* divisor, int64_t n, int64_t D, A* panel) {
   constexpr int L = lanes<A>;
+  A inverse[kPanel];
+  for (int64_t i = 0; i < n; ++i) inverse[i] = 1 / divisor[i];
   for (int64_t first = 0; first < kPanel; first += L) {
     for_each_vector<A>(0, D, [&](int64_t d, auto part) {
       vec<A> square[L];
       for (int64_t i = 0; i < L; ++i) {
         const int64_t row = first + i;
-        square[i] = row < n ? load(x + row * D + d, part) * factor[row] : vec<A>{};
+        square[i] = row < n ? divide(load(x + row * D + d, part), divisor[row], inverse[row]) : vec<A>{};
       }
       transpose_square<A>(square);
       for (int64_t i = 0; i < L && d + i < D; ++i) store(panel + (d + i) * kPanel + first, square[i]);
@@ -146,38 +159,45 @@ void search(const Panel<A>& left, const Panel<A>& right, int64_t D, const int32_
 
 // ---- distances and their gradients
 
-// a - b + eps of unit rows. The products are rounded before they are subtracted, or equal rows would not cancel.
-template <class X, class A, class P>
-ALWAYS_INLINE vec<A> difference(const X* a, A a_factor, const X* b, A b_factor, A eps, P part) {
-  return rounded(load(a, part) * a_factor) - rounded(load(b, part) * b_factor) + eps;
+// Calls body(d, a - b + eps, part) for the vectors of two unit rows. Equal rows cancel exactly.
+template <class X, class A, class Body>
+ALWAYS_INLINE void for_difference(const X* a, A a_divisor, const X* b, A b_divisor, int64_t D, A eps, Body body) {
+  const A a_inverse = 1 / a_divisor, b_inverse = 1 / b_divisor;
+  for_each_vector<A>(0, D, [&](int64_t d, auto part) {
+    const vec<A> u = divide(load(a + d, part), a_divisor, a_inverse);
+    body(d, u - divide(load(b + d, part), b_divisor, b_inverse) + eps, part);
+  });
 }
 
 template <class X, class A>
-A distance(const X* a, A a_factor, const X* b, A b_factor, int64_t D, A eps) {
+A distance(const X* a, A a_divisor, const X* b, A b_divisor, int64_t D, A eps) {
   vec<A> sum = {};
-  for_each_vector<A>(0, D, [&](int64_t d, auto part) {
-    const vec<A> v = zero_outside(difference(a + d, a_factor, b + d, b_factor, eps, part), part);
-    sum += v * v;
+  for_difference(a, a_divisor, b, b_divisor, D, eps, [&](int64_t, vec<A> v, auto part) {
+    const vec<A> inside = zero_outside(v, part);
+    sum += inside * inside;
   });
   return __builtin_sqrt(add_lanes<A>(sum));
 }
 
 template <class X, class A>
-void add_difference(const X* a, A a_factor, const X* b, A b_factor, int64_t D, A eps, A scale, A* g) {
-  for_each_vector<A>(0, D, [&](int64_t d, auto part) {
-    // Rounded too: two equal rows, each the other's neighbour, pull on each other with large forces that cancel.
-    const vec<A> pull = rounded(difference(a + d, a_factor, b + d, b_factor, eps, part) * scale);
-    store(g + d, load(g + d, part, A(0)) + pull, part);
+void add_difference(const X* a, A a_divisor, const X* b, A b_divisor, int64_t D, A eps, A scale, A* g) {
+  for_difference(a, a_divisor, b, b_divisor, D, eps, [&](int64_t d, vec<A> v, auto part) {
+    // Rounded before it is added: two equal rows, each the other's neighbour, pull with large forces that cancel.
+    store(g + d, load(g + d, part, A(0)) + rounded(v * scale), part);
   });
 }
 
 template <class X, class A>
-void normalize_backward(const X* x, A factor, const A* g, int64_t D, X* dx) {
+void normalize_backward(const X* x, A divisor, const A* g, int64_t D, X* dx) {
+  const A inverse = 1 / divisor;
   vec<A> sum = {};
-  for_each_vector<A>(0, D, [&](int64_t d, auto part) { sum += load(x + d, part) * factor * load(g + d, part, A(0)); });
+  for_each_vector<A>(0, D, [&](int64_t d, auto part) {
+    sum += divide(load(x + d, part), divisor, inverse) * load(g + d, part, A(0));
+  });
   const A along = add_lanes<A>(sum);  // the part of g that would only change the length
   for_each_vector<A>(0, D, [&](int64_t d, auto part) {
-    store(dx + d, (load(g + d, part, A(0)) - load(x + d, part) * factor * along) * factor, part);
+    const vec<A> unit = divide(load(x + d, part), divisor, inverse);
+    store(dx + d, (load(g + d, part, A(0)) - unit * along) * inverse, part);
   });
 }
 

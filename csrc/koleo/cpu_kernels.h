@@ -1,7 +1,7 @@
 // The serial parts of KoLeo, one thread's share each: cpu_kernels.cpp, compiled for every CPU target.
 //
-// Rows x hold D values of type X, A = accumulate_t<X>, and `factor` is what makes a unit row of one. Unit rows are packed
-// in panels of panel_rows() of them, transposed: value d of row i of a panel at [d * panel_rows() + i].
+// Rows x hold D values of type X, A = accumulate_t<X>; over its divisor, a row has unit length. Unit rows are packed in
+// panels of panel_rows() of them, transposed: value d of row i of a panel at [d * panel_rows() + i].
 #pragma once
 
 #include <stdint.h>
@@ -32,7 +32,7 @@ struct Nearest {
   A length(const X* x, int64_t D);                                                                               \
   /* n rows as a panel. */                                                                                       \
   template <class X, class A = accumulate_t<X>>                                                                  \
-  void pack_panel(const X* x, const A* factor, int64_t n, int64_t D, A* panel);                                  \
+  void pack_panel(const X* x, const A* divisor, int64_t n, int64_t D, A* panel);                                  \
   /* Makes the rows of one panel candidates of those of another, where both belong to the same batch [N]. Row n    \
      stands at n - base of its neighbours. Where there is no `of_right`, those of the right rows are not wanted;    \
      rows of a panel with itself meet once. */                                                                   \
@@ -44,13 +44,13 @@ struct Nearest {
   void insert(const Nearest<A>& nearest, int64_t i, A cosine, int64_t index);                                    \
   /* ||a - b + eps|| of unit rows. */                                                                            \
   template <class X, class A = accumulate_t<X>>                                                                  \
-  A distance(const X* a, A a_factor, const X* b, A b_factor, int64_t D, A eps);                                  \
+  A distance(const X* a, A a_divisor, const X* b, A b_divisor, int64_t D, A eps);                                  \
   /* g [D] += scale * (a - b + eps) of unit rows. */                                                             \
   template <class X, class A = accumulate_t<X>>                                                                  \
-  void add_difference(const X* a, A a_factor, const X* b, A b_factor, int64_t D, A eps, A scale, A* g);          \
+  void add_difference(const X* a, A a_divisor, const X* b, A b_divisor, int64_t D, A eps, A scale, A* g);          \
   /* The gradient of a row whose unit row has gradient g. */                                                     \
   template <class X, class A = accumulate_t<X>>                                                                  \
-  void normalize_backward(const X* x, A factor, const A* g, int64_t D, X* dx);                                   \
+  void normalize_backward(const X* x, A divisor, const A* g, int64_t D, X* dx);                                   \
   }
 FOR_EACH_CPU_TARGET(DECLARE)
 #undef DECLARE
