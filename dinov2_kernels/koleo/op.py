@@ -87,8 +87,10 @@ def koleo_loss(
     """
     world_size, rank = _place(group)
     members = _check(x, n_groups, world_size)
-    if not 1 <= k <= max(members - 1, 1):
-        raise _wrong_k(k, members)
+    if members == 1 and k != 1:
+        raise ValueError(f"k: expected 1 neighbour of a row that is alone: itself, got {k}")
+    if members > 1:
+        _check_neighbors(k, members)
     if not eps > 0:
         raise ValueError(f"eps: expected a number above 0, got {eps}")
     x = x.contiguous()
@@ -122,8 +124,7 @@ def nearest_neighbors(
     """
     world_size, rank = _place(group)
     members = _check(x, n_groups, world_size)
-    if not 1 <= k < members:
-        raise _wrong_k(k, members)
+    _check_neighbors(k, members)
     rows = _all_gather(x.contiguous(), group)
     return _nearest(rows, k, n_groups, world_size, rank, 1e-8)  # type: ignore[no-any-return]
 
@@ -187,5 +188,6 @@ def _check(x: Tensor, n_groups: int, world_size: int) -> int:
     return world_size * x.shape[0] // n_groups
 
 
-def _wrong_k(k: int, members: int) -> ValueError:
-    return ValueError(f"k: expected 1 to {members - 1} neighbours of {members} rows, got {k}")
+def _check_neighbors(k: int, members: int) -> None:
+    if not 1 <= k < members:
+        raise ValueError(f"k: expected 1 to {members - 1} neighbours of {members} rows, got {k}")
