@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(THREADS) loss_kernel(const A* logarithm, int64
 // ---- gradient: a block for each row, which finds all rows that lead to it
 
 template <typename T, typename A = Accumulate<T>>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 2)
     backward_kernel(const A* grad, const T* x, const A* length, Rows rows, const int64_t* index, int64_t k, A eps,
                     A* unit_gradient /* [B, D], scratch */, T* dx) {
   __shared__ unsigned leads_here[WARPS];  // a bit for each thread

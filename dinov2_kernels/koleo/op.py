@@ -14,16 +14,12 @@ from dinov2_kernels.koleo import reference
 _TRITON = "dinov2_kernels.koleo.triton_kernel"
 
 
-def _fake_nearest(
-    x: Tensor, k: int, n_groups: int, world_size: int, rank: int, eps: float
-) -> tuple[Tensor, Tensor]:
+def _fake_nearest(x: Tensor, k: int, n_groups: int, world_size: int, rank: int, eps: float) -> tuple[Tensor, Tensor]:
     shape = (x.shape[0] // world_size, k)  # [B, k]
     return x.new_empty(shape, dtype=torch.int64), x.new_empty(shape, dtype=accumulation_dtype(x))
 
 
-def _fake_forward(
-    x: Tensor, k: int, n_groups: int, world_size: int, rank: int, eps: float
-) -> tuple[Tensor, Tensor]:
+def _fake_forward(x: Tensor, k: int, n_groups: int, world_size: int, rank: int, eps: float) -> tuple[Tensor, Tensor]:
     index, _ = _fake_nearest(x, k, n_groups, world_size, rank, eps)
     return x.new_empty((), dtype=accumulation_dtype(x)), index
 

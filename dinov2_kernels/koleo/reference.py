@@ -31,9 +31,7 @@ def unit_rows(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return x / length.clamp_min(eps), length
 
 
-def koleo_nearest(
-    x: Tensor, k: int, n_groups: int, world_size: int, rank: int, eps: float
-) -> tuple[Tensor, Tensor]:
+def koleo_nearest(x: Tensor, k: int, n_groups: int, world_size: int, rank: int, eps: float) -> tuple[Tensor, Tensor]:
     """Numbers [B, k] int64 and cosines [B, k] of the k rows nearest to each row of this process, nearest first.
 
     A row is no neighbour of itself: it comes last, and so is its own where it is alone.
@@ -41,7 +39,7 @@ def koleo_nearest(
 
     def in_batches(rows: Tensor) -> Tensor:
         """[N, ...] as [n_groups, members, ...]."""
-        return rows.unflatten(0, (world_size, n_groups, -1)).transpose(0, 1).flatten(1, 2)
+        return rows.view(world_size, n_groups, -1, *rows.shape[1:]).transpose(0, 1).flatten(1, 2)
 
     unit = in_batches(unit_rows(x, eps)[0])
     number = in_batches(torch.arange(len(x), device=x.device))  # [n_groups, members]
@@ -55,9 +53,7 @@ def koleo_nearest(
     return index.flatten(0, 1), cosine.gather(2, nearest).flatten(0, 1)
 
 
-def koleo_forward(
-    x: Tensor, k: int, n_groups: int, world_size: int, rank: int, eps: float
-) -> tuple[Tensor, Tensor]:
+def koleo_forward(x: Tensor, k: int, n_groups: int, world_size: int, rank: int, eps: float) -> tuple[Tensor, Tensor]:
     """KoLeo of the rows of this process, a scalar, and the numbers [B, k] of their neighbours."""
     index, _ = koleo_nearest(x, k, n_groups, world_size, rank, eps)
     unit, _ = unit_rows(x, eps)
@@ -69,7 +65,7 @@ def koleo_forward(
 def koleo_backward(grad: Tensor, x: Tensor, index: Tensor, rank: int, eps: float) -> Tensor:
     """Gradient [B, D] of the rows of this process: their own distances pull on them, and those that lead to them.
 
-    ``grad`` holds one scalar of each process, the gradient of its loss, and ``index`` [N, k] the neighbours of all rows.
+    ``grad`` holds one scalar of each process, the gradient of its loss; ``index`` [N, k] the neighbours of all rows.
     """
     unit, length = unit_rows(x, eps)
     difference = unit[:, None] - unit[index] + eps  # [N, k, D]
@@ -78,8 +74,8 @@ def koleo_backward(grad: Tensor, x: Tensor, index: Tensor, rank: int, eps: float
     slope = -per_row * grad.numel() / index.numel() / (distance * (distance + eps))
     pull = slope.masked_fill(distance == 0, 0)[..., None] * difference  # [N, k, D]
     g = pull.sum(dim=1).index_add(0, index.flatten(), pull.flatten(0, 1), alpha=-1)  # [N, D], of the unit rows
-    dx = (g - unit * (unit * g).sum(dim=1, keepdim=True)) / length
-    return dx.masked_fill(length < eps, 0).to(x.dtype).unflatten(0, (grad.numel(), -1))[rank].contiguous()
+    dx: Tensor = (g - unit * (unit * g).sum(dim=1, keepdim=True)) / length
+    return dx.masked_fill(length < eps, 0).to(x.dtype).chunk(grad.numel())[rank].clone()
 
 
 def _autocast_disabled(device_type: str) -> AbstractContextManager[object]:

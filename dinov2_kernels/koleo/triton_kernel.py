@@ -18,6 +18,7 @@ from dinov2_kernels._triton import widen
 from dinov2_kernels.koleo.triton_tiles import at_least, distance, row_divisor, search, take_nearest
 
 MANY_ROWS = 8192  # from here on tiles of 64 rows are enough for every multiprocessor
+REGISTERS = 255  # all that a thread can have; left to itself, ptxas spills some to keep more threads
 
 
 def koleo_nearest(x: Tensor, k: int, n_groups: int, world_size: int, rank: int, eps: float) -> tuple[Tensor, Tensor]:
@@ -59,9 +60,9 @@ def koleo_backward(grad: Tensor, x: Tensor, index: Tensor, rank: int, eps: float
     B, k = N // grad.numel(), index.shape[1]
     dx = torch.empty(B, D, dtype=x.dtype, device=x.device)
     width = triton.next_power_of_2(max(D, 1))
-    warps = 4 if width <= 2048 else 8
+    shape = {"WIDTH": width, "ENTRIES": 1024, "num_warps": 4 if width <= 2048 else 8, "maxnreg": REGISTERS}
     with torch.cuda.device_of(x):
-        _backward[(B,)](grad, x, index, dx, N, D, B, k, rank, eps, WIDTH=width, ENTRIES=1024, num_warps=warps)
+        _backward[(B,)](grad, x, index, dx, N, D, B, k, rank, eps, **shape)
     return dx
 
 
@@ -69,8 +70,9 @@ def _tiles(x: Tensor, B: int, block: int, k: int) -> tuple[tuple[int, int], dict
     """The grid, tiles and batches, and the sizes of a tile; ``block`` rows of a batch are of this process."""
     rows = 64 if block <= 64 or B >= MANY_ROWS else 16
     rows = max(16, min(rows, triton.next_power_of_2(block)))
-    depth = 128 // x.element_size()
-    tile = {"SLOTS": triton.next_power_of_2(k), "ROWS": rows, "COLUMNS": 64, "DEPTH": depth}
+    stages = 1 if rows == 64 and x.element_size() >= 4 else 2  # products outside the tensor cores take many registers
+    tile = {"SLOTS": triton.next_power_of_2(k), "ROWS": rows, "COLUMNS": 64, "DEPTH": 128 // x.element_size()}
+    tile |= {"num_stages": stages, "maxnreg": REGISTERS}
     return (triton.cdiv(block, rows), B // block), tile
 
 
@@ -141,9 +143,7 @@ def _own_rows(block, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _backward(
-    grad, x, index, dx, N, D, B, k, rank, eps: tl.float64, WIDTH: tl.constexpr, ENTRIES: tl.constexpr
-):
+def _backward(grad, x, index, dx, N, D, B, k, rank, eps: tl.float64, WIDTH: tl.constexpr, ENTRIES: tl.constexpr):
     dtype: tl.constexpr = grad.dtype.element_ty
     eps = tl.full([], eps, dtype)
     own = tl.program_id(0).to(tl.int64)

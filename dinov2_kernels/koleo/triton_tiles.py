@@ -1,6 +1,6 @@
 """What the kernels of KoLeo in Triton share: rows, the search for the nearest, and distances.
 
-Rows of a tile stand in ``row`` (their numbers, [ROWS] int64) and ``inside`` (whether there is such a row); ``eps`` is in
+Rows of a tile stand in ``row`` (their numbers, [ROWS] int64) and ``inside`` (whether there is such a row); ``eps`` has
 the dtype of arithmetic. The nearest on the way are ``(cosine, index)``, both [ROWS, SLOTS] and in no order: the first k
 slots hold -inf and a number past all rows until they are filled, the others +inf.
 """
@@ -91,7 +91,7 @@ def _cosines(x, row, inside, divisor, column, exists, D, eps, DEPTH: tl.constexp
 
 @triton.jit
 def _insert(cosine, index, tile, column):
-    """Candidates nearer than a slot take its place. They come in the order of their numbers: an equal one is too late."""
+    """Candidates nearer than a slot take its place. They come in the order of numbers: an equal one is too late."""
     best, last = tl.max(tile, 1), tl.min(cosine, 1)
     while tl.max((best > last).to(tl.int32), 0) > 0:
         at = _lowest_of(tile == best[:, None], column[None, :])

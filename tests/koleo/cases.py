@@ -192,7 +192,7 @@ def launches() -> Iterator[None]:
     from dinov2_kernels.koleo import triton_kernel
 
     for dtype in DTYPES:
-        for B, k in ((64, 1), (1024, 1), (1024, 4), (8192, 1)):
+        for B, k in ((64, 1), (1024, 4), (8192, 1)):
             x = torch.empty(B, 384, dtype=dtype, device="meta")
             index = torch.empty(B, k, dtype=torch.int64, device="meta")
             grad = torch.empty((), dtype=accumulation_dtype(x), device="meta")

@@ -1,4 +1,4 @@
-"""KoLeo and nearest neighbours as users call them: values, gradients, PyTorch's machinery, several processes, errors."""
+"""KoLeo and nearest neighbours as users call them: values, gradients, PyTorch's machinery, processes, errors."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_a_row_with_a_nan_is_nobodys_neighbour() -> None:
     assert koleo_loss(x).isnan()
 
 
-# ---------------------------------------------------------------------------------------------------- PyTorch's machinery
+# -------------------------------------------------------------------------------------------------- PyTorch's machinery
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
@@ -210,7 +210,7 @@ def test_the_gradient_follows_its_scale() -> None:
     assert torch.autograd.grad(0 * koleo_loss(x), x)[0].eq(0).all()
 
 
-# ------------------------------------------------------------------------------------------------------ several processes
+# ---------------------------------------------------------------------------------------------------- several processes
 
 
 def _one_of(rank: int, world_size: int, store: str) -> None:
@@ -271,7 +271,7 @@ def test_processes_are_one_batch(world_size: int, tmp_path: Path) -> None:
     mp.spawn(_one_of, args=(world_size, f"{tmp_path}/store"), nprocs=world_size)
 
 
-# ----------------------------------------------------------------------------------------------------------------- errors
+# --------------------------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize("function", [koleo_loss, nearest_neighbors])
