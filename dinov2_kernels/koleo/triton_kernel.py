@@ -70,9 +70,10 @@ def _tiles(x: Tensor, B: int, block: int, k: int) -> tuple[tuple[int, int], dict
     """The grid, tiles and batches, and the sizes of a tile; ``block`` rows of a batch are of this process."""
     rows = 64 if block <= 64 or B >= MANY_ROWS else 16
     rows = max(16, min(rows, triton.next_power_of_2(block)))
-    stages = 1 if rows == 64 and x.element_size() >= 4 else 2  # products outside the tensor cores take many registers
-    tile = {"SLOTS": triton.next_power_of_2(k), "ROWS": rows, "COLUMNS": 64, "DEPTH": 128 // x.element_size()}
-    tile |= {"num_stages": stages, "maxnreg": REGISTERS}
+    size = x.element_size()
+    tile = {"SLOTS": triton.next_power_of_2(k), "ROWS": rows, "COLUMNS": 32 if size == 8 else 64, "DEPTH": 128 // size}
+    # Products outside the tensor cores take so many registers that loading ahead would spill them.
+    tile |= {"num_stages": 1 if size >= 4 else 2, "maxnreg": REGISTERS}
     return (triton.cdiv(block, rows), B // block), tile
 
 
