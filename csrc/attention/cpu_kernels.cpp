@@ -2,7 +2,7 @@
 
 #include <math.h>
 
-#include "attention/pack.h"
+#include "common/pack.h"
 #include "common/exp.h"
 
 namespace CPU_TARGET {

@@ -1,40 +1,85 @@
 """KoLeo in plain PyTorch: the definition every kernel is tested against.
 
 The Kozachenko-Leonenko estimate of differential entropy, as a regulariser (Sablayrolles et al., arXiv:1806.03198) that
-spreads samples over the unit sphere: with rows x_i scaled to unit length and x_j the nearest other row,
+spreads samples over the unit sphere: with u_i the rows scaled to unit length and j(i, t) the t-th nearest other row,
 
-    loss = -1/B sum_i log(||x_i - x_j + eps|| + eps)
+    loss = -1/(B k) sum_i sum_t log(||u_i - u_j(i,t) + eps|| + eps)
 
-The neighbour is chosen by cosine and without gradient; the distance passes its gradient to both ends.
+DINOv2 takes k = 1, DINOv3 k > 1. Neighbours are chosen by cosine and without gradient: the nearest first, of equal ones
+the lowest number first, a NaN last. The distance passes its gradient to both ends. A row shorter than eps has no
+direction, and gets no gradient.
+
+Legend: x [N, D] are the rows of all processes, B = N / world_size of each. The rows of a process are n_groups equal
+consecutive blocks, and block g of all processes together is one batch, in which neighbours are sought. Row i of process
+r is number r * B + i. What is computed is for the rows of one process, `rank`.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-
-def unit_rows(x: Tensor, eps: float = 1e-8) -> Tensor:
-    """Rows of x [B, D] scaled to unit length, in float64 for float64 and in float32 otherwise; zero rows stay zero."""
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1, eps=eps)
+from dinov2_kernels._library import accumulation_dtype
 
 
-@torch.no_grad()
-def nearest_neighbors(x: Tensor, candidates: Tensor, k: int, first: int = 0) -> tuple[Tensor, Tensor]:
-    """Indices [B, k] and cosines [B, k] of the candidates [N, D] nearest to each row of x [B, D], nearest first.
+def unit_rows(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Rows [N, D] scaled to unit length, and their lengths [N, 1]; in float64 for float64 and in float32 otherwise."""
+    x = x.to(accumulation_dtype(x))
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return x / length.clamp_min(eps), length
 
-    Both hold unit rows, and row i of x is candidate ``first + i``, which is no neighbour of itself: it comes last, with
-    cosine -inf.
+
+def koleo_nearest(x: Tensor, k: int, n_groups: int, world_size: int, rank: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Numbers [B, k] int64 and cosines [B, k] of the k rows nearest to each row of this process, nearest first.
+
+    A row is no neighbour of itself: it comes last, and so is its own where it is alone.
     """
-    cosine = x @ candidates.T  # [B, N]
-    cosine.diagonal(offset=first).fill_(-torch.inf)
-    nearest = cosine.topk(k, dim=1)
-    return nearest.indices, nearest.values
+
+    def in_batches(rows: Tensor) -> Tensor:
+        """[N, ...] as [n_groups, members, ...]."""
+        return rows.view(world_size, n_groups, -1, *rows.shape[1:]).transpose(0, 1).flatten(1, 2)
+
+    unit = in_batches(unit_rows(x, eps)[0])
+    number = in_batches(torch.arange(len(x), device=x.device))  # [n_groups, members]
+    own = unit.shape[1] // world_size  # rows of this process in each batch
+    with _autocast_disabled(x.device.type):
+        cosine = unit[:, rank * own : (rank + 1) * own] @ unit.mT  # [n_groups, own, members]
+    key = cosine.nan_to_num(nan=torch.finfo(cosine.dtype).min)
+    key.diagonal(offset=rank * own, dim1=1, dim2=2).fill_(-torch.inf)
+    nearest = key.argsort(dim=2, descending=True, stable=True)[..., :k]
+    index = number[:, None].expand(cosine.shape).gather(2, nearest)
+    return index.flatten(0, 1), cosine.gather(2, nearest).flatten(0, 1)
 
 
-def koleo_loss(x: Tensor, candidates: Tensor, first: int = 0, eps: float = 1e-8) -> Tensor:
-    """KoLeo of unit rows x [B, D] among the candidates [N, D], of which row i of x is number ``first + i``."""
-    index, _ = nearest_neighbors(x, candidates, 1, first)
-    distance = torch.linalg.vector_norm(x - candidates[index[:, 0]] + eps, dim=1)  # [B]
-    return -torch.log(distance + eps).mean()
+def koleo_forward(x: Tensor, k: int, n_groups: int, world_size: int, rank: int, eps: float) -> tuple[Tensor, Tensor]:
+    """KoLeo of the rows of this process, a scalar, and the numbers [B, k] of their neighbours."""
+    index, _ = koleo_nearest(x, k, n_groups, world_size, rank, eps)
+    unit, _ = unit_rows(x, eps)
+    own = unit.unflatten(0, (world_size, -1))[rank]
+    distance = torch.linalg.vector_norm(own[:, None] - unit[index] + eps, dim=2)  # [B, k]
+    return -torch.log(distance + eps).mean(), index
+
+
+def koleo_backward(grad: Tensor, x: Tensor, index: Tensor, rank: int, eps: float) -> Tensor:
+    """Gradient [B, D] of the rows of this process: their own distances pull on them, and those that lead to them.
+
+    ``grad`` holds one scalar of each process, the gradient of its loss; ``index`` [N, k] the neighbours of all rows.
+    """
+    unit, length = unit_rows(x, eps)
+    difference = unit[:, None] - unit[index] + eps  # [N, k, D]
+    distance = torch.linalg.vector_norm(difference, dim=2)  # [N, k]
+    per_row = grad.reshape(-1, 1).expand(-1, len(x) // grad.numel()).reshape(-1, 1)  # [N, 1]
+    slope = -per_row * grad.numel() / index.numel() / (distance * (distance + eps))
+    pull = slope.masked_fill(distance == 0, 0)[..., None] * difference  # [N, k, D]
+    g = pull.sum(dim=1).index_add(0, index.flatten(), pull.flatten(0, 1), alpha=-1)  # [N, D], of the unit rows
+    dx: Tensor = (g - unit * (unit * g).sum(dim=1, keepdim=True)) / length
+    return dx.masked_fill(length < eps, 0).to(x.dtype).chunk(grad.numel())[rank].clone()
+
+
+def _autocast_disabled(device_type: str) -> AbstractContextManager[object]:
+    """Keeps the product of float32 rows in float32; the meta device knows no autocast."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

@@ -1,8 +1,8 @@
-// Bringing one head of one sequence into the layouts of matmul.h. In memory its tokens are far apart; here they are
-// neighbours, widened to elements, and padded with zeros.
+// Bringing rows into the layouts of matmul.h: of attention those of one head of one sequence, which in memory are far
+// apart. Here they are neighbours, widened to elements, and padded with zeros.
 #pragma once
 
-#include "attention/matmul.h"
+#include "common/matmul.h"
 
 namespace CPU_TARGET {
 
@@ -43,7 +43,7 @@ static void pack_rows(const X* x, int64_t stride, int64_t n, int64_t D, E* out, 
 ALWAYS_INLINE const float* zip_rows(const float* rows, int64_t, int64_t, float*) { return rows; }
 
 #if defined(__AVX512BF16__)
-static const bf16_pair* zip_rows(const bf16_pair* rows, int64_t row, int64_t n, bf16_pair* out) {
+static inline const bf16_pair* zip_rows(const bf16_pair* rows, int64_t row, int64_t n, bf16_pair* out) {
   using Halves = VectorOf<uint16_t, kVectorBytes>::type;
   using Pairs = Shuffle<2 * lanes<bf16_pair>>;
   for (int64_t i = 0; i < n; i += 2) {
@@ -70,6 +70,23 @@ ALWAYS_INLINE Right<E> transpose_as_right(const E* transpose, int64_t D) {
   return {transpose, kPanel, packed_row<E>(D) * kPanel};
 }
 
+// Rows and columns change places.
+template <class E>
+ALWAYS_INLINE void transpose_square(vec<E> (&square)[lanes<E>]) {
+  constexpr int L = lanes<E>;
+  // Zipping the first half of the rows with the second moves a bit of the row's number to the lane's.
+#pragma GCC unroll 4
+  for (int moved = 1; moved < L; moved *= 2) {
+    vec<E> zipped[L];
+#pragma GCC unroll 16
+    for (int i = 0; i < L / 2; ++i) {
+      zipped[2 * i] = Shuffle<L>::zip_low(square[i], square[i + L / 2]);
+      zipped[2 * i + 1] = Shuffle<L>::zip_high(square[i], square[i + L / 2]);
+    }
+    memcpy(square, zipped, sizeof square);
+  }
+}
+
 // Of n packed rows of D values, n a multiple of the lanes.
 template <class E>
 static void transpose_rows(const E* rows, int64_t n, int64_t D, E* out) {
@@ -79,17 +96,7 @@ static void transpose_rows(const E* rows, int64_t n, int64_t D, E* out) {
     for (int64_t d = 0; d < row; d += L) {
       vec<E> square[L];
       for (int i = 0; i < L; ++i) square[i] = load(rows + (j + i) * row + d);
-      // Zipping the first half of the rows with the second moves a bit of the row's number to the lane's.
-#pragma GCC unroll 4
-      for (int moved = 1; moved < L; moved *= 2) {
-        vec<E> zipped[L];
-#pragma GCC unroll 16
-        for (int i = 0; i < L / 2; ++i) {
-          zipped[2 * i] = Shuffle<L>::zip_low(square[i], square[i + L / 2]);
-          zipped[2 * i + 1] = Shuffle<L>::zip_high(square[i], square[i + L / 2]);
-        }
-        memcpy(square, zipped, sizeof square);
-      }
+      transpose_square<E>(square);
       E* corner = out + j / kPanel * kPanel * row + d * kPanel + j % kPanel;
       for (int i = 0; i < L; ++i) store(corner + i * kPanel, square[i]);
     }

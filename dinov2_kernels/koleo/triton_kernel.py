@@ -1,0 +1,191 @@
+"""KoLeo in Triton: the three operators of :mod:`dinov2_kernels.koleo.reference` for CUDA tensors.
+
+Legend: x [N, D] contiguous, float64, float32, bfloat16 or float16; lengths, cosines and gradients on the way are in the
+accumulation dtype, float64 for float64 and float32 otherwise. A program has ROWS rows of one batch. It makes their
+cosines with COLUMNS candidates at a time, from DEPTH values at a time, and never stores them. Products of float32 are
+float32's own, not TF32's; those of 16-bit rows are exact. No atomics: results do not change from run to run.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dinov2_kernels._library import accumulation_dtype
+from dinov2_kernels._triton import widen
+from dinov2_kernels.koleo.triton_tiles import at_least, distance, row_divisor, search, take_nearest
+
+MANY_ROWS = 8192  # from here on tiles of 64 rows are enough for every multiprocessor
+REGISTERS = 255  # all that a thread can have; left to itself, ptxas spills some to keep more threads
+
+
+def koleo_nearest(x: Tensor, k: int, n_groups: int, world_size: int, rank: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Numbers [B, k] and cosines [B, k] of the nearest rows.
+
+    Bytes: every program reads its batch, mostly from L2, and writes its share of the result.
+    """
+    N, D = x.shape
+    B = N // world_size
+    index = torch.empty(B, k, dtype=torch.int64, device=x.device)
+    cosine = torch.empty(B, k, dtype=accumulation_dtype(x), device=x.device)
+    grid, tile = _tiles(x, B, B // n_groups, k)
+    with torch.cuda.device_of(x):
+        _nearest[grid](x, index, cosine, N, D, B, B // n_groups, rank, eps, k, **tile)
+    return index, cosine
+
+
+def koleo_forward(x: Tensor, k: int, n_groups: int, world_size: int, rank: int, eps: float) -> tuple[Tensor, Tensor]:
+    """The loss, and the numbers [B, k] of the neighbours; one launch where a program holds all rows, else two.
+
+    Bytes: those of :func:`koleo_nearest`; the neighbours are read twice more.
+    """
+    N, D = x.shape
+    B = N // world_size
+    index = torch.empty(B, k, dtype=torch.int64, device=x.device)
+    grid, tile = _tiles(x, B, B // n_groups, k)
+    shares = torch.empty(grid[0] * grid[1], dtype=accumulation_dtype(x), device=x.device)  # of the programs in the loss
+    with torch.cuda.device_of(x):
+        _forward[grid](x, index, shares, N, D, B, B // n_groups, rank, eps, k, **tile)
+    return shares.view(()) if len(shares) == 1 else shares.sum(), index
+
+
+def koleo_backward(grad: Tensor, x: Tensor, index: Tensor, rank: int, eps: float) -> Tensor:
+    """Gradient [B, D] of the rows of this process, in one launch: a program for each row.
+
+    Bytes: B reads of index [N, k] and about 4 k B of rows, mostly from L2, and one write of the result.
+    """
+    N, D = x.shape
+    B, k = N // grad.numel(), index.shape[1]
+    dx = torch.empty(B, D, dtype=x.dtype, device=x.device)
+    width = triton.next_power_of_2(max(D, 1))
+    shape = {"WIDTH": width, "ENTRIES": 1024, "num_warps": 4 if width <= 2048 else 8, "maxnreg": REGISTERS}
+    with torch.cuda.device_of(x):
+        _backward[(B,)](grad, x, index, dx, N, D, B, k, rank, eps, **shape)
+    return dx
+
+
+def _tiles(x: Tensor, B: int, block: int, k: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """The grid, tiles and batches, and the sizes of a tile; ``block`` rows of a batch are of this process."""
+    rows = 64 if block <= 64 or B >= MANY_ROWS else 16
+    rows = max(16, min(rows, triton.next_power_of_2(block)))
+    size = x.element_size()
+    tile = {"SLOTS": triton.next_power_of_2(k), "ROWS": rows, "COLUMNS": 32 if size == 8 else 64, "DEPTH": 128 // size}
+    # Products outside the tensor cores take so many registers that loading ahead would spill them.
+    tile |= {"num_stages": 1 if size >= 4 else 2, "maxnreg": REGISTERS}
+    return (triton.cdiv(block, rows), B // block), tile
+
+
+@triton.jit
+def _nearest(
+    x,
+    index,
+    cosine,
+    N,
+    D,
+    B,
+    block,
+    rank,
+    eps: tl.float64,
+    k,
+    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    eps = tl.full([], eps, cosine.dtype.element_ty)
+    own, inside = _own_rows(block, ROWS)
+    row = tl.cast(rank, tl.int64) * B + own
+    divisor = row_divisor(x, row, inside, D, eps, DEPTH)
+    slots, numbers = search(x, row, inside, divisor, N, D, B, block, eps, k, SLOTS, COLUMNS, DEPTH)
+    for slot in range(k):
+        found, at, slots = take_nearest(slots, numbers, k, row)
+        tl.store(index + own * k + slot, at, mask=inside)
+        tl.store(cosine + own * k + slot, tl.where(found < -2, float("nan"), found), mask=inside)
+
+
+@triton.jit
+def _forward(
+    x,
+    index,
+    shares,
+    N,
+    D,
+    B,
+    block,
+    rank,
+    eps: tl.float64,
+    k,
+    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    eps = tl.full([], eps, shares.dtype.element_ty)
+    own, inside = _own_rows(block, ROWS)
+    row = tl.cast(rank, tl.int64) * B + own
+    divisor = row_divisor(x, row, inside, D, eps, DEPTH)
+    slots, numbers = search(x, row, inside, divisor, N, D, B, block, eps, k, SLOTS, COLUMNS, DEPTH)
+    logarithms = tl.zeros([ROWS], eps.dtype)
+    for slot in range(k):
+        _, at, slots = take_nearest(slots, numbers, k, row)
+        tl.store(index + own * k + slot, at, mask=inside)
+        logarithms += tl.log(distance(x, row, divisor, at, inside, D, eps, DEPTH) + eps)
+    share = -tl.sum(tl.where(inside, logarithms, 0.0), 0) / (B * k)
+    tl.store(shares + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), share)
+
+
+@triton.jit
+def _own_rows(block, ROWS: tl.constexpr):
+    """Which rows of this process are the program's [ROWS], and whether there are such."""
+    member = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    return tl.program_id(1).to(tl.int64) * block + member, member < block
+
+
+@triton.jit
+def _backward(grad, x, index, dx, N, D, B, k, rank, eps: tl.float64, WIDTH: tl.constexpr, ENTRIES: tl.constexpr):
+    dtype: tl.constexpr = grad.dtype.element_ty
+    eps = tl.full([], eps, dtype)
+    own = tl.program_id(0).to(tl.int64)
+    n = tl.cast(rank, tl.int64) * B + own
+    column = tl.arange(0, WIDTH)
+    unit, length = _unit_row(x, n, column, D, eps)
+    g = tl.zeros([WIDTH], dtype)  # of the unit row
+    scale = -tl.load(grad + n // B) / (B * k)
+    for slot in range(k):
+        m = tl.load(index + n * k + slot)
+        other, _ = _unit_row(x, m, column, D, eps)
+        g += _pull(unit, other, column, D, eps, scale, n == m)
+    for start in range(0, N * k, ENTRIES):
+        entry = start + tl.arange(0, ENTRIES)
+        leads_here = tl.load(index + entry, mask=entry < N * k, other=-1) == n
+        for _ in range(tl.sum(leads_here.to(tl.int32), 0)):
+            following = tl.min(tl.where(leads_here, entry, N * k), 0)
+            leads_here = leads_here & (entry != following)
+            m = following.to(tl.int64) // k
+            other, _ = _unit_row(x, m, column, D, eps)
+            g -= _pull(other, unit, column, D, eps, -tl.load(grad + m // B) / (B * k), n == m)
+    gradient = (g - unit * tl.sum(unit * g, 0)) / at_least(length, eps)
+    gradient = tl.where(length < eps, 0.0, gradient)  # a row that short has no direction
+    tl.store(dx + own * D + column, gradient.to(dx.dtype.element_ty), mask=column < D)
+
+
+@triton.jit
+def _unit_row(x, n, column, D, eps):
+    """[WIDTH], and the length of the row."""
+    values = widen(tl.load(x + n * D + column, mask=column < D, other=0.0))
+    length = tl.sqrt(tl.sum(values * values, 0))
+    return values / at_least(length, eps), length
+
+
+@triton.jit
+def _pull(u, v, column, D, eps, scale, same):
+    """scale times the gradient of log(||u - v + eps|| + eps) with regard to u [WIDTH].
+
+    A division ends it, which no multiply-add can swallow: between two equal rows that are each other's neighbours such
+    pulls are large, and cancel.
+    """
+    difference = tl.where(column < D, u - v + eps, 0.0)
+    apart = tl.sqrt(tl.sum(difference * difference, 0))
+    return tl.where(same | (apart == 0), 0.0, difference / (apart * (apart + eps) / scale))
