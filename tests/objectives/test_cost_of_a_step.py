@@ -76,7 +76,7 @@ class LogitShapes(TorchDispatchMode):
 def test_a_step_in_bfloat16_allocates_no_logits_in_float32(centering: Any, separate: bool, student_logits: Any) -> None:
     torch.manual_seed(1)
     K, M = 997, sum(MASKED)
-    head = replace(HEAD, out_dim=K)
+    head = replace(HEAD, out_dim=K, bottleneck_dim=10)  # unlike any number of rows
     config = ObjectiveConfig(centering=centering, student_logits=student_logits)
     objective = SelfDistillation(*build_networks(VIT, head, head if separate else None), config)
     batch = {name: tensor.float() if name != "masks" else tensor for name, tensor in random_batch().items()}
