@@ -18,6 +18,12 @@ of float32, 268 MB, is mapped in 60 ms, in pages of 4 KB:
 - Extra peak memory: the recipe keeps log-probabilities and targets and holds three more matrices in backward, 1.35 GB
   with the gradients; ours 16 MB of chunks and the gradient of the prototypes, 67 MB: 0.06 of it, and 0.02 without that
   gradient on both sides.
+
+Measured with 1024 rows of the teacher, forward and backward, five rounds on a calm machine: 0.98 s in float32, 2.0
+times faster than the recipe, and 0.56 s in bfloat16, 2.8 times. Peak memory in bfloat16 76 MB beside 1040 MB: 0.07, and
+0.01 without the gradient. What the prediction missed: the recipe takes 2.0 s and 1.6 s, a third more, which was not
+looked into; weight normalisation took 0.12 s of ours, three times as much. Compiled, with 256 rows and forward alone:
+not measured yet.
 """
 
 from __future__ import annotations
