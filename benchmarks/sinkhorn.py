@@ -1,25 +1,29 @@
 """Sinkhorn-Knopp of the teacher's logits [B, 65536]: DINOv2's recipe in eager PyTorch and compiled, beside ours.
 
-Prediction, per float32 element, two threads of a 2-core machine with AVX2 (about 10 GB/s of memory per core):
+Prediction, per float32 element, two threads of a 2-core machine with AVX-512 (27 GB/s of memory, about 3 GHz):
 
 - The recipe: exp, transpose, sums and divisions of the whole matrix, about 162 bytes in 20 passes, and a fresh matrix
-  is mapped page by page three times: 8 ns of memory traffic over both cores and about as much in the kernel.
-- ``sinkhorn_bias``: floor 12 bytes (three reads) and 3 exponentials. Ours: 5 reads and 5 exponentials, because a mass
-  is read along rows and then down columns. An exponential is 16 instructions for 8 elements, 0.4 to 0.5 ns with its
-  loads: 2.3 ns over two threads = 1.2 ns, at 17 GB/s of actual reads. So 10 ms for B = 128, 80 ms for B = 1024; 8 to 12
-  times faster than the recipe. bfloat16 moves half the bytes but computes the same: a tenth faster at most.
-- ``sinkhorn_knopp``: floor 20 bytes. One more exponential, and the result [B, K] is written and mapped: 0.4 ns + 0.6 ns
-  with pages of 2 MB. 6 to 8 times faster.
+  is mapped page by page three times: 9 ns.
+- ``sinkhorn_bias``: 12 bytes, three reads: 0.44 ns. 3 exponentials: with loads, scaling and sums some 25 instructions
+  for 16 elements, 0.25 ns on one core; adding up the kept exponentials takes 0.06 ns more, in two iterations. 0.9 ns of
+  arithmetic over two threads = 0.45 ns, and most of the reads hidden behind it: 0.6 ns, 5 ms for B = 128, 40 ms for
+  B = 1024, 15 times faster than the recipe. bfloat16 moves half the bytes but computes the same.
+- ``sinkhorn_knopp``: floor 20 bytes. One more exponential, and the result [B, K] is written and mapped.
 
-Measured (results/2026-11-23): ``sinkhorn_bias`` 4.3 to 5.1 times faster in float32 and 6.6 to 7.3 in bfloat16,
-``sinkhorn_knopp`` 3.1 to 3.5 and 3.8 to 4.3. What the prediction missed:
+Measured on 2026-11-25, in CPU time beside other work: ``sinkhorn_bias`` 8 times less than the recipe in float32 and 11
+times in bfloat16, ``sinkhorn_knopp`` 4.5 and 6 for B = 128. What the prediction missed:
 
-- An exponential costs 0.40 ns in the mass and 0.50 to 0.55 ns in the two online passes, and memory is not quite hidden:
-  3.0 ns a float32 element on one core instead of 2.3. The recipe is as slow as predicted, 15 ns on one core.
-- bfloat16 gains more than a tenth, because the recipe must also write and map a float32 copy first.
+- The recipe takes 5.5 ns where the processor has AVX-512.
+- ``sinkhorn_bias`` takes 0.67 ns an element with both cores free: 45 ms for B = 1024, 38 ms in bfloat16. An iteration
+  that keeps its exponentials costs 16 ms and the last one, which keeps none, 10 ms, which is its arithmetic: bfloat16
+  takes as long. Of the 6 ms, 3 are the narrow tiles: of a row 128 columns are read at a time, and the next row lies
+  256 KB further on, in the same set of the caches. Prefetching 8 rows ahead wins 2 ms; more rows ahead evict each
+  other. Storing the exponentials takes 2 ms, adding them up 1.
+- A tile of 16 columns, the most whose exponentials fit the second-level cache for 4096 rows, is twice as slow as one of
+  128, whose 2 MB lie in the third.
 - ``sinkhorn_knopp`` of [1024, 65536] float32 is bimodal in a virtual machine that hands free memory back to its host:
-  the 268 MB of the result take 30 ms of mapping when the host still backs them (3.5 times faster than the recipe) and
-  up to a second when it does not (1.2 times). Pages of 4 KB would take 170 ms always (2.2 times).
+  the 268 MB of the result take 30 ms of mapping when the host still backs them and half a second or more when it does
+  not, as slow as the recipe. Pages of 4 KB would take 130 ms always.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 // The Sinkhorn-Knopp step on CPU: operators, and how threads share their work. What one thread does stands in
 // cpu_kernels.cpp; the definition is dinov2_kernels/sinkhorn/reference.py.
 //
-// Bytes: sinkhorn_bias, for all rows at once, reads the logits once per iteration, and takes one exponential of each:
-// a tile of columns is visited with all its rows, and its p stay in the cache until the columns' sums are known; divided
+// Bytes: sinkhorn_bias, for all rows at once, reads the logits once per iteration and takes one exponential of each: a
+// tile of columns is visited with all its rows, and its p stay in the cache until the columns' sums are known; divided
 // by them, they add up to the rows' sums of the next iteration.
 //
-// The other operators are its passes, between which several processes reduce a vector. column_logsumexp reads the logits
-// once, from memory. column_mass reads them twice, along rows and then down columns: the sums of two threads never meet,
-// so that no thread needs vectors [K] of its own, and the result is the same for every number of threads. assign reads
-// them once from memory and writes the result, which stays in the cache until it is normalised. No operator allocates
-// more than vectors [B] and [K], and sinkhorn_bias a tile per thread.
+// The other operators are its passes, between which several processes reduce a vector. column_logsumexp reads the
+// logits once, from memory. column_mass reads them twice, along rows and then down columns: the sums of two threads
+// never meet, so that no thread needs vectors [K] of its own, and the result is the same for every number of threads.
+// assign reads them once from memory and writes the result, which stays in the cache until it is normalised. No
+// operator allocates more than vectors [B] and [K], and sinkhorn_bias a tile per thread.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -108,7 +108,8 @@ class SinkhornKnopp {
       std::vector<CacheLine> p(B * width * sizeof(A) / sizeof(CacheLine)), lane_sums(B);
       const Scratch<A> scratch{width, reinterpret_cast<A*>(p.data()), reinterpret_cast<A*>(lane_sums.data())};
       for (int64_t g = begin; g < end; ++g) {
-        kernel(x, B, K, T, first, rows.data(), g * group, std::min((g + 1) * group, K), scratch, bias, &row_sums[g * B]);
+        kernel(x, B, K, T, first, rows.data(), g * group, std::min((g + 1) * group, K), scratch, bias,
+               row_sums.data() + g * B);
       }
     });
   }
