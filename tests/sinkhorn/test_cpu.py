@@ -12,7 +12,14 @@ import dinov2_kernels as dk
 from dinov2_kernels import _library
 from dinov2_kernels.sinkhorn import reference
 from tests.cpu_targets import TARGETS, run_python, run_value_tests
-from tests.sinkhorn.cases import CASES, DTYPES, Case, assert_matches_reference, operators_of
+from tests.sinkhorn.cases import (
+    CASES,
+    DTYPES,
+    Case,
+    assert_infinite_and_missing_logits,
+    assert_matches_reference,
+    operators_of,
+)
 
 native = operators_of("dinov2_kernels")
 SHAPES = (
@@ -29,7 +36,7 @@ SHAPES = (
 def test_is_built() -> None:
     """Without this, every test below would compare the reference with itself."""
     assert _library.NATIVE_MISSING["cpu"] is None
-    assert all(_library.OPERATORS[f"sinkhorn_{name}"].has_native("cpu") for name in ("column_mass", "assign"))
+    assert all(_library.OPERATORS[f"sinkhorn_{name}"].has_native("cpu") for name in ("bias", "column_mass", "assign"))
 
 
 @pytest.mark.usefixtures("poisoned_outputs")
@@ -97,6 +104,7 @@ def test_values_of_infinite_and_missing_logits() -> None:
     assert assignments.isnan().any(dim=1).nonzero().tolist() == [[3]]
     assert assignments[:3, 4].eq(0).all()
     assert native.column_mass(logits, 0.07, torch.zeros(30)).isnan().all()
+    assert_infinite_and_missing_logits(native)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -128,11 +128,11 @@ def test_bad_number_of_iterations() -> None:
 
 
 @pytest.mark.parametrize("shape", [(6, 8), (0, 8), (1, 1)])
-@pytest.mark.parametrize("operator", ["column_logsumexp", "column_mass", "assign"])
+@pytest.mark.parametrize("operator", ["bias", "column_logsumexp", "column_mass", "assign"])
 def test_opcheck(operator: str, shape: tuple[int, int]) -> None:
-    logits = torch.randn(*shape)
-    arguments = (logits, 0.07) if operator == "column_logsumexp" else (logits, 0.07, torch.randn(shape[1]))
-    torch.library.opcheck(getattr(torch.ops.dinov2_kernels, f"sinkhorn_{operator}").default, arguments)
+    logits, bias = torch.randn(*shape), torch.randn(shape[1])
+    more: tuple[object, ...] = {"bias": (3,), "column_logsumexp": ()}.get(operator, (bias,))
+    torch.library.opcheck(getattr(torch.ops.dinov2_kernels, f"sinkhorn_{operator}").default, (logits, 0.07, *more))
 
 
 def test_compiles_into_one_graph() -> None:
