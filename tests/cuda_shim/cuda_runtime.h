@@ -283,7 +283,7 @@ inline unsigned lane_number() { return (Block::current->running - Block::current
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static thread_local
-// An array of T in dynamic shared memory; nvcc's spelling of it is `extern __shared__ T name[]`.
+// An array of T in dynamic shared memory, as in csrc/common/cuda.h.
 #define DYNAMIC_SHARED(T, name) T* name = reinterpret_cast<T*>(cuda_shim::Block::current->dynamic_shared.get())
 
 #define threadIdx (cuda_shim::Block::current->running->index)
