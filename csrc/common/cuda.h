@@ -101,7 +101,63 @@ void launch_cooperative(const Tensor& tensor, int threads, void (*kernel)(Params
                                          current_stream(device)));
 }
 
+// Clusters: `size` neighbouring blocks that run side by side, wait for each other and write to each other's shared memory.
+// On devices from compute capability 9.0 on, by kernels with machine code for it.
+template <typename Kernel>
+class ClusterLauncher {
+ public:
+  // For kernels with `shared_bytes` of dynamic shared memory, on the device of `tensor`.
+  ClusterLauncher(const Tensor& tensor, Kernel* kernel, int size, int threads, size_t shared_bytes)
+      : kernel_(kernel), size_(size), threads_(threads), shared_bytes_(shared_bytes),
+        device_(tensor.get_device_index()), guard_(device_) {
+    cudaFuncAttributes attributes;
+    CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+    if (attributes.ptxVersion < 90) return;
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));  // more than 8 blocks
+    const auto one = config(1);
+    CUDA_CHECK(cudaOccupancyMaxActiveClusters(&at_once_, kernel, &one));
+  }
+
+  // How many clusters the device holds at once: 0 where it knows none, or cannot hold one of this size.
+  int at_once() const { return at_once_; }
+
+  // Nothing at all for 0 clusters.
+  template <typename... Params>
+  void launch(int64_t clusters, Params... params) {
+    if (clusters == 0) return;
+    const auto all = config(clusters);
+    CUDA_CHECK(cudaLaunchKernelEx(&all, kernel_, params...));
+  }
+
+ private:
+  cudaLaunchConfig_t config(int64_t clusters) {
+    return {dim3(clusters * size_), dim3(threads_), shared_bytes_, current_stream(device_), &attribute_, 1};
+  }
+
+  Kernel* kernel_;
+  int size_, threads_;
+  size_t shared_bytes_;
+  int device_, at_once_ = 0;
+  DeviceGuard guard_;
+  cudaLaunchAttribute attribute_ = cluster_attribute(size_);
+
+  static cudaLaunchAttribute cluster_attribute(int size) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {unsigned(size), 1, 1};
+    return attribute;
+  }
+};
+
 // ----------------------------------------------------------------------------------------------------- on the device
+
+#ifdef __CUDACC__
+// An array of T in dynamic shared memory.
+#define DYNAMIC_SHARED(T, name)                                  \
+  extern __shared__ __align__(16) unsigned char dynamic_shared[]; \
+  T* name = reinterpret_cast<T*>(dynamic_shared)
+#endif
 
 constexpr int WARP = 32;
 
@@ -160,14 +216,26 @@ struct ExpSum {
   }
 };
 
+// The largest value of a warp's lanes, in every lane.
+template <typename A>
+__device__ A warp_max(A value) {
+  for (int distance = WARP / 2; distance > 0; distance /= 2)
+    value = std::fmax(value, __shfl_xor_sync(~0u, value, distance));
+  return value;
+}
+
+// The sum of a warp's lanes, in every lane.
+template <typename A>
+__device__ A warp_sum(A value) {
+  for (int distance = WARP / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);
+  return value;
+}
+
 // The merged sums of a warp's lanes, in every lane.
 template <typename A>
-__device__ ExpSum<A> warp_merge(ExpSum<A> own) {
-  for (int distance = WARP / 2; distance > 0; distance /= 2) {
-    const ExpSum<A> other{__shfl_xor_sync(~0u, own.max, distance), __shfl_xor_sync(~0u, own.sum, distance)};
-    own.merge(other, A(1));
-  }
-  return own;
+__device__ ExpSum<A> warp_merge(const ExpSum<A>& own) {
+  const A larger = warp_max(own.max);
+  return {larger, warp_sum(own.sum * std::exp(own.max - larger))};
 }
 
 }  // namespace dinov2_kernels::cuda

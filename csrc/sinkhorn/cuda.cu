@@ -1,165 +1,51 @@
-// Sinkhorn-Knopp in CUDA C++: the three operators that dinov2_kernels/sinkhorn/reference.py defines.
+// Sinkhorn-Knopp in CUDA C++: the operators that dinov2_kernels/sinkhorn/reference.py defines.
 //
 // Legend: logits [B, K] of type T (double, float, BFloat16, Half), contiguous; bias [K] and every result of type A, in
 // which sums are accumulated (double for double, float otherwise); scale = 1 / temperature. No atomics: results do not
 // change from run to run.
-//
-// Two shapes of work. A *column tile* is 32 lanes x 16 bytes of neighbouring columns and all rows: a block's warps take
-// turns with the rows and add up in shared memory. A *row* is read by a whole block.
+#include <algorithm>
+
 #include "common/cuda.h"
+#include "sinkhorn/cuda_clusters.h"
+#include "sinkhorn/cuda_kernels.h"
 
 namespace dinov2_kernels::cuda {
 namespace {
 
-constexpr int THREADS = 256;
-constexpr int WARPS = THREADS / WARP;
-constexpr int ROWS = 4;  // rows a thread reads at once: 64 bytes in flight per thread
+// ------------------------------------------------------------------------------------------------------------- vectors
+
+// The sum over P of parts [P, K], at column k.
+template <typename A>
+__device__ A sum_of_parts(const A* parts, int64_t P, int64_t K, int64_t k) {
+  A total = 0;
+#pragma unroll 8
+  for (int64_t p = 0; p < P; ++p) total += parts[p * K + k];
+  return total;
+}
+
+// reference.zero_if_empty
+template <typename A>
+__device__ A zero_if_empty(A log_mass) {
+  return log_mass == -std::numeric_limits<A>::infinity() ? A(0) : log_mass;
+}
 
 template <typename A>
-constexpr int BLOCKS = sizeof(A) == 8 ? 2 : 3;  // at once on a multiprocessor: leaves 128 or 80 registers to a thread
-template <typename T>
-constexpr int TILE = WARP * PER_LOAD<T>;  // columns of a column tile
-
-// N neighbouring logits of row b; -infinity, which adds nothing to any sum, outside the matrix.
-template <typename T>
-__device__ Pack<T, PER_LOAD<T>> load_logits(const T* logits, int64_t b, int64_t k, int64_t B, int64_t K, bool aligned) {
-  return load<PER_LOAD<T>>(logits + b * K, k, b < B ? K : 0, aligned, T(-std::numeric_limits<float>::infinity()));
+__global__ void __launch_bounds__(THREADS) sum_kernel(const A* parts, int64_t P, int64_t K, A* mass) {
+  const int64_t k = blockIdx.x * int64_t(THREADS) + threadIdx.x;
+  if (k < K) mass[k] = sum_of_parts(parts, P, K, k);
 }
 
-// Visits the rows of a column tile: f(b, x) gets the lane's columns x[r].value[i] of ROWS rows from b on.
-template <typename T, typename F>
-__device__ void for_rows_of_tile(const T* logits, int64_t column, int64_t B, int64_t K, bool aligned, const F& f) {
-  for (int64_t b = threadIdx.x / WARP * ROWS; b < B; b += WARPS * ROWS) {
-    Pack<T, PER_LOAD<T>> x[ROWS];
-    for (int r = 0; r < ROWS; ++r) x[r] = load_logits(logits, b + r, column, B, K, aligned);
-    f(b, x);
-  }
+template <typename A>
+__global__ void __launch_bounds__(THREADS) first_bias_kernel(int64_t K, A* logsumexp_to_bias) {
+  const int64_t k = blockIdx.x * int64_t(THREADS) + threadIdx.x;
+  if (k < K) logsumexp_to_bias[k] = -zero_if_empty(logsumexp_to_bias[k]);
 }
 
-template <typename T, typename A = Accumulate<T>>
-__global__ void __launch_bounds__(THREADS, BLOCKS<A>)
-    column_logsumexp_kernel(const T* logits, int64_t B, int64_t K, bool aligned, A scale, A* out) {
-  constexpr int N = PER_LOAD<T>;
-  __shared__ ExpSum<A> shared[WARPS][TILE<T>];  // slot i * WARP + lane: the lane's i-th column
-  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  const int64_t first = blockIdx.x * int64_t(TILE<T>);
-
-  ExpSum<A> own[N];
-  for (auto& sum : own) sum = ExpSum<A>::empty();
-  for_rows_of_tile(logits, first + lane * N, B, K, aligned, [&](int64_t, const Pack<T, N>* x) {
-    for (int i = 0; i < N; ++i) {
-      // The maximum is taken of the logits themselves: x - maximum is small, and nearly exact, where it matters.
-      A column[ROWS];
-      for (int r = 0; r < ROWS; ++r) column[r] = x[r].value[i];
-      own[i].add(column, scale);
-    }
-  });
-  for (int i = 0; i < N; ++i) shared[warp][i * WARP + lane] = own[i];
-  __syncthreads();
-
-  for (int slot = threadIdx.x; slot < TILE<T>; slot += THREADS) {
-    const int64_t k = first + slot % WARP * N + slot / WARP;
-    auto total = ExpSum<A>::empty();
-    for (int w = 0; w < WARPS; ++w) total.merge(shared[w][slot], scale);
-    if (k < K) out[k] = total.max * scale + std::log(total.sum);
-  }
+template <typename A>
+__global__ void __launch_bounds__(THREADS) next_bias_kernel(const A* parts, int64_t P, int64_t K, A* bias) {
+  const int64_t k = blockIdx.x * int64_t(THREADS) + threadIdx.x;
+  if (k < K) bias[k] -= zero_if_empty(std::log(sum_of_parts(parts, P, K, k)));
 }
-
-// The maximum and the sum of exponentials of z_bk = x_bk * scale + bias_k over the columns of R rows from b on, in every
-// thread of the block. R rows share a read of the bias.
-template <int R, typename T, typename A = Accumulate<T>>
-__device__ void softmax_norm(ExpSum<A> (&norm)[R], const T* logits, const A* bias, int64_t b, int64_t B, int64_t K,
-                             bool aligned, A scale) {
-  constexpr int N = PER_LOAD<T>;
-  __shared__ ExpSum<A> shared[R][WARPS];
-  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-
-  for (auto& sum : norm) sum = ExpSum<A>::empty();
-#pragma unroll(4 / R)
-  for (int64_t k = threadIdx.x * N; k < K; k += THREADS * N) {
-    const auto offset = load<N>(bias, k, K, aligned, A(0));
-    for (int r = 0; r < R; ++r) {
-      const auto x = load_logits(logits, b + r, k, B, K, aligned);
-      A z[N];
-      for (int i = 0; i < N; ++i) z[i] = std::fma(A(x.value[i]), scale, offset.value[i]);
-      norm[r].add(z, A(1));
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-    norm[r] = warp_merge(norm[r]);
-    if (lane == 0) shared[r][warp] = norm[r];
-  }
-  __syncthreads();
-  for (int r = 0; r < R; ++r) norm[r] = warp_merge(lane < WARPS ? shared[r][lane] : ExpSum<A>::empty());
-  __syncthreads();  // the next rows write to shared again
-}
-
-template <int R, typename T, typename A = Accumulate<T>>
-__device__ void write_softmax_norms(ExpSum<A>* norms, const T* logits, const A* bias, int64_t B, int64_t K,
-                                    bool aligned, A scale) {
-  for (int64_t b = blockIdx.x * int64_t(R); b < B; b += gridDim.x * int64_t(R)) {
-    ExpSum<A> norm[R];
-    softmax_norm(norm, logits, bias, b, B, K, aligned, scale);
-    for (int r = 0; r < R; ++r)
-      if (threadIdx.x == 0 && b + r < B) norms[b + r] = norm[r];
-  }
-}
-
-template <typename T, typename A = Accumulate<T>>
-__global__ void __launch_bounds__(THREADS, BLOCKS<A>)
-    column_mass_kernel(const T* logits, const A* bias, int64_t B, int64_t K, bool aligned, A scale,
-                       ExpSum<A>* norms /* [B], scratch */, A* mass) {
-  constexpr int N = PER_LOAD<T>;
-  __shared__ A shared[WARPS][TILE<T>];  // slot i * WARP + lane: the lane's i-th column
-  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-
-  if (B < ROWS * int64_t(gridDim.x)) {  // few rows: spread them over all blocks
-    write_softmax_norms<1>(norms, logits, bias, B, K, aligned, scale);
-  } else {
-    write_softmax_norms<ROWS>(norms, logits, bias, B, K, aligned, scale);
-  }
-  cooperative_groups::this_grid().sync();
-
-  for (int64_t first = blockIdx.x * int64_t(TILE<T>); first < K; first += gridDim.x * int64_t(TILE<T>)) {
-    A own[N] = {};
-    const auto offset = load<N>(bias, first + lane * N, K, aligned, A(0));
-    for_rows_of_tile(logits, first + lane * N, B, K, aligned, [&](int64_t b, const Pack<T, N>* x) {
-      for (int r = 0; r < ROWS && b + r < B; ++r) {
-        const A max = norms[b + r].max, inverse = 1 / norms[b + r].sum;
-        for (int i = 0; i < N; ++i)
-          own[i] += std::exp(std::fma(A(x[r].value[i]), scale, offset.value[i]) - max) * inverse;
-      }
-    });
-    for (int i = 0; i < N; ++i) shared[warp][i * WARP + lane] = own[i];
-    __syncthreads();
-    for (int slot = threadIdx.x; slot < TILE<T>; slot += THREADS) {
-      const int64_t k = first + slot % WARP * N + slot / WARP;
-      A total = 0;
-      for (int w = 0; w < WARPS; ++w) total += shared[w][slot];
-      if (k < K) mass[k] = total;
-    }
-    __syncthreads();  // the next tile writes to shared again
-  }
-}
-
-template <typename T, typename A = Accumulate<T>>
-__global__ void __launch_bounds__(THREADS, BLOCKS<A>)
-    assign_kernel(const T* logits, const A* bias, int64_t B, int64_t K, bool aligned, A scale, A* out) {
-  constexpr int N = PER_LOAD<T>;
-  const int64_t b = blockIdx.x;
-  ExpSum<A> norm[1];
-  softmax_norm(norm, logits, bias, b, B, K, aligned, scale);
-  const A inverse = 1 / norm[0].sum;
-  for (int64_t k = threadIdx.x * N; k < K; k += THREADS * N) {
-    const auto x = load_logits(logits, b, k, B, K, aligned);
-    const auto offset = load<N>(bias, k, K, aligned, A(0));
-    Pack<A, N> p;
-    for (int i = 0; i < N; ++i)
-      p.value[i] = std::exp(std::fma(A(x.value[i]), scale, offset.value[i]) - norm[0].max) * inverse;
-    store(out + b * K, p, k, K, aligned);
-  }
-}
-
 // ------------------------------------------------------------------------------------------------------- the operators
 
 Tensor new_empty(const Tensor& logits, std::initializer_list<int64_t> sizes) {
@@ -186,18 +72,65 @@ Tensor column_logsumexp(const Tensor& logits, double temperature) {
   return out;
 }
 
-// Bytes: two reads of the logits (the second from L2 where they fit: the class tokens, [128, 65536] BFloat16, are 17 MB),
-// B / 4 reads of the bias (B for few rows) from L2, and the vectors [K] and [2, B].
-Tensor column_mass(const Tensor& logits, double temperature, const Tensor& bias) {
+// The mass, in parts [P, K] whose sum it is.
+//
+// Bytes, in clusters: one read of the logits, one write of a part [K] for each cluster that the device holds at once: 32
+// of them, 8 MB, for 65536 BFloat16 columns on an H100.
+// Without clusters, or where a row is too long for one: two reads of the logits (the second from L2 where they fit: the
+// class tokens, [128, 65536] BFloat16, are 17 MB), B / 4 reads of the bias (B for few rows) from L2, [K] and [2, B].
+Tensor mass_in_parts(const Tensor& logits, double temperature, const Tensor& bias) {
   const int64_t B = logits.size(0), K = logits.size(1);
-  Tensor norms = new_empty(logits, {B, 2}), out = new_empty(logits, {K});
+  return dispatch_floating(logits.scalar_type(), [&]<typename T>() {
+    using A = Accumulate<T>;
+    const auto* x = static_cast<const T*>(logits.data_ptr());
+    const auto* offset = static_cast<const A*>(bias.data_ptr());
+    const bool aligned = is_aligned(logits, offset);
+    int blocks = 1;
+    while (blocks * MAX_SLICE<T> < K && blocks <= MAX_CLUSTER) blocks *= 2;
+    if (aligned && blocks <= MAX_CLUSTER) {
+      ClusterLauncher clusters(logits, cluster_mass_kernel<T>, blocks, THREADS, sizeof(ClusterShared<T>));
+      if (clusters.at_once() > 0) {
+        const int64_t count = std::min<int64_t>(clusters.at_once(), (B + CLUSTER_ROWS - 1) / CLUSTER_ROWS);
+        const int64_t loads = (K + PER_LOAD<T> - 1) / PER_LOAD<T>, slice = (loads + blocks - 1) / blocks * PER_LOAD<T>;
+        Tensor parts = new_empty(logits, {count, K});
+        clusters.launch(count, x, offset, B, K, slice, A(1 / temperature), static_cast<A*>(parts.data_ptr()));
+        return parts;
+      }
+    }
+    Tensor norms = new_empty(logits, {B, 2}), mass = new_empty(logits, {1, K});
+    launch_cooperative(logits, THREADS, column_mass_kernel<T>, x, offset, B, K, aligned, A(1 / temperature),
+                       static_cast<ExpSum<A>*>(norms.data_ptr()), static_cast<A*>(mass.data_ptr()));
+    return mass;
+  });
+}
+
+Tensor column_mass(const Tensor& logits, double temperature, const Tensor& bias) {
+  const int64_t K = logits.size(1);
+  const Tensor parts = mass_in_parts(logits, temperature, bias);
+  Tensor mass = new_empty(logits, {K});
   dispatch_floating(logits.scalar_type(), [&]<typename T>() {
     using A = Accumulate<T>;
-    launch_cooperative(logits, THREADS, column_mass_kernel<T>, static_cast<const T*>(logits.data_ptr()),
-                       static_cast<const A*>(bias.data_ptr()), B, K, is_aligned(logits, bias.data_ptr()),
-                       A(1 / temperature), static_cast<ExpSum<A>*>(norms.data_ptr()), static_cast<A*>(out.data_ptr()));
+    launch(logits, (K + THREADS - 1) / THREADS, THREADS, sum_kernel<A>, static_cast<const A*>(parts.data_ptr()),
+           parts.size(0), K, static_cast<A*>(mass.data_ptr()));
   });
-  return out;
+  return mass;
+}
+
+// Bytes: those of column_logsumexp, and of mass_in_parts for every later iteration.
+Tensor sinkhorn_bias(const Tensor& logits, double temperature, int64_t n_iterations) {
+  const int64_t K = logits.size(1), blocks = (K + THREADS - 1) / THREADS;
+  Tensor bias = column_logsumexp(logits, temperature);
+  dispatch_floating(logits.scalar_type(), [&]<typename T>() {
+    using A = Accumulate<T>;
+    A* const values = static_cast<A*>(bias.data_ptr());
+    launch(logits, blocks, THREADS, first_bias_kernel<A>, K, values);
+    for (int64_t i = 1; i < n_iterations; ++i) {
+      const Tensor parts = mass_in_parts(logits, temperature, bias);
+      launch(logits, blocks, THREADS, next_bias_kernel<A>, static_cast<const A*>(parts.data_ptr()), parts.size(0), K,
+             values);
+    }
+  });
+  return bias;
 }
 
 // Bytes: two reads of the logits (a block reads its row twice, the second time from L2), one write of [B, K].
@@ -216,6 +149,7 @@ Tensor assign(const Tensor& logits, double temperature, const Tensor& bias) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(DINOV2_CUDA_NAMESPACE, DINOV2_CUDA_KEY, m) {
+  m.impl("sinkhorn_bias", TORCH_BOX(&sinkhorn_bias));
   m.impl("sinkhorn_column_logsumexp", TORCH_BOX(&column_logsumexp));
   m.impl("sinkhorn_column_mass", TORCH_BOX(&column_mass));
   m.impl("sinkhorn_assign", TORCH_BOX(&assign));

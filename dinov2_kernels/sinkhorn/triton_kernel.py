@@ -1,9 +1,12 @@
-"""Sinkhorn-Knopp in Triton: the three operators of :mod:`dinov2_kernels.sinkhorn.reference` for CUDA tensors.
+"""Sinkhorn-Knopp in Triton: the operators of :mod:`dinov2_kernels.sinkhorn.reference` for CUDA tensors.
 
 Legend: logits [B, K] contiguous, float64, float32, bfloat16 or float16; bias [K] and every result in the accumulation
 dtype, float64 for float64 logits and float32 otherwise. No atomics: results do not change from run to run.
 
-A tile is 4096 or 8192 logits: 64 bytes of bfloat16 in flight per thread, enough to keep an H200's memory busy.
+Down the columns a program owns a *strip*, some neighbouring columns and all rows, and reads it in tiles
+[DEPTH, ROWS, COLUMNS]. A thread holds DEPTH rows of its columns: it adds them up without its neighbours, who meet once,
+at the end of the strip. A tile is 4096 or 8192 logits: 64 bytes of bfloat16 in flight per thread, enough to keep an
+H200's memory busy.
 """
 
 from __future__ import annotations
@@ -16,8 +19,37 @@ from torch import Tensor
 from dinov2_kernels._library import accumulation_dtype
 
 MANY_ROWS = 1024  # from here on rows share a read of the bias: there are enough of them for every multiprocessor
+PROGRAMS = 264  # that own strips at once: two on each of the 132 multiprocessors of an H100 or H200
+L2_BYTES = 50 * 2**20  # of the same
+SECTOR_BYTES = 32  # the least that memory hands out
 
 _LOWEST = tl.constexpr(-3.0e38)  # where a running maximum starts: -inf would give exp(-inf + inf)
+
+
+def sinkhorn_bias(logits: Tensor, temperature: float, n_iterations: int) -> Tensor:
+    """log u [K] after the iterations, of a batch that one process holds.
+
+    Bytes: one read of the logits per iteration; all but the last visit every strip a second time, while L2 holds it.
+    What a program has seen of the rows, [2, 264, B] in all, is updated once per strip, in L2 too: 10 MB for 4900 rows.
+    """
+    B, K = logits.shape
+    columns = _strip_columns(logits)
+    programs = min(triton.cdiv(K, columns), PROGRAMS)
+    bias = torch.empty(K, dtype=accumulation_dtype(logits), device=logits.device)  # [K]
+    row_norm = torch.empty(2, B, dtype=bias.dtype, device=logits.device)  # [2, B]: maximum, sum of exponentials
+    partial = torch.empty(2, programs, B, dtype=bias.dtype, device=logits.device)  # [2, P, B]: row_norm of a program
+    with torch.cuda.device_of(logits):
+        for i in range(n_iterations):
+            is_last = i == n_iterations - 1
+            _balance[(programs,)](
+                logits, bias, row_norm, partial, B, K, 1 / temperature,
+                IS_FIRST=i == 0, IS_LAST=is_last, **_strip_shape(columns),
+            )  # fmt: skip
+            if not is_last and B > 0:
+                _merge_row_norms[(triton.cdiv(B, 8),)](
+                    partial, row_norm, B, programs, ROWS=8, PROGRAMS=triton.next_power_of_2(programs)
+                )
+    return bias
 
 
 def column_logsumexp(logits: Tensor, temperature: float) -> Tensor:
@@ -28,7 +60,7 @@ def column_logsumexp(logits: Tensor, temperature: float) -> Tensor:
     B, K = logits.shape
     out = torch.empty(K, dtype=accumulation_dtype(logits), device=logits.device)  # [K]
     with torch.cuda.device_of(logits):
-        _column_logsumexp[(triton.cdiv(K, 128),)](logits, out, B, K, 1 / temperature, ROWS=32, COLUMNS=128)
+        _column_logsumexp[(triton.cdiv(K, 128),)](logits, out, B, K, 1 / temperature, **_strip_shape(128))
     return out
 
 
@@ -45,7 +77,7 @@ def column_mass(logits: Tensor, temperature: float, bias: Tensor) -> Tensor:
     shape = {"ROWS": rows, "COLUMNS": 8192 // rows, "num_warps": 8}
     with torch.cuda.device_of(logits):
         _row_norm[(triton.cdiv(B, rows),)](logits, bias, row_norm, B, K, 1 / temperature, **shape)
-        _column_mass[(triton.cdiv(K, 128),)](logits, bias, row_norm, out, B, K, 1 / temperature, ROWS=32, COLUMNS=128)
+        _column_mass[(triton.cdiv(K, 128),)](logits, bias, row_norm, out, B, K, 1 / temperature, **_strip_shape(128))
     return out
 
 
@@ -61,23 +93,63 @@ def assign(logits: Tensor, temperature: float, bias: Tensor) -> Tensor:
     return out
 
 
+def _strip_columns(logits: Tensor) -> int:
+    """Columns of a strip that is visited twice: a power of two with which the strips of all programs fit L2."""
+    fitting = L2_BYTES // (PROGRAMS * max(len(logits), 1) * logits.element_size())
+    return min(256, max(SECTOR_BYTES // logits.element_size(), 1 << fitting.bit_length() >> 1))
+
+
+def _strip_shape(columns: int) -> dict[str, int]:
+    """A thread of 256 holds 8 neighbouring columns of 4 rows."""
+    return {"DEPTH": 4, "ROWS": 2048 // columns, "COLUMNS": columns, "num_warps": 8}
+
+
 # `scale` is 1 / T. Triton passes a Python float as float32 unless told otherwise; float64 logits need all of it.
 
 
 @triton.jit
-def _column_logsumexp(logits, out, B, K, scale: tl.float64, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _balance(
+    logits, bias, row_norm, partial, B, K, scale: tl.float64,
+    IS_FIRST: tl.constexpr, IS_LAST: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One iteration: the bias of every column, and of every row the sums under the new bias."""
+    dtype: tl.constexpr = bias.dtype.element_ty
+    scale = tl.full([1], scale, dtype)
+    for first in range(tl.program_id(0) * COLUMNS, K, tl.num_programs(0) * COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        if IS_FIRST:
+            offset = -_zero_if_empty(_strip_logsumexp(logits, column, B, K, scale, dtype, DEPTH, ROWS))
+        else:
+            offset = tl.load(bias + column, mask=column < K, other=0.0)  # [COLUMNS]
+            mass = _strip_mass(logits, row_norm, column, offset, B, K, scale, dtype, DEPTH, ROWS)
+            offset -= _zero_if_empty(tl.log(mass))
+        tl.store(bias + column, offset, mask=column < K)
+        if not IS_LAST:
+            _add_row_norms(logits, partial, first, column, offset, B, K, scale, dtype, DEPTH, ROWS)
+            tl.debug_barrier()  # the next strip reads what other threads of this program wrote
+
+
+@triton.jit
+def _merge_row_norms(partial, row_norm, B, programs, ROWS: tl.constexpr, PROGRAMS: tl.constexpr):
+    """[2, P, B] to [2, B]."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    program = tl.arange(0, PROGRAMS)
+    inside = (program < programs)[:, None] & (row < B)[None, :]
+    maximum = tl.load(partial + program.to(tl.int64)[:, None] * B + row[None, :], mask=inside, other=_LOWEST)
+    total = tl.load(partial + (programs + program.to(tl.int64))[:, None] * B + row[None, :], mask=inside, other=0.0)
+    largest = tl.max(maximum, 0)  # [ROWS]
+    tl.store(row_norm + row, largest, mask=row < B)
+    tl.store(row_norm + B + row, tl.sum(total * tl.exp(maximum - largest[None, :]), 0), mask=row < B)
+
+
+@triton.jit
+def _column_logsumexp(
+    logits, out, B, K, scale: tl.float64, DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     dtype: tl.constexpr = out.dtype.element_ty
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     scale = tl.full([1], scale, dtype)
-    maximum = tl.full([COLUMNS], _LOWEST, dtype)
-    total = tl.full([COLUMNS], 0.0, dtype)
-    for start in range(0, B, ROWS):
-        x = _load(logits, start + tl.arange(0, ROWS), column, B, K, dtype)  # [ROWS, COLUMNS]
-        # The maximum is taken of the logits themselves: x - maximum is small, and nearly exact, where it matters.
-        larger = tl.maximum(maximum, tl.max(x, 0))
-        total = total * tl.exp((maximum - larger) * scale) + tl.sum(tl.exp((x - larger[None, :]) * scale), 0)
-        maximum = larger
-    tl.store(out + column, maximum * scale + tl.log(total), mask=column < K)
+    tl.store(out + column, _strip_logsumexp(logits, column, B, K, scale, dtype, DEPTH, ROWS), mask=column < K)
 
 
 @triton.jit
@@ -89,19 +161,15 @@ def _row_norm(logits, bias, out, B, K, scale: tl.float64, ROWS: tl.constexpr, CO
 
 
 @triton.jit
-def _column_mass(logits, bias, row_norm, out, B, K, scale: tl.float64, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _column_mass(
+    logits, bias, row_norm, out, B, K, scale: tl.float64, DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     dtype: tl.constexpr = out.dtype.element_ty
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     scale = tl.full([1], scale, dtype)
     offset = tl.load(bias + column, mask=column < K, other=0.0)  # [COLUMNS]
-    total = tl.full([COLUMNS], 0.0, dtype)
-    for start in range(0, B, ROWS):
-        row = start + tl.arange(0, ROWS)
-        x = _load(logits, row, column, B, K, dtype)  # [ROWS, COLUMNS]
-        maximum = tl.load(row_norm + row, mask=row < B, other=0.0)  # [ROWS]
-        norm = tl.load(row_norm + B + row, mask=row < B, other=1.0)  # [ROWS]
-        total += tl.sum(tl.exp(x * scale + offset[None, :] - maximum[:, None]) / norm[:, None], 0)
-    tl.store(out + column, total, mask=column < K)
+    mass = _strip_mass(logits, row_norm, column, offset, B, K, scale, dtype, DEPTH, ROWS)
+    tl.store(out + column, mass, mask=column < K)
 
 
 @triton.jit
@@ -111,10 +179,68 @@ def _assign(logits, bias, out, B, K, scale: tl.float64, COLUMNS: tl.constexpr):
     maximum, norm = _softmax_norm(logits, bias, row, B, K, scale, COLUMNS)  # [1]
     for start in range(0, K, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
-        x = _load(logits, row, column, B, K, dtype)  # [1, COLUMNS]
+        x = _load(logits, row[:, None], column[None, :], B, K, dtype)  # [1, COLUMNS]
         offset = tl.load(bias + column, mask=column < K, other=0.0)  # [COLUMNS]
         p = tl.exp(x * tl.full([1], scale, dtype) + offset[None, :] - maximum[:, None]) / norm[:, None]
         tl.store(out + row.to(tl.int64)[:, None] * K + column[None, :], p, mask=(column < K)[None, :])
+
+
+# ----------------------------------------------------------------------------------------------------- parts of kernels
+
+
+@triton.jit
+def _strip_logsumexp(logits, column, B, K, scale, dtype: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr):
+    """log sum_b exp(x_bk / T) [COLUMNS] of a strip."""
+    maximum = tl.full([ROWS, column.shape[0]], _LOWEST, dtype)
+    total = tl.full([ROWS, column.shape[0]], 0.0, dtype)
+    for start in range(0, B, DEPTH * ROWS):
+        x = _load(logits, _rows(start, DEPTH, ROWS)[:, :, None], column[None, None, :], B, K, dtype)
+        # The maximum is taken of the logits themselves: x - maximum is small, and nearly exact, where it matters.
+        larger = tl.maximum(maximum, tl.max(x, 0))  # [ROWS, COLUMNS]
+        total = total * tl.exp((maximum - larger) * scale) + tl.sum(tl.exp((x - larger[None, :, :]) * scale), 0)
+        maximum = larger
+    largest = tl.max(maximum, 0)  # [COLUMNS]
+    return largest * scale + tl.log(tl.sum(total * tl.exp((maximum - largest[None, :]) * scale), 0))
+
+
+@triton.jit
+def _strip_mass(
+    logits, row_norm, column, offset, B, K, scale, dtype: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr
+):
+    """sum_b p_bk [COLUMNS] of a strip whose columns have the bias `offset` [COLUMNS]."""
+    total = tl.full([ROWS, column.shape[0]], 0.0, dtype)
+    for start in range(0, B, DEPTH * ROWS):
+        row = _rows(start, DEPTH, ROWS)  # [DEPTH, ROWS]
+        x = _load(logits, row[:, :, None], column[None, None, :], B, K, dtype)
+        maximum = tl.load(row_norm + row, mask=row < B, other=0.0)  # [DEPTH, ROWS]
+        inverse = 1 / tl.load(row_norm + B + row, mask=row < B, other=1.0)  # [DEPTH, ROWS]
+        p = tl.exp(x * scale + offset[None, None, :] - maximum[:, :, None]) * inverse[:, :, None]
+        total += tl.sum(p, 0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _add_row_norms(
+    logits, partial, first, column, offset, B, K, scale, dtype: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr
+):
+    """Adds the strip's share to this program's maximum and sum of exponentials of every row, [2, P, B].
+
+    The last rows come first: they were read last, so L2 surely holds them.
+    """
+    own = partial + tl.program_id(0).to(tl.int64) * B  # [B]
+    to_total = tl.num_programs(0).to(tl.int64) * B
+    is_new = first == tl.program_id(0) * column.shape[0]  # nothing was added yet
+    for i in range(0, tl.cdiv(B, DEPTH * ROWS)):
+        row = _rows((tl.cdiv(B, DEPTH * ROWS) - 1 - i) * DEPTH * ROWS, DEPTH, ROWS)  # [DEPTH, ROWS]
+        x = _load(logits, row[:, :, None], column[None, None, :], B, K, dtype)
+        z = x * scale + offset[None, None, :]  # [DEPTH, ROWS, COLUMNS]
+        known = (row < B) & (not is_new)
+        maximum = tl.load(own + row, mask=known, other=_LOWEST)  # [DEPTH, ROWS]
+        total = tl.load(own + to_total + row, mask=known, other=0.0)
+        larger = tl.maximum(maximum, tl.max(z, 2))
+        total = total * tl.exp(maximum - larger) + tl.sum(tl.exp(z - larger[:, :, None]), 2)
+        tl.store(own + row, larger, mask=row < B)
+        tl.store(own + to_total + row, total, mask=row < B)
 
 
 @triton.jit
@@ -129,7 +255,8 @@ def _softmax_norm(logits, bias, row, B, K, scale, COLUMNS: tl.constexpr):
     for start in range(0, K, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         offset = tl.load(bias + column, mask=column < K, other=0.0)  # [COLUMNS]
-        z = _load(logits, row, column, B, K, dtype) * tl.full([1], scale, dtype) + offset[None, :]  # [rows, COLUMNS]
+        x = _load(logits, row[:, None], column[None, :], B, K, dtype)
+        z = x * tl.full([1], scale, dtype) + offset[None, :]  # [rows, COLUMNS]
         larger = tl.maximum(maximum, tl.max(z, 1))
         total = total * tl.exp(maximum - larger) + tl.sum(tl.exp(z - larger[:, None]), 1)
         maximum = larger
@@ -137,8 +264,19 @@ def _softmax_norm(logits, bias, row, B, K, scale, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _rows(start, DEPTH: tl.constexpr, ROWS: tl.constexpr):
+    """The rows of a tile that begins with row `start` [DEPTH, ROWS]."""
+    return start + tl.arange(0, DEPTH)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+
+
+@triton.jit
 def _load(logits, row, column, B, K, dtype: tl.constexpr):
-    """A tile of the logits in the accumulation dtype; -inf, which adds nothing to any sum, outside the matrix."""
-    inside = (row < B)[:, None] & (column < K)[None, :]
-    address = logits + row.to(tl.int64)[:, None] * K + column[None, :]  # B * K may pass 2^31
-    return tl.load(address, mask=inside, other=float("-inf")).to(dtype)
+    """Logits at (row, column) in the accumulation dtype; -inf, which adds nothing to any sum, outside the matrix."""
+    address = logits + row.to(tl.int64) * K + column  # B * K may pass 2^31
+    return tl.load(address, mask=(row < B) & (column < K), other=float("-inf")).to(dtype)
+
+
+@triton.jit
+def _zero_if_empty(log_mass):
+    """:func:`reference.zero_if_empty`."""
+    return tl.where(log_mass == float("-inf"), 0.0, log_mass)

@@ -28,6 +28,7 @@
 #include <source_location>
 #include <string>
 #include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -49,7 +50,8 @@ enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration, cudaErrorLaunchFa
 namespace cuda_shim {
 
 constexpr int WARP = 32, MAX_THREADS = 1024, MAX_SHARED_BYTES = 227 * 1024;
-constexpr int PROCESSORS = 2, BLOCKS_PER_PROCESSOR = 2;  // what the occupancy queries answer
+constexpr int MAX_STATIC_SHARED_BYTES = 48 * 1024, PORTABLE_CLUSTER = 8;  // a kernel's attributes allow it more
+constexpr int PROCESSORS = 2, BLOCKS_PER_PROCESSOR = 2, CLUSTERS = 2;  // what the occupancy queries answer
 constexpr size_t STACK_BYTES = 64 * 1024;
 
 inline bool reverse_order() {
@@ -57,7 +59,9 @@ inline bool reverse_order() {
   return order && order == std::string("reverse");
 }
 
-enum State { READY, AT_WARP, AT_BLOCK, AT_GRID, FINISHED };
+enum State { READY, AT_WARP, AT_BLOCK, AT_CLUSTER, AT_GRID, FINISHED };
+const char* const BARRIERS[] = {"", "a warp barrier or shuffle", "__syncthreads", "the cluster barrier",
+                                "the grid barrier"};  // where a thread in such a state waits
 
 // A CUDA thread.
 struct Fiber {
@@ -78,10 +82,12 @@ class Block {
   std::vector<Fiber> fibers;
   Fiber* running = nullptr;
   std::string error;  // why the block cannot go on
+  const std::vector<std::unique_ptr<Block>>& together;  // the blocks of its cluster, or of its grid; itself as well
 
-  Block(dim3 index, dim3 size, dim3 grid, size_t shared_bytes, std::function<void()> kernel)
+  Block(dim3 index, dim3 size, dim3 grid, size_t shared_bytes, const std::vector<std::unique_ptr<Block>>& together,
+        std::function<void()> kernel)
       : index(index), size(size), grid(grid), dynamic_shared(new char[shared_bytes]), fibers(size.volume()),
-        kernel_(std::move(kernel)), thread_([this] { serve(); }) {
+        together(together), kernel_(std::move(kernel)), thread_([this] { serve(); }) {
     std::memset(dynamic_shared.get(), 0xff, shared_bytes);  // NaN
   }
 
@@ -91,7 +97,7 @@ class Block {
     thread_.join();
   }
 
-  // Runs the block until all its threads have finished, or all wait for the grid, or none can go on (`error`).
+  // Runs the block until all its threads have finished, or all wait for other blocks, or none can go on (`error`).
   void run() {
     resume_.release();
     paused_.acquire();
@@ -127,7 +133,7 @@ class Block {
       makecontext(&fiber.context, &Block::enter, 0);
     }
     for (resume_.acquire(); !stop_; resume_.acquire()) {
-      for (Fiber& fiber : fibers) fiber.state = READY;  // at the start, or past the grid barrier
+      for (Fiber& fiber : fibers) fiber.state = READY;  // at the start, or past a barrier of several blocks
       schedule();
       paused_.release();
     }
@@ -147,7 +153,7 @@ class Block {
       for (size_t i = 0; i < everyone.size(); i += WARP)
         run_warp({everyone.begin() + i, everyone.begin() + std::min(i + WARP, everyone.size())});
     } while (open(AT_BLOCK, everyone));
-    if (!all(FINISHED) && !all(AT_GRID)) error = describe();
+    if (!all(FINISHED) && !all(AT_CLUSTER) && !all(AT_GRID)) error = describe();
   }
 
   // Runs a warp as far as it gets without the others: what it must not do before them, it does before them.
@@ -184,10 +190,9 @@ class Block {
   std::string describe() const {
     std::map<std::string, size_t> first;  // thread in each situation
     for (size_t i = 0; i < fibers.size(); ++i) {
-      const char* barrier[] = {"", "a warp barrier or shuffle", "__syncthreads", "the grid barrier"};
       const Fiber& f = fibers[i];
       const std::string line = std::string(f.where.file_name()) + ":" + std::to_string(f.where.line());
-      first.emplace(f.state == FINISHED ? "has finished" : "waits at " + (barrier[f.state] + (" in " + line)), i);
+      first.emplace(f.state == FINISHED ? "has finished" : "waits at " + (BARRIERS[f.state] + (" in " + line)), i);
     }
     std::string text = "deadlock in block " + std::to_string(index.x);
     for (const auto& [situation, i] : first) text += "; thread " + std::to_string(i) + " " + situation;
@@ -219,17 +224,26 @@ inline cudaError_t run_together(std::vector<std::unique_ptr<Block>>& blocks) {
     const auto finished = std::count_if(blocks.begin(), blocks.end(), [](auto& b) { return b->all(FINISHED); });
     if (size_t(finished) == blocks.size()) return cudaSuccess;
     if (finished > 0) {
-      last_error = "deadlock: some blocks wait at the grid barrier, others have finished";
+      const auto waiting = std::find_if(blocks.begin(), blocks.end(), [](auto& b) { return !b->all(FINISHED); });
+      const std::string barrier = BARRIERS[(*waiting)->fibers[0].state];
+      last_error = "deadlock: some blocks wait at " + barrier + ", others have finished";
       return cudaErrorLaunchFailure;
     }
   }
 }
 
+// What cudaFuncSetAttribute allowed each kernel; the limits without it where there is no entry.
+inline std::map<const void*, size_t> shared_bytes_allowed;
+inline std::map<const void*, int> cluster_allowed;
+
+// `together` blocks at a time run side by side and may wait for each other.
 template <typename... P>
-cudaError_t launch(bool together, void (*kernel)(P...), dim3 grid, dim3 size, void** arguments, size_t shared_bytes) {
+cudaError_t launch(int64_t together, void (*kernel)(P...), dim3 grid, dim3 size, void** arguments,
+                   size_t shared_bytes) {
   const int64_t count = grid.volume(), threads = size.volume();
-  if (count < 1 || threads < 1 || threads > MAX_THREADS || threads % WARP != 0 || shared_bytes > MAX_SHARED_BYTES ||
-      (together && count > PROCESSORS * BLOCKS_PER_PROCESSOR)) {
+  const auto allowed = shared_bytes_allowed.find(reinterpret_cast<const void*>(kernel));
+  if (count < 1 || count % together != 0 || threads < 1 || threads > MAX_THREADS || threads % WARP != 0 ||
+      shared_bytes > (allowed == shared_bytes_allowed.end() ? MAX_STATIC_SHARED_BYTES : allowed->second)) {
     last_error = "invalid launch configuration";
     return cudaErrorInvalidConfiguration;
   }
@@ -238,8 +252,8 @@ cudaError_t launch(bool together, void (*kernel)(P...), dim3 grid, dim3 size, vo
   }(std::index_sequence_for<P...>());
   std::vector<std::unique_ptr<Block>> blocks;
   for (int64_t i = 0; i < count; ++i) {
-    blocks.push_back(std::make_unique<Block>(grid.position(i), size, grid, shared_bytes, call));
-    if (together && i + 1 < count) continue;
+    blocks.push_back(std::make_unique<Block>(grid.position(i), size, grid, shared_bytes, blocks, call));
+    if ((i + 1) % together != 0) continue;
     if (const cudaError_t status = run_together(blocks); status != cudaSuccess) return status;
     blocks.clear();
   }
@@ -269,7 +283,7 @@ inline unsigned lane_number() { return (Block::current->running - Block::current
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static thread_local
-// An array of T in dynamic shared memory; nvcc's spelling of it is `extern __shared__ T name[]`.
+// An array of T in dynamic shared memory, as in csrc/common/cuda.h.
 #define DYNAMIC_SHARED(T, name) T* name = reinterpret_cast<T*>(cuda_shim::Block::current->dynamic_shared.get())
 
 #define threadIdx (cuda_shim::Block::current->running->index)
@@ -297,6 +311,24 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes, std::source_location where 
 
 using cudaStream_t = void*;
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaFuncAttributeNonPortableClusterSizeAllowed };
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    dim3 clusterDim;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 grid, block;  // gridDim and blockDim are macros here, so it is filled in by position
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
 
 inline const char* cudaGetErrorString(cudaError_t) { return cuda_shim::last_error.c_str(); }
 
@@ -311,14 +343,57 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, i
   return cudaSuccess;
 }
 
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaunchConfig_t*) {
+  *clusters = cuda_shim::CLUSTERS;
+  return cudaSuccess;
+}
+
+// CUDA_SHIM_CAPABILITY=80 stands for a device without clusters.
+template <typename Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
+  const char* capability = std::getenv("CUDA_SHIM_CAPABILITY");
+  attributes->ptxVersion = capability ? std::atoi(capability) : 90;
+  return cudaSuccess;
+}
+
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel kernel, cudaFuncAttribute attribute, int value) {
+  const void* key = reinterpret_cast<const void*>(kernel);
+  if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed) {
+    cuda_shim::cluster_allowed[key] = value ? 2 * cuda_shim::PORTABLE_CLUSTER : cuda_shim::PORTABLE_CLUSTER;
+  } else {
+    if (value > cuda_shim::MAX_SHARED_BYTES) return cudaErrorInvalidConfiguration;
+    cuda_shim::shared_bytes_allowed[key] = value;
+  }
+  return cudaSuccess;
+}
+
 template <typename... P>
 cudaError_t cudaLaunchKernel(void (*kernel)(P...), dim3 grid, dim3 block, void** arguments, size_t shared_bytes,
                              cudaStream_t) {
-  return cuda_shim::launch(false, kernel, grid, block, arguments, shared_bytes);
+  return cuda_shim::launch(1, kernel, grid, block, arguments, shared_bytes);
 }
 
 template <typename... P>
 cudaError_t cudaLaunchCooperativeKernel(void (*kernel)(P...), dim3 grid, dim3 block, void** arguments,
                                         size_t shared_bytes, cudaStream_t) {
-  return cuda_shim::launch(true, kernel, grid, block, arguments, shared_bytes);
+  if (grid.volume() > cuda_shim::PROCESSORS * cuda_shim::BLOCKS_PER_PROCESSOR) {
+    cuda_shim::last_error = "more blocks than the device holds at once";
+    return cudaErrorInvalidConfiguration;
+  }
+  return cuda_shim::launch(grid.volume(), kernel, grid, block, arguments, shared_bytes);
+}
+
+template <typename... P>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...),
+                               std::type_identity_t<P>... arguments) {
+  void* pointers[] = {&arguments...};
+  const int64_t cluster = config->attrs[0].val.clusterDim.volume();
+  const auto allowed = cuda_shim::cluster_allowed.find(reinterpret_cast<const void*>(kernel));
+  if (cluster > (allowed == cuda_shim::cluster_allowed.end() ? cuda_shim::PORTABLE_CLUSTER : allowed->second)) {
+    cuda_shim::last_error = "a cluster of " + std::to_string(cluster) + " blocks";
+    return cudaErrorInvalidConfiguration;
+  }
+  return cuda_shim::launch(cluster, kernel, config->grid, config->block, pointers, config->dynamicSmemBytes);
 }

@@ -6,11 +6,13 @@
 
 enum Bug {
   NONE, GLOBAL_OVERRUN, DYNAMIC_OVERRUN, STATIC_OVERRUN, MISALIGNED_LOAD, MISSING_BARRIER, MISSING_GRID_BARRIER,
-  SKIPPED_BARRIER, SKIPPED_SHUFFLE, SKIPPED_GRID_BARRIER, DIVERGENT_BARRIER
+  SKIPPED_BARRIER, SKIPPED_SHUFFLE, SKIPPED_GRID_BARRIER, DIVERGENT_BARRIER, MISSING_CLUSTER_BARRIER,
+  SKIPPED_CLUSTER_BARRIER, REMOTE_OVERRUN
 };
 const char* const NAMES[] = {
     "none", "global_overrun", "dynamic_overrun", "static_overrun", "misaligned_load", "missing_barrier",
-    "missing_grid_barrier", "skipped_barrier", "skipped_shuffle", "skipped_grid_barrier", "divergent_barrier"};
+    "missing_grid_barrier", "skipped_barrier", "skipped_shuffle", "skipped_grid_barrier", "divergent_barrier",
+    "missing_cluster_barrier", "skipped_cluster_barrier", "remote_overrun"};
 
 constexpr int THREADS = 64, BLOCKS = 4;
 
@@ -45,6 +47,32 @@ __global__ void kernel(const float* in, float* out, Bug bug) {
   if (bug == MISALIGNED_LOAD) out[first + i] = reinterpret_cast<const Four*>(in + 1)->value[0];
 }
 
+// Every block hands its values to the next one of its cluster, through that one's shared memory.
+__global__ void cluster_kernel(float* values, Bug bug) {
+  DYNAMIC_SHARED(float, received);
+  const auto cluster = cooperative_groups::this_cluster();
+  const int i = threadIdx.x, next = (cluster.block_rank() + 1) % cluster.num_blocks();
+  float* own = values + blockIdx.x * THREADS;
+  cluster.sync();
+  cluster.map_shared_rank(received, next)[i + (bug == REMOTE_OVERRUN)] = own[i];
+  if (bug == SKIPPED_CLUSTER_BARRIER && cluster.block_rank() == 1) return;
+  if (bug != MISSING_CLUSTER_BARRIER) cluster.sync();
+  own[i] = received[i];
+}
+
+// Whether clusters of two blocks each turn the outputs of the first kernel by one block, and back.
+bool clusters_are_right(float* values, Bug bug) {
+  const float before = values[0], of_next = values[THREADS];
+  cudaLaunchAttribute cluster{cudaLaunchAttributeClusterDimension, {dim3(2)}};
+  const cudaLaunchConfig_t config{dim3(BLOCKS), dim3(THREADS), THREADS * sizeof(float), nullptr, &cluster, 1};
+  for (const float expected : {of_next, before}) {
+    const cudaError_t status = cudaLaunchKernelEx(&config, cluster_kernel, values, bug);
+    if (status != cudaSuccess) return std::puts(cudaGetErrorString(status)), false;
+    if (values[0] != expected) return std::puts("the values are wrong"), false;
+  }
+  return true;
+}
+
 int main(int, char** arguments) {
   int bug = 0;
   while (NAMES[bug] != std::string(arguments[1])) ++bug;
@@ -57,6 +85,8 @@ int main(int, char** arguments) {
   const cudaError_t status =
       cudaLaunchCooperativeKernel(kernel, dim3(BLOCKS), dim3(THREADS), parameters, THREADS * sizeof(float), nullptr);
   if (status != cudaSuccess) return std::puts(cudaGetErrorString(status)), 1;
+
+  if (!clusters_are_right(out, kind)) return 1;
 
   const auto expected = [](int block, int i) {
     const int first = block * THREADS;

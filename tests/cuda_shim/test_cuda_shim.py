@@ -19,6 +19,8 @@ REPORTS = {
     "skipped_shuffle": "thread 5 has finished; thread 32 waits at __syncthreads",
     "skipped_grid_barrier": "some blocks wait at the grid barrier, others have finished",
     "divergent_barrier": "thread 32 waits at __syncthreads",
+    "missing_cluster_barrier": "the values are wrong",
+    "skipped_cluster_barrier": "some blocks wait at the cluster barrier, others have finished",
 }
 SANITIZER_REPORTS = {
     "none": "the values are right",
@@ -26,6 +28,7 @@ SANITIZER_REPORTS = {
     "dynamic_overrun": "heap-buffer-overflow",
     "static_overrun": "index 1 out of bounds",
     "misaligned_load": "misaligned address",
+    "remote_overrun": "heap-buffer-overflow",
 }
 
 

@@ -149,6 +149,7 @@ def launches() -> Iterator[None]:
         for B in (128, 4096):
             logits = torch.empty(B, 65536, dtype=dtype, device="meta")
             bias = torch.empty(65536, dtype=accumulation_dtype(logits), device="meta")
+            yield triton_kernel.sinkhorn_bias(logits, 0.07, 3)
             yield triton_kernel.column_logsumexp(logits, 0.07)
             yield triton_kernel.column_mass(logits, 0.07, bias)
             yield triton_kernel.assign(logits, 0.07, bias)

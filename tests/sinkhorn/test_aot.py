@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from dinov2_kernels._library import accumulation_dtype
 from tests import aot
 from tests.sinkhorn.cases import CUDA_THREADS, DTYPES
 
@@ -12,7 +14,7 @@ from tests.sinkhorn.cases import CUDA_THREADS, DTYPES
 def test_triton(target: int) -> None:
     usages = aot.compile_triton("sinkhorn", target)
     kernels = {usage.kernel.partition("<")[0] for usage in usages}
-    assert kernels == {"_column_logsumexp", "_row_norm", "_column_mass", "_assign"}
+    assert kernels == {"_balance", "_merge_row_norms", "_column_logsumexp", "_row_norm", "_column_mass", "_assign"}
     for usage in usages:
         usage.check()
 
@@ -21,6 +23,6 @@ def test_triton(target: int) -> None:
 @pytest.mark.parametrize("target", aot.CUDA_TARGETS)
 def test_cuda(target: str) -> None:
     usages = aot.compile_cuda("sinkhorn", target, CUDA_THREADS)
-    assert len(usages) == 3 * len(DTYPES)
+    assert len(usages) == 4 * len(DTYPES) + 3 * len({accumulation_dtype(torch.empty(0, dtype=d)) for d in DTYPES})
     for usage in usages:
         usage.check()

@@ -12,8 +12,18 @@ import pytest
 import torch
 
 from tests import cuda_shim
-from tests.sinkhorn.cases import CASES, DTYPES, SCHEMAS, Case, Operators, assert_matches_reference, operators_of
+from tests.sinkhorn.cases import (
+    CASES,
+    DTYPES,
+    SCHEMAS,
+    Case,
+    Operators,
+    assert_infinite_and_missing_logits,
+    assert_matches_reference,
+    operators_of,
+)
 
+ALIGNED = (Case(3, 8), Case(13, 512), Case(24, 96, row_spread=8))  # what clusters take, where the device has them
 SANITIZE = "CUDA_SHIM_SANITIZE"  # set in the process that the last test starts
 
 
@@ -40,13 +50,36 @@ def test_values(
     assert_matches_reference(operators, case, dtype)
 
 
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ALIGNED, ids=str)
+def test_values_without_clusters(
+    case: Case, dtype: torch.dtype, operators: Operators, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_SHIM_CAPABILITY", "80")
+    assert_matches_reference(operators, case, dtype)
+
+
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("K", [16520, 32776])
+def test_values_of_rows_spread_over_clusters(K: int, dtype: torch.dtype, operators: Operators) -> None:
+    """Over 4 blocks of 8192 bfloat16, over 16 of 2048 float64, and too long for these."""
+    assert_matches_reference(operators, Case(5 if K < 20000 else 1, K), dtype)
+
+
+def test_values_of_infinite_and_missing_logits(operators: Operators) -> None:
+    assert_infinite_and_missing_logits(operators)
+
+
 @pytest.mark.skipif(SANITIZE in os.environ, reason="this is the process that the test below started")
 def test_the_sanitizers_find_nothing() -> None:
     """The values of the widest and the narrowest loads once more, in a process that starts under AddressSanitizer."""
-    selection = "forward and (float64 or bfloat16) and not 37x264"  # the slowest case adds no other access
+    # The slowest cases add no other access.
+    selection = "(forward or clusters) and (float64 or bfloat16) and not 37x264 and not 32776"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selection, __file__]
     environment = {**cuda_shim.sanitizer_environment(), SANITIZE: "1"}
     root = Path(__file__).parents[2]
     result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert f"{2 * (len(CASES) - 1)} passed" in result.stdout
+    assert f"{2 * (len(CASES) - 1 + len(ALIGNED) + 1)} passed" in result.stdout

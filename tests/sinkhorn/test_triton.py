@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from dinov2_kernels.sinkhorn import triton_kernel
-from tests.sinkhorn.cases import CASES, DTYPES, Case, assert_matches_reference
+from tests.sinkhorn.cases import CASES, DTYPES, Case, assert_infinite_and_missing_logits, assert_matches_reference
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_outputs"),
-    pytest.mark.filterwarnings("ignore:(divide by zero|overflow):RuntimeWarning"),  # log 0 where there are no rows
+    # log 0 where there are no rows, inf - inf where logits are infinite
+    pytest.mark.filterwarnings("ignore:(divide by zero|overflow|invalid value):RuntimeWarning"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, test_gpu.py runs the compiled kernels"),
 ]
 
@@ -24,3 +25,26 @@ def test_values(case: Case, dtype: torch.dtype) -> None:
 def test_values_where_rows_share_the_bias(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_kernel, "MANY_ROWS", 1)
     assert_matches_reference(triton_kernel, Case(13, 127), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_where_a_program_owns_several_narrow_strips(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does in pretraining; of 600 rows, which are more than the narrowest strip's tile holds at once."""
+    monkeypatch.setattr(triton_kernel, "PROGRAMS", 3)
+    monkeypatch.setattr(triton_kernel, "L2_BYTES", 0)
+    assert_matches_reference(triton_kernel, Case(600, 131, row_spread=30), dtype)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")
+def test_values_of_infinite_and_missing_logits() -> None:
+    assert_infinite_and_missing_logits(triton_kernel)
+
+
+@pytest.mark.parametrize("B", [1, 128, 4900, 10**6])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strips_fit_in_l2_or_are_as_narrow_as_memory_allows(B: int, dtype: torch.dtype) -> None:
+    logits = torch.empty(B, 65536, dtype=dtype, device="meta")
+    columns = triton_kernel._strip_columns(logits)
+    row_bytes = columns * logits.element_size()
+    assert row_bytes >= 32
+    assert row_bytes == 32 or triton_kernel.PROGRAMS * B * row_bytes <= triton_kernel.L2_BYTES
