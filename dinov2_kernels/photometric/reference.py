@@ -25,7 +25,9 @@ BLUR_TAPS = 9
 LUMA = (0.299, 0.587, 0.114)
 
 
-def photometric(images: Tensor, plan: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
+def photometric(
+    images: Tensor, plan: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
+) -> Tensor:
     """images: uint8 [N, H, W, 3], plan: a plan's table [N, 12]; returns [N, 3, H, W] of a floating dtype.
 
     Arithmetic is in float32, in float64 for float64.

@@ -33,7 +33,9 @@ _SATURATION = tl.constexpr(int(Jitter.SATURATION))
 _HUE = tl.constexpr(int(Jitter.HUE))
 
 
-def photometric(images: Tensor, plan: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
+def photometric(
+    images: Tensor, plan: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
+) -> Tensor:
     """images [N, H, W, 3] uint8, recoloured by the plan and normalised: [N, 3, H, W] of `dtype`.
 
     Bytes: 3 a pixel for images with a contrast jitter, to find its mean; 3 again, from L2 where the images fit; three
@@ -62,28 +64,24 @@ def _sum_luma(images, plan, sums, H, W, PARTS: tl.constexpr, PIXELS: tl.constexp
     """The luma of every part of an image, summed as its contrast jitter finds it."""
     n, part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
     row = plan + n * _ROW
-    has_contrast = False
+    steps = 4  # before the contrast jitter
     for i in tl.static_range(4):
-        has_contrast = has_contrast | (tl.load(row + _JITTERS + 2 * i) == _CONTRAST)
-    if has_contrast:
+        steps = tl.where(tl.load(row + _JITTERS + 2 * i) == _CONTRAST, i, steps)
+    if steps < 4:
         total = tl.zeros([PIXELS], tl.float32)
         for start in range(part * PIXELS, H * W, PARTS * PIXELS):
             pixel = start + tl.arange(0, PIXELS)
             red, green, blue = _load(images + n * H * W * 3, row, pixel, H, W)
-            before = True
-            for i in tl.static_range(4):
-                jitter = tl.load(row + _JITTERS + 2 * i)
-                before = before & (jitter != _CONTRAST)
-                strength = tl.load(row + _JITTERS + 2 * i + 1)
-                red, green, blue = _adjust(red, green, blue, tl.where(before, jitter, _NONE), strength, 0.0)
+            for i in tl.static_range(3):
+                if i < steps:
+                    jitter, strength = tl.load(row + _JITTERS + 2 * i), tl.load(row + _JITTERS + 2 * i + 1)
+                    red, green, blue = _adjust(red, green, blue, jitter, strength, 0.0)
             total += tl.where(pixel < H * W, _luma(red, green, blue), 0.0)
         tl.store(sums + n * PARTS + part, tl.sum(total))
 
 
 @triton.jit
-def _recolour(
-    images, plan, sums, levels, out, H, W, scale, shift, PARTS: tl.constexpr, PIXELS: tl.constexpr
-):
+def _recolour(images, plan, sums, levels, out, H, W, scale, shift, PARTS: tl.constexpr, PIXELS: tl.constexpr):
     """Everything before the blur. Images that have one leave their levels, the others are finished."""
     pieces = tl.cdiv(H * W, PIXELS)
     n = (tl.program_id(0) // pieces).to(tl.int64)
