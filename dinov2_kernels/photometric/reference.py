@@ -59,8 +59,7 @@ def recolour(x: Tensor, steps: ImagePlan) -> Tensor:
 
 def luma(x: Tensor) -> Tensor:
     """[3, H, W] to [1, H, W]."""
-    red, green, blue = x.split(1)
-    return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
+    return LUMA[0] * x[0:1] + LUMA[1] * x[1:2] + LUMA[2] * x[2:3]
 
 
 def adjust_brightness(x: Tensor, factor: float) -> Tensor:
@@ -96,11 +95,9 @@ def blur(x: Tensor, sigma: float) -> Tensor:
     weight = weight / weight.sum()  # [9]
     for dim in (1, 2):
         size = x.shape[dim]
-        places = [
-            [reflect(place + tap, size) for place in range(size)] for tap in range(-reach, reach + 1)
-        ]  # [9, size]
-        taps = [x.index_select(dim, torch.tensor(place, device=x.device)) for place in places]
-        x = sum((w * tap for w, tap in zip(weight, taps, strict=True)), torch.zeros_like(x))
+        places = [[reflect(place + tap, size) for place in range(size)] for tap in range(-reach, reach + 1)]
+        taps = torch.stack([x.index_select(dim, torch.tensor(place, device=x.device)) for place in places])
+        x = (weight[:, None, None, None] * taps).sum(0)
     return x
 
 
