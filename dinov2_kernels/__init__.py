@@ -10,6 +10,7 @@ from dinov2_kernels.attention import varlen_attention, varlen_attention_qkvpacke
 from dinov2_kernels.cross_entropy import soft_cross_entropy
 from dinov2_kernels.koleo import koleo_loss, nearest_neighbors
 from dinov2_kernels.packing import PackedLayout
+from dinov2_kernels.photometric import PhotometricDistribution, PhotometricPlan, draw_plan, photometric
 from dinov2_kernels.prototype_cross_entropy import prototype_cross_entropy
 from dinov2_kernels.residual import stochastic_depth
 from dinov2_kernels.sinkhorn import sinkhorn_bias, sinkhorn_biases, sinkhorn_knopp
@@ -17,10 +18,14 @@ from dinov2_kernels.swiglu import swiglu
 
 __all__ = [
     "PackedLayout",
+    "PhotometricDistribution",
+    "PhotometricPlan",
+    "draw_plan",
     "info",
     "integrations",
     "koleo_loss",
     "nearest_neighbors",
+    "photometric",
     "prototype_cross_entropy",
     "sinkhorn_bias",
     "sinkhorn_biases",

@@ -198,21 +198,27 @@ ALWAYS_INLINE V zero_outside(V v, Part part) {
   return kept;
 }
 
-// maximum: a NaN in `a` is passed over, a NaN in `b` stays. any_greater: whether a > b in any lane.
+// maximum, minimum: a NaN in `a` is passed over, a NaN in `b` stays. any_greater: whether a > b in any lane.
 #if defined(__AVX512F__)
 ALWAYS_INLINE vec<float> maximum(vec<float> a, vec<float> b) { return _mm512_max_ps(a, b); }
 ALWAYS_INLINE vec<double> maximum(vec<double> a, vec<double> b) { return _mm512_max_pd(a, b); }
+ALWAYS_INLINE vec<float> minimum(vec<float> a, vec<float> b) { return _mm512_min_ps(a, b); }
 ALWAYS_INLINE bool any_greater(vec<float> a, vec<float> b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
 ALWAYS_INLINE bool any_greater(vec<double> a, vec<double> b) { return _mm512_cmp_pd_mask(a, b, _CMP_GT_OQ); }
 #elif defined(__AVX2__)
 ALWAYS_INLINE vec<float> maximum(vec<float> a, vec<float> b) { return _mm256_max_ps(a, b); }
 ALWAYS_INLINE vec<double> maximum(vec<double> a, vec<double> b) { return _mm256_max_pd(a, b); }
+ALWAYS_INLINE vec<float> minimum(vec<float> a, vec<float> b) { return _mm256_min_ps(a, b); }
 ALWAYS_INLINE bool any_greater(vec<float> a, vec<float> b) { return _mm256_movemask_ps((vec<float>)(a > b)); }
 ALWAYS_INLINE bool any_greater(vec<double> a, vec<double> b) { return _mm256_movemask_pd((vec<double>)(a > b)); }
 #else
 template <class V>
 ALWAYS_INLINE V maximum(V a, V b) {
   return a > b ? a : b;
+}
+template <class V>
+ALWAYS_INLINE V minimum(V a, V b) {
+  return a < b ? a : b;
 }
 template <class V>
 ALWAYS_INLINE bool any_greater(V a, V b) {

@@ -1,0 +1,104 @@
+"""Drawing plans on the host, with NumPy's generators: the distributions of DINOv2's augmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from dinov2_kernels.photometric.plan import ImagePlan, Jitter, PhotometricPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhotometricDistribution:
+    """How plans are drawn. The defaults are those of DINOv2's local crops.
+
+    Attributes:
+        flip: chance of a left-right flip.
+        jitter: chance of a colour jitter: brightness, contrast, saturation and hue, in any order with equal chances.
+        brightness: its factor is uniform in 1 - brightness ... 1 + brightness; 0 leaves this jitter out.
+        contrast: as brightness.
+        saturation: as brightness.
+        hue: the hue turns by up to this part of the circle, either way; 0 leaves this jitter out.
+        grayscale: chance of losing all colour.
+        blur: chance of a Gaussian blur.
+        blur_sigma: smallest and largest standard deviation of the blur, in pixels; uniform in between.
+        solarize: chance of solarisation.
+        solarize_threshold: levels from this one on, of 0 to 255, are inverted.
+
+    Raises:
+        ValueError: a value is not as described.
+    """
+
+    flip: float = 0.5
+    jitter: float = 0.8
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.2
+    hue: float = 0.1
+    grayscale: float = 0.2
+    blur: float = 0.5
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    solarize: float = 0.0
+    solarize_threshold: float = 128.0
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "jitter", "grayscale", "blur", "solarize"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a chance in [0, 1], got {getattr(self, name)}")
+        for name, most in (("brightness", 1), ("contrast", 1), ("saturation", 1), ("hue", 0.5)):
+            if not 0 <= getattr(self, name) <= most:
+                raise ValueError(f"{name}: expected a number in [0, {most}], got {getattr(self, name)}")
+        low, high = self.blur_sigma
+        if not 0 < low <= high:
+            raise ValueError(f"blur_sigma: expected (low, high) with 0 < low <= high, got {self.blur_sigma}")
+
+    def draw(self, generator: np.random.Generator) -> ImagePlan:
+        """Draw the plan of one image, which depends on nothing but the state of the generator.
+
+        What is drawn, and in which order, is part of the definition: runs that resume draw the same plans again.
+        """
+        jitters: tuple[tuple[Jitter, float], ...] = ()
+        sigma, threshold = 0.0, float("inf")
+        flip = generator.random() < self.flip
+        if generator.random() < self.jitter:
+            ranges = self._jitter_ranges()
+            order = generator.permutation(len(ranges))
+            jitters = tuple((ranges[i][0], _uniform(generator, *ranges[i][1:])) for i in order)
+        grayscale = generator.random() < self.grayscale
+        if generator.random() < self.blur:
+            sigma = _uniform(generator, *self.blur_sigma)
+        if generator.random() < self.solarize:
+            threshold = self.solarize_threshold
+        return ImagePlan(
+            flip=flip, jitters=jitters, grayscale=grayscale, blur_sigma=sigma, solarize_threshold=threshold
+        )
+
+    def _jitter_ranges(self) -> list[tuple[Jitter, float, float]]:
+        """The jitters in use, with the smallest and the largest strength of each."""
+        ranges = (
+            (Jitter.BRIGHTNESS, 1 - self.brightness, 1 + self.brightness),
+            (Jitter.CONTRAST, 1 - self.contrast, 1 + self.contrast),
+            (Jitter.SATURATION, 1 - self.saturation, 1 + self.saturation),
+            (Jitter.HUE, -self.hue, self.hue),
+        )
+        return [(jitter, low, high) for jitter, low, high in ranges if low < high]
+
+
+def draw_plan(distribution: PhotometricDistribution, generators: Iterable[np.random.Generator]) -> PhotometricPlan:
+    """Draw the plan of a batch on the host, one image after the other.
+
+    Args:
+        distribution: of every image.
+        generators: one for each of the N images. Where each is derived from a seed and the image's number in the run,
+            the plan of an image does not depend on the others, nor on where the run started.
+
+    Returns:
+        A plan of N images.
+    """
+    return PhotometricPlan.of(distribution.draw(generator) for generator in generators)
+
+
+def _uniform(generator: np.random.Generator, low: float, high: float) -> float:
+    return low + (high - low) * generator.random()

@@ -1,0 +1,26 @@
+"""The Triton kernels against the reference in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dinov2_kernels.photometric import triton_kernel
+from tests.photometric.cases import DTYPES, SMALL, Case, assert_matches_reference
+from tests.triton_interpreter import exact_bfloat16
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_outputs"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, test_gpu.py runs the compiled kernels"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact_bfloat16(monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_values(case: Case, dtype: torch.dtype) -> None:
+    assert_matches_reference(triton_kernel.photometric, case, dtype)
