@@ -53,14 +53,9 @@ def test_defaults_are_dinov2s() -> None:
     config = AugmentationConfig()
     assert (config.global_size, config.local_size, config.local_crops) == (224, 96, 8)
     assert (config.global_scale, config.local_scale) == ((0.32, 1.0), (0.05, 0.32))
-    assert (config.jitter, config.brightness, config.contrast, config.saturation, config.hue) == (
-        0.8,
-        0.4,
-        0.4,
-        0.2,
-        0.1,
-    )
-    assert (config.grayscale, config.solarize, config.flip, config.blur) == (0.2, 0.2, 0.5, "released")
+    assert (config.jitter, config.brightness, config.contrast) == (0.8, 0.4, 0.4)
+    assert [config.colour(name) for name in ("saturation", "hue", "grayscale")] == [0.2, 0.1, 0.2]
+    assert (config.solarize, config.flip, config.blur) == (0.2, 0.5, "released")
     assert BLUR_PROBABILITIES == {"released": (0.0, 0.9, 0.5), "paper": (1.0, 0.1, 0.5)}
 
 
