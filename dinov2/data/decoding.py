@@ -114,6 +114,7 @@ def read_header(content: bytes, name: str) -> ImageHeader:
         except UnidentifiedImageError:
             if not content.startswith(_TIFF):
                 raise
+        file.seek(0)
         with _open_tiff(file) as tiff:  # of a kind that Pillow does not know
             height, width = _tiff_sizes(tiff)
             return ImageHeader(width, height, ".tif")
@@ -156,7 +157,7 @@ def _decode(file: BinaryIO, channels: int) -> Pixels:
             if upright.mode.startswith("I;16"):
                 upright = Image.fromarray(_upper_8_bits(np.asarray(upright)))
             return np.asarray(upright.convert("RGB"))
-        if channels == 1 and not upright.mode.startswith("I;16"):
+        if channels == 1 and not upright.mode.startswith(("I;16", "F")):
             upright = upright.convert("L")
         return _of_channels(np.asarray(upright), channels)
 

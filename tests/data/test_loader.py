@@ -19,13 +19,12 @@ from PIL import Image
 from dinov2.data import (
     AugmentationConfig,
     Batch,
-    BundledPhotographs,
     DataConfig,
     ImageFolder,
     MaskConfig,
     UnreadableImageError,
     batches,
-    open_dataset,
+    loader,
 )
 
 VIEWS = AugmentationConfig(global_size=16, local_size=8, local_crops=3)
@@ -137,14 +136,27 @@ def test_one_image_seen_again_looks_different() -> None:
     assert (first["global_crops"] != second["global_crops"]).any()
 
 
-def test_processes_share_the_images_of_one() -> None:
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_processes_share_the_images_of_one(world_size: int) -> None:
     alone = draw(3, Noise(30), batch_size=6)
-    shared = [draw(3, Noise(30), batch_size=3, rank=rank, world_size=2) for rank in (0, 1)]
+    each = 6 // world_size
+    shared = [draw(3, Noise(30), batch_size=each, rank=rank, world_size=world_size) for rank in range(world_size)]
     for step in range(3):
         for name, crops in (("global_crops", 2), ("local_crops", 3)):
-            parts = [of_rank[step][name].unflatten(0, (crops, 3)) for of_rank in shared]
+            parts = [of_rank[step][name].unflatten(0, (crops, each)) for of_rank in shared]
             torch.testing.assert_close(torch.cat(parts, dim=1).flatten(0, 1), alone[step][name], rtol=0, atol=0)
-        assert (shared[0][step]["masks"] != shared[1][step]["masks"]).any()
+        masks = [of_rank[step]["masks"] for of_rank in shared]
+        assert all((first != second).any() for first, second in itertools.combinations(masks, 2))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_no_image_goes_to_two_processes(world_size: int) -> None:
+    config = DataConfig(augmentation=PLAIN, num_workers=0)
+    seen = []
+    for rank in range(world_size):
+        of_rank = draw(12, Flat(24 * world_size), config, batch_size=2, rank=rank, world_size=world_size)
+        seen += [image for batch in of_rank for image in images_of(batch)]
+    assert sorted(seen) == list(range(24 * world_size))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -178,6 +190,12 @@ def test_corrupt_files_are_skipped(tmp_path: Path) -> None:
         first = draw(2, ImageFolder(tmp_path))
     with pytest.warns(UserWarning, match="1 of 5"):
         assert_equal(draw(2, ImageFolder(tmp_path), DataConfig(augmentation=VIEWS, num_workers=2)), first)
+
+
+def test_a_set_that_cannot_be_read_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "MAX_ATTEMPTS", 20)
+    with pytest.raises(ValueError, match="tried 20 of 300 images, and none can be read; cannot read image 'number"):
+        draw(1, Flat(300, unreadable=tuple(range(300))))
 
 
 def test_nothing_readable() -> None:
@@ -223,12 +241,6 @@ def test_negative_workers() -> None:
 def test_masks_can_be_off() -> None:
     (batch,) = draw(1, Noise(10), DataConfig(augmentation=VIEWS, masks=MaskConfig(probability=0), num_workers=0))
     assert not batch["masks"].any()
-
-
-def test_open_dataset(tmp_path: Path) -> None:
-    Image.fromarray(Noise(1)[0]).save(tmp_path / "image.png")
-    assert isinstance(open_dataset(DataConfig(root=tmp_path)), ImageFolder)
-    assert isinstance(open_dataset(DataConfig()), BundledPhotographs)
 
 
 def test_workers_use_one_thread() -> None:

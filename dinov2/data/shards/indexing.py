@@ -52,7 +52,7 @@ def index_shards(root: str | os.PathLike[str]) -> ShardReport:
         report.skipped += skipped
     if damaged:
         details = "".join(f"\n  {path}: {reason}" for path, reason in sorted(damaged.items()))
-        raise ValueError(f"{len(damaged)} of {len(tars)} tars cannot be read; replace or remove them:{details}")
+        raise ValueError(f"{len(damaged)} of {len(tars)} tars cannot be read, replace or remove them:{details}")
     return report
 
 
@@ -67,8 +67,10 @@ def _read_rows(file: IO[bytes]) -> tuple[list[Row], Counter[str]]:
             folder, _, name = member.name.rpartition("/")
             stem, _, extension = name.partition(".")
             key = f"{folder}/{stem}" if folder else stem
+            if member.isdir():
+                continue
             if not member.isreg() or member.issparse():
-                skipped["no plain file"] += not member.isdir()
+                skipped["no plain file"] += 1
             elif extension == "json" and stem:
                 urls |= _url(key, _content(file, member))
             elif not stem or not name.lower().endswith(IMAGE_EXTENSIONS):  # no stem: a hidden file
