@@ -6,7 +6,9 @@ from __future__ import annotations
 import itertools
 import os
 import warnings
-from collections.abc import Generator
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
@@ -28,7 +30,8 @@ class ImageDataset(Protocol):
     """What :func:`batches` reads from: anything with a length whose items are uint8 RGB ``[H, W, 3]`` arrays.
 
     Of images with another number of channels, items are uint8, uint16 or float32 ``[H, W, C]``. An item that raises an
-    :class:`UnreadableImageError` is replaced; any other error ends the run.
+    :class:`UnreadableImageError` is replaced; any other error ends the run. A dataset that mostly waits, for a network,
+    may have an attribute ``concurrent_reads``: so many threads of a worker then read ahead of the augmentation.
     """
 
     def __len__(self) -> int: ...
@@ -143,9 +146,9 @@ class _Steps(Dataset[tuple[Batch, dict[int, str]]]):
         global_crops = np.empty((2, B, views.channels, views.global_size, views.global_size), np.float32)
         local_crops = np.empty((views.local_crops, B, views.channels, views.local_size, views.local_size), np.float32)
         unreadable: dict[int, str] = {}
-        for i in range(B):
-            sample = (step * self.world_size + self.rank) * B + i  # number of the sample in the run
-            image = self._read(sample, unreadable)
+        first = (step * self.world_size + self.rank) * B
+        samples = range(first, first + B)  # their numbers in the run
+        for i, (sample, image) in enumerate(zip(samples, self._images(samples, unreadable), strict=True)):
             generator = derived_generator(self.seed, Stream.AUGMENTATION, sample)
             for crops, of_image in zip((global_crops, local_crops), self.augment(image, generator), strict=True):
                 for crop, target in zip(of_image, crops, strict=True):
@@ -159,6 +162,21 @@ class _Steps(Dataset[tuple[Batch, dict[int, str]]]):
             masks=torch.from_numpy(masks),
         )
         return batch, unreadable
+
+    def _images(self, samples: range, unreadable: dict[int, str]) -> Iterator[Pixels]:
+        """The images of samples in their order, as many at once as the dataset allows."""
+        concurrent_reads = getattr(self.dataset, "concurrent_reads", 1)
+        if concurrent_reads == 1:
+            yield from (self._read(sample, unreadable) for sample in samples)
+            return
+        with ThreadPoolExecutor(concurrent_reads) as pool:
+            pending: deque[Future[Pixels]] = deque()
+            for sample in samples:
+                pending.append(pool.submit(self._read, sample, unreadable))
+                if len(pending) > concurrent_reads:  # no more than this wait in memory
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
 
     def _read(self, sample: int, unreadable: dict[int, str]) -> Pixels:
         """The image of a sample, or the first readable one of its substitutes; notes what was unreadable.

@@ -15,6 +15,8 @@ from dinov2_kernels._extras import require
 
 INDEX_READERS = 16  # threads: index files are small, and on shared disks and object stores it is waiting that counts
 
+REMOTE_READS = 16  # at once in each worker; a request takes some 50 ms wherever it goes
+
 IndexArrays = tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]
 
 
@@ -49,6 +51,7 @@ class TarShards:
         self._sizes = np.concatenate([sizes for _, sizes in arrays])  # [N] int32
         self._ends = np.cumsum([len(sizes) for _, sizes in arrays])  # [shards] int64: first number after each shard
         self._read = RangeReader(storage.filesystem)
+        self.concurrent_reads = 1 if self._read.is_local else REMOTE_READS
 
     def __len__(self) -> int:
         return len(self._sizes)

@@ -73,7 +73,7 @@ class RangeReader:
     def __init__(self, filesystem: Any) -> None:
         local = require("fsspec.implementations.local", extra="data", purpose="reading tar shards")
         self._filesystem = filesystem
-        self._is_local = isinstance(filesystem, local.LocalFileSystem)
+        self.is_local = isinstance(filesystem, local.LocalFileSystem)
         self._process = os.getpid()
         self._open = functools.lru_cache(MAX_OPEN_FILES)(_OpenFile)
 
@@ -82,7 +82,7 @@ class RangeReader:
 
     def __call__(self, path: str, offset: int, size: int) -> bytes:
         """``size`` bytes from ``offset`` on; fewer where the file ends before."""
-        if self._is_local:
+        if self.is_local:
             return os.pread(self._open(path).descriptor, size, offset)
         if self._process != os.getpid():
             before = self._filesystem
