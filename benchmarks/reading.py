@@ -1,6 +1,6 @@
 """Reading and decoding photographs one by one in random order: loose files, tar shards and shards by fsspec.
 
-512 JPEGs of 500 x 400 pixels, about 35 kB each, from the page cache: what is measured is the way, not the disk. The
+512 JPEGs of 500 x 400 pixels, about 24 kB each, from the page cache: what is measured is the way, not the disk. The
 last group leaves out the decoding.
 """
 

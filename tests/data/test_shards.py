@@ -179,12 +179,27 @@ def test_the_index_is_that_of_the_writer(tmp_path: Path) -> None:
     assert table_of(str(tmp_path), "00000") == written | {"url": [None] * 3}
 
 
-@pytest.mark.parametrize("damage", ["truncated", "no tar", "empty"])
+def with_negative_size(content: bytes, size: int = -1024) -> bytes:
+    """The first header of a tar says a size below 0, by the extension of GNU, under a correct checksum."""
+    header = bytearray(content[:512])
+    header[124:136] = b"\xff" + size.to_bytes(11, "big", signed=True)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header) + content[512:]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no tar", "empty", "negative size"])
 def test_a_damaged_tar_keeps_no_other_from_its_index(tmp_path: Path, damage: str) -> None:
     write_tar(tmp_path / "good.tar", [("a.png", encode(noise(0)))])
     bad = write_tar(tmp_path / "bad.tar", [("a.png", encode(noise(0))), ("b.png", encode(noise(1)))])
     content = bad.read_bytes()
-    bad.write_bytes({"truncated": content[: 3 * 1024], "no tar": b"x" * 2000, "empty": b""}[damage])
+    damaged = {
+        "truncated": content[: 3 * 1024],
+        "no tar": b"x" * 2000,
+        "empty": b"",
+        "negative size": with_negative_size(content),
+    }
+    bad.write_bytes(damaged[damage])
     with pytest.raises(ValueError, match=r"1 of 2 tars cannot be read, replace or remove them:\n  .*bad\.tar: "):
         index_shards(tmp_path)
     assert [path.name for path in (tmp_path / "index").iterdir()] == ["good.parquet"]

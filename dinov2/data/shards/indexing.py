@@ -42,7 +42,7 @@ def index_shards(root: str | os.PathLike[str]) -> ShardReport:
         try:
             with storage.filesystem.open(tars[name], "rb") as file:
                 rows, skipped = _read_rows(file)
-        except (tarfile.TarError, EOFError) as error:
+        except (tarfile.TarError, EOFError, ValueError) as error:
             damaged[tars[name]] = str(error)
             continue
         with storage.replace(f"{storage.root}/index/{name}.parquet") as file:
@@ -67,18 +67,20 @@ def _read_rows(file: IO[bytes]) -> tuple[list[Row], Counter[str]]:
             folder, _, name = member.name.rpartition("/")
             stem, _, extension = name.partition(".")
             key = f"{folder}/{stem}" if folder else stem
+            if member.size < 0:  # would lead backwards, for ever
+                raise tarfile.ReadError(f"{member.name!r} has a negative size")
             if member.isdir():
                 continue
             if not member.isreg() or member.issparse():
                 skipped["no plain file"] += 1
+            elif member.size > MAX_SIZE:
+                skipped["larger than 2 GiB"] += 1
             elif extension == "json" and stem:
                 urls |= _url(key, _content(file, member))
             elif not stem or not name.lower().endswith(IMAGE_EXTENSIONS):  # no stem: a hidden file
                 skipped["no image by its name"] += 1
             elif key in rows:
                 skipped["second image of a key"] += 1
-            elif member.size > MAX_SIZE:
-                skipped["larger than 2 GiB"] += 1
             else:
                 content = _content(file, member)
                 try:
