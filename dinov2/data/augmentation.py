@@ -157,11 +157,10 @@ class MultiCropAugmentation:
             _View(config.global_size, config.global_scale, blurs[1], config.solarize),
         )
         self._local_view = _View(config.local_size, config.local_scale, blurs[2], 0.0)
-        self._operations: Any = photometric if config.channels == 3 else multichannel
         self._types = ("uint8",) if config.channels == 3 else tuple(map(str, LEVELS))
         self._grayscale = config.colour("grayscale")
         self._jitters = [
-            (getattr(self._operations, name), centre - strength, centre + strength)
+            (getattr(self._operations(), name), centre - strength, centre + strength)
             for name, centre, strength in (
                 ("adjust_brightness", 1, config.brightness),
                 ("adjust_contrast", 1, config.contrast),
@@ -170,6 +169,10 @@ class MultiCropAugmentation:
             )
             if strength > 0
         ]
+
+    def _operations(self) -> Any:
+        """The module of the operations; not an attribute, because processes are passed this object."""
+        return photometric if self.config.channels == 3 else multichannel
 
     def __call__(
         self, image: Pixels, rng: np.random.Generator
@@ -198,7 +201,7 @@ class MultiCropAugmentation:
         return global_crops, local_crops
 
     def _draw(self, image: Pixels, view: _View, rng: np.random.Generator) -> npt.NDArray[np.float32]:
-        config, operations = self.config, self._operations
+        config, operations = self.config, self._operations()
         height, width, _ = image.shape
         box = random_box(width, height, scale=view.scale, ratio=config.ratio, rng=rng)
         crop = resized_crop(image, box, view.size)

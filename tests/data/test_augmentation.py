@@ -1,6 +1,7 @@
 """Multi-crop augmentation: shapes, chances, the statistics of boxes, and whole views against the same in Pillow."""
 
 import math
+import pickle
 import sys
 import types
 from collections import Counter
@@ -47,6 +48,14 @@ def test_generator_decides_everything(photograph: np.ndarray) -> None:
         np.testing.assert_array_equal(a, b)
         assert (a != c).any()
     assert (first[0] != first[1]).any()
+
+
+def test_other_processes_can_be_passed_it(photograph: np.ndarray) -> None:
+    augment = MultiCropAugmentation(SMALL)
+    for a, b in zip(
+        *(all_views(one, photograph, 1) for one in (augment, pickle.loads(pickle.dumps(augment)))), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_defaults_are_dinov2s() -> None:
