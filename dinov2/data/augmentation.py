@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from dinov2.data import photometric
+from dinov2.data import multichannel, photometric
 from dinov2.data.cropping import random_box, resized_crop, uniform
+from dinov2.data.decoding import LEVELS, Pixels
 from dinov2_kernels._extras import require
 
 # Chance of a blur for the first global, the second global and the local crops. "paper" is what was meant and written;
 # "released" is what trained the published weights: the reference implementation passes 1 - p for p.
 BLUR_PROBABILITIES = {"released": (0.0, 0.9, 0.5), "paper": (1.0, 0.1, 0.5)}
+# What only images in colour have.
+COLOUR = {"saturation": 0.2, "hue": 0.1, "grayscale": 0.2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,16 +39,17 @@ class AugmentationConfig:
         jitter: chance of a colour jitter: brightness, contrast, saturation and hue in random order.
         brightness: its factor is uniform in 1 - brightness ... 1 + brightness.
         contrast: as brightness.
-        saturation: as brightness.
-        hue: the hue turns by up to this share of the circle, either way; at most 0.5.
-        grayscale: chance of losing all colour.
+        saturation: as brightness; None is 0.2 for images of three channels and 0, the only choice, for others.
+        hue: the hue turns by up to this share of the circle, either way; at most 0.5. None is 0.1 or 0 likewise.
+        grayscale: chance of losing all colour; None is 0.2 or 0 likewise.
         blur: how often a crop is blurred: ``"released"`` as for the published weights (first global crop 0, second
             0.9, local 0.5), ``"paper"`` as written (1, 0.1, 0.5).
         blur_sigma: smallest and largest standard deviation of the blur, in pixels.
         blur_kernel: side of the blur's kernel, odd, in pixels.
         solarize: chance of solarisation, of the second global crop only.
         solarize_threshold: levels from this one on (of 0 ... 255) are inverted.
-        mean: subtracted from each channel, on a scale of 0 ... 1.
+        mean: subtracted from each channel, on a scale where 1 is level 255 of 8 bits, 65535 of 16 bits, 1 of float32.
+            Its length is the number of channels.
         std: each channel is divided by it, after the subtraction.
     """
 
@@ -59,25 +63,36 @@ class AugmentationConfig:
     jitter: float = 0.8
     brightness: float = 0.4
     contrast: float = 0.4
-    saturation: float = 0.2
-    hue: float = 0.1
-    grayscale: float = 0.2
+    saturation: float | None = None
+    hue: float | None = None
+    grayscale: float | None = None
     blur: Literal["released", "paper"] = "released"
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     blur_kernel: int = 9
     solarize: float = 0.2
     solarize_threshold: int = 128
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
         for name in ("global_size", "local_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, but is {getattr(self, name)}")
-        for name in ("flip", "jitter", "grayscale", "solarize"):
+        if len(self.mean) != len(self.std) or not self.mean or min(self.std) <= 0:
+            raise ValueError(
+                "mean and std must have one value for each channel, those of std positive, but are"
+                f" {self.mean} and {self.std}"
+            )
+        for name in COLOUR:
+            if self.channels != 3 and getattr(self, name):
+                raise ValueError(
+                    f"{name} is for images of red, green and blue, so it must be 0 for the {self.channels} channels of"
+                    f" mean and std, but is {getattr(self, name)}"
+                )
+        for name in ("flip", "jitter", "solarize"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a chance in [0, 1], but is {getattr(self, name)}")
-        for name in ("brightness", "contrast", "saturation"):
+        for name in ("brightness", "contrast"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], but is {getattr(self, name)}")
         for name in ("global_scale", "local_scale"):
@@ -90,12 +105,25 @@ class AugmentationConfig:
                 raise ValueError(f"{name} must be (low, high) with 0 < low <= high, but is {(low, high)}")
         if self.local_crops < 0:
             raise ValueError(f"local_crops must not be negative, but is {self.local_crops}")
-        if not 0 <= self.hue <= 0.5:
-            raise ValueError(f"hue must lie in [0, 0.5], but is {self.hue}")
+        for name, most in {"saturation": 1, "hue": 0.5, "grayscale": 1}.items():
+            if not 0 <= self.colour(name) <= most:
+                raise ValueError(f"{name} must lie in [0, {most}], but is {getattr(self, name)}")
         if self.blur not in BLUR_PROBABILITIES:
             raise ValueError(f"blur must be one of {', '.join(BLUR_PROBABILITIES)}, but is {self.blur!r}")
         if self.blur_kernel < 1 or self.blur_kernel % 2 == 0:
             raise ValueError(f"blur_kernel must be odd and positive, but is {self.blur_kernel}")
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of the images."""
+        return len(self.mean)
+
+    def colour(self, name: str) -> float:
+        """``saturation``, ``hue`` or ``grayscale``, with what None stands for."""
+        given: float | None = getattr(self, name)
+        if given is not None:
+            return given
+        return COLOUR[name] if self.channels == 3 else 0.0
 
 
 @dataclass(frozen=True)
@@ -112,8 +140,9 @@ class MultiCropAugmentation:
     """Turns an image into two global and ``config.local_crops`` local crops.
 
     Each crop is cut and resized (antialiased bicubic), flipped, jittered, made grey, blurred, solarised and
-    normalised with chances of its own. All randomness comes from the generator that is passed in. About 7 ms for
-    2 x 224 + 8 x 96 pixels from a 500 x 400 image, on one core.
+    normalised with chances of its own; images of other than three channels know no saturation, hue or grey. All
+    randomness comes from the generator that is passed in. About 7 ms for 2 x 224 + 8 x 96 pixels from a 500 x 400 RGB
+    image, on one core.
 
     Raises:
         ImportError: OpenCV is missing (extra ``train``).
@@ -128,65 +157,74 @@ class MultiCropAugmentation:
             _View(config.global_size, config.global_scale, blurs[1], config.solarize),
         )
         self._local_view = _View(config.local_size, config.local_scale, blurs[2], 0.0)
+        self._types = ("uint8",) if config.channels == 3 else tuple(map(str, LEVELS))
+        self._grayscale = config.colour("grayscale")
         self._jitters = [
-            (operation, centre - strength, centre + strength)
-            for operation, centre, strength in (
-                (photometric.adjust_brightness, 1, config.brightness),
-                (photometric.adjust_contrast, 1, config.contrast),
-                (photometric.adjust_saturation, 1, config.saturation),
-                (photometric.adjust_hue, 0, config.hue),
+            (getattr(self._operations(), name), centre - strength, centre + strength)
+            for name, centre, strength in (
+                ("adjust_brightness", 1, config.brightness),
+                ("adjust_contrast", 1, config.contrast),
+                ("adjust_saturation", 1, config.colour("saturation")),
+                ("adjust_hue", 0, config.colour("hue")),
             )
             if strength > 0
         ]
 
+    def _operations(self) -> Any:
+        """The module of the operations; not an attribute, because processes are passed this object."""
+        return photometric if self.config.channels == 3 else multichannel
+
     def __call__(
-        self, image: npt.NDArray[np.uint8], rng: np.random.Generator
+        self, image: Pixels, rng: np.random.Generator
     ) -> tuple[list[npt.NDArray[np.float32]], list[npt.NDArray[np.float32]]]:
         """Draw the views of one image.
 
         Args:
-            image: uint8 RGB ``[H, W, 3]``.
+            image: uint8 RGB ``[H, W, 3]``, or uint8, uint16 or float32 ``[H, W, C]`` where the configuration has
+                another number of channels.
             rng: decides everything that is random.
 
         Returns:
-            Two global crops float32 ``[3, global_size, global_size]`` and the local crops float32
-            ``[3, local_size, local_size]``, normalised.
+            Two global crops float32 ``[C, global_size, global_size]`` and the local crops float32
+            ``[C, local_size, local_size]``, normalised.
 
         Raises:
-            ValueError: the image is not uint8 ``[H, W, 3]``.
+            ValueError: the image is of another type or shape.
         """
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-            raise ValueError(f"image must be uint8 [H, W, 3], but is {image.dtype} {list(image.shape)}")
+        channels = self.config.channels
+        if image.dtype.name not in self._types or image.ndim != 3 or image.shape[2] != channels or image.size == 0:
+            raise ValueError(
+                f"image must be {' or '.join(self._types)} [H, W, {channels}], but is {image.dtype} {list(image.shape)}"
+            )
         global_crops = [self._draw(image, view, rng) for view in self._global_views]
         local_crops = [self._draw(image, self._local_view, rng) for _ in range(self.config.local_crops)]
         return global_crops, local_crops
 
-    def _draw(self, image: npt.NDArray[np.uint8], view: _View, rng: np.random.Generator) -> npt.NDArray[np.float32]:
-        config = self.config
+    def _draw(self, image: Pixels, view: _View, rng: np.random.Generator) -> npt.NDArray[np.float32]:
+        config, operations = self.config, self._operations()
         height, width, _ = image.shape
         box = random_box(width, height, scale=view.scale, ratio=config.ratio, rng=rng)
         crop = resized_crop(image, box, view.size)
         if rng.random() < config.flip:
-            crop = photometric.flip(crop)
+            crop = operations.flip(crop)
         if rng.random() < config.jitter:
             for index in rng.permutation(len(self._jitters)):
                 operation, low, high = self._jitters[index]
                 crop = operation(crop, uniform(rng, low, high))
-        if rng.random() < config.grayscale:
-            crop = photometric.grayscale(crop)
+        if rng.random() < self._grayscale:
+            crop = operations.grayscale(crop)
         if rng.random() < view.blur:
-            crop = photometric.gaussian_blur(crop, uniform(rng, *config.blur_sigma), config.blur_kernel)
+            crop = operations.gaussian_blur(crop, uniform(rng, *config.blur_sigma), config.blur_kernel)
         if rng.random() < view.solarize:
-            crop = photometric.solarize(crop, config.solarize_threshold)
+            crop = operations.solarize(crop, config.solarize_threshold)
         return normalize(crop, config.mean, config.std)
 
 
-def normalize(
-    image: npt.NDArray[np.uint8], mean: tuple[float, float, float], std: tuple[float, float, float]
-) -> npt.NDArray[np.float32]:
-    """``(image / 255 - mean) / std``, channels first: uint8 ``[H, W, 3]`` to float32 ``[3, H, W]``."""
-    scale, shift = _scale_and_shift(mean, std)
-    normalized = np.empty((3, *image.shape[:2]), dtype=np.float32)
+def normalize(image: Pixels, mean: tuple[float, ...], std: tuple[float, ...]) -> npt.NDArray[np.float32]:
+    """``(image / full level - mean) / std``, channels first: uint8, uint16 or float32 ``[H, W, C]`` to float32
+    ``[C, H, W]``; the full level is 255, 65535 or 1."""
+    scale, shift = _scale_and_shift(mean, std, LEVELS[image.dtype])
+    normalized = np.empty((image.shape[2], *image.shape[:2]), dtype=np.float32)
     np.multiply(image.transpose(2, 0, 1), scale, out=normalized)
     normalized += shift
     return normalized
@@ -194,8 +232,8 @@ def normalize(
 
 @functools.cache
 def _scale_and_shift(
-    mean: tuple[float, float, float], std: tuple[float, float, float]
+    mean: tuple[float, ...], std: tuple[float, ...], full_level: float
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Float32 ``[3, 1, 1]`` each, such that ``level * scale + shift`` is the normalised value."""
-    channels = np.array([mean, std])[:, :, None, None]  # [2, 3, 1, 1]
-    return (1 / (255 * channels[1])).astype(np.float32), (-channels[0] / channels[1]).astype(np.float32)
+    """Float32 ``[C, 1, 1]`` each, such that ``level * scale + shift`` is the normalised value."""
+    channels = np.array([mean, std])[:, :, None, None]  # [2, C, 1, 1]
+    return (1 / (full_level * channels[1])).astype(np.float32), (-channels[0] / channels[1]).astype(np.float32)

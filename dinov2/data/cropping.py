@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.nn import functional
+
+from dinov2.data.decoding import LEVELS, Pixels
 
 ATTEMPTS_PER_CROP = 10
 
@@ -37,22 +38,27 @@ def random_box(
     return left, top, left + w, top + h
 
 
-def resized_crop(image: npt.NDArray[np.uint8], box: tuple[int, int, int, int], size: int) -> npt.NDArray[np.uint8]:
-    """The part of an RGB image inside ``box``, brought to ``size`` x ``size`` pixels; no pixel outside it is used.
+def resized_crop(image: Pixels, box: tuple[int, int, int, int], size: int) -> Pixels:
+    """The part of an image inside ``box``, brought to ``size`` x ``size`` pixels; no pixel outside it is used.
 
     Pillow's antialiased bicubic filter by PyTorch's uint8 kernel: as exact, and in a fifth of Pillow's time on
-    processors with AVX2. The two round differently, by one level in nearly all of the values that differ.
+    processors with AVX2. The two round differently, by one level in nearly all of the values that differ. Other types
+    go through float32; 16-bit levels are rounded and kept in their range, as the kernel does with 8-bit ones.
 
     Args:
-        image: uint8 ``[H, W, 3]``.
+        image: uint8, uint16 or float32 ``[H, W, C]``.
         box: left, top, right, bottom in pixels.
         size: side of the result.
 
     Returns:
-        uint8 ``[size, size, 3]``.
+        ``[size, size, C]`` of the type of the image.
     """
     left, top, right, bottom = box
-    crop = np.array(image[top:bottom, left:right])  # a copy: contiguous and writable, as PyTorch wants it
-    channels_last = torch.from_numpy(crop)[None].permute(0, 3, 1, 2)  # [1, 3, h, w]
-    resized = functional.interpolate(channels_last, (size, size), mode="bicubic", antialias=True)
-    return resized[0].permute(1, 2, 0).numpy()  # no copy: the result is channels-last too
+    arithmetic = np.uint8 if image.dtype == np.uint8 else np.float32
+    crop = np.array(image[top:bottom, left:right], dtype=arithmetic)  # a copy: contiguous and writable, for PyTorch
+    channels_last = torch.from_numpy(crop)[None].permute(0, 3, 1, 2)  # [1, C, h, w]
+    interpolated = functional.interpolate(channels_last, (size, size), mode="bicubic", antialias=True)
+    resized: Pixels = interpolated[0].permute(1, 2, 0).numpy()  # no copy: the result is channels-last too
+    if image.dtype == np.uint16:
+        return np.clip(np.rint(resized), 0, LEVELS[image.dtype]).astype(np.uint16)
+    return resized

@@ -3,39 +3,46 @@ restart, and for the images also with any number of processes."""
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
 import warnings
-from collections.abc import Generator
+from collections import deque
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dinov2.data.augmentation import AugmentationConfig, MultiCropAugmentation
-from dinov2.data.image_folder import ImageFolder, UnreadableImageError
+from dinov2.data.decoding import Pixels, UnreadableImageError
 from dinov2.data.masking import MaskConfig, batch_masks
-from dinov2.data.photographs import BundledPhotographs
+from dinov2.data.permutation import random_order
 from dinov2.data.randomness import Stream, derived_generator
+
+MAX_ATTEMPTS = 1000  # unreadable images in a row: then it is the whole dataset that cannot be read
 
 
 class ImageDataset(Protocol):
-    """What :func:`batches` reads from: anything with a length whose items are uint8 RGB ``[H, W, 3]`` arrays."""
+    """What :func:`batches` reads from: anything with a length whose items are uint8 RGB ``[H, W, 3]`` arrays.
+
+    Of images with another number of channels, items are uint8, uint16 or float32 ``[H, W, C]``. An item that raises an
+    :class:`UnreadableImageError` is replaced; any other error ends the run. A dataset that mostly waits, for a network,
+    may have an attribute ``concurrent_reads``: so many threads of a worker then read ahead of the augmentation.
+    """
 
     def __len__(self) -> int: ...
-    def __getitem__(self, index: int, /) -> npt.NDArray[np.uint8]: ...
+    def __getitem__(self, index: int, /) -> Pixels: ...
 
 
 class Batch(TypedDict):
-    """What :class:`dinov2.objectives.SelfDistillation` takes; B images, L local crops each."""
+    """What :class:`dinov2.objectives.SelfDistillation` takes; B images of C channels, L local crops each."""
 
-    global_crops: torch.Tensor  # [2 * B, 3, H, W] float32: the first crops of all images, then the second
-    local_crops: torch.Tensor  # [L * B, 3, h, w] float32: crop-major too
+    global_crops: torch.Tensor  # [2 * B, C, H, W] float32: the first crops of all images, then the second
+    local_crops: torch.Tensor  # [L * B, C, h, w] float32: crop-major too
     masks: torch.Tensor  # [2 * B, patches] bool: True where the student must predict
 
 
@@ -44,13 +51,14 @@ class DataConfig:
     """Where images come from and what is made of them.
 
     Attributes:
-        root: folder of images, of any nesting; None stands for the bundled photographs.
+        root: a folder of images, of any nesting; a folder or URL of tar shards, or of a saved Hugging Face dataset
+            (see :func:`open_dataset`); None stands for the bundled photographs.
         num_workers: processes that prepare batches; 0 prepares them in the training process. No effect on results.
         augmentation: the random views.
         masks: the patches that the student must predict.
     """
 
-    root: Path | None = None
+    root: str | Path | None = None
     num_workers: int = 2
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     masks: MaskConfig = field(default_factory=MaskConfig)
@@ -58,11 +66,6 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.num_workers < 0:
             raise ValueError(f"num_workers must not be negative, but is {self.num_workers}")
-
-
-def open_dataset(config: DataConfig) -> ImageFolder | BundledPhotographs:
-    """The images that ``config.root`` names."""
-    return BundledPhotographs() if config.root is None else ImageFolder(config.root)
 
 
 def batches(
@@ -80,11 +83,13 @@ def batches(
 
     Every pass over the images has an order of its own, derived from the seed and the number of the pass; batches run
     on across passes. The views of a sample depend on the seed and its number in the run, the masks on the seed, step
-    and rank. So to resume is to pass the next step. An image that cannot be read is replaced by the next readable one,
-    with a warning that counts such images.
+    and rank. So to resume is to pass the next step, in the middle of a pass too, and processes never share a sample:
+    whatever their number, together they draw the images and views that one process would draw. An image that cannot be
+    read is replaced by another, which the seed and the number of the sample choose, with a warning that counts such
+    images.
 
     Args:
-        dataset: uint8 RGB images; see :class:`ImageDataset`.
+        dataset: images; see :class:`ImageDataset`.
         config: augmentation, masks and the number of workers.
         batch_size: images of this process per batch.
         patch_size: side of a patch, in pixels; both crop sizes must be multiples of it.
@@ -138,12 +143,12 @@ class _Steps(Dataset[tuple[Batch, dict[int, str]]]):
 
     def __getitem__(self, step: int) -> tuple[Batch, dict[int, str]]:
         B, views = self.batch_size, self.augment.config
-        global_crops = np.empty((2, B, 3, views.global_size, views.global_size), np.float32)
-        local_crops = np.empty((views.local_crops, B, 3, views.local_size, views.local_size), np.float32)
+        global_crops = np.empty((2, B, views.channels, views.global_size, views.global_size), np.float32)
+        local_crops = np.empty((views.local_crops, B, views.channels, views.local_size, views.local_size), np.float32)
         unreadable: dict[int, str] = {}
-        for i in range(B):
-            sample = (step * self.world_size + self.rank) * B + i  # number of the sample in the run
-            image = self._read(sample, unreadable)
+        first = (step * self.world_size + self.rank) * B
+        samples = range(first, first + B)  # their numbers in the run
+        for i, (sample, image) in enumerate(zip(samples, self._images(samples, unreadable), strict=True)):
             generator = derived_generator(self.seed, Stream.AUGMENTATION, sample)
             for crops, of_image in zip((global_crops, local_crops), self.augment(image, generator), strict=True):
                 for crop, target in zip(of_image, crops, strict=True):
@@ -158,22 +163,36 @@ class _Steps(Dataset[tuple[Batch, dict[int, str]]]):
         )
         return batch, unreadable
 
-    def _read(self, sample: int, unreadable: dict[int, str]) -> npt.NDArray[np.uint8]:
-        """The image of a sample, or the first readable one after it in the dataset; notes what was unreadable."""
+    def _images(self, samples: range, unreadable: dict[int, str]) -> Iterator[Pixels]:
+        """The images of samples in their order, as many at once as the dataset allows."""
+        concurrent_reads = getattr(self.dataset, "concurrent_reads", 1)
+        if concurrent_reads == 1:
+            yield from (self._read(sample, unreadable) for sample in samples)
+            return
+        with ThreadPoolExecutor(concurrent_reads) as pool:
+            pending: deque[Future[Pixels]] = deque()
+            for sample in samples:
+                pending.append(pool.submit(self._read, sample, unreadable))
+                if len(pending) > concurrent_reads:  # no more than this wait in memory
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+
+    def _read(self, sample: int, unreadable: dict[int, str]) -> Pixels:
+        """The image of a sample, or the first readable one of its substitutes; notes what was unreadable.
+
+        Substitutes are random, since neighbours in a dataset share their shard and its fate.
+        """
         number = len(self.dataset)
-        first = int(_order_of_pass(self.seed, sample // number, number)[sample % number])
-        for index in itertools.chain(range(first, number), range(first)):
+        image = random_order(number, self.seed, Stream.ORDER, sample // number)[sample % number]
+        substitutes = (random_order(number, self.seed, Stream.SUBSTITUTES, sample)[i] for i in range(number))
+        for index in itertools.islice(itertools.chain([image], substitutes), MAX_ATTEMPTS):
             try:
                 return self.dataset[index]
             except UnreadableImageError as error:
                 unreadable[index] = str(error)
-        raise ValueError(f"none of the {number} images can be read; {unreadable[first]}")
-
-
-@functools.lru_cache(maxsize=2)  # a batch may begin in one pass and end in the next
-def _order_of_pass(seed: int, number: int, length: int) -> npt.NDArray[np.int64]:
-    """The order of the images in one pass, int64 ``[length]``."""
-    return derived_generator(seed, Stream.ORDER, number).permutation(length)
+        tried = min(number, MAX_ATTEMPTS)
+        raise ValueError(f"tried {tried} of {number} images, and none can be read; {unreadable[image]}")
 
 
 def _as_is(item: Any) -> Any:

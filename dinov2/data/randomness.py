@@ -13,6 +13,7 @@ class Stream(IntEnum):
     ORDER = 0
     AUGMENTATION = 1
     MASKS = 2
+    SUBSTITUTES = 3
 
 
 def derived_generator(seed: int, stream: Stream, *position: int) -> np.random.Generator:

@@ -1,6 +1,7 @@
 """Multi-crop augmentation: shapes, chances, the statistics of boxes, and whole views against the same in Pillow."""
 
 import math
+import pickle
 import sys
 import types
 from collections import Counter
@@ -49,18 +50,21 @@ def test_generator_decides_everything(photograph: np.ndarray) -> None:
     assert (first[0] != first[1]).any()
 
 
+def test_other_processes_can_be_passed_it(photograph: np.ndarray) -> None:
+    augment = MultiCropAugmentation(SMALL)
+    for a, b in zip(
+        *(all_views(one, photograph, 1) for one in (augment, pickle.loads(pickle.dumps(augment)))), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_defaults_are_dinov2s() -> None:
     config = AugmentationConfig()
     assert (config.global_size, config.local_size, config.local_crops) == (224, 96, 8)
     assert (config.global_scale, config.local_scale) == ((0.32, 1.0), (0.05, 0.32))
-    assert (config.jitter, config.brightness, config.contrast, config.saturation, config.hue) == (
-        0.8,
-        0.4,
-        0.4,
-        0.2,
-        0.1,
-    )
-    assert (config.grayscale, config.solarize, config.flip, config.blur) == (0.2, 0.2, 0.5, "released")
+    assert (config.jitter, config.brightness, config.contrast) == (0.8, 0.4, 0.4)
+    assert [config.colour(name) for name in ("saturation", "hue", "grayscale")] == [0.2, 0.1, 0.2]
+    assert (config.solarize, config.flip, config.blur) == (0.2, 0.5, "released")
     assert BLUR_PROBABILITIES == {"released": (0.0, 0.9, 0.5), "paper": (1.0, 0.1, 0.5)}
 
 

@@ -1,10 +1,12 @@
 """Batches: a pure function of seed and step, whatever the number of workers."""
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import warnings
 from itertools import islice
@@ -18,13 +20,12 @@ from PIL import Image
 from dinov2.data import (
     AugmentationConfig,
     Batch,
-    BundledPhotographs,
     DataConfig,
     ImageFolder,
     MaskConfig,
     UnreadableImageError,
     batches,
-    open_dataset,
+    loader,
 )
 
 VIEWS = AugmentationConfig(global_size=16, local_size=8, local_crops=3)
@@ -109,6 +110,35 @@ def test_workers_do_not_change_the_batches() -> None:
         assert_equal(draw(7, Noise(10), DataConfig(augmentation=VIEWS, num_workers=workers)), expected)
 
 
+class Distant(Noise):
+    """Images that arrive after a while; notes how many were on their way at once."""
+
+    concurrent_reads = 8
+
+    def __init__(self, length: int, unreadable: tuple[int, ...] = ()) -> None:
+        super().__init__(length, unreadable)
+        self.lock, self.now, self.most = threading.Lock(), 0, 0
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        with self.lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        time.sleep(0.01 * (index % 3))
+        with self.lock:
+            self.now -= 1
+        Flat.__getitem__(self, index)  # raises for the unreadable
+        return super().__getitem__(index)
+
+
+@pytest.mark.filterwarnings("ignore:skipped unreadable")
+def test_concurrent_reads_do_not_change_the_batches() -> None:
+    one_by_one, distant = Distant(50, unreadable=(7, 20)), Distant(50, unreadable=(7, 20))
+    one_by_one.concurrent_reads = 1
+    assert_equal(draw(3, distant, batch_size=20), draw(3, one_by_one, batch_size=20))
+    assert one_by_one.most == 1
+    assert 4 < distant.most <= 8
+
+
 def test_resumed_run_continues_exactly() -> None:
     whole = draw(9, Noise(10))  # passes end inside the batches of steps 2, 4 and 7
     assert_equal(draw(5, Noise(10), start_step=4), whole[4:])
@@ -136,14 +166,27 @@ def test_one_image_seen_again_looks_different() -> None:
     assert (first["global_crops"] != second["global_crops"]).any()
 
 
-def test_processes_share_the_images_of_one() -> None:
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_processes_share_the_images_of_one(world_size: int) -> None:
     alone = draw(3, Noise(30), batch_size=6)
-    shared = [draw(3, Noise(30), batch_size=3, rank=rank, world_size=2) for rank in (0, 1)]
+    each = 6 // world_size
+    shared = [draw(3, Noise(30), batch_size=each, rank=rank, world_size=world_size) for rank in range(world_size)]
     for step in range(3):
         for name, crops in (("global_crops", 2), ("local_crops", 3)):
-            parts = [of_rank[step][name].unflatten(0, (crops, 3)) for of_rank in shared]
+            parts = [of_rank[step][name].unflatten(0, (crops, each)) for of_rank in shared]
             torch.testing.assert_close(torch.cat(parts, dim=1).flatten(0, 1), alone[step][name], rtol=0, atol=0)
-        assert (shared[0][step]["masks"] != shared[1][step]["masks"]).any()
+        masks = [of_rank[step]["masks"] for of_rank in shared]
+        assert all((first != second).any() for first, second in itertools.combinations(masks, 2))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_no_image_goes_to_two_processes(world_size: int) -> None:
+    config = DataConfig(augmentation=PLAIN, num_workers=0)
+    seen = []
+    for rank in range(world_size):
+        of_rank = draw(12, Flat(24 * world_size), config, batch_size=2, rank=rank, world_size=world_size)
+        seen += [image for batch in of_rank for image in images_of(batch)]
+    assert sorted(seen) == list(range(24 * world_size))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -152,11 +195,20 @@ def test_unreadable_images_are_replaced_and_counted(workers: int) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = [images_of(batch) for batch in draw(6, dataset, config)]
+        alone = [images_of(batch) for batch in draw(6, dataset, DataConfig(augmentation=PLAIN, num_workers=0))]
     expected = [images_of(batch) for batch in draw(6, Flat(12), DataConfig(augmentation=PLAIN, num_workers=0))]
-    substitute = {3: 5, 4: 5, 11: 0}
-    assert found == [[substitute.get(image, image) for image in batch] for batch in expected]
+    replaced = []
+    for image, substitute in zip(itertools.chain(*expected), itertools.chain(*found), strict=True):
+        if image in dataset.unreadable:
+            replaced.append(substitute)
+        else:
+            assert substitute == image
+    assert len(replaced) == 6
+    assert len(set(replaced)) > 2
+    assert not set(replaced) & set(dataset.unreadable)
+    assert found == alone
     messages = [str(warning.message) for warning in caught if "unreadable" in str(warning.message)]
-    assert 1 <= len(messages) <= 3  # each image once, not once a pass
+    assert 2 <= len(messages) <= 6  # each image once a run, not once a pass; these are two runs
     assert messages[-1].startswith("skipped unreadable images, 3 of 12 so far; cannot read image 'number ")
 
 
@@ -171,8 +223,14 @@ def test_corrupt_files_are_skipped(tmp_path: Path) -> None:
         assert_equal(draw(2, ImageFolder(tmp_path), DataConfig(augmentation=VIEWS, num_workers=2)), first)
 
 
+def test_a_set_that_cannot_be_read_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "MAX_ATTEMPTS", 20)
+    with pytest.raises(ValueError, match="tried 20 of 300 images, and none can be read; cannot read image 'number"):
+        draw(1, Flat(300, unreadable=tuple(range(300))))
+
+
 def test_nothing_readable() -> None:
-    with pytest.raises(ValueError, match="none of the 3 images can be read; cannot read image 'number"):
+    with pytest.raises(ValueError, match="tried 3 of 3 images, and none can be read; cannot read image 'number"):
         draw(1, Flat(3, unreadable=(0, 1, 2)))
 
 
@@ -216,12 +274,6 @@ def test_masks_can_be_off() -> None:
     assert not batch["masks"].any()
 
 
-def test_open_dataset(tmp_path: Path) -> None:
-    Image.fromarray(Noise(1)[0]).save(tmp_path / "image.png")
-    assert isinstance(open_dataset(DataConfig(root=tmp_path)), ImageFolder)
-    assert isinstance(open_dataset(DataConfig()), BundledPhotographs)
-
-
 def test_workers_use_one_thread() -> None:
     class Threads(Flat):
         def __getitem__(self, index: int) -> np.ndarray:
@@ -249,7 +301,8 @@ def test_ctrl_c_is_for_the_training_process_alone() -> None:
         images = np.zeros((10, 40, 40, 3), np.uint8)
         config = DataConfig(augmentation=AugmentationConfig(global_size=32, local_size=16), num_workers=2)
         stream = batches(images, config, batch_size=4, patch_size=8, seed=0)
-        next(stream)
+        for _ in range(2):  # one of each worker: both are at work
+            next(stream)
         print("running", flush=True)
         while signal.getsignal(signal.SIGINT) is handled:
             next(stream)

@@ -1,0 +1,236 @@
+"""From the bytes of an image file to an array: the rules are the same for files, shards and datasets.
+
+Images have as many channels as training asks for:
+
+- 3: 8-bit RGB, whatever the file holds; grey is repeated, transparency dropped, 16 bits reduced to their upper 8.
+- 1: grey, by luma where the file is in colour, in the file's own depth.
+- otherwise: files of just that many channels, in their own depth: arrays (``.npy``), TIFF of any number of bands, or
+  what Pillow reads with four (RGBA, CMYK).
+
+The format is told by the content, not by the name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from dinov2_kernels._extras import require
+
+IMAGE_EXTENSIONS = (
+    ".avif",
+    ".bmp",
+    ".gif",
+    ".jp2",
+    ".jpeg",
+    ".jpg",
+    ".npy",
+    ".pgm",
+    ".png",
+    ".ppm",
+    ".tif",
+    ".tiff",
+    ".webp",
+)
+# Pillow reads more, but some of it by programs that nobody should start on a file from the web.
+_PILLOW_FORMATS = {
+    "AVIF": ".avif",
+    "BMP": ".bmp",
+    "GIF": ".gif",
+    "JPEG": ".jpg",
+    "JPEG2000": ".jp2",
+    "MPO": ".jpg",
+    "PNG": ".png",
+    "PPM": ".ppm",
+    "TIFF": ".tif",
+    "WEBP": ".webp",
+}
+LEVELS: dict[np.dtype[Any], float] = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535, np.dtype(np.float32): 1}
+"""The types of pixels, and the level of each that counts as 1: mean and std are on that scale."""
+
+Pixels = npt.NDArray[Any]  # [H, W, C] of a type in LEVELS
+
+_NPY = b"\x93NUMPY"
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # either byte order, either size of offsets
+
+
+class UnreadableImageError(ValueError):
+    """An image file is damaged, too large to be safe, or in a format that is not read."""
+
+
+@dataclass(frozen=True)
+class ImageHeader:
+    """What an image file says of itself before its pixels are decoded."""
+
+    width: int
+    height: int
+    extension: str  # of its format, in lower case with the dot: one of IMAGE_EXTENSIONS
+
+
+def read_image(path: str | os.PathLike[str], channels: int = 3) -> Pixels:
+    """Decode an image file to ``[H, W, channels]``: uint8, or for other than three channels also uint16 or float32.
+
+    The orientation that a camera noted in EXIF is applied, so that photographs stand upright as in every viewer (the
+    reference implementation ignores it). Of an animation the first frame counts. Pillow's limit on the number of pixels
+    holds. What becomes of colours and depths is said on top of this module.
+
+    Raises:
+        UnreadableImageError: the file is missing, damaged, truncated, above Pillow's limit, of another number of
+            channels or of a type without a defined range, or holds a NaN or an infinity.
+    """
+    with _as_unreadable(repr(os.fspath(path))), open(path, "rb") as file:
+        return _decode(file, channels)
+
+
+def decode_image(content: bytes, name: str, channels: int = 3) -> Pixels:
+    """As :func:`read_image`, of a file's bytes; ``name`` is what errors call it."""
+    with _as_unreadable(name):
+        return _decode(io.BytesIO(content), channels)
+
+
+def read_header(content: bytes, name: str) -> ImageHeader:
+    """Size and format of an image file, whose pixels may still turn out to be damaged; errors as :func:`decode_image`.
+
+    The size is that of the stored pixels, before any orientation is applied.
+    """
+    file = io.BytesIO(content)
+    with _as_unreadable(name):
+        if content.startswith(_NPY):
+            height, width = _npy_shape(file)[:2]
+            return ImageHeader(width, height, ".npy")
+        try:
+            with _open(file) as image:
+                return ImageHeader(*image.size, _PILLOW_FORMATS[image.format or ""])
+        except UnidentifiedImageError:
+            if not content.startswith(_TIFF):
+                raise
+        file.seek(0)
+        with _open_tiff(file) as tiff:  # of a kind that Pillow does not know
+            height, width = _tiff_sizes(tiff)
+            return ImageHeader(width, height, ".tif")
+
+
+@contextlib.contextmanager
+def _as_unreadable(name: str) -> Iterator[None]:
+    """Damaged files raise almost anything from the decoders; what is not installed is no fault of the file."""
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:
+        raise UnreadableImageError(f"cannot read image {name}: {error}") from error
+
+
+def _open(file: BinaryIO) -> Image.Image:
+    return Image.open(file, formats=_known_formats())
+
+
+@functools.cache
+def _known_formats() -> tuple[str, ...]:
+    """Those that this version of Pillow opens by their own name; MPO is opened as JPEG."""
+    Image.init()
+    return tuple(name for name in _PILLOW_FORMATS if name in Image.OPEN)
+
+
+def _decode(file: BinaryIO, channels: int) -> Pixels:
+    magic = file.read(len(_NPY))
+    file.seek(0)
+    if magic == _NPY:
+        return _of_channels(_read_npy(file), channels)
+    if magic.startswith(_TIFF) and channels not in (1, 3):
+        return _of_channels(_read_tiff(file), channels)
+    with _open(file) as image:
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode == "I" or (upright.mode == "F" and channels == 3):
+            raise ValueError(f"32 bits a channel (Pillow mode {upright.mode}) have no defined range")
+        if channels == 3:
+            if upright.mode.startswith("I;16"):
+                upright = Image.fromarray(_upper_8_bits(np.asarray(upright)))
+            return np.asarray(upright.convert("RGB"))
+        if channels == 1 and not upright.mode.startswith(("I;16", "F")):
+            upright = upright.convert("L")
+        return _of_channels(np.asarray(upright), channels)
+
+
+def _of_channels(pixels: npt.NDArray[Any], channels: int) -> Pixels:
+    """Check what a file holds and bring it to ``[H, W, channels]``, in the byte order of this machine."""
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    if pixels.ndim != 3 or pixels.shape[2] != channels or pixels.size == 0:
+        raise ValueError(f"expected [H, W, {channels}], but it is {list(pixels.shape)}")
+    native = pixels.dtype.newbyteorder("=")
+    if native not in LEVELS:
+        raise ValueError(f"pixels must be {', '.join(map(str, LEVELS))}, but are {native}")
+    if channels == 3 and native == np.uint16:
+        return _upper_8_bits(pixels)
+    if channels == 3 and native != np.uint8:
+        raise ValueError(f"RGB must have 8 or 16 bits a channel, but is {native}")
+    if native == np.float32 and not np.isfinite(pixels).all():
+        raise ValueError("it holds a NaN or an infinity")
+    return np.ascontiguousarray(pixels, dtype=native)
+
+
+def _upper_8_bits(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    return (pixels >> 8).astype(np.uint8)
+
+
+def _npy_shape(file: BinaryIO) -> tuple[int, ...]:
+    """The shape in the header of a ``.npy`` file, which is refused where it claims more than an image may have."""
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }.get(np.lib.format.read_magic(file))
+    if read is None:
+        raise ValueError("the version of its format is unknown")
+    shape, _, dtype = read(file)
+    if len(shape) not in (2, 3) or dtype.newbyteorder("=") not in LEVELS:
+        raise ValueError(
+            f"arrays must be [H, W] or [H, W, C] of {', '.join(map(str, LEVELS))}, but it is {dtype} {list(shape)}"
+        )
+    _refuse_bomb(math.prod(shape[:2]))
+    return tuple(shape)
+
+
+def _read_npy(file: BinaryIO) -> npt.NDArray[Any]:
+    _npy_shape(file)
+    file.seek(0)
+    array: npt.NDArray[Any] = np.load(file, allow_pickle=False)
+    return array
+
+
+def _open_tiff(file: BinaryIO) -> Any:
+    return require("tifffile", extra="data", purpose="reading TIFF files of many channels").TiffFile(file)
+
+
+def _tiff_sizes(tiff: Any) -> tuple[int, int]:
+    """Height and width of a TIFF that is one image, its bands stored by pixel, by band or one a page."""
+    series = tiff.series[0]
+    sizes = dict(zip(series.axes, series.shape, strict=True))
+    bands = [axis for axis in series.axes if axis not in "YX" and sizes[axis] > 1]
+    if not {"Y", "X"} <= sizes.keys() or len(bands) > 1:
+        raise ValueError(f"expected rows, columns and bands, but its axes are {sizes}")
+    _refuse_bomb(sizes["Y"] * sizes["X"])
+    return sizes["Y"], sizes["X"]
+
+
+def _read_tiff(file: BinaryIO) -> npt.NDArray[Any]:
+    with _open_tiff(file) as tiff:
+        height, width = _tiff_sizes(tiff)
+        axes = tiff.series[0].axes
+        pixels: npt.NDArray[Any] = np.moveaxis(tiff.series[0].asarray(), [axes.index("Y"), axes.index("X")], [0, 1])
+    return pixels.reshape(height, width, -1)
+
+
+def _refuse_bomb(pixels: int) -> None:
+    """The rule of Pillow, for formats that others decode."""
+    if Image.MAX_IMAGE_PIXELS is not None and pixels > 2 * Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{pixels} pixels could be a decompression bomb; Pillow's limit is {Image.MAX_IMAGE_PIXELS}")

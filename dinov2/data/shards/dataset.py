@@ -1,0 +1,116 @@
+"""Tar shards as a map-style dataset: an image is one read of a known part of a known file."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dinov2.data.decoding import Pixels, UnreadableImageError, decode_image
+from dinov2.data.shards.storage import RangeReader, Storage
+from dinov2_kernels._extras import require
+
+INDEX_READERS = 16  # threads: index files are small, and on shared disks and object stores it is waiting that counts
+
+REMOTE_READS = 16  # at once in each worker; a request takes some 50 ms wherever it goes
+
+IndexArrays = tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]
+
+
+class TarShards:
+    """The images of all shards under a root, in the order of the shards' names and of the rows of their indices.
+
+    A map-style dataset: ``len(shards)``, ``shards[i]`` -> uint8 RGB ``[H, W, 3]``, or as
+    :func:`~dinov2.data.read_image` says for other numbers of channels. The tars are ``root/images/*.tar`` (or
+    ``root/*.tar``), their indices ``root/index/*.parquet`` of the same names, with at least the columns offset and
+    size. No tar is parsed and nothing in it is followed or unpacked: bytes are read where the index says. In memory an
+    image takes 12 bytes, which forked workers share.
+
+    Args:
+        root: a folder, or a URL of fsspec.
+        channels: of every image.
+
+    Raises:
+        ValueError: there is no shard, a shard is missing or has no index, or an index is damaged; the message names it.
+        ImportError: pyarrow or fsspec is missing (extra ``data``).
+    """
+
+    def __init__(self, root: str | os.PathLike[str], channels: int = 3) -> None:
+        self.root = os.fspath(root)
+        self.channels = channels
+        storage = Storage(root)
+        tars, indices = storage.shards(), storage.indices()
+        _check_pairs(self.root, tars, indices)
+        self.paths = [tars[name] for name in indices]
+        with ThreadPoolExecutor(INDEX_READERS) as pool:
+            arrays = list(pool.map(lambda path: _read_index(storage.filesystem, path), indices.values()))
+        self._offsets = np.concatenate([offsets for offsets, _ in arrays])  # [N] int64
+        self._sizes = np.concatenate([sizes for _, sizes in arrays])  # [N] int32
+        self._ends = np.cumsum([len(sizes) for _, sizes in arrays])  # [shards] int64: first number after each shard
+        self._read = RangeReader(storage.filesystem)
+        self.concurrent_reads = 1 if self._read.is_local else REMOTE_READS
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def __getitem__(self, index: int) -> Pixels:
+        """Image ``index``, ``[H, W, channels]``.
+
+        Raises:
+            UnreadableImageError: it cannot be read or decoded; the message says where it lies.
+        """
+        content, name = self._content(range(len(self))[index])
+        return decode_image(content, name, self.channels)
+
+    def read_bytes(self, index: int) -> bytes:
+        """The file of image ``index`` as it was stored; errors as for ``shards[index]``."""
+        return self._content(range(len(self))[index])[0]
+
+    def _content(self, index: int) -> tuple[bytes, str]:
+        """The bytes of an image and a name for it."""
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        offset, size = int(self._offsets[index]), int(self._sizes[index])
+        name = f"of {size} bytes at {offset} in {self.paths[shard]!r}"
+        try:
+            content = self._read(self.paths[shard], offset, size)
+        except Exception as error:  # what a file system may raise is beyond counting
+            raise UnreadableImageError(f"cannot read image {name}: {error}") from error
+        if len(content) != size:
+            raise UnreadableImageError(f"cannot read image {name}: the shard ends after {len(content)} of them")
+        return content, name
+
+
+def _check_pairs(root: str, tars: dict[str, str], indices: dict[str, str]) -> None:
+    """Every shard has an index and every index a shard; there is one at least."""
+    if not tars and not indices:
+        raise ValueError(f"root must hold tar shards (images/*.tar or *.tar), but {root!r} has none")
+    if missing := indices.keys() - tars.keys():
+        raise ValueError(
+            f"root must hold a tar for each index, but of the {len(indices)} shards under {root!r} {len(missing)} are"
+            f" missing: {_some(missing, '.tar')}"
+        )
+    if unindexed := tars.keys() - indices.keys():
+        raise ValueError(
+            f"root must hold an index for each tar, but of the {len(tars)} shards under {root!r} {len(unindexed)} have"
+            f" none: {_some(unindexed, '.tar')}; dinov2.data.index_shards({root!r}) writes what is missing"
+        )
+
+
+def _some(names: set[str], suffix: str) -> str:
+    """The first few names."""
+    listed = ", ".join(name + suffix for name in sorted(names)[:3])
+    return listed if len(names) <= 3 else f"{listed}, ..."
+
+
+def _read_index(filesystem: Any, path: str) -> IndexArrays:
+    """Offsets and sizes of one shard's images."""
+    parquet = require("pyarrow.parquet", extra="data", purpose="TarShards")
+    try:
+        with filesystem.open(path, "rb") as file:
+            table = parquet.read_table(file, columns=["offset", "size"], use_threads=False)
+        return table["offset"].to_numpy().astype(np.int64), table["size"].to_numpy().astype(np.int32)
+    except Exception as error:
+        raise ValueError(f"index {path!r} cannot be read, write it again: {error}") from error

@@ -1,0 +1,106 @@
+"""Writing images into shards."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import re
+import tarfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dinov2.data.decoding import UnreadableImageError, read_header
+from dinov2.data.shards.report import ShardReport
+from dinov2.data.shards.rows import COLUMNS, MAX_SIZE, Row, make_row, write_rows
+from dinov2.data.shards.storage import Storage
+
+KEY = re.compile(r"[\w-]+", re.ASCII)
+COMPUTED = COLUMNS.keys() - {"url"}
+
+
+@dataclass(frozen=True)
+class ShardImage:
+    """An image to be written.
+
+    Attributes:
+        key: its name: letters, digits, ``_`` and ``-``; unique in its shard.
+        content: the bytes of its file, which are stored as they are.
+        columns: what else the index says of it: ``url``, and any other column.
+    """
+
+    key: str
+    content: bytes
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not KEY.fullmatch(self.key):
+            raise ValueError(f"key must be made of letters, digits, '_' and '-', but is {self.key!r}")
+        if reserved := COMPUTED & self.columns.keys():
+            raise ValueError(f"columns must not hold {', '.join(sorted(reserved))}: the bytes of the image say these")
+
+
+def write_shards(
+    images: Iterable[ShardImage], root: str | os.PathLike[str], *, shard_size: int = 10_000
+) -> ShardReport:
+    """Write images to ``root/images/00000.tar``, ``00001.tar`` and so on, with their indices.
+
+    Args:
+        images: taken one by one; one shard at a time is held in memory.
+        root: a folder without shards, which is made if need be, or a URL of fsspec.
+        shard_size: images a shard.
+
+    Returns:
+        How many were written, and what was skipped since it is no image.
+
+    Raises:
+        ValueError: ``root`` holds shards already, or two images of a shard have the same key.
+        ImportError: pyarrow or fsspec is missing (extra ``data``).
+    """
+    if shard_size < 1:
+        raise ValueError(f"shard_size must be positive, but is {shard_size}")
+    if Storage(root).shards():
+        raise ValueError(f"root must be without shards, but {os.fspath(root)!r} holds some")
+    report, remaining = ShardReport(), iter(images)
+    for number in itertools.count():
+        if not (shard := list(itertools.islice(remaining, shard_size))):
+            return report
+        of_shard = write_shard(shard, root, number)
+        report.shards += of_shard.shards
+        report.images += of_shard.images
+        report.skipped += of_shard.skipped
+    raise AssertionError
+
+
+def write_shard(images: Iterable[ShardImage], root: str | os.PathLike[str], number: int) -> ShardReport:
+    """Write one shard, in place of an earlier one of that number if there is one; processes may write one each.
+
+    Tar and index are written under other names and then renamed, the index last: a shard with an index is complete.
+    """
+    storage, report = Storage(root), ShardReport(shards=1)
+    rows: dict[str, Row] = {}
+    with (
+        storage.replace(f"{storage.root}/images/{number:05d}.tar") as file,
+        tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
+        for image in images:
+            if image.key in rows:
+                raise ValueError(f"keys of a shard must differ, but two of its images have {image.key!r}")
+            try:
+                header = read_header(image.content, image.key)
+            except UnreadableImageError:
+                report.skipped["no image by its content"] += 1
+                continue
+            if len(image.content) > MAX_SIZE:
+                report.skipped["larger than 2 GiB"] += 1
+                continue
+            member = tarfile.TarInfo(image.key + header.extension)
+            member.size = len(image.content)
+            offset = file.tell() + tarfile.BLOCKSIZE  # a header of this format is one block
+            tar.addfile(member, io.BytesIO(image.content))
+            rows[image.key] = make_row(image.key, offset, image.content, header) | dict(image.columns)
+    with storage.replace(f"{storage.root}/index/{number:05d}.parquet") as file:
+        write_rows(list(rows.values()), file)
+    report.images = len(rows)
+    return report
