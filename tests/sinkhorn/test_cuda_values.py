@@ -76,10 +76,11 @@ def test_values_of_infinite_and_missing_logits(operators: Operators) -> None:
 def test_the_sanitizers_find_nothing() -> None:
     """The values of the widest and the narrowest loads once more, in a process that starts under AddressSanitizer."""
     # The slowest cases add no other access.
-    selection = "(forward or clusters) and (float64 or bfloat16) and not 37x264 and not 32776"
+    slow = "37x264 or 32776 or 16520-torch.float64"
+    selection = f"(forward or clusters) and (float64 or bfloat16) and not ({slow})"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selection, __file__]
     environment = {**cuda_shim.sanitizer_environment(), SANITIZE: "1"}
     root = Path(__file__).parents[2]
     result = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert f"{2 * (len(CASES) - 1 + len(ALIGNED) + 1)} passed" in result.stdout
+    assert f"{2 * (len(CASES) - 1 + len(ALIGNED)) + 1} passed" in result.stdout
