@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch.distributed as dist
 
 
-def world_size(group: dist.ProcessGroup | None) -> int:
-    """The processes of the group; 1 for None.
+def place_in(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """How many processes the group has, and which of them this one is.
 
     Raises:
         ValueError: this process is not a member of the group.
     """
     if group is None:
-        return 1
-    size = dist.get_world_size(group)
-    if size < 1:
-        raise ValueError("group: expected a process group that this process is a member of")
-    return size
+        return 1, 0
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError("group: expected a process group to which this process belongs, got one to which it does not")
+    return dist.get_world_size(group), rank

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dinov2_kernels._distributed import place_in
 from dinov2_kernels._library import accumulation_dtype, define, differentiably, needs_gradient
 from dinov2_kernels.koleo import reference
 
@@ -81,7 +82,7 @@ def koleo_loss(
     Raises:
         TypeError, ValueError: an argument is not as described.
     """
-    world_size, rank = _place(group)
+    world_size, rank = place_in(group)
     members = _check(x, n_groups, world_size)
     if members == 1 and k != 1:
         raise ValueError(f"k: expected 1 neighbour of a row that is alone: itself, got {k}")
@@ -118,7 +119,7 @@ def nearest_neighbors(
     Raises:
         TypeError, ValueError: an argument is not as described.
     """
-    world_size, rank = _place(group)
+    world_size, rank = place_in(group)
     members = _check(x, n_groups, world_size)
     _check_neighbors(k, members)
     rows = _all_gather(x.contiguous(), group)
@@ -161,16 +162,6 @@ def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     gathered = x.new_empty(dist.get_world_size(group), *x.shape)  # [processes, n, ...]
     dist.all_gather(list(gathered), x, group=group)
     return gathered.flatten(0, 1)
-
-
-def _place(group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """Number of processes, and which of them this one is."""
-    if group is None:
-        return 1, 0
-    rank = dist.get_rank(group)
-    if rank < 0:
-        raise ValueError("group: expected a process group to which this process belongs, got one to which it does not")
-    return dist.get_world_size(group), rank
 
 
 def _check(x: Tensor, n_groups: int, world_size: int) -> int:

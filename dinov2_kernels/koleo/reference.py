@@ -16,12 +16,11 @@ r is number r * B + i. What is computed is for the rows of one process, `rank`.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from dinov2_kernels._library import accumulation_dtype
+from dinov2_kernels._library import accumulation_dtype, autocast_disabled
 
 
 def unit_rows(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -44,7 +43,7 @@ def koleo_nearest(x: Tensor, k: int, n_groups: int, world_size: int, rank: int, 
     unit = in_batches(unit_rows(x, eps)[0])
     number = in_batches(torch.arange(len(x), device=x.device))  # [n_groups, members]
     own = unit.shape[1] // world_size  # rows of this process in each batch
-    with _autocast_disabled(x.device.type):
+    with autocast_disabled(x.device.type):
         cosine = unit[:, rank * own : (rank + 1) * own] @ unit.mT  # [n_groups, own, members]
     key = cosine.nan_to_num(nan=torch.finfo(cosine.dtype).min)
     key.diagonal(offset=rank * own, dim1=1, dim2=2).fill_(-torch.inf)
@@ -76,10 +75,3 @@ def koleo_backward(grad: Tensor, x: Tensor, index: Tensor, rank: int, eps: float
     g = pull.sum(dim=1).index_add(0, index.flatten(), pull.flatten(0, 1), alpha=-1)  # [N, D], of the unit rows
     dx: Tensor = (g - unit * (unit * g).sum(dim=1, keepdim=True)) / length
     return dx.masked_fill(length < eps, 0).to(x.dtype).chunk(grad.numel())[rank].clone()
-
-
-def _autocast_disabled(device_type: str) -> AbstractContextManager[object]:
-    """Keeps the product of float32 rows in float32; the meta device knows no autocast."""
-    if torch.amp.is_autocast_available(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()

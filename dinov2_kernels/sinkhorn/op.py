@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dinov2_kernels._distributed import world_size
+from dinov2_kernels._distributed import place_in
 from dinov2_kernels._library import accumulation_dtype, define
 from dinov2_kernels.sinkhorn import reference
 
@@ -132,7 +132,8 @@ def _biases(
     for x in logits:
         _check(x, temperature, n_iterations)
     logits = [x.contiguous() for x in logits]
-    if world_size(group) == 1:
+    world_size, _ = place_in(group)
+    if world_size == 1:
         return [_sinkhorn_bias(x, temperature, n_iterations) for x in logits]
     return _biases_over(group, logits, temperature, n_iterations)
 
@@ -163,7 +164,8 @@ def _logsumexp_over(group: dist.ProcessGroup | None, x: Tensor) -> Tensor:
     Every process gathers one slice of the columns from all, combines it, and hands it out: the bytes of one all-reduce,
     where a maximum and a sum would take two.
     """
-    slices = torch.nn.functional.pad(x, (0, -len(x) % world_size(group))).view(world_size(group), -1)  # [W, K/W]
+    world_size, _ = place_in(group)
+    slices = torch.nn.functional.pad(x, (0, -len(x) % world_size)).view(world_size, -1)  # [W, K/W]
     gathered = torch.empty_like(slices)
     dist.all_to_all_single(gathered, slices, group=group)
     combined = torch.empty_like(slices)
