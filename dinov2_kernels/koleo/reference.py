@@ -16,7 +16,6 @@ r is number r * B + i. What is computed is for the rows of one process, `rank`.
 
 from __future__ import annotations
 
-
 import torch
 from torch import Tensor
 
