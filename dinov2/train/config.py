@@ -70,6 +70,18 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """Several processes, as torchrun starts them; one process needs none of it."""
+
+    timeout_seconds: float = 600.0
+    """How long a process waits for the others before the run fails."""
+
+    def __post_init__(self) -> None:
+        if not self.timeout_seconds > 0:
+            raise ValueError(f"timeout_seconds must be above 0, but is {self.timeout_seconds}")
+
+
+@dataclass(frozen=True)
 class PretrainConfig:
     """Everything that a pretraining run is made of."""
 
@@ -78,7 +90,7 @@ class PretrainConfig:
     steps: int
     """Optimiser steps of the run. All schedules stretch with it."""
     batch_size: int
-    """Images per optimiser step, over all micro-batches."""
+    """Images per optimiser step, over all micro-batches and processes."""
     vit: ViTConfig = field(default_factory=ViTConfig)
     dino_head: HeadConfig = field(default_factory=HeadConfig)
     ibot_head: HeadConfig | None = None
@@ -88,14 +100,16 @@ class PretrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     accumulation_steps: int = 1
     """Micro-batches per optimiser step. Gradients are averaged over them, so memory is that of batch_size /
-    accumulation_steps images; Sinkhorn-Knopp, centring and KoLeo see one micro-batch at a time, as they see one
-    GPU's images in the reference, so prefer larger micro-batches while they fit."""
+    accumulation_steps images, split among the processes; Sinkhorn-Knopp, centring and KoLeo see one micro-batch of all
+    processes at a time, so prefer larger micro-batches while they fit."""
     precision: Precision = "fp32"
     """fp32, or bf16: bfloat16 autocast with float32 weights, optimiser and teacher."""
     device: str = "auto"
-    """Where to train: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
+    """Where to train: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one. Each process of torchrun takes the GPU
+    of its own number."""
     seed: int = 0
     """Seed of weights, data order, augmentation, masks and stochastic depth."""
     log_every: int = 10
@@ -134,5 +148,5 @@ class PretrainConfig:
 
     @property
     def micro_batch_size(self) -> int:
-        """Images of one forward and backward pass."""
+        """Images of one forward and backward pass, over all processes."""
         return self.batch_size // self.accumulation_steps

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console
 
 from dinov2.data import ImageDataset, batches, open_dataset
 from dinov2.models import save_pretrained
@@ -13,6 +16,7 @@ from dinov2.train.checkpoint import CheckpointDirectory, load_checkpoint, non_fi
 from dinov2.train.config import PretrainConfig
 from dinov2.train.interruption import Interrupted, StopSignals
 from dinov2.train.metrics import MetricsWriter, NonFiniteError, StepScalars, read_metrics, way_back
+from dinov2.train.processes import Processes, StopAgreement, join_processes
 from dinov2.train.progress import RunDisplay
 from dinov2.train.run_directory import check_run_directory, write_config
 from dinov2.train.trainer import Probe, Trainer
@@ -30,30 +34,40 @@ def pretrain(
             array ``[H, W, 3]``.
         probe: called before the first step, every ``probe_every`` steps and after the last one.
 
+    Under torchrun each process calls this with the same arguments, and they train as one; process 0 writes the run
+    directory. All of them call the probe, and its values in process 0 count.
+
     Raises:
         FileExistsError: the run directory is not empty, and ``resume`` is false.
         ValueError: resumed with another configuration, other images, or from a damaged checkpoint.
         NonFiniteError: a loss term or gradient became NaN or infinite; no such state is ever saved.
+        PeerError: another process of the run failed or fell silent.
         Interrupted: Ctrl-C or SIGTERM came; a checkpoint was saved.
     """
-    check_run_directory(config, resume=resume)
-    return Run(config, open_dataset(config.data) if dataset is None else dataset, probe).train()
+    with join_processes(config.device, config.parallel.timeout_seconds) as processes:
+        processes.first(lambda: check_run_directory(config, resume=resume))
+        return Run(config, open_dataset(config.data) if dataset is None else dataset, probe, processes).train()
 
 
 class Run:
     """The loop around :class:`Trainer`: metrics, probes, checkpoints and interruptions."""
 
-    def __init__(self, config: PretrainConfig, dataset: ImageDataset, probe: Probe | None) -> None:
+    def __init__(
+        self, config: PretrainConfig, dataset: ImageDataset, probe: Probe | None, processes: Processes
+    ) -> None:
         self.config = config
         self.dataset = dataset
         self.probe = probe
-        self.trainer = Trainer(config)
+        self.processes = processes
+        self.batch_size = processes.share(config.micro_batch_size)
+        self.trainer = Trainer(config, processes)
         self.checkpoints = CheckpointDirectory(config.output / "checkpoints", config.keep_checkpoints)
         self.scalars = StepScalars()
         self.finished_steps = 0
-        if latest := self.checkpoints.latest():
+        if latest := processes.first(self.checkpoints.latest):
             self._restore(latest)
-        self.display = RunDisplay(config, self.finished_steps)
+        self.display = RunDisplay(config, self.finished_steps, None if processes.is_first else Console(quiet=True))
+        self.writer: MetricsWriter | None = None
         self._restart_clock()
 
     def train(self) -> Path:
@@ -63,31 +77,38 @@ class Run:
         micro_batches = batches(
             self.dataset,
             config.data,
-            batch_size=config.micro_batch_size,
+            batch_size=self.batch_size,
             patch_size=config.vit.patch_size,
             seed=config.seed,
             start_step=start * config.accumulation_steps,
+            rank=self.processes.rank,
+            world_size=self.processes.world_size,
         )
-        write_config(config)  # from here on the directory holds a run; what was wrong with its input has been said
-        self.writer = MetricsWriter(config.output, start)
+        # From here on the directory holds a run; what was wrong with its input has been said.
+        self.processes.first(lambda: write_config(config))
+        if self.processes.is_first:
+            self.writer = MetricsWriter(config.output, start)
         self.display.header(
             parameters=sum(parameter.numel() for parameter in self.trainer.teacher_backbone.parameters()),
             data=f"{len(self.dataset):,} images, {type(self.dataset).__name__}",
-            device=str(self.trainer.device),
+            device=self.processes.describe(),
             start_step=start,
         )
-        with closing(self.writer), closing(micro_batches), self.display, StopSignals() as signals:
+        stop = StopAgreement(self.processes)
+        with ExitStack() as stack, closing(micro_batches), self.display, StopSignals() as signals:
+            if self.writer is not None:
+                stack.callback(self.writer.close)
             if start == 0:
                 self._measure()
             for step in range(start, config.steps):
                 self.scalars.append(self.trainer.step(step, micro_batches))
                 self._after_step()
-                if signals.received and self.finished_steps < config.steps:
+                if stop.after_step(signals.received) and self.finished_steps < config.steps:
                     self._stop()
         teacher = config.output / "teacher"
-        save_pretrained(self.trainer.teacher_backbone, teacher)
-        lines = read_metrics(config.output / "metrics.jsonl")
-        self.display.finish(lines, teacher)
+        self.processes.first(lambda: save_pretrained(self.trainer.teacher_backbone, teacher))
+        if self.processes.is_first:
+            self.display.finish(read_metrics(config.output / "metrics.jsonl"), teacher)
         return config.output
 
     def _after_step(self) -> None:
@@ -113,9 +134,13 @@ class Run:
             "images_per_second": self._interval_steps * self.config.batch_size / seconds,
         }
         self.scalars.clear()
-        self.writer.write(self.finished_steps, values)
+        self._write(values)
         self.display.metrics(self.finished_steps, values)
         self._restart_clock()
+
+    def _write(self, values: dict[str, Any]) -> None:
+        if self.writer is not None:
+            self.writer.write(self.finished_steps, values)
 
     def _restart_clock(self) -> None:
         self._interval_start, self._interval_steps = time.monotonic(), 0
@@ -124,13 +149,18 @@ class Run:
         if self.probe is None:
             return
         values = self.trainer.measure(self.probe)
-        self.writer.write(self.finished_steps, values)
+        self._write(values)
         self.display.probe(self.finished_steps, values)
         self._restart_clock()
 
     def _save(self) -> Path:
         """Write a checkpoint, after making sure that nothing in it is NaN or infinite."""
         self.scalars.check_finite(self.finished_steps, self.checkpoints.latest())
+        path = self.processes.first(self._write_checkpoint)
+        self._restart_clock()
+        return path
+
+    def _write_checkpoint(self) -> Path:
         state = self.trainer.state_dict()
         if spoilt := next(non_finite_tensors(state), None):
             raise NonFiniteError(
@@ -138,9 +168,7 @@ class Run:
                 f" {way_back(self.checkpoints.latest())}"
             )
         state |= {"step": self.finished_steps, "num_images": len(self.dataset), "scalars": self.scalars.state_dict()}
-        path = self.checkpoints.save(self.finished_steps, state)
-        self._restart_clock()
-        return path
+        return self.checkpoints.save(self.finished_steps, state)
 
     def _restore(self, checkpoint: Path) -> None:
         state = load_checkpoint(checkpoint)

@@ -21,6 +21,7 @@ MAY_CHANGE = frozenset(
         "keep_checkpoints",
         "data.root",
         "data.num_workers",
+        "parallel.timeout_seconds",
     }
 )
 """Fields that a resumed run may change: where it runs, what it writes, where its images lie, and how long it lasts

@@ -4,22 +4,29 @@ Everything random in a micro-batch is a pure function of the seed and its number
 :func:`dinov2.data.batches`) and, because PyTorch's generator is seeded anew before each, stochastic depth. A checkpoint
 therefore holds no generator states, a probe that draws random numbers disturbs nothing, and a resumed run repeats the
 uninterrupted one bit by bit (on the CPU; GPUs add up in no fixed order).
+
+Several processes train as one on their joint batch: the objective's statistics go over all of them, and gradients are
+averaged over them while the last micro-batch's backward pass runs (DistributedDataParallel).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dinov2.data import Batch
 from dinov2.models import VisionTransformer
 from dinov2.objectives import SelfDistillation, build_networks
 from dinov2.train.config import PretrainConfig
 from dinov2.train.parameter_groups import apply_settings, parameter_groups
+from dinov2.train.processes import Processes, resolve_device
 from dinov2.train.schedules import Schedules, StepSettings
 
 Probe = Callable[[VisionTransformer], dict[str, float]]
@@ -27,14 +34,21 @@ Probe = Callable[[VisionTransformer], dict[str, float]]
 
 
 class Trainer:
-    """Networks, objective and optimiser of a run, and one optimiser step of it."""
+    """Networks, objective and optimiser of a run, and one optimiser step of it.
 
-    def __init__(self, config: PretrainConfig) -> None:
+    Args:
+        config: the run.
+        processes: those that take part; None means this one alone.
+    """
+
+    def __init__(self, config: PretrainConfig, processes: Processes | None = None) -> None:
         self.config = config
-        self.device = resolve_device(config.device)
+        self.processes = processes = processes or Processes(resolve_device(config.device))
+        self.device = processes.device
         torch.manual_seed(config.seed)
         student, teacher = build_networks(config.vit, config.dino_head, config.ibot_head)
-        self.objective = SelfDistillation(student, teacher, config.objective).to(self.device)
+        self.objective = SelfDistillation(student, teacher, config.objective, processes.group).to(self.device)
+        self._replicas = None if processes.group is None else _replicated(self.objective, processes.group)
         self.schedules = Schedules(config)
         optim = config.optim
         groups = parameter_groups(
@@ -45,24 +59,27 @@ class Trainer:
     def step(self, step: int, micro_batches: Iterator[Batch]) -> dict[str, Tensor]:
         """One optimiser step over ``accumulation_steps`` micro-batches.
 
-        Returns its scalars, still on the device: the objective's terms (means over micro-batches) and each student
-        module's gradient norm before clipping.
+        Returns its scalars, still on the device: the objective's terms (means over micro-batches and processes) and
+        each student module's gradient norm before clipping.
         """
         config, settings = self.config, self.schedules(step)
         apply_settings(self.optimizer.param_groups, settings)
         self.optimizer.zero_grad()
         first = step * config.accumulation_steps
-        terms = [
-            self._forward_backward(next(micro_batches), settings, number)
-            for number in range(first, first + config.accumulation_steps)
-        ]
+        last = first + config.accumulation_steps - 1
+        terms = []
+        for number in range(first, last + 1):
+            with nullcontext() if self._replicas is None or number == last else self._replicas.no_sync():
+                terms.append(self._forward_backward(next(micro_batches), settings, number))
         norms = {
             f"grad_norm/{name}": nn.utils.clip_grad_norm_(module.parameters(), config.optim.clip_grad_norm)
             for name, module in self.objective.student.items()
         }
         self.optimizer.step()
         self.objective.update_average(settings.teacher_momentum)
-        return {name: torch.stack([term[name] for term in terms]).mean() for name in terms[0]} | norms
+        return self.processes.mean(
+            {name: torch.stack([term[name] for term in terms]).mean() for name in terms[0]} | norms
+        )
 
     def _forward_backward(self, batch: Batch, settings: StepSettings, number: int) -> dict[str, Tensor]:
         """Add the gradient of micro-batch ``number`` of the run."""
@@ -70,17 +87,21 @@ class Trainer:
         local_crops = batch["local_crops"].to(self.device, non_blocking=True)
         # Masks stay on the host: the number of masked patches is a shape, and asking a GPU for it would wait for it.
         on_device = Batch(global_crops=crops, local_crops=local_crops, masks=batch["masks"])
-        torch.manual_seed(micro_batch_seed(self.config.seed, number))
+        world_size, rank = self.processes.world_size, self.processes.rank
+        torch.manual_seed(micro_batch_seed(self.config.seed, number * world_size + rank))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            terms: dict[str, Tensor] = self.objective(on_device, settings.teacher_temperature)
+            terms: dict[str, Tensor] = (self._replicas or self.objective)(on_device, settings.teacher_temperature)
         (terms["total"] / self.config.accumulation_steps).backward()
         self._last_crops = crops
         return {name: term.detach().float() for name, term in terms.items()}
 
     def collapse_statistics(self, step: int) -> dict[str, float]:
-        """How the targets of the last micro-batch spread over the prototypes; costs a forward pass of the teacher."""
+        """How the targets of the last micro-batch spread over the prototypes, a mean over processes.
+
+        Costs a forward pass of the teacher; all processes must call it.
+        """
         statistics = self.objective.collapse_statistics(self._last_crops, self.schedules(step).teacher_temperature)
-        return {name: float(value) for name, value in statistics.items()}
+        return {name: float(value) for name, value in self.processes.mean(statistics).items()}
 
     def measure(self, probe: Probe) -> dict[str, float]:
         """What ``probe`` says of the teacher's backbone."""
@@ -115,11 +136,15 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device that ``device`` of the configuration names; ``"auto"`` takes an accelerator if there is one."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+def _replicated(objective: SelfDistillation, group: dist.ProcessGroup) -> DistributedDataParallel:
+    """The objective with gradients averaged over the processes.
+
+    The centres are the same everywhere by themselves. No device is named, because inputs would then be moved to it,
+    and masks stay on the host.
+    """
+    return DistributedDataParallel(
+        objective, process_group=group, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
 
 
 def micro_batch_seed(seed: int, number: int) -> int:

@@ -1,0 +1,173 @@
+"""The processes of a run: one by itself, or those that torchrun started, which train as one.
+
+Nothing here waits for the accelerator. What processes tell each other beside gradients and statistics of a batch (that
+they shall stop, that the first one failed) goes from host to host by gloo.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Result = TypeVar("Result")
+
+
+class PeerError(ConnectionError):
+    """Another process of the run failed, ended or fell silent."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run, as one of them sees them.
+
+    Attributes:
+        device: where this process trains.
+        rank: its number.
+        world_size: how many there are.
+        group: all of them; None if there is only one, which then needs nothing of torch.distributed.
+    """
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what the run leaves behind."""
+        return self.rank == 0
+
+    def describe(self) -> str:
+        """Where the run takes place, in words."""
+        return f"{self.device}" if self.world_size == 1 else f"{self.world_size} processes on {self.device.type}"
+
+    def share(self, images: int) -> int:
+        """Images of each process among ``images`` of one micro-batch.
+
+        Raises:
+            ValueError: they do not split evenly.
+        """
+        if images % self.world_size:
+            raise ValueError(
+                "batch_size / accumulation_steps must be a multiple of the number of processes, but"
+                f" {images} images do not split among {self.world_size}"
+            )
+        return images // self.world_size
+
+    def mean(self, scalars: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Mean of each scalar over the processes, float32 on the device, by one all-reduce."""
+        if self.group is None:
+            return dict(scalars)
+        values = torch.stack([value.detach().float() for value in scalars.values()])
+        dist.all_reduce(values, group=self.group)
+        return dict(zip(scalars, values / self.world_size, strict=True))
+
+    def first(self, action: Callable[[], Result]) -> Result:
+        """What ``action`` returns in the first process, which alone carries it out; the others wait for it.
+
+        Raises:
+            PeerError: it failed; raised in the others, while the first process raises the error itself.
+        """
+        if self.group is None:
+            return action()
+        outcome: list[tuple[Result | None, str | None]] = [(None, None)]
+        error: BaseException | None = None
+        if self.is_first:
+            try:
+                outcome = [(action(), None)]
+            except Exception as caught:
+                error, outcome = caught, [(None, str(caught))]
+        dist.broadcast_object_list(outcome, src=0, group=self.group)
+        if error is not None:
+            raise error
+        result, failure = outcome[0]
+        if failure is not None:
+            raise PeerError(f"process 0 failed: {failure}")
+        return result  # type: ignore[return-value]
+
+
+class StopAgreement:
+    """Lets all processes stop after the same step, once any of them was told to.
+
+    One process stops at once. Several learn at the end of each step what all knew at the end of the step before: that
+    exchange runs beside the step, so none of them waits for it.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self._group = processes.group
+        self._pending: tuple[Tensor, dist.Work] | None = None
+
+    def after_step(self, told: bool) -> bool:
+        """Whether to stop now. Every process calls it after every step, with whether it was told to stop."""
+        if self._group is None:
+            return told
+        before, self._pending = self._pending, self._send(told)
+        if before is None:
+            return False
+        anyone, work = before
+        work.wait()
+        return bool(anyone.item())
+
+    def _send(self, told: bool) -> tuple[Tensor, dist.Work]:
+        flag = torch.tensor(int(told))  # on the host, whatever the device: this is gloo's
+        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        assert work is not None
+        return flag, work
+
+
+@contextmanager
+def join_processes(device: str, timeout_seconds: float) -> Iterator[Processes]:
+    """The processes of this run: those of torchrun, those of a process group that exists already, or this one alone.
+
+    Args:
+        device: ``device`` of the configuration; with several processes on GPUs, LOCAL_RANK chooses the GPU.
+        timeout_seconds: how long one may wait for the others before the run fails.
+
+    Raises:
+        PeerError: another process failed, ended or was silent for longer than that.
+    """
+    owned = dist.is_torchelastic_launched() and not dist.is_initialized()
+    if not owned and not dist.is_initialized():
+        yield Processes(resolve_device(device))
+        return
+    chosen = resolve_device(device)
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(chosen)
+    if owned:
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    try:
+        yield Processes(chosen, rank, world_size, dist.group.WORLD)
+    except RuntimeError as error:
+        if not is_lost_connection(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise PeerError(
+            f"process {rank} of {world_size} lost another one, which failed, was stopped, or was silent for more than"
+            f" parallel.timeout_seconds; its own output says why ({reason})"
+        ) from error
+    finally:
+        if owned:
+            dist.destroy_process_group()
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether an error is torch.distributed's word on a lost process; gloo has no type of its own for it."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that ``device`` of the configuration names; ``"auto"`` takes an accelerator if there is one."""
+    if name != "auto":
+        return torch.device(name)
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

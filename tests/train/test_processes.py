@@ -1,0 +1,212 @@
+"""Several processes train as one: same losses, same weights, one run directory, one end."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from dinov2.data import Batch, batches, open_dataset
+from dinov2.objectives import ObjectiveConfig
+from dinov2.train import PretrainConfig, read_metrics
+from dinov2.train.checkpoint import CheckpointDirectory, load_checkpoint
+from dinov2.train.processes import Processes, StopAgreement
+from dinov2.train.trainer import Trainer, micro_batch_seed
+
+WORLD_SIZE = 2
+STEPS = 5
+TOLERANCE = {"softmax": 1e-9, "sinkhorn_knopp": 1e-5}  # weights in float64; log u of Sinkhorn passes through float32
+
+
+def micro_batches(config: PretrainConfig, rank: int) -> Iterator[Batch]:
+    """What process ``rank`` of two reads, in float64."""
+    stream = batches(
+        open_dataset(config.data),
+        config.data,
+        batch_size=config.micro_batch_size // WORLD_SIZE,
+        patch_size=config.vit.patch_size,
+        seed=config.seed,
+        rank=rank,
+        world_size=WORLD_SIZE,
+    )
+    for batch in stream:
+        yield Batch(
+            global_crops=batch["global_crops"].double(),
+            local_crops=batch["local_crops"].double(),
+            masks=batch["masks"],
+        )
+
+
+def merged(config: PretrainConfig) -> Iterator[Batch]:
+    """The micro-batches of both processes as one, crop by crop."""
+    images = config.micro_batch_size // WORLD_SIZE
+    for parts in zip(*(micro_batches(config, rank) for rank in range(WORLD_SIZE)), strict=True):
+        yield {name: interleaved([part[name] for part in parts], images) for name in parts[0]}
+
+
+def interleaved(parts: list[torch.Tensor], images: int) -> torch.Tensor:
+    """Crops of ``images`` images of each process, as one batch of all images, crop by crop."""
+    crops = zip(*(part.split(images) for part in parts), strict=True)
+    return torch.cat([crop for of_all in crops for crop in of_all])
+
+
+def draw_as_two(trainer: Trainer) -> None:
+    """Let the student of one process run the images of each of two processes apart, under the seeds of those."""
+    backbone = trainer.objective.student["backbone"]
+    images = trainer.config.micro_batch_size // WORLD_SIZE
+    forward, numbers = backbone.forward_features, iter(range(1000))
+
+    def forward_apart(crops, masks):
+        number, outputs = next(numbers), []
+        for rank in range(WORLD_SIZE):
+            torch.manual_seed(micro_batch_seed(trainer.config.seed, number * WORLD_SIZE + rank))
+            mine = [torch.cat(x.split(images)[rank::WORLD_SIZE]) for x in crops]
+            my_masks = [None if x is None else torch.cat(x.split(images)[rank::WORLD_SIZE]) for x in masks]
+            outputs.append(forward(mine, masks=my_masks))
+        return [
+            {name: interleaved([output[name] for output in both], images) for name in both[0]}
+            for both in zip(*outputs, strict=True)
+        ]
+
+    backbone.forward_features = forward_apart
+
+
+CASES = {
+    "softmax, shared": {},
+    "softmax, separate, drop": {"separate": True, "drop": 0.3},
+    "sinkhorn, shared, drop, accumulated": {"centering": "sinkhorn_knopp", "drop": 0.3, "accumulation": 2},
+    "sinkhorn, separate": {"centering": "sinkhorn_knopp", "separate": True},
+}
+
+
+def configured(config, *, centering="softmax", separate=False, drop=0.0, accumulation=1) -> PretrainConfig:
+    return dataclasses.replace(
+        config,
+        batch_size=4 * accumulation,
+        accumulation_steps=accumulation,
+        vit=dataclasses.replace(config.vit, drop_path_rate=drop, init_values=1.0),
+        ibot_head=config.dino_head if separate else None,
+        objective=ObjectiveConfig(centering=centering),
+    )
+
+
+def train_beside_one_process(rank: int, store: str, config: PretrainConfig) -> None:
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD_SIZE)
+    processes = Processes(torch.device("cpu"), rank, WORLD_SIZE, dist.group.WORLD)
+    for case, options in CASES.items():
+        changed = configured(config, **options)
+        tolerance = TOLERANCE[changed.objective.centering]
+        split, single = Trainer(changed, processes), Trainer(changed)
+        draw_as_two(single)
+        mine, whole = micro_batches(changed, rank), merged(changed)
+        for step in range(STEPS):
+            actual, expected = split.step(step, mine), single.step(step, whole)
+            for name, value in expected.items():  # float32, as they are logged
+                torch.testing.assert_close(actual[name], value.float(), rtol=2e-6, atol=2e-6, msg=f"{case}: {name}")
+        for name, tensor in single.objective.state_dict().items():
+            torch.testing.assert_close(
+                split.objective.state_dict()[name], tensor, rtol=0, atol=tolerance, msg=f"{case}: {name}"
+            )
+    check_communication(Trainer(configured(config, accumulation=2), processes), configured(config, accumulation=2))
+    check_stop(processes)
+    dist.destroy_process_group()
+
+
+def check_communication(trainer: Trainer, config: PretrainConfig) -> None:
+    """Gradients are exchanged in the last micro-batch alone."""
+    exchanges = []
+
+    def counts(state, bucket):
+        exchanges.append(len(seen))
+        future = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    seen = []
+    trainer._replicas.register_comm_hook(None, counts)
+    forward = trainer._forward_backward
+    trainer._forward_backward = lambda *arguments: (seen.append(1), forward(*arguments))[1]
+    trainer.step(0, micro_batches(config, trainer.processes.rank))
+    assert exchanges
+    assert set(exchanges) == {2}
+
+
+def check_stop(processes: Processes) -> None:
+    """One process is told to stop after step 2; both stop after step 3."""
+    stop = StopAgreement(processes)
+    answers = [stop.after_step(processes.rank == 1 and step == 2) for step in range(1, 4)]
+    assert answers == [False, False, True]
+
+
+def test_two_processes_train_as_one(config: PretrainConfig, tmp_path: Path) -> None:
+    mp.spawn(train_beside_one_process, args=(f"{tmp_path}/store", config), nprocs=WORLD_SIZE)
+
+
+RUN = "import pickle, sys; from dinov2.train import pretrain; pretrain(*pickle.load(open(sys.argv[1], 'rb')))"
+FAILS = (
+    "import os; from dinov2.train.trainer import Trainer; step = Trainer.step\n"
+    "def fails(self, number, batches):\n"
+    "    if number == 2 and self.processes.rank == 1: raise ValueError('the disk of process 1 is gone')\n"
+    "    return step(self, number, batches)\n"
+    "Trainer.step = fails\n"
+)
+
+
+def torchrun(tmp_path: Path, config: PretrainConfig, *, resume: bool = False, before: str = "") -> subprocess.Popen:
+    """Two processes of ``pretrain``; ``before`` is what each runs first."""
+    (tmp_path / "script.py").write_text(before + RUN)
+    (tmp_path / "arguments").write_bytes(pickle.dumps((config, resume)))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD_SIZE}"]
+    return subprocess.Popen(
+        [*launcher, str(tmp_path / "script.py"), str(tmp_path / "arguments")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)},
+    )
+
+
+def test_a_run_of_two_is_stopped_and_goes_on_exactly(config: PretrainConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(config, steps=40, checkpoint_every=40)
+    whole = dataclasses.replace(config, output=tmp_path / "whole")
+    assert torchrun(tmp_path, whole).wait() == 0
+    process = torchrun(tmp_path, config)
+    while process.poll() is None and len(read_metrics(config.output / "metrics.jsonl")) < 3:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    errors = process.communicate()[1]
+    assert "Interrupted: stopped after step" in errors
+    stopped = CheckpointDirectory(config.output / "checkpoints", 1).latest()
+    assert stopped is not None
+    assert 3 <= load_checkpoint(stopped)["step"] < 40
+    assert torchrun(tmp_path, config, resume=True).wait() == 0
+    first, second = (read_metrics(output / "metrics.jsonl") for output in (whole.output, config.output))
+    assert [line["step"] for line in second] == list(range(1, 41))
+    assert [line["total"] for line in first] == [line["total"] for line in second]
+
+
+def test_the_others_of_a_failed_process_say_so(config: PretrainConfig, tmp_path: Path) -> None:
+    process = torchrun(tmp_path, config, before=FAILS)
+    errors = process.communicate(timeout=200)[1]
+    assert process.returncode != 0
+    assert "the disk of process 1 is gone" in errors
+
+
+def test_images_that_do_not_split_are_refused() -> None:
+    processes = Processes(torch.device("cpu"), rank=0, world_size=3)
+    assert processes.share(6) == 2
+    with pytest.raises(ValueError, match=r"must be a multiple of the number of processes, but 4 images .* among 3"):
+        processes.share(4)
