@@ -14,6 +14,7 @@ from dinov2.models import HeadConfig, ViTConfig
 from dinov2.objectives import ObjectiveConfig
 
 Precision = Literal["fp32", "bf16"]
+Sharding = Literal["replicate", "full"]
 COUNTS = (
     "steps",
     "batch_size",
@@ -73,10 +74,15 @@ class TeacherConfig:
 class ParallelConfig:
     """Several processes, as torchrun starts them; one process needs none of it."""
 
+    sharding: Sharding = "replicate"
+    """replicate: every process holds everything. full: each holds its part of weights, gradients and optimiser state,
+    and gathers a block when it runs; needs less memory and exchanges more."""
     timeout_seconds: float = 600.0
     """How long a process waits for the others before the run fails."""
 
     def __post_init__(self) -> None:
+        if self.sharding not in get_args(Sharding):
+            raise ValueError(f"sharding must be one of {', '.join(get_args(Sharding))}, but is {self.sharding!r}")
         if not self.timeout_seconds > 0:
             raise ValueError(f"timeout_seconds must be above 0, but is {self.timeout_seconds}")
 
@@ -137,6 +143,11 @@ class PretrainConfig:
                 "KoLeo spreads the images of a micro-batch and needs at least 2 of them, but batch_size"
                 f" {self.batch_size} over accumulation_steps {self.accumulation_steps} leaves {self.micro_batch_size}:"
                 " raise batch_size, or set objective.koleo_weight to 0"
+            )
+        if self.parallel.sharding == "full" and self.objective.student_logits == "recomputed":
+            raise ValueError(
+                "objective.student_logits must be stored with parallel.sharding full, but is recomputed: that reads"
+                " whole prototypes, of which each process holds a part"
             )
         for part, fraction in (
             ("optim.warmup_fraction", self.optim.warmup_fraction),

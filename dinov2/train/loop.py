@@ -106,7 +106,8 @@ class Run:
                 if stop.after_step(signals.received) and self.finished_steps < config.steps:
                     self._stop()
         teacher = config.output / "teacher"
-        self.processes.first(lambda: save_pretrained(self.trainer.teacher_backbone, teacher))
+        backbone = self.trainer.finished_backbone()
+        self.processes.first(lambda: save_pretrained(backbone, teacher))
         if self.processes.is_first:
             self.display.finish(read_metrics(config.output / "metrics.jsonl"), teacher)
         return config.output
@@ -156,12 +157,12 @@ class Run:
     def _save(self) -> Path:
         """Write a checkpoint, after making sure that nothing in it is NaN or infinite."""
         self.scalars.check_finite(self.finished_steps, self.checkpoints.latest())
-        path = self.processes.first(self._write_checkpoint)
+        state = self.trainer.state_dict()
+        path = self.processes.first(lambda: self._write_checkpoint(state))
         self._restart_clock()
         return path
 
-    def _write_checkpoint(self) -> Path:
-        state = self.trainer.state_dict()
+    def _write_checkpoint(self, state: dict[str, Any]) -> Path:
         if spoilt := next(non_finite_tensors(state), None):
             raise NonFiniteError(
                 f"training stopped: after step {self.finished_steps} the tensor {spoilt} holds NaN or infinity;"

@@ -21,6 +21,7 @@ MAY_CHANGE = frozenset(
         "keep_checkpoints",
         "data.root",
         "data.num_workers",
+        "parallel.sharding",
         "parallel.timeout_seconds",
     }
 )

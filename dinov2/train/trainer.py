@@ -6,19 +6,23 @@ therefore holds no generator states, a probe that draws random numbers disturbs 
 uninterrupted one bit by bit (on the CPU; GPUs add up in no fixed order).
 
 Several processes train as one on their joint batch: the objective's statistics go over all of them, and gradients are
-averaged over them while the last micro-batch's backward pass runs (DistributedDataParallel).
+averaged over them while the last micro-batch's backward pass runs: by DistributedDataParallel, or by FSDP where the
+networks are split among the processes.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dinov2.data import Batch
@@ -28,6 +32,7 @@ from dinov2.train.config import PretrainConfig
 from dinov2.train.parameter_groups import apply_settings, parameter_groups
 from dinov2.train.processes import Processes, resolve_device
 from dinov2.train.schedules import Schedules, StepSettings
+from dinov2.train.sharding import exchange_gradients, gathered, shard_network, split_like
 
 Probe = Callable[[VisionTransformer], dict[str, float]]
 """Measures the teacher's backbone, in eval mode and without gradients, e.g. the k-NN accuracy on labelled images."""
@@ -48,7 +53,13 @@ class Trainer:
         torch.manual_seed(config.seed)
         student, teacher = build_networks(config.vit, config.dino_head, config.ibot_head)
         self.objective = SelfDistillation(student, teacher, config.objective, processes.group).to(self.device)
-        self._replicas = None if processes.group is None else _replicated(self.objective, processes.group)
+        self._is_split = processes.group is not None and config.parallel.sharding == "full"
+        self._replicas = None
+        if processes.group is not None and self._is_split:
+            for network in (student, teacher):
+                shard_network(network, processes.group, self.device)
+        elif processes.group is not None:
+            self._replicas = _replicated(self.objective, processes.group)
         self.schedules = Schedules(config)
         optim = config.optim
         groups = parameter_groups(
@@ -69,10 +80,12 @@ class Trainer:
         last = first + config.accumulation_steps - 1
         terms = []
         for number in range(first, last + 1):
+            if self._is_split:
+                exchange_gradients(self.objective.student, number == last)
             with nullcontext() if self._replicas is None or number == last else self._replicas.no_sync():
                 terms.append(self._forward_backward(next(micro_batches), settings, number))
         norms = {
-            f"grad_norm/{name}": nn.utils.clip_grad_norm_(module.parameters(), config.optim.clip_grad_norm)
+            f"grad_norm/{name}": _whole(nn.utils.clip_grad_norm_(module.parameters(), config.optim.clip_grad_norm))
             for name, module in self.objective.student.items()
         }
         self.optimizer.step()
@@ -116,24 +129,53 @@ class Trainer:
         return backbone
 
     def state_dict(self) -> dict[str, Any]:
-        """Networks by the names of facebook's files, the objective's own buffers (centres), the optimiser."""
+        """Networks by the names of facebook's files, the objective's own buffers (centres), the optimiser.
+
+        Tensors are whole, also where the processes hold parts of them; then all processes must call it.
+        """
         own = {
             name: tensor
             for name, tensor in self.objective.state_dict().items()
             if not name.startswith(("student.", "teacher."))
         }
-        return {
-            "student": self.objective.student.state_dict(),
-            "teacher": self.objective.teacher.state_dict(),
-            "objective": own,
-            "optimizer": self.optimizer.state_dict(),
-        }
+        state: dict[str, Any] = gathered(
+            {
+                "student": self.objective.student.state_dict(),
+                "teacher": self.objective.teacher.state_dict(),
+                "objective": own,
+                "optimizer": self.optimizer.state_dict(),
+            }
+        )
+        return state
+
+    def finished_backbone(self) -> VisionTransformer:
+        """The teacher's backbone with whole weights; where they are split, a copy on the host."""
+        if not self._is_split:
+            return self.teacher_backbone
+        with torch.device("meta"):
+            whole = VisionTransformer(replace(self.config.vit, drop_path_rate=0.0))
+        whole.load_state_dict(gathered(self.teacher_backbone.state_dict()), assign=True)
+        return whole
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` returned."""
         networks = {f"{role}.{name}": tensor for role in ("student", "teacher") for name, tensor in state[role].items()}
-        self.objective.load_state_dict(networks | state["objective"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        own = self.objective.state_dict()
+        whole = networks | state["objective"]
+        self.objective.load_state_dict(
+            {name: split_like(tensor, own.get(name, tensor)) for name, tensor in whole.items()}
+        )
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        moments = {
+            index: {name: split_like(moment, parameters[index]) for name, moment in of_one.items()}
+            for index, of_one in state["optimizer"]["state"].items()
+        }
+        self.optimizer.load_state_dict({**state["optimizer"], "state": moments})
+
+
+def _whole(norm: Tensor) -> Tensor:
+    """A gradient norm over all parts of a module."""
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def _replicated(objective: SelfDistillation, group: dist.ProcessGroup) -> DistributedDataParallel:
@@ -142,9 +184,11 @@ def _replicated(objective: SelfDistillation, group: dist.ProcessGroup) -> Distri
     The centres are the same everywhere by themselves. No device is named, because inputs would then be moved to it,
     and masks stay on the host.
     """
-    return DistributedDataParallel(
-        objective, process_group=group, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has a new name, which PyTorch 2.10 lacks
+        return DistributedDataParallel(
+            objective, process_group=group, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
 
 
 def micro_batch_seed(seed: int, number: int) -> int:

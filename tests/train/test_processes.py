@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 import pickle
@@ -18,10 +19,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from dinov2.data import Batch, batches, open_dataset
+from dinov2.models import load_pretrained
 from dinov2.objectives import ObjectiveConfig
-from dinov2.train import PretrainConfig, read_metrics
+from dinov2.train import ParallelConfig, PretrainConfig, pretrain, read_metrics
 from dinov2.train.checkpoint import CheckpointDirectory, load_checkpoint
 from dinov2.train.processes import Processes, StopAgreement
+from dinov2.train.sharding import gathered
 from dinov2.train.trainer import Trainer, micro_batch_seed
 
 WORLD_SIZE = 2
@@ -82,7 +85,9 @@ def draw_as_two(trainer: Trainer) -> None:
     backbone.forward_features = forward_apart
 
 
-CASES = {
+CASES: dict[str, dict] = {
+    "split, softmax, separate, drop": {"separate": True, "drop": 0.3, "sharding": "full"},
+    "split, sinkhorn, shared, accumulated": {"centering": "sinkhorn_knopp", "accumulation": 2, "sharding": "full"},
     "softmax, shared": {},
     "softmax, separate, drop": {"separate": True, "drop": 0.3},
     "sinkhorn, shared, drop, accumulated": {"centering": "sinkhorn_knopp", "drop": 0.3, "accumulation": 2},
@@ -90,7 +95,7 @@ CASES = {
 }
 
 
-def configured(config, *, centering="softmax", separate=False, drop=0.0, accumulation=1) -> PretrainConfig:
+def configured(config, *, centering="softmax", separate=False, drop=0.0, accumulation=1, sharding="replicate"):
     return dataclasses.replace(
         config,
         batch_size=4 * accumulation,
@@ -98,6 +103,7 @@ def configured(config, *, centering="softmax", separate=False, drop=0.0, accumul
         vit=dataclasses.replace(config.vit, drop_path_rate=drop, init_values=1.0),
         ibot_head=config.dino_head if separate else None,
         objective=ObjectiveConfig(centering=centering),
+        parallel=ParallelConfig(sharding=sharding),
     )
 
 
@@ -116,30 +122,58 @@ def train_beside_one_process(rank: int, store: str, config: PretrainConfig) -> N
             actual, expected = split.step(step, mine), single.step(step, whole)
             for name, value in expected.items():  # float32, as they are logged
                 torch.testing.assert_close(actual[name], value.float(), rtol=2e-6, atol=2e-6, msg=f"{case}: {name}")
+        state = gathered(split.objective.state_dict())
         for name, tensor in single.objective.state_dict().items():
-            torch.testing.assert_close(
-                split.objective.state_dict()[name], tensor, rtol=0, atol=tolerance, msg=f"{case}: {name}"
-            )
-    check_communication(Trainer(configured(config, accumulation=2), processes), configured(config, accumulation=2))
+            torch.testing.assert_close(state[name], tensor, rtol=0, atol=tolerance, msg=f"{case}: {name}")
+        if changed.parallel.sharding == "full":
+            check_state(split, Trainer(changed), Trainer(changed, processes))
+    for sharding in ("replicate", "full"):
+        accumulated = configured(config, accumulation=2, sharding=sharding)
+        check_communication(Trainer(accumulated, processes), accumulated)
     check_stop(processes)
     dist.destroy_process_group()
 
 
+def check_state(trainer: Trainer, whole: Trainer, split: Trainer) -> None:
+    """What split processes save, one process and other split processes take over."""
+    state = trainer.state_dict()
+    for other in (whole, split):
+        other.load_state_dict(copy.deepcopy(state))
+        taken = other.state_dict()
+        for part in ("student", "teacher", "objective"):
+            assert all(torch.equal(taken[part][name], tensor) for name, tensor in state[part].items())
+        for index, moments in state["optimizer"]["state"].items():
+            assert all(torch.equal(taken["optimizer"]["state"][index][name], x) for name, x in moments.items())
+    backbone = trainer.finished_backbone().state_dict()
+    assert all(torch.equal(state["teacher"][f"backbone.{name}"], tensor) for name, tensor in backbone.items())
+    part = split.objective.student["dino_head"].last_layer.weight_v.to_local()
+    assert len(part) == 64 // WORLD_SIZE
+
+
 def check_communication(trainer: Trainer, config: PretrainConfig) -> None:
     """Gradients are exchanged in the last micro-batch alone."""
-    exchanges = []
+    started, exchanges = [], []  # micro-batches begun, and how many had at each exchange
 
-    def counts(state, bucket):
-        exchanges.append(len(seen))
+    def averages(state, bucket):
+        exchanges.append(len(started))
         future = torch.futures.Future()
         future.set_result(bucket.buffer())
         return future
 
-    seen = []
-    trainer._replicas.register_comm_hook(None, counts)
-    forward = trainer._forward_backward
-    trainer._forward_backward = lambda *arguments: (seen.append(1), forward(*arguments))[1]
+    def scatters(*arguments, **options):
+        exchanges.append(len(started))
+        return reduce_scatter(*arguments, **options)
+
+    name = (
+        "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
+    )  # PyTorch 2.10
+    forward, reduce_scatter = trainer._forward_backward, getattr(dist, name)
+    trainer._forward_backward = lambda *arguments: (started.append(1), forward(*arguments))[1]
+    if trainer._replicas is not None:
+        trainer._replicas.register_comm_hook(None, averages)
+    setattr(dist, name, scatters)
     trainer.step(0, micro_batches(config, trainer.processes.rank))
+    setattr(dist, name, reduce_scatter)
     assert exchanges
     assert set(exchanges) == {2}
 
@@ -196,6 +230,22 @@ def test_a_run_of_two_is_stopped_and_goes_on_exactly(config: PretrainConfig, tmp
     first, second = (read_metrics(output / "metrics.jsonl") for output in (whole.output, config.output))
     assert [line["step"] for line in second] == list(range(1, 41))
     assert [line["total"] for line in first] == [line["total"] for line in second]
+
+
+def test_a_split_run_is_continued_by_one_process_and_back(config: PretrainConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(config, parallel=ParallelConfig(sharding="full"))
+    for steps, processes in ((3, WORLD_SIZE), (5, 1), (8, WORLD_SIZE)):
+        longer = dataclasses.replace(config, steps=steps)
+        if processes == 1:
+            pretrain(longer, resume=True)
+        else:
+            assert torchrun(tmp_path, longer, resume=steps > 3).wait() == 0
+    assert [line["step"] for line in read_metrics(config.output / "metrics.jsonl")] == list(range(1, 9))
+    newest = CheckpointDirectory(config.output / "checkpoints", 1).latest()
+    assert newest is not None
+    weights = load_checkpoint(newest)["teacher"]
+    teacher = load_pretrained(config.output / "teacher").state_dict()
+    assert all(torch.equal(weights[f"backbone.{name}"], tensor) for name, tensor in teacher.items())
 
 
 def test_the_others_of_a_failed_process_say_so(config: PretrainConfig, tmp_path: Path) -> None:
