@@ -1,12 +1,14 @@
-"""The native CPU operators: every target this processor runs, values of shared targets and many rows, threads."""
+"""The native CPU operators: every target this processor runs, shared targets and many rows, threads, memory."""
 
 from __future__ import annotations
+
+import sys
 
 import pytest
 import torch
 
 from dinov2_kernels import _library
-from tests.cpu_targets import TARGETS, run_value_tests
+from tests.cpu_targets import TARGETS, run_python, run_value_tests
 from tests.cross_entropy.cases import CASES, DTYPES, Case, assert_matches_reference
 
 native = torch.ops.dinov2_kernels
@@ -80,6 +82,39 @@ def test_values_are_the_same_for_every_number_of_threads(case: Case, dtype: torc
         torch.set_num_threads(threads)
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+PEAK_MEMORY = """
+import sys, torch, dinov2_kernels as dk
+from pathlib import Path
+
+def memory(name):
+    return next(1024 * int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith(name))
+
+def step(student, teacher, index):
+    loss = dk.soft_cross_entropy(
+        student, teacher, student_temperature=0.1, teacher_temperature=0.07, teacher_index=index,
+        overwrite_student_logits=sys.argv[1] == "overwrite",
+    )
+    return torch.autograd.grad(loss.sum(), student)  # backward() would copy it into a leaf's grad
+
+torch.set_num_threads(2)
+step(torch.randn(64, 512, requires_grad=True), torch.randn(8, 512), torch.arange(64) % 8)  # starts the threads
+student, teacher = torch.randn(256, 65536, requires_grad=True), torch.randn(32, 65536)
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
+held = memory("VmRSS")
+step(student, teacher, torch.arange(256) % 32)
+print(memory("VmHWM") - held)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("where", "gradients"), [("fresh", 1), ("overwrite", 0)])
+def test_peak_memory_is_that_of_the_gradient(where: str, gradients: int) -> None:
+    run = run_python("-c", PEAK_MEMORY, where)
+    assert run.returncode == 0, run.stderr
+    size = 256 * 65536 * 4
+    assert int(run.stdout) <= gradients * size + size / 20
 
 
 @pytest.mark.parametrize("target", TARGETS)
