@@ -5,7 +5,8 @@ offset, as in the models with registers: such weights mean the same in Hugging F
 steps whatever the data, are steps here.
 
 ``accumulation_steps`` splits the global batch into the micro-batches that one GPU of the published runs held, so that
-KoLeo compares as many images as it did there. On one GPU each step then takes as long as it sounds.
+KoLeo compares as many images as it did there. On one GPU each step then takes as long as it sounds. The processes of
+``torchrun`` share a micro-batch: with N of them, divide ``accumulation_steps`` by N.
 """
 
 from __future__ import annotations
