@@ -10,11 +10,11 @@ Prediction, per float32 element, two threads of a 2-core machine with AVX-512 (2
   B = 1024, 15 times faster than the recipe. bfloat16 moves half the bytes but computes the same.
 - ``sinkhorn_knopp``: floor 20 bytes. One more exponential, and the result [B, K] is written and mapped.
 
-Measured on 2026-11-25, in CPU time beside other work: ``sinkhorn_bias`` 8 times less than the recipe in float32 and 11
-times in bfloat16, ``sinkhorn_knopp`` 4.5 and 6 for B = 128. What the prediction missed:
+Measured (results/2026-11-25): ``sinkhorn_bias`` 9 times faster than the recipe in float32, 10 to 13 times in bfloat16;
+``sinkhorn_knopp`` 4.7 and 6 times, where memory for its result is at hand. What the prediction missed:
 
 - The recipe takes 5.5 ns where the processor has AVX-512.
-- ``sinkhorn_bias`` takes 0.67 ns an element with both cores free: 45 ms for B = 1024, 38 ms in bfloat16. An iteration
+- ``sinkhorn_bias`` takes 0.67 to 0.77 ns an element: 45 to 52 ms for B = 1024, 38 to 42 in bfloat16. An iteration
   that keeps its exponentials costs 16 ms and the last one, which keeps none, 10 ms, which is its arithmetic: bfloat16
   takes as long. Of the 6 ms, 3 are the narrow tiles: of a row 128 columns are read at a time, and the next row lies
   256 KB further on, in the same set of the caches. Prefetching 8 rows ahead wins 2 ms; more rows ahead evict each
