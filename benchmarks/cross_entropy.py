@@ -12,6 +12,11 @@ Prediction for two cores with AVX-512 (27 GB/s of reads), per student logit of f
   backward the same and a write of 4: 2.5 exponentials, 14 bytes: 0.8 ns by arithmetic, 0.5 by memory. 55 ms, and 30 to
   map 268 MB: 4 times faster, in a third of the memory or less.
 - bfloat16: half the bytes, the same arithmetic; the recipe first makes float32 copies. 5 times.
+
+Measured (results/2026-11-25): 6.7 and 9.5 times faster than the recipe in float32, 5.9 and 7.4 in bfloat16; with the
+gradient in place of the logits 13 to 23 times. An earlier run had 3.3 in float32 and 13 in bfloat16. What the
+prediction missed: mapping the gradient takes 45 to 230 ms, as the host has memory at hand. Arithmetic and reads take
+74 ms in float32 and 44 in bfloat16, where 55 were predicted.
 """
 
 from __future__ import annotations

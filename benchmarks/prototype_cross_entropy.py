@@ -19,11 +19,11 @@ of float32, 268 MB, is mapped in 60 ms, in pages of 4 KB:
   with the gradients; ours 16 MB of chunks and the gradient of the prototypes, 67 MB: 0.06 of it, and 0.02 without that
   gradient on both sides.
 
-Measured with 1024 rows of the teacher, forward and backward, five rounds on a calm machine: 0.98 s in float32, 2.0
-times faster than the recipe, and 0.56 s in bfloat16, 2.8 times. Peak memory 78 MB beside 1208 MB and 76 MB beside 1040
-MB: 0.07, and 0.01 without the gradient. What the prediction missed: the recipe takes 2.0 s and 1.6 s, a third more,
-which was not looked into; weight normalisation took 0.12 s of ours, three times as much. Compiled, with 256 rows and
-forward alone: not measured yet.
+Measured with 1024 rows of the teacher (results/2026-11-25), forward and backward: 1.0 to 1.1 s in float32, 1.5 to 2.0
+times faster than the recipe, and 0.55 s in bfloat16, 2.6 times; forward alone 2.5 and 5.2 times. Compiled, the recipe
+takes 1.08 and 0.59 s, as predicted. Peak memory 78 MB beside 1208 MB and 76 MB beside 1040 MB: 0.07, and 0.01 without
+the gradient. What the prediction missed: the recipe takes a third more, which was not looked into; weight normalisation
+took 0.12 s of ours, three times as much. With 256 rows: not measured yet.
 """
 
 from __future__ import annotations
