@@ -62,8 +62,10 @@ class GivenTokens(nn.Module):
 
 def networks() -> list[nn.ModuleDict]:
     torch.manual_seed(0)
-    heads = lambda: {"dino_head": DINOHead(D, K), "ibot_head": DINOHead(D, K)}  # noqa: E731
-    pair = [nn.ModuleDict({"backbone": GivenTokens(), **heads()}) for _ in range(2)]
+    pair = [
+        nn.ModuleDict({"backbone": GivenTokens(), "dino_head": DINOHead(D, K), "ibot_head": DINOHead(D, K)})
+        for _ in range(2)
+    ]
     pair[1].load_state_dict(pair[0].state_dict())
     return pair
 
@@ -113,17 +115,19 @@ def recipe_loss(student: nn.ModuleDict, teacher: nn.ModuleDict, masks: Tensor) -
 def step_of(name: str, bf16: bool) -> Callable[[], None]:
     student, teacher = networks()
     given = batch()
-    if name == "recipe":
-        loss_of: Callable[[], Tensor] = lambda: recipe_loss(student, teacher, given["masks"])  # noqa: E731
-    else:
-        options: dict[str, Any] = {"student_logits": name, "centering": "sinkhorn_knopp", "koleo_weight": 0.0}
-        objective = SelfDistillation(student, teacher, ObjectiveConfig(**options))
-        loss_of = lambda: objective(given, TEMPERATURE)["total"]  # noqa: E731
+    options: dict[str, Any] = {} if name == "recipe" else {"student_logits": name}
+    config = ObjectiveConfig(centering="sinkhorn_knopp", koleo_weight=0.0, **options)
+    objective = SelfDistillation(student, teacher, config)
+
+    def loss_of_step() -> Tensor:
+        if name == "recipe":
+            return recipe_loss(student, teacher, given["masks"])
+        return objective(given, TEMPERATURE)["total"]
 
     def step() -> None:
         student.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss = loss_of()
+            loss = loss_of_step()
         loss.backward()
 
     return step
