@@ -51,8 +51,8 @@ class DataConfig:
     """Where images come from and what is made of them.
 
     Attributes:
-        root: a folder of images, of any nesting; a folder or URL of tar shards, or of a saved Hugging Face dataset
-            (see :func:`open_dataset`); None stands for the bundled photographs.
+        root: a folder of images, of any nesting; a folder or URL of tar shards, or of a saved Hugging Face dataset;
+            None stands for the bundled photographs.
         num_workers: processes that prepare batches; 0 prepares them in the training process. No effect on results.
         augmentation: the random views.
         masks: the patches that the student must predict.
