@@ -21,7 +21,6 @@ prediction missed: mapping the gradient takes 45 to 230 ms, as the host has memo
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -32,6 +31,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 import dinov2_kernels as dk
+from benchmarks.memory import printed_by
 
 if TYPE_CHECKING:
     from benchmarks.conftest import Compare
@@ -117,26 +117,19 @@ def test_cross_entropy(
 
 PEAK_MEMORY = """
 import sys
-from pathlib import Path
 import torch
 from benchmarks import cross_entropy
-
-def memory(name):
-    return next(1024 * int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith(name))
+from benchmarks.memory import extra_peak
 
 step = cross_entropy.Logits(getattr(torch, sys.argv[2]), 1).step_of(sys.argv[1])
 torch.ones(2**20).sum()  # starts the threads
-Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
-held = memory("VmRSS")
-step()
-print(memory("VmHWM") - held)
+print(extra_peak(step))
 """
 
 
 def extra_peak(name: str, dtype: str) -> int:
     """Bytes beyond the logits, the gradient included, in a process of its own."""
-    command = [sys.executable, "-c", PEAK_MEMORY, name, dtype]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return printed_by(PEAK_MEMORY, name, dtype)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -26,7 +26,6 @@ float32, 0.36 and 0.07 in bfloat16. What the prediction missed:
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -36,6 +35,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
+from benchmarks.memory import printed_by
 from benchmarks.sinkhorn import TEMPERATURE
 from benchmarks.sinkhorn import recipe as sinkhorn_recipe
 from dinov2.models import DINOHead
@@ -144,26 +144,19 @@ def test_heads_and_losses(benchmark: BenchmarkFixture, compare: Compare, bf16: b
 
 PEAK_MEMORY = """
 import sys
-from pathlib import Path
 import torch
 from benchmarks import objective
-
-def memory(name):
-    return next(1024 * int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith(name))
+from benchmarks.memory import extra_peak
 
 step = objective.step_of(sys.argv[1], sys.argv[2] == "bfloat16")
 step()  # starts the threads, makes the gradients of the parameters
-Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
-held = memory("VmRSS")
-step()
-print(memory("VmHWM") - held)
+print(extra_peak(step))
 """
 
 
 def extra_peak(name: str, dtype: str) -> int:
     """Bytes beyond what is held before a step, in a process of its own."""
-    command = [sys.executable, "-c", PEAK_MEMORY, name, dtype]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return printed_by(PEAK_MEMORY, name, dtype)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

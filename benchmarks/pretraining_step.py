@@ -18,7 +18,6 @@ was not looked into; weights, gradients, moments and teacher, 1.3 GB, are the sa
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -29,6 +28,7 @@ import torch.nn.functional as F
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
+from benchmarks.memory import printed_by
 from benchmarks.objective import class_and_patch_losses
 from benchmarks.sinkhorn import TEMPERATURE
 from benchmarks.sinkhorn import recipe as sinkhorn_recipe
@@ -116,24 +116,21 @@ def test_step(benchmark: BenchmarkFixture, compare: Compare, bf16: bool) -> None
 
 PEAK_MEMORY = """
 import sys
-from pathlib import Path
 from benchmarks import pretraining_step
+from benchmarks.memory import extra_peak
 
-def memory(name):
-    return next(1024 * int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith(name))
+def run():
+    step = pretraining_step.step_of(sys.argv[1], sys.argv[2] == "bfloat16")
+    step()
+    step()
 
-held = memory("VmRSS")
-step = pretraining_step.step_of(sys.argv[1], sys.argv[2] == "bfloat16")
-step()
-step()
-print(memory("VmHWM") - held)
+print(extra_peak(run))
 """
 
 
 def peak(name: str, dtype: str) -> int:
     """Bytes of a run of two steps, networks and optimiser included, in a process of its own."""
-    command = [sys.executable, "-c", PEAK_MEMORY, name, dtype]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return printed_by(PEAK_MEMORY, name, dtype)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -28,7 +28,6 @@ took 0.12 s of ours, three times as much. With 256 rows: not measured yet.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -41,6 +40,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 import dinov2_kernels as dk
+from benchmarks.memory import printed_by
 
 if TYPE_CHECKING:
     from benchmarks.conftest import Compare
@@ -155,29 +155,22 @@ def test_prototype_cross_entropy(
 
 PEAK_MEMORY = """
 import sys
-from pathlib import Path
 import torch
 from benchmarks import prototype_cross_entropy as benchmark
-
-def memory(name):
-    return next(1024 * int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith(name))
+from benchmarks.memory import extra_peak
 
 M, dtype, peer = int(sys.argv[1]), getattr(torch, sys.argv[2]), sys.argv[3]
 step = benchmark.head_of(M, dtype).training_step(benchmark.PEERS[peer]())
 peaks = []
 for _ in range(3):  # the first time starts the threads and loads the libraries
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
-    held = memory("VmRSS")
-    step()
-    peaks.append(memory("VmHWM") - held)
+    peaks.append(extra_peak(step))
 print(max(peaks[1:]))
 """
 
 
 def extra_peak(M: int, dtype: torch.dtype, peer: str) -> int:
     """Bytes beyond what is held before a forward and backward pass, in a process of its own."""
-    command = [sys.executable, "-c", PEAK_MEMORY, str(M), str(dtype).removeprefix("torch."), peer]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return printed_by(PEAK_MEMORY, str(M), str(dtype).removeprefix("torch."), peer)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -26,7 +26,6 @@ float32 and 0.57 to 1.08 in bfloat16. The block takes 0.55 of the time. What the
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -38,6 +37,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
 import dinov2_kernels as dk
+from benchmarks.memory import printed_by
 from dinov2_kernels.nn import Block
 from dinov2_kernels.residual import num_kept_samples
 
@@ -185,12 +185,9 @@ def test_block(benchmark: BenchmarkFixture, compare: Compare, device: str) -> No
 
 PEAK_MEMORY = """
 import sys
-from pathlib import Path
 import torch
 from benchmarks import residual
-
-def memory(name):
-    return next(1024 * int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith(name))
+from benchmarks.memory import extra_peak
 
 tokens = residual.Residual(residual.CROPS, 384, torch.float32, "cpu")
 peaks = []
@@ -202,18 +199,14 @@ for _ in range(3):  # the first time starts the threads and loads the libraries
         mode = residual.MODES[sys.argv[1]]
         step = tokens.training_step(lambda x: tokens.dropping(spare.pop() if spare else x, 0.3, **mode))
         tokens.x.grad = None
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
-    held = memory("VmRSS")
-    step()
-    peaks.append(memory("VmHWM") - held)
+    peaks.append(extra_peak(step))
 print(min(peaks[1:]))
 """
 
 
 def extra_peak(mode: str) -> int:
     """Bytes beyond what is held before a forward and backward pass, in a process of its own."""
-    command = [sys.executable, "-c", PEAK_MEMORY, mode]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return printed_by(PEAK_MEMORY, mode)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
