@@ -27,7 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dinov2.data import Batch
 from dinov2.models import VisionTransformer
-from dinov2.objectives import SelfDistillation, build_networks
+from dinov2.objectives import SelfDistillation
+from dinov2.train.building import build_objective
 from dinov2.train.config import PretrainConfig
 from dinov2.train.parameter_groups import apply_settings, parameter_groups
 from dinov2.train.processes import Processes, resolve_device
@@ -51,19 +52,18 @@ class Trainer:
         self.processes = processes = processes or Processes(resolve_device(config.device))
         self.device = processes.device
         torch.manual_seed(config.seed)
-        student, teacher = build_networks(config.vit, config.dino_head, config.ibot_head)
-        self.objective = SelfDistillation(student, teacher, config.objective, processes.group).to(self.device)
+        self.objective = build_objective(config, processes.group).to(self.device)
         self._is_split = processes.group is not None and config.parallel.sharding == "full"
         self._replicas = None
         if processes.group is not None and self._is_split:
-            for network in (student, teacher):
+            for network in (self.objective.student, self.objective.teacher):
                 shard_network(network, processes.group, self.device)
         elif processes.group is not None:
             self._replicas = _replicated(self.objective, processes.group)
         self.schedules = Schedules(config)
         optim = config.optim
         groups = parameter_groups(
-            student, layer_decay=optim.layer_decay, patch_embed_lr_scale=optim.patch_embed_lr_scale
+            self.objective.student, layer_decay=optim.layer_decay, patch_embed_lr_scale=optim.patch_embed_lr_scale
         )
         self.optimizer = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), fused=True)
 
@@ -96,17 +96,23 @@ class Trainer:
 
     def _forward_backward(self, batch: Batch, settings: StepSettings, number: int) -> dict[str, Tensor]:
         """Add the gradient of micro-batch ``number`` of the run."""
-        crops = batch["global_crops"].to(self.device, non_blocking=True)
-        local_crops = batch["local_crops"].to(self.device, non_blocking=True)
-        # Masks stay on the host: the number of masked patches is a shape, and asking a GPU for it would wait for it.
-        on_device = Batch(global_crops=crops, local_crops=local_crops, masks=batch["masks"])
+        on_device = self._on_device(batch)
         world_size, rank = self.processes.world_size, self.processes.rank
         torch.manual_seed(micro_batch_seed(self.config.seed, number * world_size + rank))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             terms: dict[str, Tensor] = (self._replicas or self.objective)(on_device, settings.teacher_temperature)
         (terms["total"] / self.config.accumulation_steps).backward()
-        self._last_crops = crops
+        self._last_crops = on_device["global_crops"]
         return {name: term.detach().float() for name, term in terms.items()}
+
+    def _on_device(self, batch: Batch) -> Batch:
+        """The batch where the networks are. Masks stay on the host: the number of masked patches is a shape, and asking
+        a GPU for it would wait for it."""
+        return Batch(
+            global_crops=batch["global_crops"].to(self.device, non_blocking=True),
+            local_crops=batch["local_crops"].to(self.device, non_blocking=True),
+            masks=batch["masks"],
+        )
 
     def collapse_statistics(self, step: int) -> dict[str, float]:
         """How the targets of the last micro-batch spread over the prototypes, a mean over processes.
