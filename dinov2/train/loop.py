@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
@@ -13,10 +12,13 @@ from rich.console import Console
 from dinov2.data import ImageDataset, batches, open_dataset
 from dinov2.models import save_pretrained
 from dinov2.train.checkpoint import CheckpointDirectory, load_checkpoint, non_finite_tensors
+from dinov2.train.clock import IntervalClock
 from dinov2.train.config import PretrainConfig
 from dinov2.train.interruption import Interrupted, StopSignals
 from dinov2.train.metrics import MetricsWriter, NonFiniteError, StepScalars, read_metrics, way_back
+from dinov2.train.precision import settle_precision
 from dinov2.train.processes import Processes, StopAgreement, join_processes
+from dinov2.train.profiling import StepProfiler
 from dinov2.train.progress import RunDisplay
 from dinov2.train.run_directory import check_run_directory, write_config
 from dinov2.train.trainer import Probe, Trainer
@@ -45,8 +47,15 @@ def pretrain(
         Interrupted: Ctrl-C or SIGTERM came; a checkpoint was saved.
     """
     with join_processes(config.device, config.parallel.timeout_seconds) as processes:
-        processes.first(lambda: check_run_directory(config, resume=resume))
+        config = processes.first(lambda: _checked(config, processes, resume=resume))
         return Run(config, open_dataset(config.data) if dataset is None else dataset, probe, processes).train()
+
+
+def _checked(config: PretrainConfig, processes: Processes, *, resume: bool) -> PretrainConfig:
+    """The configuration with its precision settled, if its run directory may be written."""
+    config = settle_precision(config, processes.device)
+    check_run_directory(config, resume=resume)
+    return config
 
 
 class Run:
@@ -68,7 +77,8 @@ class Run:
             self._restore(latest)
         self.display = RunDisplay(config, self.finished_steps, None if processes.is_first else Console(quiet=True))
         self.writer: MetricsWriter | None = None
-        self._restart_clock()
+        self.profiler = StepProfiler(config, self.finished_steps) if processes.is_first else None
+        self.clock = IntervalClock(config, processes)
 
     def train(self) -> Path:
         """Run to the end."""
@@ -98,10 +108,13 @@ class Run:
         with ExitStack() as stack, closing(micro_batches), self.display, StopSignals() as signals:
             if self.writer is not None:
                 stack.callback(self.writer.close)
+            if self.profiler is not None:
+                stack.enter_context(self.profiler)
             if start == 0:
                 self._measure()
+            timed = self.clock.waiting(micro_batches)
             for step in range(start, config.steps):
-                self.scalars.append(self.trainer.step(step, micro_batches))
+                self.scalars.append(self.trainer.step(step, timed))
                 self._after_step()
                 if stop.after_step(signals.received) and self.finished_steps < config.steps:
                     self._stop()
@@ -115,8 +128,10 @@ class Run:
     def _after_step(self) -> None:
         config = self.config
         self.finished_steps += 1
-        self._interval_steps += 1
+        self.clock.step()
         self.display.advance()
+        if self.profiler is not None and self.profiler.step():
+            self.display.profiled(self.profiler.trace)
         is_last = self.finished_steps == config.steps
         if is_last or self.finished_steps % config.log_every == 0:
             self._log()
@@ -127,24 +142,22 @@ class Run:
 
     def _log(self) -> None:
         self.scalars.check_finite(self.finished_steps, self.checkpoints.latest())
-        seconds = time.monotonic() - self._interval_start
+        speed = self.clock.values()  # now, as the check above has waited for the device
         values = {
             **self.scalars.means(),
             **self.trainer.collapse_statistics(self.finished_steps - 1),
             **asdict(self.trainer.schedules(self.finished_steps - 1)),
-            "images_per_second": self._interval_steps * self.config.batch_size / seconds,
+            **self.trainer.arithmetic.metrics(),
+            **speed,
         }
         self.scalars.clear()
         self._write(values)
         self.display.metrics(self.finished_steps, values)
-        self._restart_clock()
+        self.clock.restart()
 
     def _write(self, values: dict[str, Any]) -> None:
         if self.writer is not None:
             self.writer.write(self.finished_steps, values)
-
-    def _restart_clock(self) -> None:
-        self._interval_start, self._interval_steps = time.monotonic(), 0
 
     def _measure(self) -> None:
         if self.probe is None:
@@ -152,14 +165,14 @@ class Run:
         values = self.trainer.measure(self.probe)
         self._write(values)
         self.display.probe(self.finished_steps, values)
-        self._restart_clock()
+        self.clock.restart()
 
     def _save(self) -> Path:
         """Write a checkpoint, after making sure that nothing in it is NaN or infinite."""
         self.scalars.check_finite(self.finished_steps, self.checkpoints.latest())
         state = self.trainer.state_dict()
         path = self.processes.first(lambda: self._write_checkpoint(state))
-        self._restart_clock()
+        self.clock.restart()
         return path
 
     def _write_checkpoint(self, state: dict[str, Any]) -> Path:

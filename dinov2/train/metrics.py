@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,11 @@ import torch
 from torch import Tensor
 
 from dinov2_kernels._extras import require
+
+SKIPPED = "skipped"
+"""Scalar of a step in float16: 1 if its gradients overflowed, so that it changed nothing; its mean is their share."""
+GRADIENTS = "grad_norm/"
+"""What the names of gradient norms begin with: a skipped step has none."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -33,20 +38,32 @@ class StepScalars:
     def check_finite(self, finished_steps: int, last_checkpoint: Path | None) -> None:
         """Look for the first NaN or infinity among the gathered steps, of which the last was the ``finished_steps``-th.
 
+        Gradients of skipped steps are allowed to be infinite: a smaller loss scale is the remedy, and on its way.
+
         Raises:
             NonFiniteError: names the terms, the step and the last good checkpoint.
         """
         first_step = finished_steps - len(self.rows) + 1
         for step, row in enumerate(self._values().tolist(), start=first_step):
-            bad = {name: value for name, value in zip(self.names, row, strict=True) if not math.isfinite(value)}
+            bad = {
+                name: value
+                for name, value in zip(self.names, row, strict=True)
+                if not math.isfinite(value) and not (name.startswith(GRADIENTS) and self._is_skipped(row))
+            }
             if bad:
                 culprits = bad.keys() - {"total"} or bad.keys()  # the sum says nothing that its terms do not
                 terms = ", ".join(f"{name} is {value}" for name, value in bad.items() if name in culprits)
                 raise NonFiniteError(f"training stopped: in step {step} {terms}; {way_back(last_checkpoint)}")
 
     def means(self) -> dict[str, float]:
-        """Mean of each scalar over the gathered steps."""
-        return dict(zip(self.names, self._values().double().mean(dim=0).tolist(), strict=True))
+        """Mean of each scalar over the gathered steps; of gradient norms over those that were not skipped, if any."""
+        rows = self._values().tolist()
+        counted = [row for row in rows if not self._is_skipped(row)]
+        columns = {
+            name: [row[index] for row in (counted if name.startswith(GRADIENTS) else rows)]
+            for index, name in enumerate(self.names)
+        }
+        return {name: math.fsum(column) / len(column) for name, column in columns.items() if column}
 
     def clear(self) -> None:
         """Start a new interval."""
@@ -60,6 +77,9 @@ class StepScalars:
         """Continue the interval of a checkpoint."""
         self.names = list(state["names"])
         self.rows = list(state["values"])
+
+    def _is_skipped(self, row: Sequence[float]) -> bool:
+        return SKIPPED in self.names and bool(row[self.names.index(SKIPPED)])
 
     def _values(self) -> Tensor:
         return torch.stack(self.rows).cpu() if self.rows else torch.empty(0, len(self.names))
