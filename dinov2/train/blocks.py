@@ -36,7 +36,7 @@ def prepare_blocks(objective: SelfDistillation, config: PretrainConfig) -> None:
                 recompute(block, config.activation_checkpointing)
             if config.compile:
                 # Crops have few sizes, so a graph for each is right; blocks share it, as only their weights differ.
-                block.compile(fullgraph=True, dynamic=False)
+                block.compile(fullgraph=True, dynamic=False, options={"fallback_random": True})
 
 
 def recompute(block: nn.Module, what: ActivationCheckpointing) -> None:
@@ -49,7 +49,12 @@ def recompute(block: nn.Module, what: ActivationCheckpointing) -> None:
     options: dict[str, Any] = {"use_reentrant": False}
     if what == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    block.forward = partial(checkpoint, block.forward, **options)
+    forward = block.forward
+
+    def recomputing(*args: Any) -> Any:  # a function of its own, and no partial: torch.compile must see into it
+        return checkpoint(forward, *args, **options)
+
+    block.forward = recomputing
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

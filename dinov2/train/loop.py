@@ -15,7 +15,7 @@ from dinov2.train.checkpoint import CheckpointDirectory, load_checkpoint, non_fi
 from dinov2.train.clock import IntervalClock
 from dinov2.train.config import PretrainConfig
 from dinov2.train.interruption import Interrupted, StopSignals
-from dinov2.train.metrics import MetricsWriter, NonFiniteError, StepScalars, read_metrics, way_back
+from dinov2.train.metrics import MetricsWriter, NonFiniteError, StepScalars, check_loss_scale, read_metrics, way_back
 from dinov2.train.precision import settle_precision
 from dinov2.train.processes import Processes, StopAgreement, join_processes
 from dinov2.train.profiling import StepProfiler
@@ -150,6 +150,7 @@ class Run:
             **self.trainer.arithmetic.metrics(),
             **speed,
         }
+        check_loss_scale(values.get("loss_scale", 1.0), self.checkpoints.latest())
         self.scalars.clear()
         self._write(values)
         self.display.metrics(self.finished_steps, values)

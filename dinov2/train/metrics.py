@@ -85,6 +85,15 @@ class StepScalars:
         return torch.stack(self.rows).cpu() if self.rows else torch.empty(0, len(self.names))
 
 
+def check_loss_scale(scale: float, last_checkpoint: Path | None) -> None:
+    """Raise NonFiniteError at a loss scale below 1: whatever overflows there is not small gradients made large."""
+    if scale < 1:
+        raise NonFiniteError(
+            f"training stopped: gradients overflow float16 even at a loss scale of {scale}, so precision must be bf16"
+            f" or fp32; {way_back(last_checkpoint)}"
+        )
+
+
 def way_back(last_checkpoint: Path | None) -> str:
     """Where a failed run can start again, as part of an error message."""
     return f"the last good checkpoint is {last_checkpoint}" if last_checkpoint else "no checkpoint was written yet"

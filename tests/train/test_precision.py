@@ -50,7 +50,9 @@ def test_float16_trains_as_float32_does(half: PretrainConfig) -> None:
     expected, actual = (scaled(dataclasses.replace(half, precision=precision), 8.0) for precision in ("fp32", "fp16"))
     streams = [micro_batches(half) for _ in range(2)]
     for step in range(4):
-        first, second = (trainer.step(step, stream) for trainer, stream in zip((expected, actual), streams, strict=True))
+        first, second = (
+            trainer.step(step, stream) for trainer, stream in zip((expected, actual), streams, strict=True)
+        )
         assert second.pop("skipped") == 0
         for name, value in first.items():
             torch.testing.assert_close(second[name], value, rtol=0.02, atol=2e-3, msg=name)
@@ -131,3 +133,9 @@ def test_a_resumed_run_keeps_the_precision_it_was_started_with(config: PretrainC
     assert json.loads((config.output / "config.json").read_text())["precision"] == "bf16"
     with pytest.raises(ValueError, match='precision: was "bf16", now "fp32"'):
         pretrain(dataclasses.replace(config, precision="fp32"), resume=True)
+
+
+def test_a_loss_scale_below_1_ends_the_run(half: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.amp.GradScaler, "get_scale", lambda scaler: 0.5)
+    with pytest.raises(NonFiniteError, match=r"overflow float16 even at a loss scale of 0\.5, .* no checkpoint was"):
+        pretrain(half)
