@@ -84,7 +84,7 @@ def split_network(network: nn.ModuleDict, mesh: DeviceMesh, dtype: torch.dtype) 
         if isinstance(module, VisionTransformer):
             blocks = [fully_shard(block, mesh=mesh, mp_policy=in_blocks) for block in module.blocks]
             backbone = fully_shard(module, mesh=mesh, reshard_after_forward=True)
-            register_fsdp_forward_method(module, "forward_features")
+            register_fsdp_forward_method(module, "forward_packed")
             _prefetch([backbone, *blocks])
         else:
             prototypes = cast(DINOHead, module).last_layer
