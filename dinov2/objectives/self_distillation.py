@@ -49,7 +49,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dinov2.objectives.batch import MaskedPatches, check_shapes, crop_pairs
+from dinov2.objectives.batch import MaskedPatches, check_shapes, crop_pairs, send
 from dinov2.objectives.centering import biases_of, make_centering
 from dinov2.objectives.config import ObjectiveConfig
 from dinov2.objectives.networks import (
@@ -222,7 +222,7 @@ class SelfDistillation(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Class tokens of global, then local crops [2B + L B, D] and masked patches of the global ones [M, D]."""
         if hidden is not None:
-            hidden = hidden.to(global_crops.device, non_blocking=True)
+            hidden = send(hidden, global_crops.device)
         if len(local_crops):
             outputs = features(self.student, [global_crops, local_crops], [hidden, None])
         else:

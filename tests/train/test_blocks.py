@@ -4,38 +4,46 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinov2.data import batches, open_dataset
-from dinov2.train import PretrainConfig
+from dinov2.train import ParallelConfig, PretrainConfig
+from dinov2.train.processes import Processes
+from dinov2.train.sharding import gathered
 from dinov2.train.trainer import Trainer
 
 
-def trained(config: PretrainConfig, steps: int = 3) -> tuple[Trainer, dict[str, torch.Tensor]]:
-    trainer = Trainer(config)
+def trained(config: PretrainConfig, processes: Processes | None) -> tuple[Trainer, dict[str, torch.Tensor]]:
+    trainer = Trainer(config, processes)
     size, patch_size = config.micro_batch_size, config.vit.patch_size
     stream = batches(open_dataset(config.data), config.data, batch_size=size, patch_size=patch_size, seed=config.seed)
-    for step in range(steps):
+    for step in range(3):
         scalars = trainer.step(step, stream)
     return trainer, scalars
 
 
-def assert_same_training(first: PretrainConfig, second: PretrainConfig) -> None:
-    (expected, losses), (actual, other_losses) = trained(first), trained(second)
+def assert_same_training(first: PretrainConfig, second: PretrainConfig, processes: Processes | None = None) -> None:
+    (expected, losses), (actual, other_losses) = trained(first, processes), trained(second, processes)
     assert losses.keys() == other_losses.keys()
     for name, value in losses.items():
         assert torch.equal(other_losses[name], value), name
-    state, other = expected.objective.state_dict(), actual.objective.state_dict()
+    state, other = gathered(expected.objective.state_dict()), gathered(actual.objective.state_dict())
     assert list(state) == list(other), "checkpoints do not tell"
     for name, value in state.items():
         assert torch.equal(other[name], value), name
-    for parameter, twin in zip(expected.objective.parameters(), actual.objective.parameters(), strict=True):
-        assert parameter.grad is None or torch.equal(parameter.grad, twin.grad)
+    gradients, others = (
+        gathered(dict(enumerate(p.grad for p in t.objective.parameters()))) for t in (expected, actual)
+    )
+    for index, gradient in gradients.items():
+        assert gradient is None or torch.equal(others[index], gradient)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -72,21 +80,38 @@ def test_what_runs_twice(config: PretrainConfig, what: str, attentions: int, nor
     assert calls.of["aten::gelu"] >= forward + bool(norms) * depth
 
 
-@pytest.mark.parametrize("what", ["none", "selective"])
-def test_compiled_blocks_are_the_same_and_share_their_graphs(
-    config: PretrainConfig, what: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Captured, differentiated and run by PyTorch's operators: what Inductor makes of a graph is not at stake here."""
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[dist.ProcessGroup]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    assert dist.group.WORLD is not None
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> Counter:
+    """Lets PyTorch's operators run what is captured: what Inductor makes of a graph is not at stake here."""
     compiles = nn.Module.compile
-    monkeypatch.setattr(
-        nn.Module,
-        "compile",
-        lambda self, **options: compiles(self, **options | {"backend": "aot_eager", "options": None}),
-    )
+    chosen = {"backend": "aot_eager", "options": None}
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compiles(self, **options | chosen))
     torch._dynamo.reset()
     counters.clear()
-    assert_same_training(config, dataclasses.replace(config, compile=True, activation_checkpointing=what))
-    assert counters["stats"]["unique_graphs"] == 2, "one for the student's blocks and one for the teacher's"
+    return counters["stats"]
+
+
+def test_compiled_blocks_are_the_same_and_share_their_graphs(config: PretrainConfig, captured: Counter) -> None:
+    assert_same_training(config, dataclasses.replace(config, compile=True))
+    assert captured["unique_graphs"] == 2, "one for the student's blocks and one for the teacher's"
+
+
+def test_compiled_blocks_that_recompute_can_be_split(
+    config: PretrainConfig, group: dist.ProcessGroup, captured: Counter
+) -> None:
+    config = dataclasses.replace(config, activation_checkpointing="selective", parallel=ParallelConfig(sharding="full"))
+    processes = Processes(torch.device("cpu"), group=group)
+    assert_same_training(config, dataclasses.replace(config, compile=True), processes)
+    assert captured["unique_graphs"] == 2
 
 
 def test_unknown_activation_checkpointing(config: PretrainConfig) -> None:
