@@ -36,7 +36,12 @@ def prepare_blocks(objective: SelfDistillation, config: PretrainConfig) -> None:
                 recompute(block, config.activation_checkpointing)
             if config.compile:
                 # Crops have few sizes, so a graph for each is right; blocks share it, as only their weights differ.
+                # Random numbers come from where they come without the compiler, so that it changes no draw.
                 block.compile(fullgraph=True, dynamic=False, options={"fallback_random": True})
+    if config.compile:
+        # Rates of stochastic depth are constants of a graph, and more graphs than this limit are an error.
+        graphs = 2 + len(set(config.vit.drop_path_rates))
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * graphs)
 
 
 def recompute(block: nn.Module, what: ActivationCheckpointing) -> None:

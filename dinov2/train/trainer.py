@@ -138,8 +138,9 @@ class Trainer:
         return {name: float(value) for name, value in self.processes.mean(statistics).items()}
 
     def measure(self, probe: Probe) -> dict[str, float]:
-        """What ``probe`` says of the teacher's backbone."""
-        with torch.no_grad(), self.arithmetic.autocast():
+        """What ``probe`` says of the teacher's backbone, which it may show images of any size: nothing is compiled."""
+        uncompiled = torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
+        with torch.no_grad(), self.arithmetic.autocast(), uncompiled:
             return probe(self.teacher_backbone)
 
     @property
