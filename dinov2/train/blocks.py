@@ -24,8 +24,8 @@ KEPT = frozenset(
         torch.ops.dinov2_kernels.attention_forward.default,
     }
 )
-"""Operators whose results selective checkpointing keeps: nearly all arithmetic of a block, in 10 of the 18 widths of a
-token that a block keeps otherwise. Norms, activations and gathers are made again."""
+"""Operators whose results selective checkpointing keeps: nearly all arithmetic of a block, in 11 of the 18 times the
+tokens that a block keeps otherwise. Norms, activations and gathers are made again."""
 
 
 def prepare_blocks(objective: SelfDistillation, config: PretrainConfig) -> None:
