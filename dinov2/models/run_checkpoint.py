@@ -24,6 +24,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 MANIFEST, METADATA = "manifest.json", ".metadata"
@@ -92,9 +94,12 @@ class RunCheckpoint:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
-            manifest = json.loads((self.path / MANIFEST).read_text())
+            text = (self.path / MANIFEST).read_text()
+            manifest = json.loads(text)
             self.values: dict[str, Any] = manifest["values"]
             self.files: dict[str, dict[str, int]] = manifest["files"]
+            if manifest_text(self.values, self.files) != text:
+                raise ValueError(f"wrong checksum of {MANIFEST}")
             for name, record in self.files.items():
                 if (size := (self.path / name).stat().st_size) != record["bytes"]:
                     raise ValueError(f"{name} has {size} bytes instead of {record['bytes']}")
@@ -146,7 +151,7 @@ class RunCheckpoint:
                 raise ValueError(
                     f"checkpoint {self.path} does not fit: {name} is {list(size)} instead of {list(target.shape)}"
                 )
-        reader, planner = _Reader(self.path, self.metadata), dcp.DefaultLoadPlanner(flatten_state_dict=False)
+        reader, planner = _Reader(self.path, self.metadata), DefaultLoadPlanner(flatten_state_dict=False)
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is what no_dist asks for
@@ -156,9 +161,15 @@ class RunCheckpoint:
 
     def _unreadable(self, reason: object) -> ValueError:
         return ValueError(
-            f"checkpoint {self.path} cannot be read ({reason});"
+            f"checkpoint {self.path} cannot be read ({str(reason).splitlines()[0]});"
             " move it away to continue from the checkpoint before it"
         )
+
+
+def manifest_text(values: dict[str, Any], files: dict[str, dict[str, int]]) -> str:
+    """The content of a manifest, which ends in a checksum of its own."""
+    content = {"values": values, "files": files}
+    return json.dumps({**content, "crc32": zlib.crc32(json.dumps(content).encode())}, indent=1) + "\n"
 
 
 def file_record(path: Path) -> dict[str, int]:
@@ -170,7 +181,7 @@ def file_record(path: Path) -> dict[str, int]:
     return {"bytes": size, "crc32": crc}
 
 
-class _Reader(dcp.FileSystemReader):
+class _Reader(FileSystemReader):
     """Reads with metadata that were unpickled with care; PyTorch would run whatever code they name."""
 
     def __init__(self, path: Path, metadata: Metadata) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-from dinov2.models.run_checkpoint import MANIFEST, load_checkpoint
+from dinov2.models.run_checkpoint import MANIFEST, load_checkpoint, manifest_text
 
 __all__ = ["CheckpointDirectory", "load_checkpoint", "step_of"]
 
@@ -74,11 +73,11 @@ class CheckpointDirectory:
         """Remove what there is of a checkpoint that will not be finished."""
         shutil.rmtree(self.partial(step), ignore_errors=True)
 
-    def finish(self, step: int, manifest: dict[str, Any]) -> None:
+    def finish(self, step: int, values: dict[str, Any], files: dict[str, dict[str, int]]) -> None:
         """Write the manifest, give the checkpoint its name, and delete those that are no longer kept."""
         partial = self.partial(step)
         with (partial / MANIFEST).open("w") as file:
-            json.dump(manifest, file, indent=1)
+            file.write(manifest_text(values, files))
             file.flush()
             os.fsync(file.fileno())
         _sync_directory(partial)

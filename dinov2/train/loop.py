@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from dinov2.data import ImageDataset, batches, open_dataset
+from dinov2.data import ImageDataset, batches, lost_workers_named, open_dataset
 from dinov2.models import save_pretrained
 from dinov2.models.run_checkpoint import RunCheckpoint
 from dinov2.train.checkpoint import CheckpointDirectory
@@ -45,9 +45,10 @@ def pretrain(
         NonFiniteError: a loss term or gradient became NaN or infinite; no such state is ever saved.
         CheckpointError: a checkpoint could not be written; those before it are whole.
         PeerError: another process of the run failed or fell silent.
+        WorkerError: a process that prepares batches died.
         Interrupted: Ctrl-C or SIGTERM came; a checkpoint was saved.
     """
-    with join_processes(config.device, config.parallel.timeout_seconds) as processes:
+    with join_processes(config.device, config.parallel.timeout_seconds) as processes, lost_workers_named():
         processes.first(lambda: check_run_directory(config, resume=resume))
         return Run(config, open_dataset(config.data) if dataset is None else dataset, probe, processes).train()
 
@@ -172,12 +173,16 @@ class Run:
     def _save(self) -> None:
         """Begin to write a checkpoint, after making sure that nothing in it is NaN or infinite."""
         self.scalars.check_finite(self.finished_steps, self._last_checkpoint)
-        networks = {"student": self.trainer.objective.student, "teacher": self.trainer.objective.teacher}
+        objective = self.trainer.objective
+        backbones: dict[str, Any] = {
+            role: network["backbone"]
+            for role, network in (("student", objective.student), ("teacher", objective.teacher))
+        }
         values = {
             "step": self.finished_steps,
             "num_images": len(self.dataset),
             "scalars": self.scalars.state_dict(),
-            "vit": {role: asdict(network["backbone"].config) for role, network in networks.items()},
+            "vit": {role: asdict(backbone.config) for role, backbone in backbones.items()},
         }
         self.saver.save(self.finished_steps, self.trainer.state_dict(), values)
         self._restart_clock()

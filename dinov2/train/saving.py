@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from dinov2.train.checkpoint import CheckpointDirectory
 from dinov2.train.metrics import NonFiniteError, way_back
-from dinov2.train.processes import Processes
+from dinov2.train.processes import PeerError, Processes
 from dinov2.train.staging import Stager, WrittenPart, non_finite_tensors
 
 Result = TypeVar("Result")
@@ -158,7 +158,7 @@ class CheckpointSaver:
 
     def _complete(self, save: Save, parts: list[WrittenPart]) -> None:
         files = self._stager.write_metadata(self.directory.partial(save.step), parts)
-        self.directory.finish(save.step, {"values": save.values, "files": files})
+        self.directory.finish(save.step, save.values, files)
 
     def _refuse_non_finite(self, step: int, tensors: dict[str, Any]) -> None:
         if spoilt := non_finite_tensors(tensors):
@@ -171,7 +171,7 @@ class CheckpointSaver:
     def _discarded_on_error(self, save: Save) -> Iterator[None]:
         try:
             yield
-        except Exception:
+        except (CheckpointError, PeerError):
             self._save = None
             if self.processes.is_first:
                 self.directory.discard(save.step)

@@ -25,9 +25,7 @@ def test_means() -> None:
 def test_the_first_bad_step_and_its_terms_are_named() -> None:
     fine, bad, worse = {"a": 1.0, "b": 1.0, "total": 2.0}, {"a": 1.0, "b": float("inf")}, {"a": float("nan"), "b": 1.0}
     scalars = gathered(fine, bad | {"total": float("inf")}, worse | {"total": float("nan")}, fine)
-    with pytest.raises(
-        NonFiniteError, match=r"in step 8 b is inf; the last good checkpoint is runs/step_6"
-    ) as caught:
+    with pytest.raises(NonFiniteError, match=r"in step 8 b is inf; the last good checkpoint is runs/step_6") as caught:
         scalars.check_finite(10, lambda: Path("runs/step_6"))
     assert "total" not in str(caught.value)
 
