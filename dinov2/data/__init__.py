@@ -4,7 +4,7 @@ from dinov2.data.augmentation import AugmentationConfig, MultiCropAugmentation, 
 from dinov2.data.decoding import UnreadableImageError, decode_image, read_image
 from dinov2.data.hugging_face import HuggingFaceImages
 from dinov2.data.image_folder import ImageFolder
-from dinov2.data.loader import Batch, DataConfig, ImageDataset, batches
+from dinov2.data.loader import Batch, DataConfig, ImageDataset, WorkerError, batches, lost_workers_named
 from dinov2.data.masking import MaskConfig, batch_masks, mask_counts, sample_block_masks
 from dinov2.data.patches import Patches, cut_patches
 from dinov2.data.photographs import BundledPhotographs
@@ -26,11 +26,13 @@ __all__ = [
     "ShardReport",
     "TarShards",
     "UnreadableImageError",
+    "WorkerError",
     "batch_masks",
     "batches",
     "cut_patches",
     "decode_image",
     "index_shards",
+    "lost_workers_named",
     "mask_counts",
     "normalize",
     "open_dataset",

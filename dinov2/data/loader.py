@@ -9,6 +9,7 @@ import warnings
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
@@ -24,6 +25,10 @@ from dinov2.data.permutation import random_order
 from dinov2.data.randomness import Stream, derived_generator
 
 MAX_ATTEMPTS = 1000  # unreadable images in a row: then it is the whole dataset that cannot be read
+
+
+class WorkerError(ChildProcessError):
+    """A process that prepares batches died."""
 
 
 class ImageDataset(Protocol):
@@ -193,6 +198,25 @@ class _Steps(Dataset[tuple[Batch, dict[int, str]]]):
                 unreadable[index] = str(error)
         tried = min(number, MAX_ATTEMPTS)
         raise ValueError(f"tried {tried} of {number} images, and none can be read; {unreadable[image]}")
+
+
+@contextmanager
+def lost_workers_named() -> Iterator[None]:
+    """Context around the use of :func:`batches`, in which PyTorch may report a dead worker at any moment.
+
+    Raises:
+        WorkerError: a worker was killed or died by itself.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        reason = str(error).splitlines()[0].rstrip(" .")
+        raise WorkerError(
+            f"a process that prepares batches was lost ({reason}); if the system killed it for want of memory, fewer"
+            " data.num_workers need less"
+        ) from error
 
 
 def _as_is(item: Any) -> Any:

@@ -126,11 +126,19 @@ class PretrainConfig:
     """Steps between checkpoints."""
     keep_checkpoints: int = 3
     """How many of the newest checkpoints to keep."""
+    keep_every: int | None = None
+    """Checkpoints whose step is a multiple of this are kept for good, too; a multiple of checkpoint_every. None: no
+    others."""
 
     def __post_init__(self) -> None:
         for name in COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
+        if self.keep_every is not None and (self.keep_every < 1 or self.keep_every % self.checkpoint_every):
+            raise ValueError(
+                "keep_every must be a multiple of checkpoint_every, or None, but there is no checkpoint every"
+                f" {self.keep_every} steps with one every {self.checkpoint_every}"
+            )
         if self.precision not in get_args(Precision):
             raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, but is {self.precision!r}")
         if self.batch_size % self.accumulation_steps:

@@ -19,6 +19,7 @@ MAY_CHANGE = frozenset(
         "probe_every",
         "checkpoint_every",
         "keep_checkpoints",
+        "keep_every",
         "data.root",
         "data.num_workers",
         "parallel.sharding",

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from dinov2.models import VisionTransformer
 
@@ -51,10 +51,3 @@ def gathered(state: Any) -> Any:
     if isinstance(state, dict):
         return {key: gathered(value) for key, value in state.items()}
     return state
-
-
-def split_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, equal in all processes, split as ``like`` is; as it is, if ``like`` is whole."""
-    if not isinstance(like, DTensor) or tensor.shape != like.shape:
-        return tensor
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -13,7 +13,7 @@ networks are split among the processes.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -27,13 +27,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dinov2.data import Batch
 from dinov2.models import VisionTransformer
+from dinov2.models.run_checkpoint import RunCheckpoint
 from dinov2.objectives import SelfDistillation
 from dinov2.train.building import build_objective
 from dinov2.train.config import PretrainConfig
 from dinov2.train.parameter_groups import apply_settings, parameter_groups
 from dinov2.train.processes import Processes, resolve_device
+from dinov2.train.run_directory import flatten
 from dinov2.train.schedules import Schedules, StepSettings
-from dinov2.train.sharding import exchange_gradients, gathered, shard_network, split_like
+from dinov2.train.sharding import exchange_gradients, gathered, shard_network
 
 Probe = Callable[[VisionTransformer], dict[str, float]]
 """Measures the teacher's backbone, in eval mode and without gradients, e.g. the k-NN accuracy on labelled images."""
@@ -66,6 +68,7 @@ class Trainer:
             self.objective.student, layer_decay=optim.layer_decay, patch_embed_lr_scale=optim.patch_embed_lr_scale
         )
         self.optimizer = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), fused=True)
+        self._names: dict[Tensor, str] = {parameter: name for name, parameter in self.objective.student.named_parameters()}
 
     def step(self, step: int, micro_batches: Iterator[Batch]) -> dict[str, Tensor]:
         """One optimiser step over ``accumulation_steps`` micro-batches.
@@ -135,24 +138,50 @@ class Trainer:
         return backbone
 
     def state_dict(self) -> dict[str, Any]:
-        """Networks by the names of facebook's files, the objective's own buffers (centres), the optimiser.
+        """Networks by the names of facebook's files, the objective's own buffers (centres), moments by parameter name.
 
-        Tensors are whole, also where the processes hold parts of them; then all processes must call it.
+        Nothing is copied or gathered: tensors are those that training changes, split where the processes hold parts.
         """
+        return {**self._weights(), "optimizer": self._moments()}
+
+    def restore(self, checkpoint: RunCheckpoint) -> None:
+        """Take over a checkpoint of the same run, of any number of processes and any sharding.
+
+        Each process reads what it holds, by itself.
+
+        Raises:
+            ValueError: it does not fit the run.
+        """
+        parameters = dict(self.objective.student.named_parameters())
+        moments: dict[str, dict[str, Tensor]] = {}
+        for name, stored in checkpoint.tensors.items():
+            if name.startswith("optimizer."):
+                _, parameter, moment = checkpoint.place(name)
+                like = parameters.get(parameter)
+                moments.setdefault(parameter, {})[moment] = (
+                    torch.zeros_like(like, requires_grad=False)
+                    if like is not None and like.shape == stored.size
+                    else torch.zeros(stored.size, dtype=stored.properties.dtype)
+                )
+        targets = dict(flatten({**self._weights(), "optimizer": moments}))
+        if surplus := sorted(checkpoint.tensors.keys() - targets.keys()):
+            raise ValueError(f"checkpoint {checkpoint.path} does not fit: this run has no {surplus[0]}")
+        checkpoint.read_into(targets)
+        order = [self._names[parameter] for group in self.optimizer.param_groups for parameter in group["params"]]
+        by_index = {index: moments[name] for index, name in enumerate(order) if name in moments}
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": by_index})
+
+    def _weights(self) -> dict[str, Any]:
         own = {
             name: tensor
             for name, tensor in self.objective.state_dict().items()
             if not name.startswith(("student.", "teacher."))
         }
-        state: dict[str, Any] = gathered(
-            {
-                "student": self.objective.student.state_dict(),
-                "teacher": self.objective.teacher.state_dict(),
-                "objective": own,
-                "optimizer": self.optimizer.state_dict(),
-            }
-        )
-        return state
+        student, teacher = self.objective.student.state_dict(), self.objective.teacher.state_dict()
+        return {"student": student, "teacher": teacher, "objective": own}
+
+    def _moments(self) -> dict[str, dict[str, Tensor]]:
+        return {self._names[parameter]: state for parameter, state in self.optimizer.state.items()}
 
     def finished_backbone(self) -> VisionTransformer:
         """The teacher's backbone with whole weights; where they are split, a copy on the host."""
@@ -162,21 +191,6 @@ class Trainer:
             whole = VisionTransformer(replace(self.config.vit, drop_path_rate=0.0))
         whole.load_state_dict(gathered(self.teacher_backbone.state_dict()), assign=True)
         return whole
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` returned."""
-        networks = {f"{role}.{name}": tensor for role in ("student", "teacher") for name, tensor in state[role].items()}
-        own = self.objective.state_dict()
-        whole = networks | state["objective"]
-        self.objective.load_state_dict(
-            {name: split_like(tensor, own.get(name, tensor)) for name, tensor in whole.items()}
-        )
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        moments = {
-            index: {name: split_like(moment, parameters[index]) for name, moment in of_one.items()}
-            for index, of_one in state["optimizer"]["state"].items()
-        }
-        self.optimizer.load_state_dict({**state["optimizer"], "state": moments})
 
 
 def _whole(norm: Tensor) -> Tensor:
