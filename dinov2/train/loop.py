@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
@@ -14,10 +13,13 @@ from dinov2.data import ImageDataset, batches, lost_workers_named, open_dataset
 from dinov2.models import save_pretrained
 from dinov2.models.run_checkpoint import RunCheckpoint
 from dinov2.train.checkpoint import CheckpointDirectory
+from dinov2.train.clock import IntervalClock
 from dinov2.train.config import PretrainConfig
 from dinov2.train.interruption import Interrupted, StopSignals
-from dinov2.train.metrics import MetricsWriter, StepScalars, read_metrics, way_back
+from dinov2.train.metrics import MetricsWriter, StepScalars, check_loss_scale, read_metrics, way_back
+from dinov2.train.precision import settle_precision
 from dinov2.train.processes import Processes, StepAgreement, join_processes
+from dinov2.train.profiling import StepProfiler
 from dinov2.train.progress import RunDisplay
 from dinov2.train.run_directory import check_run_directory, write_config
 from dinov2.train.saving import CheckpointSaver
@@ -49,8 +51,15 @@ def pretrain(
         Interrupted: Ctrl-C or SIGTERM came; a checkpoint was saved.
     """
     with join_processes(config.device, config.parallel.timeout_seconds) as processes, lost_workers_named():
-        processes.first(lambda: check_run_directory(config, resume=resume))
+        config = processes.first(lambda: _checked(config, processes, resume=resume))
         return Run(config, open_dataset(config.data) if dataset is None else dataset, probe, processes).train()
+
+
+def _checked(config: PretrainConfig, processes: Processes, *, resume: bool) -> PretrainConfig:
+    """The configuration with its precision settled, if its run directory may be written."""
+    config = settle_precision(config, processes.device)
+    check_run_directory(config, resume=resume)
+    return config
 
 
 class Run:
@@ -75,7 +84,8 @@ class Run:
             self._restore(latest)
         self.display = RunDisplay(config, self.finished_steps, None if processes.is_first else Console(quiet=True))
         self.writer: MetricsWriter | None = None
-        self._restart_clock()
+        self.profiler = StepProfiler(config, self.finished_steps) if processes.is_first else None
+        self.clock = IntervalClock(config, processes)
 
     def train(self) -> Path:
         """Run to the end."""
@@ -105,10 +115,13 @@ class Run:
         with ExitStack() as stack, closing(micro_batches), self.display, StopSignals() as signals, self.saver:
             if self.writer is not None:
                 stack.callback(self.writer.close)
+            if self.profiler is not None:
+                stack.enter_context(self.profiler)
             if start == 0:
                 self._measure()
+            timed = self.clock.waiting(micro_batches)
             for step in range(start, config.steps):
-                self.scalars.append(self.trainer.step(step, micro_batches))
+                self.scalars.append(self.trainer.step(step, timed))
                 self._after_step()
                 go_on, progress = agreement.after_step(not signals.received, self.saver.progress)
                 self.saver.after_step(progress)
@@ -124,8 +137,10 @@ class Run:
     def _after_step(self) -> None:
         config = self.config
         self.finished_steps += 1
-        self._interval_steps += 1
+        self.clock.step()
         self.display.advance()
+        if self.profiler is not None and self.profiler.step():
+            self.display.profiled(self.profiler.trace)
         is_last = self.finished_steps == config.steps
         if is_last or self.finished_steps % config.log_every == 0:
             self._log()
@@ -136,17 +151,19 @@ class Run:
 
     def _log(self) -> None:
         self.scalars.check_finite(self.finished_steps, self._last_checkpoint)
-        seconds = time.monotonic() - self._interval_start
+        speed = self.clock.values()  # now, as the check above has waited for the device
         values = {
             **self.scalars.means(),
             **self.trainer.collapse_statistics(self.finished_steps - 1),
             **asdict(self.trainer.schedules(self.finished_steps - 1)),
-            "images_per_second": self._interval_steps * self.config.batch_size / seconds,
+            **self.trainer.arithmetic.metrics(),
+            **speed,
         }
+        check_loss_scale(values.get("loss_scale", 1.0), self._last_checkpoint)
         self.scalars.clear()
         self._write(values)
         self.display.metrics(self.finished_steps, values)
-        self._restart_clock()
+        self.clock.restart()
 
     def _write(self, values: dict[str, Any]) -> None:
         if self.writer is None:
@@ -159,16 +176,13 @@ class Run:
                 f" {way_back(self.checkpoints.latest())}"
             ) from error
 
-    def _restart_clock(self) -> None:
-        self._interval_start, self._interval_steps = time.monotonic(), 0
-
     def _measure(self) -> None:
         if self.probe is None:
             return
         values = self.trainer.measure(self.probe)
         self._write(values)
         self.display.probe(self.finished_steps, values)
-        self._restart_clock()
+        self.clock.restart()
 
     def _save(self) -> None:
         """Begin to write a checkpoint, after making sure that nothing in it is NaN or infinite."""
@@ -182,10 +196,11 @@ class Run:
             "step": self.finished_steps,
             "num_images": len(self.dataset),
             "scalars": self.scalars.state_dict(),
+            "loss_scale": self.trainer.arithmetic.state_dict(),
             "vit": {role: asdict(backbone.config) for role, backbone in backbones.items()},
         }
         self.saver.save(self.finished_steps, self.trainer.state_dict(), values)
-        self._restart_clock()
+        self.clock.restart()
 
     def _last_checkpoint(self) -> Path | None:
         """The newest checkpoint, once the one in flight is complete. All processes must call it."""
@@ -203,6 +218,7 @@ class Run:
                 f" but its {type(self.dataset).__name__} now holds {len(self.dataset)}"
             )
         self.trainer.restore(checkpoint)
+        self.trainer.arithmetic.load_state_dict(values["loss_scale"])
         self.scalars.load_state_dict(values["scalars"])
         self.finished_steps = values["step"]
 

@@ -15,6 +15,10 @@ MAY_CHANGE = frozenset(
         "output",
         "steps",
         "device",
+        "activation_checkpointing",
+        "compile",
+        "profile_steps",
+        "peak_tflops",
         "log_every",
         "probe_every",
         "checkpoint_every",
@@ -23,6 +27,7 @@ MAY_CHANGE = frozenset(
         "data.root",
         "data.num_workers",
         "parallel.sharding",
+        "parallel.shard_size",
         "parallel.timeout_seconds",
     }
 )

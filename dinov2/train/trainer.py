@@ -29,13 +29,16 @@ from dinov2.data import Batch
 from dinov2.models import VisionTransformer
 from dinov2.models.run_checkpoint import RunCheckpoint
 from dinov2.objectives import SelfDistillation
+from dinov2.train.blocks import prepare_blocks
 from dinov2.train.building import build_objective
 from dinov2.train.config import PretrainConfig
+from dinov2.train.metrics import SKIPPED
 from dinov2.train.parameter_groups import apply_settings, parameter_groups
+from dinov2.train.precision import Arithmetic
 from dinov2.train.processes import Processes, resolve_device
 from dinov2.train.run_directory import flatten
 from dinov2.train.schedules import Schedules, StepSettings
-from dinov2.train.sharding import exchange_gradients, gathered, shard_network
+from dinov2.train.sharding import exchange_gradients, gathered, split_objective
 
 Probe = Callable[[VisionTransformer], dict[str, float]]
 """Measures the teacher's backbone, in eval mode and without gradients, e.g. the k-NN accuracy on labelled images."""
@@ -53,22 +56,30 @@ class Trainer:
         self.config = config
         self.processes = processes = processes or Processes(resolve_device(config.device))
         self.device = processes.device
+        self.arithmetic = Arithmetic(config.precision, self.device)
         torch.manual_seed(config.seed)
-        self.objective = build_objective(config, processes.group).to(self.device)
-        self._is_split = processes.group is not None and config.parallel.sharding == "full"
+        self._is_split = processes.group is not None and config.parallel.sharding != "replicate"
         self._replicas = None
-        if processes.group is not None and self._is_split:
-            for network in (self.objective.student, self.objective.teacher):
-                shard_network(network, processes.group, self.device)
-        elif processes.group is not None:
-            self._replicas = _replicated(self.objective, processes.group)
+        if self._is_split:
+            self.objective = split_objective(self._build, config.parallel, processes, self.arithmetic.dtype)
+        else:
+            self.objective = self._build().to(self.device)
+            if processes.group is not None:
+                self._replicas = _replicated(self.objective, processes.group)
         self.schedules = Schedules(config)
         optim = config.optim
         groups = parameter_groups(
             self.objective.student, layer_decay=optim.layer_decay, patch_embed_lr_scale=optim.patch_embed_lr_scale
         )
         self.optimizer = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), fused=True)
-        self._names: dict[Tensor, str] = {parameter: name for name, parameter in self.objective.student.named_parameters()}
+        self._names: dict[Tensor, str] = {
+            parameter: name for name, parameter in self.objective.student.named_parameters()
+        }
+
+    def _build(self) -> SelfDistillation:
+        objective = build_objective(self.config, self.processes.group)
+        prepare_blocks(objective, self.config)
+        return objective
 
     def step(self, step: int, micro_batches: Iterator[Batch]) -> dict[str, Tensor]:
         """One optimiser step over ``accumulation_steps`` micro-batches.
@@ -87,24 +98,29 @@ class Trainer:
                 exchange_gradients(self.objective.student, number == last)
             with nullcontext() if self._replicas is None or number == last else self._replicas.no_sync():
                 terms.append(self._forward_backward(next(micro_batches), settings, number))
+        self.arithmetic.unscale(self.optimizer)
         norms = {
             f"grad_norm/{name}": _whole(nn.utils.clip_grad_norm_(module.parameters(), config.optim.clip_grad_norm))
             for name, module in self.objective.student.items()
         }
-        self.optimizer.step()
-        self.objective.update_average(settings.teacher_momentum)
-        return self.processes.mean(
-            {name: torch.stack([term[name] for term in terms]).mean() for name in terms[0]} | norms
-        )
+        self.arithmetic.step(self.optimizer)
+        scalars = {name: torch.stack([term[name] for term in terms]).mean() for name in terms[0]} | norms
+        momentum: float | Tensor = settings.teacher_momentum
+        if self.arithmetic.scaler is not None:
+            skipped = ~torch.stack(list(norms.values())).isfinite().all()
+            scalars[SKIPPED] = skipped.float()
+            momentum = torch.where(skipped, 1.0, momentum)
+        self.objective.update_average(momentum)
+        return self.processes.mean(scalars)
 
     def _forward_backward(self, batch: Batch, settings: StepSettings, number: int) -> dict[str, Tensor]:
         """Add the gradient of micro-batch ``number`` of the run."""
         on_device = self._on_device(batch)
         world_size, rank = self.processes.world_size, self.processes.rank
         torch.manual_seed(micro_batch_seed(self.config.seed, number * world_size + rank))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+        with self.arithmetic.autocast():
             terms: dict[str, Tensor] = (self._replicas or self.objective)(on_device, settings.teacher_temperature)
-        (terms["total"] / self.config.accumulation_steps).backward()
+        self.arithmetic.backward(terms["total"] / self.config.accumulation_steps)
         self._last_crops = on_device["global_crops"]
         return {name: term.detach().float() for name, term in terms.items()}
 
@@ -122,12 +138,13 @@ class Trainer:
 
         Costs a forward pass of the teacher; all processes must call it.
         """
-        statistics = self.objective.collapse_statistics(self._last_crops, self.schedules(step).teacher_temperature)
+        with self.arithmetic.autocast():
+            statistics = self.objective.collapse_statistics(self._last_crops, self.schedules(step).teacher_temperature)
         return {name: float(value) for name, value in self.processes.mean(statistics).items()}
 
     def measure(self, probe: Probe) -> dict[str, float]:
         """What ``probe`` says of the teacher's backbone."""
-        with torch.no_grad():
+        with torch.no_grad(), self.arithmetic.autocast():
             return probe(self.teacher_backbone)
 
     @property
