@@ -15,7 +15,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from dinov2.data import AugmentationConfig, BundledPhotographs, MultiCropAugmentation, augmentation
+from dinov2.data import AugmentationConfig, BundledPhotographs, MultiCropAugmentation, augmentation, recolouring
 from dinov2.data import photometric_reference as pillow
 
 IMAGES_A_ROUND = 10
@@ -55,7 +55,7 @@ def test_multi_crop(benchmark: BenchmarkFixture, blur: str) -> None:
 
 def test_multi_crop_in_pillow(benchmark: BenchmarkFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     benchmark.group = "2 x 224 + 8 x 96 from 500 x 400"
-    monkeypatch.setattr(augmentation, "photometric", pillow)
+    monkeypatch.setattr(recolouring, "photometric", pillow)
     monkeypatch.setattr(augmentation, "resized_crop", pillow.resized_crop)
     record_images_per_second(benchmark, AugmentationConfig(), photograph(500, 400))
 

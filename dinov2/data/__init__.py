@@ -1,13 +1,15 @@
 """Images, their random views and the masks: everything between files and the training step."""
 
-from dinov2.data.augmentation import AugmentationConfig, MultiCropAugmentation, normalize
+from dinov2.data.augmentation import AugmentationConfig, MultiCropAugmentation
+from dinov2.data.batch import Batch, RawBatch, RawCrops, finish
 from dinov2.data.decoding import UnreadableImageError, decode_image, read_image
 from dinov2.data.hugging_face import HuggingFaceImages
 from dinov2.data.image_folder import ImageFolder
-from dinov2.data.loader import Batch, DataConfig, ImageDataset, batches
+from dinov2.data.loader import DataConfig, ImageDataset, batches
 from dinov2.data.masking import MaskConfig, batch_masks, mask_counts, sample_block_masks
 from dinov2.data.patches import Patches, cut_patches
 from dinov2.data.photographs import BundledPhotographs
+from dinov2.data.recolouring import normalize
 from dinov2.data.shards import ShardImage, ShardReport, TarShards, index_shards, write_shard, write_shards
 from dinov2.data.sources import open_dataset
 
@@ -22,6 +24,8 @@ __all__ = [
     "MaskConfig",
     "MultiCropAugmentation",
     "Patches",
+    "RawBatch",
+    "RawCrops",
     "ShardImage",
     "ShardReport",
     "TarShards",
@@ -30,6 +34,7 @@ __all__ = [
     "batches",
     "cut_patches",
     "decode_image",
+    "finish",
     "index_shards",
     "mask_counts",
     "normalize",
