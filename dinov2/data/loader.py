@@ -4,7 +4,6 @@ restart, and for the images also with any number of processes."""
 from __future__ import annotations
 
 import itertools
-import os
 import warnings
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -22,10 +21,19 @@ from dinov2.data.decoding import Pixels, UnreadableImageError
 from dinov2.data.masking import MaskConfig, batch_masks
 from dinov2.data.permutation import random_order
 from dinov2.data.randomness import Stream, derived_generator
+from dinov2.data.workers import lost_workers_explained, start_worker
 from dinov2_kernels.photometric.reference import BLUR_TAPS
 
 Photometric = Literal["workers", "device"]
 MAX_ATTEMPTS = 1000  # unreadable images in a row: then it is the whole dataset that cannot be read
+
+
+class UnreadableDatasetError(ValueError):
+    """No image can be read, or none of very many that were tried."""
+
+
+class UnreadableImageWarning(UserWarning):
+    """Images could not be read, and others took their places."""
 
 
 class ImageDataset(Protocol):
@@ -111,7 +119,9 @@ def batches(
         world_size: number of processes; together they draw ``world_size * batch_size`` images a step.
 
     Raises:
-        ValueError: an argument is out of its range, a crop is no multiple of the patch, or no image can be read.
+        ValueError: an argument is out of its range, a crop is no multiple of the patch.
+        UnreadableDatasetError: no image can be read; a ValueError, when a batch is asked for.
+        LostWorkerError: a worker was killed; an OSError, when a batch is asked for.
         ImportError: OpenCV is missing (extra ``train``).
     """
     if len(dataset) == 0:
@@ -134,15 +144,20 @@ def batches(
         sampler=itertools.count(start_step),
         num_workers=config.num_workers,
         collate_fn=_as_is,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         pin_memory=torch.cuda.is_available(),
     )
-    return _warn_of_unreadable(loader, len(dataset))
+    return _received(loader, len(dataset))
+
+
+_Item = tuple[Batch | RawBatch | UnreadableDatasetError, dict[int, str]]
+"""A batch, and which images could not be read for it, with the reasons. An error raised in a worker would arrive with a
+traceback in its message, which is right for a mistake in the code of a dataset and wrong for a folder that is gone."""
 
 
 @dataclass(frozen=True)
-class _Steps(Dataset[tuple[Batch | RawBatch, dict[int, str]]]):
-    """Item s is the batch of step s, and which images could not be read for it, with the reasons."""
+class _Steps(Dataset[_Item]):
+    """Item s belongs to step s."""
 
     dataset: ImageDataset
     config: DataConfig
@@ -153,12 +168,18 @@ class _Steps(Dataset[tuple[Batch | RawBatch, dict[int, str]]]):
     rank: int
     world_size: int
 
-    def __getitem__(self, step: int) -> tuple[Batch | RawBatch, dict[int, str]]:
+    def __getitem__(self, step: int) -> _Item:
+        unreadable: dict[int, str] = {}
+        try:
+            return self._batch(step, unreadable), unreadable
+        except UnreadableDatasetError as error:
+            return error, unreadable
+
+    def _batch(self, step: int, unreadable: dict[int, str]) -> Batch | RawBatch:
         B, views = self.batch_size, self.config.augmentation
         new_buffer = FinishedBuffer if self.config.photometric == "workers" else RawBuffer
         global_buffer = new_buffer(self.augment, 2, B, views.global_size)
         local_buffer = new_buffer(self.augment, views.local_crops, B, views.local_size)
-        unreadable: dict[int, str] = {}
         first = (step * self.world_size + self.rank) * B
         samples = range(first, first + B)  # their numbers in the run
         for i, (sample, image) in enumerate(zip(samples, self._images(samples, unreadable), strict=True)):
@@ -174,7 +195,7 @@ class _Steps(Dataset[tuple[Batch | RawBatch, dict[int, str]]]):
             "local_crops": local_buffer.crops(),
             "masks": torch.from_numpy(masks),
         }
-        return cast(Batch | RawBatch, batch), unreadable
+        return cast(Batch | RawBatch, batch)
 
     def _images(self, samples: range, unreadable: dict[int, str]) -> Iterator[Pixels]:
         """The images of samples in their order, as many at once as the dataset allows."""
@@ -205,29 +226,27 @@ class _Steps(Dataset[tuple[Batch | RawBatch, dict[int, str]]]):
             except UnreadableImageError as error:
                 unreadable[index] = str(error)
         tried = min(number, MAX_ATTEMPTS)
-        raise ValueError(f"tried {tried} of {number} images, and none can be read; {unreadable[image]}")
+        raise UnreadableDatasetError(f"tried {tried} of {number} images, and none can be read; {unreadable[image]}")
 
 
 def _as_is(item: Any) -> Any:
     return item
 
 
-def _start_worker(_: int) -> None:
-    os.setpgid(0, 0)  # Ctrl-C and SIGTERM to the process group are for the training process, which stops its workers
-    import cv2
-
-    cv2.setNumThreads(0)  # one thread a worker; PyTorch limits its own
-
-
-def _warn_of_unreadable(
-    loader: DataLoader[tuple[Batch | RawBatch, dict[int, str]]], number: int
-) -> Generator[Batch | RawBatch, None, None]:
-    seen: set[int] = set()
-    for batch, unreadable in loader:
-        if not seen.issuperset(unreadable):
-            seen.update(unreadable)
+def _received(loader: DataLoader[_Item], number: int) -> Generator[Batch | RawBatch, None, None]:
+    """The batches of a loader, with a warning whenever a tenth more of its ``number`` images were unreadable."""
+    items, seen, warned = iter(loader), set[int](), 0
+    while True:
+        with lost_workers_explained(receiving=loader.num_workers > 0):
+            batch, unreadable = next(items)
+        if isinstance(batch, UnreadableDatasetError):
+            raise batch
+        seen.update(unreadable)
+        if len(seen) > 1.1 * warned:
+            warned = len(seen)
             warnings.warn(
-                f"skipped unreadable images, {len(seen)} of {number} so far; {next(reversed(unreadable.values()))}",
+                f"skipped unreadable images, {warned} of {number} so far; {next(reversed(unreadable.values()))}",
+                UnreadableImageWarning,
                 stacklevel=2,
             )
         yield batch

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from dinov2.data import ImageDataset, batches, open_dataset
+from dinov2.data import ImageDataset, batches, lost_workers_explained, open_dataset
 from dinov2.models import save_pretrained
 from dinov2.train.checkpoint import CheckpointDirectory, load_checkpoint, non_finite_tensors
 from dinov2.train.config import PretrainConfig
@@ -42,6 +42,7 @@ def pretrain(
         ValueError: resumed with another configuration, other images, or from a damaged checkpoint.
         NonFiniteError: a loss term or gradient became NaN or infinite; no such state is ever saved.
         PeerError: another process of the run failed or fell silent.
+        LostWorkerError: a process that prepares batches was killed.
         Interrupted: Ctrl-C or SIGTERM came; a checkpoint was saved.
     """
     with join_processes(config.device, config.parallel.timeout_seconds) as processes:
@@ -95,7 +96,13 @@ class Run:
             start_step=start,
         )
         stop = StopAgreement(self.processes)
-        with ExitStack() as stack, closing(micro_batches), self.display, StopSignals() as signals:
+        with (
+            ExitStack() as stack,
+            lost_workers_explained(),
+            closing(micro_batches),
+            self.display,
+            StopSignals() as signals,
+        ):
             if self.writer is not None:
                 stack.callback(self.writer.close)
             if start == 0:
