@@ -21,7 +21,7 @@ from dinov2.data.decoding import Pixels, UnreadableImageError
 from dinov2.data.masking import MaskConfig, batch_masks
 from dinov2.data.permutation import random_order
 from dinov2.data.randomness import Stream, derived_generator
-from dinov2.data.workers import lost_workers_explained, start_worker
+from dinov2.data.workers import next_of_workers, start_worker
 from dinov2_kernels.photometric.reference import BLUR_TAPS
 
 Photometric = Literal["workers", "device"]
@@ -235,10 +235,10 @@ def _as_is(item: Any) -> Any:
 
 def _received(loader: DataLoader[_Item], number: int) -> Generator[Batch | RawBatch, None, None]:
     """The batches of a loader, with a warning whenever a tenth more of its ``number`` images were unreadable."""
-    items, seen, warned = iter(loader), set[int](), 0
+    items, receive = iter(loader), next_of_workers if loader.num_workers else next
+    seen, warned = set[int](), 0
     while True:
-        with lost_workers_explained(receiving=loader.num_workers > 0):
-            batch, unreadable = next(items)
+        batch, unreadable = receive(items)
         if isinstance(batch, UnreadableDatasetError):
             raise batch
         seen.update(unreadable)

@@ -5,6 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
+
+Item = TypeVar("Item")
+FROM_WORKER = "in DataLoader worker process"
+"""Part of the message of every error that a worker raised and PyTorch raises again."""
 
 
 class LostWorkerError(ChildProcessError):
@@ -20,14 +25,10 @@ def start_worker(_: int) -> None:
 
 
 @contextmanager
-def lost_workers_explained(*, receiving: bool = False) -> Iterator[None]:
+def lost_workers_explained() -> Iterator[None]:
     """Context in which a worker that ends before its time is a :class:`LostWorkerError`.
 
     PyTorch says so by a RuntimeError, and raises it wherever the training process is when the system tells it.
-
-    Args:
-        receiving: whether the context does nothing but wait for workers. Then a connection that broke belongs to one
-            that ended so lately that nobody knows of it yet.
     """
     try:
         yield
@@ -35,11 +36,27 @@ def lost_workers_explained(*, receiving: bool = False) -> Iterator[None]:
         if not str(error).startswith("DataLoader worker (pid"):
             raise
         raise LostWorkerError(explanation(str(error))) from error
-    except (OSError, EOFError) as error:
-        # What a dataset raised comes here too, with the traceback of its worker as its message.
-        if not receiving or "in DataLoader worker process" in str(error):
-            raise
-        raise LostWorkerError(explanation(repr(error))) from error
+
+
+def next_of_workers(items: Iterator[Item]) -> Item:
+    """``next(items)``, where items come from workers.
+
+    Raises:
+        LostWorkerError: one ended before its time.
+        Exception: what one of them raised, with its traceback there as part of the message.
+    """
+    try:
+        with lost_workers_explained():
+            return next(items)
+    except Exception as error:
+        if FROM_WORKER in str(error):
+            # PyTorch's frames and the error refer to each other. Garbage is collected late, and workers do not learn
+            # then that they are to end: a loader in such a circle waits five seconds for each of them.
+            raise error.with_traceback(None) from None
+        if isinstance(error, (ConnectionError, EOFError, FileNotFoundError)):
+            # The connection broke to one that ended so lately that nobody knows of it yet.
+            raise LostWorkerError(explanation(repr(error))) from error
+        raise
 
 
 def explanation(report: str) -> str:
