@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from dinov2.data import ImageDataset, batches, lost_workers_named, open_dataset
+from dinov2.data import ImageDataset, batches, lost_workers_explained, open_dataset
 from dinov2.models import save_pretrained
 from dinov2.models.run_checkpoint import RunCheckpoint
 from dinov2.train.checkpoint import CheckpointDirectory
@@ -47,10 +47,10 @@ def pretrain(
         NonFiniteError: a loss term or gradient became NaN or infinite; no such state is ever saved.
         CheckpointError: a checkpoint could not be written; those before it are whole.
         PeerError: another process of the run failed or fell silent.
-        WorkerError: a process that prepares batches died.
+        LostWorkerError: a process that prepares batches was killed.
         Interrupted: Ctrl-C or SIGTERM came; a checkpoint was saved.
     """
-    with join_processes(config.device, config.parallel.timeout_seconds) as processes, lost_workers_named():
+    with join_processes(config.device, config.parallel.timeout_seconds) as processes, lost_workers_explained():
         config = processes.first(lambda: _checked(config, processes, resume=resume))
         return Run(config, open_dataset(config.data) if dataset is None else dataset, probe, processes).train()
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from dinov2.data import Batch
+from dinov2.data import Batch, RawBatch, finish
 from dinov2.models import VisionTransformer
 from dinov2.models.run_checkpoint import RunCheckpoint
 from dinov2.objectives import SelfDistillation
@@ -81,7 +81,7 @@ class Trainer:
         prepare_blocks(objective, self.config)
         return objective
 
-    def step(self, step: int, micro_batches: Iterator[Batch]) -> dict[str, Tensor]:
+    def step(self, step: int, micro_batches: Iterator[Batch | RawBatch]) -> dict[str, Tensor]:
         """One optimiser step over ``accumulation_steps`` micro-batches.
 
         Returns its scalars, still on the device: the objective's terms (means over micro-batches and processes) and
@@ -113,9 +113,9 @@ class Trainer:
         self.objective.update_average(momentum)
         return self.processes.mean(scalars)
 
-    def _forward_backward(self, batch: Batch, settings: StepSettings, number: int) -> dict[str, Tensor]:
+    def _forward_backward(self, batch: Batch | RawBatch, settings: StepSettings, number: int) -> dict[str, Tensor]:
         """Add the gradient of micro-batch ``number`` of the run."""
-        on_device = self._on_device(batch)
+        on_device = finish(batch, self.config.data.augmentation, self.device)
         world_size, rank = self.processes.world_size, self.processes.rank
         torch.manual_seed(micro_batch_seed(self.config.seed, number * world_size + rank))
         with self.arithmetic.autocast():
@@ -123,15 +123,6 @@ class Trainer:
         self.arithmetic.backward(terms["total"] / self.config.accumulation_steps)
         self._last_crops = on_device["global_crops"]
         return {name: term.detach().float() for name, term in terms.items()}
-
-    def _on_device(self, batch: Batch) -> Batch:
-        """The batch where the networks are. Masks stay on the host: the number of masked patches is a shape, and asking
-        a GPU for it would wait for it."""
-        return Batch(
-            global_crops=batch["global_crops"].to(self.device, non_blocking=True),
-            local_crops=batch["local_crops"].to(self.device, non_blocking=True),
-            masks=batch["masks"],
-        )
 
     def collapse_statistics(self, step: int) -> dict[str, float]:
         """How the targets of the last micro-batch spread over the prototypes, a mean over processes.
