@@ -13,7 +13,8 @@ from rich.console import Console
 from dinov2.data import ImageDataset, batches, open_dataset
 from dinov2.models import save_pretrained
 from dinov2.train.checkpoint import CheckpointDirectory, load_checkpoint, non_finite_tensors
-from dinov2.train.config import PretrainConfig
+from dinov2.train.config import RunConfig
+from dinov2.train.initial_weights import start_from_initial_weights
 from dinov2.train.interruption import Interrupted, StopSignals
 from dinov2.train.metrics import MetricsWriter, NonFiniteError, StepScalars, read_metrics, way_back
 from dinov2.train.processes import Processes, StopAgreement, join_processes
@@ -23,7 +24,7 @@ from dinov2.train.trainer import Probe, Trainer
 
 
 def pretrain(
-    config: PretrainConfig, resume: bool = False, *, dataset: ImageDataset | None = None, probe: Probe | None = None
+    config: RunConfig, resume: bool = False, *, dataset: ImageDataset | None = None, probe: Probe | None = None
 ) -> Path:
     """Pretrain as ``config`` says and return the run directory, with the finished teacher in ``teacher/``.
 
@@ -52,9 +53,7 @@ def pretrain(
 class Run:
     """The loop around :class:`Trainer`: metrics, probes, checkpoints and interruptions."""
 
-    def __init__(
-        self, config: PretrainConfig, dataset: ImageDataset, probe: Probe | None, processes: Processes
-    ) -> None:
+    def __init__(self, config: RunConfig, dataset: ImageDataset, probe: Probe | None, processes: Processes) -> None:
         self.config = config
         self.dataset = dataset
         self.probe = probe
@@ -64,8 +63,11 @@ class Run:
         self.checkpoints = CheckpointDirectory(config.output / "checkpoints", config.keep_checkpoints)
         self.scalars = StepScalars()
         self.finished_steps = 0
+        self.origin: str | None = None
         if latest := processes.first(self.checkpoints.latest):
             self._restore(latest)
+        else:
+            self.origin = start_from_initial_weights(self.trainer.objective, config)
         self.display = RunDisplay(config, self.finished_steps, None if processes.is_first else Console(quiet=True))
         self.writer: MetricsWriter | None = None
         self._restart_clock()
@@ -78,7 +80,7 @@ class Run:
             self.dataset,
             config.data,
             batch_size=self.batch_size,
-            patch_size=config.vit.patch_size,
+            patch_size=config.patch_size,
             seed=config.seed,
             start_step=start * config.accumulation_steps,
             rank=self.processes.rank,
@@ -89,10 +91,11 @@ class Run:
         if self.processes.is_first:
             self.writer = MetricsWriter(config.output, start)
         self.display.header(
-            parameters=sum(parameter.numel() for parameter in self.trainer.teacher_backbone.parameters()),
+            models=self.trainer.products,
             data=f"{len(self.dataset):,} images, {type(self.dataset).__name__}",
             device=self.processes.describe(),
             start_step=start,
+            weights=self.origin,
         )
         stop = StopAgreement(self.processes)
         with ExitStack() as stack, closing(micro_batches), self.display, StopSignals() as signals:
@@ -105,11 +108,10 @@ class Run:
                 self._after_step()
                 if stop.after_step(signals.received) and self.finished_steps < config.steps:
                     self._stop()
-        teacher = config.output / "teacher"
-        backbone = self.trainer.finished_backbone()
-        self.processes.first(lambda: save_pretrained(backbone, teacher))
+        finished = {config.product_folder(name): model for name, model in self.trainer.finished_backbones().items()}
+        self.processes.first(lambda: [save_pretrained(model, folder) for folder, model in finished.items()])
         if self.processes.is_first:
-            self.display.finish(read_metrics(config.output / "metrics.jsonl"), teacher)
+            self.display.finish(read_metrics(config.output / "metrics.jsonl"), list(finished))
         return config.output
 
     def _after_step(self) -> None:

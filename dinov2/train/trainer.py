@@ -15,8 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from dinov2.data import Batch
 from dinov2.models import VisionTransformer
 from dinov2.objectives import SelfDistillation
 from dinov2.train.building import build_objective
-from dinov2.train.config import PretrainConfig
+from dinov2.train.config import RunConfig
 from dinov2.train.parameter_groups import apply_settings, parameter_groups
 from dinov2.train.processes import Processes, resolve_device
 from dinov2.train.schedules import Schedules, StepSettings
@@ -47,7 +46,7 @@ class Trainer:
         processes: those that take part; None means this one alone.
     """
 
-    def __init__(self, config: PretrainConfig, processes: Processes | None = None) -> None:
+    def __init__(self, config: RunConfig, processes: Processes | None = None) -> None:
         self.config = config
         self.processes = processes = processes or Processes(resolve_device(config.device))
         self.device = processes.device
@@ -56,15 +55,19 @@ class Trainer:
         self._is_split = processes.group is not None and config.parallel.sharding == "full"
         self._replicas = None
         if processes.group is not None and self._is_split:
-            for network in (self.objective.student, self.objective.teacher):
+            for network in self.objective.networks:
                 shard_network(network, processes.group, self.device)
         elif processes.group is not None:
             self._replicas = _replicated(self.objective, processes.group)
         self.schedules = Schedules(config)
         optim = config.optim
-        groups = parameter_groups(
-            self.objective.student, layer_decay=optim.layer_decay, patch_embed_lr_scale=optim.patch_embed_lr_scale
-        )
+        groups = [
+            group
+            for student in self.objective.students.values()
+            for group in parameter_groups(
+                student, layer_decay=optim.layer_decay, patch_embed_lr_scale=optim.patch_embed_lr_scale
+            )
+        ]
         self.optimizer = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), fused=True)
 
     def step(self, step: int, micro_batches: Iterator[Batch]) -> dict[str, Tensor]:
@@ -81,18 +84,25 @@ class Trainer:
         terms = []
         for number in range(first, last + 1):
             if self._is_split:
-                exchange_gradients(self.objective.student, number == last)
+                for student in self.objective.students.values():
+                    exchange_gradients(student, number == last)
             with nullcontext() if self._replicas is None or number == last else self._replicas.no_sync():
                 terms.append(self._forward_backward(next(micro_batches), settings, number))
         norms = {
             f"grad_norm/{name}": _whole(nn.utils.clip_grad_norm_(module.parameters(), config.optim.clip_grad_norm))
-            for name, module in self.objective.student.items()
+            for name, module in self._trained_modules()
         }
         self.optimizer.step()
         self.objective.update_average(settings.teacher_momentum)
         return self.processes.mean(
             {name: torch.stack([term[name] for term in terms]).mean() for name in terms[0]} | norms
         )
+
+    def _trained_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Backbone and heads of every student, by name."""
+        for student, network in self.objective.students.items():
+            for name, module in network.items():
+                yield f"{student}/{name}".lstrip("/"), module
 
     def _forward_backward(self, batch: Batch, settings: StepSettings, number: int) -> dict[str, Tensor]:
         """Add the gradient of micro-batch ``number`` of the run."""
@@ -123,54 +133,55 @@ class Trainer:
         return {name: float(value) for name, value in self.processes.mean(statistics).items()}
 
     def measure(self, probe: Probe) -> dict[str, float]:
-        """What ``probe`` says of the teacher's backbone."""
+        """What ``probe`` says of each of the :attr:`products`."""
         with torch.no_grad():
-            return probe(self.teacher_backbone)
+            return {
+                f"{name}/{metric}".lstrip("/"): value
+                for name, backbone in self.products.items()
+                for metric, value in probe(backbone).items()
+            }
 
     @property
-    def teacher_backbone(self) -> VisionTransformer:
-        """The network that a run is for."""
-        backbone = self.objective.teacher["backbone"]
-        assert isinstance(backbone, VisionTransformer)
-        return backbone
+    def products(self) -> dict[str, VisionTransformer]:
+        """The backbones that a run is for, by the name of the student; a lone student has none."""
+        return {name: cast(VisionTransformer, network["backbone"]) for name, network in self.objective.averages.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Networks by the names of facebook's files, the objective's own buffers (centres), the optimiser.
 
+        The moving average of the student is called teacher, also beside a frozen teacher, which is not among the state.
         Tensors are whole, also where the processes hold parts of them; then all processes must call it.
         """
-        own = {
-            name: tensor
-            for name, tensor in self.objective.state_dict().items()
-            if not name.startswith(("student.", "teacher."))
-        }
         state: dict[str, Any] = gathered(
             {
                 "student": self.objective.student.state_dict(),
-                "teacher": self.objective.teacher.state_dict(),
-                "objective": own,
+                "teacher": self.objective.average.state_dict(),
+                "objective": dict(self.objective.named_buffers()),
                 "optimizer": self.optimizer.state_dict(),
             }
         )
         return state
 
-    def finished_backbone(self) -> VisionTransformer:
-        """The teacher's backbone with whole weights; where they are split, a copy on the host."""
-        if not self._is_split:
-            return self.teacher_backbone
+    def finished_backbones(self) -> dict[str, VisionTransformer]:
+        """The :attr:`products` with whole weights; where they are split, copies on the host."""
+        return {name: self._whole(backbone) if self._is_split else backbone for name, backbone in self.products.items()}
+
+    def _whole(self, backbone: VisionTransformer) -> VisionTransformer:
         with torch.device("meta"):
-            whole = VisionTransformer(replace(self.config.vit, drop_path_rate=0.0))
-        whole.load_state_dict(gathered(self.teacher_backbone.state_dict()), assign=True)
+            whole = VisionTransformer(backbone.config)
+        whole.load_state_dict(gathered(backbone.state_dict()), assign=True)
         return whole
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` returned."""
-        networks = {f"{role}.{name}": tensor for role in ("student", "teacher") for name, tensor in state[role].items()}
-        own = self.objective.state_dict()
-        whole = networks | state["objective"]
-        self.objective.load_state_dict(
-            {name: split_like(tensor, own.get(name, tensor)) for name, tensor in whole.items()}
-        )
+        buffers = dict(self.objective.named_buffers())
+        for name, tensor in state["objective"].items():
+            buffers[name].copy_(tensor)
+        for network, role in ((self.objective.student, "student"), (self.objective.average, "teacher")):
+            own = network.state_dict()
+            network.load_state_dict(
+                {name: split_like(tensor, own.get(name, tensor)) for name, tensor in state[role].items()}
+            )
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         moments = {
             index: {name: split_like(moment, parameters[index]) for name, moment in of_one.items()}
