@@ -80,6 +80,13 @@ def checkpoint_of(run: Path, step: int | None = None) -> Path:
     return steps[step]
 
 
+def run_of(source: Path) -> Path | None:
+    """The directory of the run that a path names, or of which it is a checkpoint; None if it is neither."""
+    if is_run(source):
+        return source
+    return source.parent.parent if is_checkpoint(source) else None
+
+
 def is_checkpoint(path: Path) -> bool:
     """Whether a path is the checkpoint of a run, by its name and place."""
     try:
