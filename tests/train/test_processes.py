@@ -38,7 +38,7 @@ def micro_batches(config: PretrainConfig, rank: int) -> Iterator[Batch]:
         open_dataset(config.data),
         config.data,
         batch_size=config.micro_batch_size // WORLD_SIZE,
-        patch_size=config.vit.patch_size,
+        patch_size=config.patch_size,
         seed=config.seed,
         rank=rank,
         world_size=WORLD_SIZE,
