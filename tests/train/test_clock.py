@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from dinov2.train import ParallelConfig, PretrainConfig, pretrain, read_metrics
+from dinov2.train.building import build_objective
 from dinov2.train.clock import IntervalClock, peak_memory
 from dinov2.train.flops import step_flops
 from dinov2.train.processes import Processes
@@ -36,14 +37,15 @@ def test_an_interval(config: PretrainConfig, seconds: list[float]) -> None:
             yield number
 
     config = dataclasses.replace(config, peak_tflops=1e-6)
-    clock = IntervalClock(config, Processes(torch.device("cpu"), rank=1, world_size=2))
+    teacher = build_objective(config, None).teacher
+    clock = IntervalClock(config, teacher, Processes(torch.device("cpu"), rank=1, world_size=2))
     seconds[0] += 50
     clock.restart()
     for _ in clock.waiting(slow()):
         seconds[0] += 3
         clock.step()
     values = clock.values()
-    flops = 2 * step_flops(config) / 8 / 2  # of each of two processes
+    flops = 2 * step_flops(config, teacher) / 8 / 2  # of each of two processes
     assert values.pop("memory_gb") > 0
     assert values == {
         "images_per_second": 1.0,
