@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from dinov2.models import DINOHead, VisionTransformer
 from dinov2.objectives import SelfDistillation
@@ -44,7 +44,7 @@ def split_objective(
     whole = objective.state_dict() if processes.is_first else {}
     objective.to("meta")
     mesh = mesh_of(parallel, processes)
-    for network in {objective.student, objective.teacher, objective.average}:
+    for network in objective.networks:
         split_network(network, mesh, dtype)
     objective.to_empty(device=processes.device)
     set_model_state_dict(objective, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
@@ -116,10 +116,3 @@ def gathered(state: Any) -> Any:
     if isinstance(state, dict):
         return {key: gathered(value) for key, value in state.items()}
     return state
-
-
-def split_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, equal in all processes, split as ``like`` is; as it is, if ``like`` is whole."""
-    if not isinstance(like, DTensor) or tensor.shape != like.shape:
-        return tensor
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
