@@ -41,7 +41,7 @@ def prepare_blocks(objective: SelfDistillation, config: RunConfig) -> None:
                 block.compile(fullgraph=True, dynamic=False, options={"fallback_random": True})
     if config.compile:
         # Rates of stochastic depth are constants of a graph, and more graphs than this limit are an error.
-        graphs = 2 + len(set(config.vit.drop_path_rates))
+        graphs = 1 + sum(len(set(vit.drop_path_rates)) for vit in config.networks.values())
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * graphs)
 
 
