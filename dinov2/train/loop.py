@@ -16,7 +16,7 @@ from dinov2.models.run_checkpoint import RunCheckpoint
 from dinov2.train.checkpoint import CheckpointDirectory
 from dinov2.train.config import PretrainConfig
 from dinov2.train.interruption import Interrupted, StopSignals
-from dinov2.train.metrics import MetricsWriter, StepScalars, read_metrics, way_back
+from dinov2.train.metrics import MetricsWriter, StepScalars, read_metrics
 from dinov2.train.processes import Processes, StepAgreement, join_processes
 from dinov2.train.progress import RunDisplay
 from dinov2.train.run_directory import check_run_directory, write_config
@@ -156,7 +156,7 @@ class Run:
         except OSError as error:
             raise OSError(
                 f"metrics of step {self.finished_steps} cannot be written to {self.config.output} ({error});"
-                f" {way_back(self.checkpoints.latest())}"
+                " once there is room, --resume continues from the newest checkpoint"
             ) from error
 
     def _restart_clock(self) -> None:

@@ -68,7 +68,9 @@ class Trainer:
             self.objective.student, layer_decay=optim.layer_decay, patch_embed_lr_scale=optim.patch_embed_lr_scale
         )
         self.optimizer = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), fused=True)
-        self._names: dict[Tensor, str] = {parameter: name for name, parameter in self.objective.student.named_parameters()}
+        self._names: dict[Tensor, str] = {
+            parameter: name for name, parameter in self.objective.student.named_parameters()
+        }
 
     def step(self, step: int, micro_batches: Iterator[Batch]) -> dict[str, Tensor]:
         """One optimiser step over ``accumulation_steps`` micro-batches.
