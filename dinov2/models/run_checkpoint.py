@@ -58,8 +58,8 @@ def load_checkpoint(path: str | Path, parts: Collection[str] = PARTS) -> dict[st
     Returns:
         student and teacher: tensors by facebook's names, ``backbone.cls_token`` and so on; objective: its centres, if
         it has any; optimizer: AdamW's step, exp_avg and exp_avg_sq of each of the student's parameters by its name.
-        Beside them the values of the manifest: step (number of finished steps), num_images, scalars, and vit (the
-        configurations of the student's and the teacher's backbone).
+        Beside them the values of the manifest: step (number of finished steps), num_images, scalars, loss_scale, and
+        vit (the configuration of each student's backbone, by its name; a lone student's is empty).
 
     Raises:
         ValueError: it is damaged, or is no checkpoint of pretraining.

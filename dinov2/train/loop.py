@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
@@ -10,14 +9,18 @@ from typing import Any
 
 from rich.console import Console
 
-from dinov2.data import ImageDataset, batches, lost_workers_named, open_dataset
+from dinov2.data import ImageDataset, batches, lost_workers_explained, open_dataset
 from dinov2.models import save_pretrained
 from dinov2.models.run_checkpoint import RunCheckpoint
 from dinov2.train.checkpoint import CheckpointDirectory
-from dinov2.train.config import PretrainConfig
+from dinov2.train.clock import IntervalClock
+from dinov2.train.config import RunConfig
+from dinov2.train.initial_weights import start_from_initial_weights
 from dinov2.train.interruption import Interrupted, StopSignals
-from dinov2.train.metrics import MetricsWriter, StepScalars, read_metrics
+from dinov2.train.metrics import MetricsWriter, StepScalars, check_loss_scale, read_metrics
+from dinov2.train.precision import settle_precision
 from dinov2.train.processes import Processes, StepAgreement, join_processes
+from dinov2.train.profiling import StepProfiler
 from dinov2.train.progress import RunDisplay
 from dinov2.train.run_directory import check_run_directory, write_config
 from dinov2.train.saving import CheckpointSaver
@@ -25,7 +28,7 @@ from dinov2.train.trainer import Probe, Trainer
 
 
 def pretrain(
-    config: PretrainConfig, resume: bool = False, *, dataset: ImageDataset | None = None, probe: Probe | None = None
+    config: RunConfig, resume: bool = False, *, dataset: ImageDataset | None = None, probe: Probe | None = None
 ) -> Path:
     """Pretrain as ``config`` says and return the run directory, with the finished teacher in ``teacher/``.
 
@@ -45,20 +48,25 @@ def pretrain(
         NonFiniteError: a loss term or gradient became NaN or infinite; no such state is ever saved.
         CheckpointError: a checkpoint could not be written; those before it are whole.
         PeerError: another process of the run failed or fell silent.
-        WorkerError: a process that prepares batches died.
+        LostWorkerError: a process that prepares batches was killed.
         Interrupted: Ctrl-C or SIGTERM came; a checkpoint was saved.
     """
-    with join_processes(config.device, config.parallel.timeout_seconds) as processes, lost_workers_named():
-        processes.first(lambda: check_run_directory(config, resume=resume))
+    with join_processes(config.device, config.parallel.timeout_seconds) as processes, lost_workers_explained():
+        config = processes.first(lambda: _checked(config, processes, resume=resume))
         return Run(config, open_dataset(config.data) if dataset is None else dataset, probe, processes).train()
+
+
+def _checked(config: RunConfig, processes: Processes, *, resume: bool) -> RunConfig:
+    """The configuration with its precision settled, if its run directory may be written."""
+    config = settle_precision(config, processes.device)
+    check_run_directory(config, resume=resume)
+    return config
 
 
 class Run:
     """The loop around :class:`Trainer`: metrics, probes, checkpoints and interruptions."""
 
-    def __init__(
-        self, config: PretrainConfig, dataset: ImageDataset, probe: Probe | None, processes: Processes
-    ) -> None:
+    def __init__(self, config: RunConfig, dataset: ImageDataset, probe: Probe | None, processes: Processes) -> None:
         self.config = config
         self.dataset = dataset
         self.probe = probe
@@ -71,11 +79,15 @@ class Run:
         self.saver = CheckpointSaver(self.checkpoints, processes)
         self.scalars = StepScalars()
         self.finished_steps = 0
+        self.origin: str | None = None
         if latest := processes.first(self.checkpoints.latest):
             self._restore(latest)
+        else:
+            self.origin = start_from_initial_weights(self.trainer.objective, config)
         self.display = RunDisplay(config, self.finished_steps, None if processes.is_first else Console(quiet=True))
         self.writer: MetricsWriter | None = None
-        self._restart_clock()
+        self.profiler = StepProfiler(config, self.finished_steps) if processes.is_first else None
+        self.clock = IntervalClock(config, self.trainer.objective.teacher, processes)
 
     def train(self) -> Path:
         """Run to the end."""
@@ -85,7 +97,7 @@ class Run:
             self.dataset,
             config.data,
             batch_size=self.batch_size,
-            patch_size=config.vit.patch_size,
+            patch_size=config.patch_size,
             seed=config.seed,
             start_step=start * config.accumulation_steps,
             rank=self.processes.rank,
@@ -96,36 +108,41 @@ class Run:
         if self.processes.is_first:
             self.writer = MetricsWriter(config.output, start)
         self.display.header(
-            parameters=sum(parameter.numel() for parameter in self.trainer.teacher_backbone.parameters()),
+            models=self.trainer.products,
             data=f"{len(self.dataset):,} images, {type(self.dataset).__name__}",
             device=self.processes.describe(),
             start_step=start,
+            weights=self.origin,
         )
         agreement = StepAgreement(self.processes, first=(True, 0))
         with ExitStack() as stack, closing(micro_batches), self.display, StopSignals() as signals, self.saver:
             if self.writer is not None:
                 stack.callback(self.writer.close)
+            if self.profiler is not None:
+                stack.enter_context(self.profiler)
             if start == 0:
                 self._measure()
+            timed = self.clock.waiting(micro_batches)
             for step in range(start, config.steps):
-                self.scalars.append(self.trainer.step(step, micro_batches))
+                self.scalars.append(self.trainer.step(step, timed))
                 self._after_step()
                 go_on, progress = agreement.after_step(not signals.received, self.saver.progress)
                 self.saver.after_step(progress)
                 if not go_on and self.finished_steps < config.steps:
                     self._stop()
-        teacher = config.output / "teacher"
-        backbone = self.trainer.finished_backbone()
-        self.processes.first(lambda: save_pretrained(backbone, teacher))
+        finished = {config.product_folder(name): model for name, model in self.trainer.finished_backbones().items()}
+        self.processes.first(lambda: [save_pretrained(model, folder) for folder, model in finished.items()])
         if self.processes.is_first:
-            self.display.finish(read_metrics(config.output / "metrics.jsonl"), teacher)
+            self.display.finish(read_metrics(config.output / "metrics.jsonl"), list(finished))
         return config.output
 
     def _after_step(self) -> None:
         config = self.config
         self.finished_steps += 1
-        self._interval_steps += 1
+        self.clock.step()
         self.display.advance()
+        if self.profiler is not None and self.profiler.step():
+            self.display.profiled(self.profiler.trace)
         is_last = self.finished_steps == config.steps
         if is_last or self.finished_steps % config.log_every == 0:
             self._log()
@@ -136,17 +153,19 @@ class Run:
 
     def _log(self) -> None:
         self.scalars.check_finite(self.finished_steps, self._last_checkpoint)
-        seconds = time.monotonic() - self._interval_start
+        speed = self.clock.values()  # now, as the check above has waited for the device
         values = {
             **self.scalars.means(),
             **self.trainer.collapse_statistics(self.finished_steps - 1),
             **asdict(self.trainer.schedules(self.finished_steps - 1)),
-            "images_per_second": self._interval_steps * self.config.batch_size / seconds,
+            **self.trainer.arithmetic.metrics(),
+            **speed,
         }
+        check_loss_scale(values.get("loss_scale", 1.0), self._last_checkpoint)
         self.scalars.clear()
         self._write(values)
         self.display.metrics(self.finished_steps, values)
-        self._restart_clock()
+        self.clock.restart()
 
     def _write(self, values: dict[str, Any]) -> None:
         if self.writer is None:
@@ -159,33 +178,26 @@ class Run:
                 " once there is room, --resume continues from the newest checkpoint"
             ) from error
 
-    def _restart_clock(self) -> None:
-        self._interval_start, self._interval_steps = time.monotonic(), 0
-
     def _measure(self) -> None:
         if self.probe is None:
             return
         values = self.trainer.measure(self.probe)
         self._write(values)
         self.display.probe(self.finished_steps, values)
-        self._restart_clock()
+        self.clock.restart()
 
     def _save(self) -> None:
         """Begin to write a checkpoint, after making sure that nothing in it is NaN or infinite."""
         self.scalars.check_finite(self.finished_steps, self._last_checkpoint)
-        objective = self.trainer.objective
-        backbones: dict[str, Any] = {
-            role: network["backbone"]
-            for role, network in (("student", objective.student), ("teacher", objective.teacher))
-        }
         values = {
             "step": self.finished_steps,
             "num_images": len(self.dataset),
             "scalars": self.scalars.state_dict(),
-            "vit": {role: asdict(backbone.config) for role, backbone in backbones.items()},
+            "loss_scale": self.trainer.arithmetic.state_dict(),
+            "vit": {name: asdict(backbone.config) for name, backbone in self.trainer.products.items()},
         }
         self.saver.save(self.finished_steps, self.trainer.state_dict(), values)
-        self._restart_clock()
+        self.clock.restart()
 
     def _last_checkpoint(self) -> Path | None:
         """The newest checkpoint, once the one in flight is complete. All processes must call it."""
@@ -203,6 +215,7 @@ class Run:
                 f" but its {type(self.dataset).__name__} now holds {len(self.dataset)}"
             )
         self.trainer.restore(checkpoint)
+        self.trainer.arithmetic.load_state_dict(values["loss_scale"])
         self.scalars.load_state_dict(values["scalars"])
         self.finished_steps = values["step"]
 

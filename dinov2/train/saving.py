@@ -32,6 +32,10 @@ class CheckpointError(OSError):
     """A checkpoint could not be written. Those before it are whole, and nothing of it is left."""
 
 
+class CheckpointWarning(UserWarning):
+    """A checkpoint was given up when the run ended by another error."""
+
+
 @dataclass
 class Save:
     """A checkpoint in the making.
@@ -143,7 +147,8 @@ class CheckpointSaver:
             if error is not None and self.processes.is_first:
                 self.directory.clean()
                 if self._save is not None and not (path := self.directory.path(self._save.step)).exists():
-                    warnings.warn(f"checkpoint {path} was not finished and is removed", stacklevel=2)
+                    message = f"checkpoint {path} was not finished and is removed"
+                    warnings.warn(message, CheckpointWarning, stacklevel=2)
 
     def _gather(self, save: Save) -> None:
         part = self.processes.together(lambda: self._attempt(save.step, save.part.result))

@@ -125,7 +125,7 @@ def some_batches(config: PretrainConfig, start: int = 0):
         open_dataset(config.data),
         config.data,
         batch_size=config.micro_batch_size,
-        patch_size=config.vit.patch_size,
+        patch_size=config.patch_size,
         seed=config.seed,
         start_step=start,
     )
@@ -263,7 +263,7 @@ def test_input_errors_leave_no_directory(config: PretrainConfig, tmp_path: Path)
         ({"batch_size": 5, "accumulation_steps": 2}, "5 images do not split into 2 micro-batches"),
         ({"steps": 0}, "steps must be at least 1, but is 0"),
         ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1"),
-        ({"precision": "fp16"}, "precision must be one of fp32, bf16, but is 'fp16'"),
+        ({"precision": "fp8"}, "precision must be one of auto, fp32, bf16, fp16, but is 'fp8'"),
     ],
 )
 def test_impossible_configurations(config: PretrainConfig, changes: dict, message: str) -> None:
