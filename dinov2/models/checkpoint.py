@@ -15,6 +15,7 @@ import torch
 from dinov2.models.architecture import config_of
 from dinov2.models.config import ViTConfig
 from dinov2.models.position_embedding import interpolate_position_embedding
+from dinov2.models.run_checkpoint import MANIFEST, load_checkpoint
 from dinov2.models.state_dict_formats import CENTERS, Source, Tensors, heads_and_centers, to_facebook_names
 from dinov2.models.vision_transformer import VisionTransformer
 from dinov2.models.weights import Weights, split_heads
@@ -34,7 +35,8 @@ def load_pretrained(path: str | os.PathLike[str], model: VisionTransformer | Non
 
     Args:
         path: a file of weights, ``.safetensors`` or anything :func:`torch.load` reads; or a folder that holds
-            ``model.safetensors``, ``pytorch_model.bin`` or ``teacher_checkpoint.pth``.
+            ``model.safetensors``, ``pytorch_model.bin`` or ``teacher_checkpoint.pth``, or is a checkpoint of
+            pretraining (``checkpoints/step_00001000``), of which the teacher is taken.
         model: the model to load into; its position embeddings may be for another image size than the file's, which are
             then resampled. By default a new one in float32 on the CPU, whose architecture is that of ``config.json``
             beside the weights, or is told from the shapes of the weights, with attention heads 64 wide.
@@ -48,10 +50,11 @@ def load_pretrained(path: str | os.PathLike[str], model: VisionTransformer | Non
     """
     file = _find(Path(path))
     try:
-        tensors, source = to_facebook_names(_read(file))
+        content = _read(file)
+        tensors, source = to_facebook_names(content)
         if model is None:
             with torch.device("meta"):
-                model = VisionTransformer(_config(file, tensors, source))
+                model = VisionTransformer(_config(file, content, tensors, source))
             model.to_empty(device="cpu")
         _load(model, tensors)
     except KeyError as error:
@@ -74,11 +77,12 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
     try:
         content = _read(file)
         tensors, source = to_facebook_names(content)
+        config = _config(file, content, tensors, source)
         beside = file.with_name(HEADS)
         if file.name in FILES_OF_A_FOLDER and beside.is_file():
             content = _read(beside)
         heads, centers = heads_and_centers(content)
-        return Weights(str(path), _config(file, tensors, source), tensors, split_heads(heads), centers)
+        return Weights(str(path), config, tensors, split_heads(heads), centers)
     except KeyError as error:
         raise ValueError(f"{file}: the weights lack {error.args[0]}") from error
     except ValueError as error:
@@ -129,6 +133,8 @@ def save_pretrained(model: VisionTransformer, path: str | os.PathLike[str]) -> P
 
 
 def _find(path: Path) -> Path:
+    if (path / MANIFEST).is_file():
+        return path
     if path.is_dir():
         for name in FILES_OF_A_FOLDER:
             if (path / name).is_file():
@@ -140,6 +146,8 @@ def _find(path: Path) -> Path:
 
 
 def _read(file: Path) -> Any:
+    if file.is_dir():
+        return _read_run_checkpoint(file)
     try:
         if file.suffix == ".safetensors":
             return safetensors.torch.load_file(file)
@@ -149,8 +157,20 @@ def _read(file: Path) -> Any:
         raise ValueError(f"cannot be read as a file of weights ({type(error).__name__}: {reason})") from error
 
 
-def _config(file: Path, tensors: Tensors, source: Source) -> ViTConfig:
-    """The configuration in our config.json, else that of the weights with the heads from another library's."""
+def _read_run_checkpoint(directory: Path) -> dict[str, Any]:
+    """The teacher, or the only student's moving average, and its configuration ``vit``."""
+    content = load_checkpoint(directory, parts=["teacher"])
+    if len(content["vit"]) > 1:
+        raise ValueError(f"it holds the students {', '.join(content['vit'])}: write one to a file with dinov2 export")
+    ((name, vit),) = content["vit"].items()
+    prefix = f"{name}." if name else ""
+    return {"teacher": {key.removeprefix(prefix): x for key, x in content["teacher"].items()}, "vit": vit}
+
+
+def _config(file: Path, content: Any, tensors: Tensors, source: Source) -> ViTConfig:
+    """The configuration in our checkpoint or config.json, else that of the weights, with heads from another's."""
+    if file.is_dir():
+        return ViTConfig(**content["vit"])
     beside = file.with_name(CONFIG)
     if file.name not in FILES_OF_A_FOLDER or not beside.is_file():
         return config_of(tensors, source)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 from math import sqrt
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2.models.initialization import init_linear
+from dinov2_kernels import prototype_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,16 @@ class WeightNormLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in]; returns [..., out]."""
         return F.linear(x, self.weight())
+
+    def cross_entropy(self, x: Tensor, teacher_logits: Tensor, **options: Any) -> Tensor:
+        """Loss [N] of the logits ``self(x)`` [N, out], which are never stored: see :func:`prototype_cross_entropy`.
+
+        Args:
+            x: [N, in].
+            teacher_logits: [M, out].
+            options: the other arguments of :func:`dinov2_kernels.prototype_cross_entropy`.
+        """
+        return prototype_cross_entropy(x, self.weight_v, teacher_logits, weight_gain=self.weight_g, **options)
 
 
 def _mlp(widths: list[int]) -> nn.Module:
