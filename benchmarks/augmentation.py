@@ -1,13 +1,15 @@
 """Multi-crop augmentation of one decoded 500 x 400 photograph on one core, beside the same in plain Pillow and NumPy.
 
-Two global crops of 224 pixels and eight local ones of 96; ``images_per_second`` is of the fastest round. The last
-benchmark is for small images, where what counts is the cost of calls.
+Two global crops of 224 pixels and eight local ones of 96; ``images_per_second`` is of the fastest round. One benchmark
+is for small images, where what counts is the cost of calls. The last ones are of batches as training gets them, on all
+cores, with crops that are finished by the workers or on the device, which is the CPU here.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from contextlib import closing
 
 import cv2
 import numpy as np
@@ -15,13 +17,22 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from dinov2.data import AugmentationConfig, BundledPhotographs, MultiCropAugmentation, augmentation
+from dinov2.data import (
+    AugmentationConfig,
+    BundledPhotographs,
+    DataConfig,
+    MultiCropAugmentation,
+    augmentation,
+    batches,
+    finish,
+    recolouring,
+)
 from dinov2.data import photometric_reference as pillow
 
 IMAGES_A_ROUND = 10
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads(), cv2.getNumThreads()
     torch.set_num_threads(1)
@@ -36,8 +47,10 @@ def photograph(width: int, height: int) -> np.ndarray:
     return photographs[photographs.names.index("astronaut")][:height, :width].copy()
 
 
-def record_images_per_second(benchmark: BenchmarkFixture, config: AugmentationConfig, image: np.ndarray) -> None:
-    augment, seeds = MultiCropAugmentation(config), itertools.count()
+def record_images_per_second(
+    benchmark: BenchmarkFixture, config: AugmentationConfig, image: np.ndarray, method: str = "__call__"
+) -> None:
+    augment, seeds = getattr(MultiCropAugmentation(config), method), itertools.count()
 
     def augment_some() -> None:
         for _ in range(IMAGES_A_ROUND):
@@ -47,20 +60,46 @@ def record_images_per_second(benchmark: BenchmarkFixture, config: AugmentationCo
     benchmark.extra_info["images_per_second"] = round(IMAGES_A_ROUND / benchmark.stats.stats.min, 1)
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("blur", ["released", "paper"])
 def test_multi_crop(benchmark: BenchmarkFixture, blur: str) -> None:
     benchmark.group = "2 x 224 + 8 x 96 from 500 x 400"
     record_images_per_second(benchmark, AugmentationConfig(blur=blur), photograph(500, 400))
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_cut_alone(benchmark: BenchmarkFixture) -> None:
+    """What is left to a worker where the device finishes the crops."""
+    benchmark.group = "2 x 224 + 8 x 96 from 500 x 400"
+    record_images_per_second(benchmark, AugmentationConfig(), photograph(500, 400), "cut")
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_multi_crop_in_pillow(benchmark: BenchmarkFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     benchmark.group = "2 x 224 + 8 x 96 from 500 x 400"
-    monkeypatch.setattr(augmentation, "photometric", pillow)
+    monkeypatch.setattr(recolouring, "photometric", pillow)
     monkeypatch.setattr(augmentation, "resized_crop", pillow.resized_crop)
     record_images_per_second(benchmark, AugmentationConfig(), photograph(500, 400))
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_small_images(benchmark: BenchmarkFixture) -> None:
     benchmark.group = "2 x 32 + 4 x 16 from 48 x 48"
     config = AugmentationConfig(global_size=32, local_size=16, local_crops=4)
     record_images_per_second(benchmark, config, photograph(48, 48))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("photometric", ["workers", "device"])
+def test_batches(benchmark: BenchmarkFixture, photometric: str, workers: int) -> None:
+    """Finished batches of 32 images, with nothing to train between them."""
+    benchmark.group = "batches of 32 x (2 x 224 + 8 x 96), on all cores"
+    images = np.stack([photograph(500, 400)] * 8)
+    config = DataConfig(photometric=photometric, num_workers=workers)
+    with closing(batches(images, config, batch_size=32, patch_size=16, seed=0)) as stream:
+
+        def next_batch() -> None:
+            finish(next(stream), config.augmentation, torch.device("cpu"))
+
+        benchmark.pedantic(next_batch, rounds=15, warmup_rounds=5)  # more than workers have prepared ahead
+    benchmark.extra_info["images_per_second"] = round(32 / benchmark.stats.stats.median, 1)

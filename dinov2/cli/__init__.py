@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 COMMANDS = {
     "pretrain": "train a ViT on images without labels",
@@ -31,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dinov2: unknown command {name!r}: {suggestion}see dinov2 --help", file=sys.stderr)
         return USAGE_ERROR
     try:
-        importlib.import_module(f"dinov2.cli.{name}").run(rest)
+        with warnings_in_a_line(name):
+            importlib.import_module(f"dinov2.cli.{name}").run(rest)
     except (ValueError, OSError, ImportError, ArithmeticError) as error:
         print(f"dinov2 {name}: {error}", file=sys.stderr)
         return FAILURE
@@ -39,6 +42,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dinov2 {name}: {interruption}" if str(interruption) else f"dinov2 {name}: stopped", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+@contextmanager
+def warnings_in_a_line(command: str) -> Iterator[None]:
+    """Show warnings of this package as errors are shown; others keep the place in the code that they are about."""
+    before = warnings.formatwarning
+
+    def formatted(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if category.__module__.startswith("dinov2."):
+            return f"dinov2 {command}: {message}\n"
+        return before(message, category, filename, lineno, line)
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def help_text() -> str:

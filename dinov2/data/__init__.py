@@ -1,15 +1,18 @@
 """Images, their random views and the masks: everything between files and the training step."""
 
-from dinov2.data.augmentation import AugmentationConfig, MultiCropAugmentation, normalize
+from dinov2.data.augmentation import AugmentationConfig, MultiCropAugmentation
+from dinov2.data.batch import Batch, RawBatch, RawCrops, finish
 from dinov2.data.decoding import UnreadableImageError, decode_image, read_image
 from dinov2.data.hugging_face import HuggingFaceImages
 from dinov2.data.image_folder import ImageFolder
-from dinov2.data.loader import Batch, DataConfig, ImageDataset, batches
+from dinov2.data.loader import DataConfig, ImageDataset, UnreadableDatasetError, UnreadableImageWarning, batches
 from dinov2.data.masking import MaskConfig, batch_masks, mask_counts, sample_block_masks
 from dinov2.data.patches import Patches, cut_patches
 from dinov2.data.photographs import BundledPhotographs
+from dinov2.data.recolouring import normalize
 from dinov2.data.shards import ShardImage, ShardReport, TarShards, index_shards, write_shard, write_shards
 from dinov2.data.sources import open_dataset
+from dinov2.data.workers import LostWorkerError, lost_workers_explained
 
 __all__ = [
     "AugmentationConfig",
@@ -19,18 +22,25 @@ __all__ = [
     "HuggingFaceImages",
     "ImageDataset",
     "ImageFolder",
+    "LostWorkerError",
     "MaskConfig",
     "MultiCropAugmentation",
     "Patches",
+    "RawBatch",
+    "RawCrops",
     "ShardImage",
     "ShardReport",
     "TarShards",
+    "UnreadableDatasetError",
     "UnreadableImageError",
+    "UnreadableImageWarning",
     "batch_masks",
     "batches",
     "cut_patches",
     "decode_image",
+    "finish",
     "index_shards",
+    "lost_workers_explained",
     "mask_counts",
     "normalize",
     "open_dataset",

@@ -5,17 +5,17 @@ The recipe is DINOv2's (arXiv 2304.07193, appendix B.3, which takes it from DINO
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from dinov2.data import multichannel, photometric
-from dinov2.data.cropping import random_box, resized_crop, uniform
+from dinov2.data.cropping import random_box, resized_crop
 from dinov2.data.decoding import LEVELS, Pixels
+from dinov2.data.recolouring import normalize, recolour
 from dinov2_kernels._extras import require
+from dinov2_kernels.photometric import ImagePlan, PhotometricDistribution
 
 # Chance of a blur for the first global, the second global and the local crops. "paper" is what was meant and written;
 # "released" is what trained the published weights: the reference implementation passes 1 - p for p.
@@ -125,15 +125,37 @@ class AugmentationConfig:
             return given
         return COLOUR[name] if self.channels == 3 else 0.0
 
+    def plans(self, *, blur: float, solarize: float = 0.0) -> PhotometricDistribution:
+        """What happens to a crop after it is cut, where these are its chances of a blur and of solarisation."""
+        return PhotometricDistribution(
+            flip=self.flip,
+            jitter=self.jitter,
+            brightness=self.brightness,
+            contrast=self.contrast,
+            saturation=self.colour("saturation"),
+            hue=self.colour("hue"),
+            grayscale=self.colour("grayscale"),
+            blur=blur,
+            blur_sigma=self.blur_sigma,
+            solarize=solarize,
+            solarize_threshold=self.solarize_threshold,
+        )
+
 
 @dataclass(frozen=True)
-class _View:
-    """What differs between the kinds of crop."""
+class View:
+    """One kind of crop: its side in pixels, its smallest and largest share of the image, and what happens to it."""
 
     size: int
     scale: tuple[float, float]
-    blur: float
-    solarize: float
+    plans: PhotometricDistribution
+
+
+class Crop(NamedTuple):
+    """A crop as it was cut, ``[size, size, C]`` of the image's type, and what is still to be done to it."""
+
+    pixels: Pixels
+    plan: ImagePlan
 
 
 class MultiCropAugmentation:
@@ -151,28 +173,13 @@ class MultiCropAugmentation:
     def __init__(self, config: AugmentationConfig) -> None:
         require("cv2", extra="train", purpose="MultiCropAugmentation")
         self.config = config
-        blurs = BLUR_PROBABILITIES[config.blur]
-        self._global_views = (
-            _View(config.global_size, config.global_scale, blurs[0], 0.0),
-            _View(config.global_size, config.global_scale, blurs[1], config.solarize),
+        first, second, local = BLUR_PROBABILITIES[config.blur]
+        self.global_views = (
+            View(config.global_size, config.global_scale, config.plans(blur=first)),
+            View(config.global_size, config.global_scale, config.plans(blur=second, solarize=config.solarize)),
         )
-        self._local_view = _View(config.local_size, config.local_scale, blurs[2], 0.0)
+        self.local_view = View(config.local_size, config.local_scale, config.plans(blur=local))
         self._types = ("uint8",) if config.channels == 3 else tuple(map(str, LEVELS))
-        self._grayscale = config.colour("grayscale")
-        self._jitters = [
-            (getattr(self._operations(), name), centre - strength, centre + strength)
-            for name, centre, strength in (
-                ("adjust_brightness", 1, config.brightness),
-                ("adjust_contrast", 1, config.contrast),
-                ("adjust_saturation", 1, config.colour("saturation")),
-                ("adjust_hue", 0, config.colour("hue")),
-            )
-            if strength > 0
-        ]
-
-    def _operations(self) -> Any:
-        """The module of the operations; not an attribute, because processes are passed this object."""
-        return photometric if self.config.channels == 3 else multichannel
 
     def __call__(
         self, image: Pixels, rng: np.random.Generator
@@ -191,49 +198,24 @@ class MultiCropAugmentation:
         Raises:
             ValueError: the image is of another type or shape.
         """
+        global_crops, local_crops = self.cut(image, rng)
+        return [self.finish(crop) for crop in global_crops], [self.finish(crop) for crop in local_crops]
+
+    def cut(self, image: Pixels, rng: np.random.Generator) -> tuple[list[Crop], list[Crop]]:
+        """The views of one image before :meth:`finish`, which draws nothing; arguments and errors as for a call."""
         channels = self.config.channels
         if image.dtype.name not in self._types or image.ndim != 3 or image.shape[2] != channels or image.size == 0:
             raise ValueError(
                 f"image must be {' or '.join(self._types)} [H, W, {channels}], but is {image.dtype} {list(image.shape)}"
             )
-        global_crops = [self._draw(image, view, rng) for view in self._global_views]
-        local_crops = [self._draw(image, self._local_view, rng) for _ in range(self.config.local_crops)]
-        return global_crops, local_crops
+        global_crops = [self._cut(image, view, rng) for view in self.global_views]
+        return global_crops, [self._cut(image, self.local_view, rng) for _ in range(self.config.local_crops)]
 
-    def _draw(self, image: Pixels, view: _View, rng: np.random.Generator) -> npt.NDArray[np.float32]:
-        config, operations = self.config, self._operations()
+    def _cut(self, image: Pixels, view: View, rng: np.random.Generator) -> Crop:
         height, width, _ = image.shape
-        box = random_box(width, height, scale=view.scale, ratio=config.ratio, rng=rng)
-        crop = resized_crop(image, box, view.size)
-        if rng.random() < config.flip:
-            crop = operations.flip(crop)
-        if rng.random() < config.jitter:
-            for index in rng.permutation(len(self._jitters)):
-                operation, low, high = self._jitters[index]
-                crop = operation(crop, uniform(rng, low, high))
-        if rng.random() < self._grayscale:
-            crop = operations.grayscale(crop)
-        if rng.random() < view.blur:
-            crop = operations.gaussian_blur(crop, uniform(rng, *config.blur_sigma), config.blur_kernel)
-        if rng.random() < view.solarize:
-            crop = operations.solarize(crop, config.solarize_threshold)
-        return normalize(crop, config.mean, config.std)
+        box = random_box(width, height, scale=view.scale, ratio=self.config.ratio, rng=rng)
+        return Crop(resized_crop(image, box, view.size), view.plans.draw(rng))
 
-
-def normalize(image: Pixels, mean: tuple[float, ...], std: tuple[float, ...]) -> npt.NDArray[np.float32]:
-    """``(image / full level - mean) / std``, channels first: uint8, uint16 or float32 ``[H, W, C]`` to float32
-    ``[C, H, W]``; the full level is 255, 65535 or 1."""
-    scale, shift = _scale_and_shift(mean, std, LEVELS[image.dtype])
-    normalized = np.empty((image.shape[2], *image.shape[:2]), dtype=np.float32)
-    np.multiply(image.transpose(2, 0, 1), scale, out=normalized)
-    normalized += shift
-    return normalized
-
-
-@functools.cache
-def _scale_and_shift(
-    mean: tuple[float, ...], std: tuple[float, ...], full_level: float
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Float32 ``[C, 1, 1]`` each, such that ``level * scale + shift`` is the normalised value."""
-    channels = np.array([mean, std])[:, :, None, None]  # [2, C, 1, 1]
-    return (1 / (full_level * channels[1])).astype(np.float32), (-channels[0] / channels[1]).astype(np.float32)
+    def finish(self, crop: Crop) -> npt.NDArray[np.float32]:
+        """Carry out the plan of a crop and normalise it: float32 ``[C, size, size]``."""
+        return normalize(recolour(*crop, self.config.blur_kernel), self.config.mean, self.config.std)

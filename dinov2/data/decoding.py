@@ -127,6 +127,12 @@ def _as_unreadable(name: str) -> Iterator[None]:
         yield
     except ImportError:
         raise
+    except UnidentifiedImageError as error:  # its message is the repr of a file object
+        raise UnreadableImageError(
+            f"cannot read image {name}: its content is of no known format, or damaged"
+        ) from error
+    except OSError as error:
+        raise UnreadableImageError(f"cannot read image {name}: {error.strerror or error}") from error
     except Exception as error:
         raise UnreadableImageError(f"cannot read image {name}: {error}") from error
 

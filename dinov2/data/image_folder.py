@@ -21,6 +21,7 @@ class ImageFolder:
 
     Raises:
         ValueError: ``root`` is no folder, or there is no image under it.
+        OSError: a folder under it cannot be listed.
     """
 
     def __init__(self, root: str | os.PathLike[str], channels: int = 3) -> None:
@@ -30,7 +31,7 @@ class ImageFolder:
             raise ValueError(f"root must be a folder of images, but {os.fspath(root)!r} is not a folder")
         self.paths = sorted(
             os.path.relpath(os.path.join(folder, name), self.root)
-            for folder, _, names in os.walk(self.root, followlinks=True)
+            for folder, _, names in os.walk(self.root, onerror=_refuse, followlinks=True)
             for name in names
             if name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
         )
@@ -49,3 +50,8 @@ class ImageFolder:
             UnreadableImageError: the file cannot be decoded; the message names it.
         """
         return read_image(self.root / self.paths[index], self.channels)
+
+
+def _refuse(error: OSError) -> None:
+    """Images that are missing unnoticed would make another dataset."""
+    raise type(error)(f"folder {error.filename!r} under root cannot be listed: {error.strerror}") from error

@@ -4,26 +4,36 @@ restart, and for the images also with any number of processes."""
 from __future__ import annotations
 
 import itertools
-import os
 import warnings
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypedDict
+from typing import Any, Literal, Protocol, cast, get_args
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dinov2.data.augmentation import AugmentationConfig, MultiCropAugmentation
+from dinov2.data.batch import Batch, FinishedBuffer, RawBatch, RawBuffer
 from dinov2.data.decoding import Pixels, UnreadableImageError
 from dinov2.data.masking import MaskConfig, batch_masks
 from dinov2.data.permutation import random_order
 from dinov2.data.randomness import Stream, derived_generator
+from dinov2.data.workers import next_of_workers, start_worker
+from dinov2_kernels.photometric.reference import BLUR_TAPS
 
+Photometric = Literal["workers", "device"]
 MAX_ATTEMPTS = 1000  # unreadable images in a row: then it is the whole dataset that cannot be read
+
+
+class UnreadableDatasetError(ValueError):
+    """No image can be read, or none of very many that were tried."""
+
+
+class UnreadableImageWarning(UserWarning):
+    """Images could not be read, and others took their places."""
 
 
 class ImageDataset(Protocol):
@@ -38,14 +48,6 @@ class ImageDataset(Protocol):
     def __getitem__(self, index: int, /) -> Pixels: ...
 
 
-class Batch(TypedDict):
-    """What :class:`dinov2.objectives.SelfDistillation` takes; B images of C channels, L local crops each."""
-
-    global_crops: torch.Tensor  # [2 * B, C, H, W] float32: the first crops of all images, then the second
-    local_crops: torch.Tensor  # [L * B, C, h, w] float32: crop-major too
-    masks: torch.Tensor  # [2 * B, patches] bool: True where the student must predict
-
-
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where images come from and what is made of them.
@@ -54,18 +56,36 @@ class DataConfig:
         root: a folder of images, of any nesting; a folder or URL of tar shards, or of a saved Hugging Face dataset;
             None stands for the bundled photographs.
         num_workers: processes that prepare batches; 0 prepares them in the training process. No effect on results.
+        photometric: where crops are flipped, coloured, blurred, solarised and normalised. ``"workers"``: where they are
+            cut, by OpenCV, in whole levels. ``"device"``: where the networks are, by the kernels, in float32; workers
+            send a quarter of the bytes. Both draw the same numbers; images are 8-bit RGB then, and blur_kernel is 9.
         augmentation: the random views.
         masks: the patches that the student must predict.
     """
 
     root: str | Path | None = None
     num_workers: int = 2
+    photometric: Photometric = "workers"
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     masks: MaskConfig = field(default_factory=MaskConfig)
 
     def __post_init__(self) -> None:
         if self.num_workers < 0:
             raise ValueError(f"num_workers must not be negative, but is {self.num_workers}")
+        if self.photometric not in get_args(Photometric):
+            raise ValueError(
+                f"photometric must be one of {', '.join(get_args(Photometric))}, but is {self.photometric!r}"
+            )
+        views = self.augmentation
+        if self.photometric == "device" and views.channels != 3:
+            raise ValueError(
+                f"photometric must be workers for the {views.channels} channels of augmentation.mean and std, but is"
+                " device, which is for red, green and blue"
+            )
+        if self.photometric == "device" and views.blur_kernel != BLUR_TAPS:
+            raise ValueError(
+                f"augmentation.blur_kernel must be {BLUR_TAPS} with photometric device, but is {views.blur_kernel}"
+            )
 
 
 def batches(
@@ -78,7 +98,7 @@ def batches(
     start_step: int = 0,
     rank: int = 0,
     world_size: int = 1,
-) -> Generator[Batch, None, None]:
+) -> Generator[Batch | RawBatch, None, None]:
     """Batches without end, from ``start_step`` on.
 
     Every pass over the images has an order of its own, derived from the seed and the number of the pass; batches run
@@ -86,7 +106,7 @@ def batches(
     and rank. So to resume is to pass the next step, in the middle of a pass too, and processes never share a sample:
     whatever their number, together they draw the images and views that one process would draw. An image that cannot be
     read is replaced by another, which the seed and the number of the sample choose, with a warning that counts such
-    images.
+    images. Batches are raw with ``photometric="device"``; :func:`~dinov2.data.finish` takes both kinds.
 
     Args:
         dataset: images; see :class:`ImageDataset`.
@@ -99,7 +119,9 @@ def batches(
         world_size: number of processes; together they draw ``world_size * batch_size`` images a step.
 
     Raises:
-        ValueError: an argument is out of its range, a crop is no multiple of the patch, or no image can be read.
+        ValueError: an argument is out of its range, a crop is no multiple of the patch.
+        UnreadableDatasetError: no image can be read; a ValueError, when a batch is asked for.
+        LostWorkerError: a worker was killed; an OSError, when a batch is asked for.
         ImportError: OpenCV is missing (extra ``train``).
     """
     if len(dataset) == 0:
@@ -115,53 +137,65 @@ def batches(
             raise ValueError(f"{name} must be a multiple of the patch size {patch_size}, but is {size}")
 
     augment = MultiCropAugmentation(config.augmentation)
-    steps = _Steps(dataset, augment, config.masks, batch_size, patch_size, seed, rank, world_size)
+    steps = _Steps(dataset, config, augment, batch_size, patch_size, seed, rank, world_size)
     loader = DataLoader(
         steps,
         batch_size=None,  # an item is a batch already
         sampler=itertools.count(start_step),
         num_workers=config.num_workers,
         collate_fn=_as_is,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         pin_memory=torch.cuda.is_available(),
     )
-    return _warn_of_unreadable(loader, len(dataset))
+    return _received(loader, len(dataset))
+
+
+_Item = tuple[Batch | RawBatch | UnreadableDatasetError, dict[int, str]]
+"""A batch, and which images could not be read for it, with the reasons. An error raised in a worker would arrive with a
+traceback in its message, which is right for a mistake in the code of a dataset and wrong for a folder that is gone."""
 
 
 @dataclass(frozen=True)
-class _Steps(Dataset[tuple[Batch, dict[int, str]]]):
-    """Item s is the batch of step s, and which images could not be read for it, with the reasons."""
+class _Steps(Dataset[_Item]):
+    """Item s belongs to step s."""
 
     dataset: ImageDataset
+    config: DataConfig
     augment: MultiCropAugmentation
-    masks: MaskConfig
     batch_size: int
     patch_size: int
     seed: int
     rank: int
     world_size: int
 
-    def __getitem__(self, step: int) -> tuple[Batch, dict[int, str]]:
-        B, views = self.batch_size, self.augment.config
-        global_crops = np.empty((2, B, views.channels, views.global_size, views.global_size), np.float32)
-        local_crops = np.empty((views.local_crops, B, views.channels, views.local_size, views.local_size), np.float32)
+    def __getitem__(self, step: int) -> _Item:
         unreadable: dict[int, str] = {}
+        try:
+            return self._batch(step, unreadable), unreadable
+        except UnreadableDatasetError as error:
+            return error, unreadable
+
+    def _batch(self, step: int, unreadable: dict[int, str]) -> Batch | RawBatch:
+        B, views = self.batch_size, self.config.augmentation
+        new_buffer = FinishedBuffer if self.config.photometric == "workers" else RawBuffer
+        global_buffer = new_buffer(self.augment, 2, B, views.global_size)
+        local_buffer = new_buffer(self.augment, views.local_crops, B, views.local_size)
         first = (step * self.world_size + self.rank) * B
         samples = range(first, first + B)  # their numbers in the run
         for i, (sample, image) in enumerate(zip(samples, self._images(samples, unreadable), strict=True)):
-            generator = derived_generator(self.seed, Stream.AUGMENTATION, sample)
-            for crops, of_image in zip((global_crops, local_crops), self.augment(image, generator), strict=True):
-                for crop, target in zip(of_image, crops, strict=True):
-                    target[i] = crop
+            cut = self.augment.cut(image, derived_generator(self.seed, Stream.AUGMENTATION, sample))
+            for buffer, crops in zip((global_buffer, local_buffer), cut, strict=True):
+                for number, crop in enumerate(crops):
+                    buffer.put(number, i, crop)
 
         side = views.global_size // self.patch_size
-        masks = batch_masks((side, side), 2 * B, self.masks, seed=self.seed, position=(step, self.rank))
-        batch = Batch(
-            global_crops=torch.from_numpy(global_crops).flatten(0, 1),
-            local_crops=torch.from_numpy(local_crops).flatten(0, 1),
-            masks=torch.from_numpy(masks),
-        )
-        return batch, unreadable
+        masks = batch_masks((side, side), 2 * B, self.config.masks, seed=self.seed, position=(step, self.rank))
+        batch = {
+            "global_crops": global_buffer.crops(),
+            "local_crops": local_buffer.crops(),
+            "masks": torch.from_numpy(masks),
+        }
+        return cast(Batch | RawBatch, batch)
 
     def _images(self, samples: range, unreadable: dict[int, str]) -> Iterator[Pixels]:
         """The images of samples in their order, as many at once as the dataset allows."""
@@ -192,27 +226,27 @@ class _Steps(Dataset[tuple[Batch, dict[int, str]]]):
             except UnreadableImageError as error:
                 unreadable[index] = str(error)
         tried = min(number, MAX_ATTEMPTS)
-        raise ValueError(f"tried {tried} of {number} images, and none can be read; {unreadable[image]}")
+        raise UnreadableDatasetError(f"tried {tried} of {number} images, and none can be read; {unreadable[image]}")
 
 
 def _as_is(item: Any) -> Any:
     return item
 
 
-def _start_worker(_: int) -> None:
-    os.setpgid(0, 0)  # Ctrl-C and SIGTERM to the process group are for the training process, which stops its workers
-    import cv2
-
-    cv2.setNumThreads(0)  # one thread a worker; PyTorch limits its own
-
-
-def _warn_of_unreadable(loader: DataLoader[tuple[Batch, dict[int, str]]], number: int) -> Generator[Batch, None, None]:
-    seen: set[int] = set()
-    for batch, unreadable in loader:
-        if not seen.issuperset(unreadable):
-            seen.update(unreadable)
+def _received(loader: DataLoader[_Item], number: int) -> Generator[Batch | RawBatch, None, None]:
+    """The batches of a loader, with a warning whenever a tenth more of its ``number`` images were unreadable."""
+    items, receive = iter(loader), next_of_workers if loader.num_workers else next
+    seen, warned = set[int](), 0
+    while True:
+        batch, unreadable = receive(items)
+        if isinstance(batch, UnreadableDatasetError):
+            raise batch
+        seen.update(unreadable)
+        if len(seen) > 1.1 * warned:
+            warned = len(seen)
             warnings.warn(
-                f"skipped unreadable images, {len(seen)} of {number} so far; {next(reversed(unreadable.values()))}",
+                f"skipped unreadable images, {warned} of {number} so far; {next(reversed(unreadable.values()))}",
+                UnreadableImageWarning,
                 stacklevel=2,
             )
         yield batch

@@ -39,7 +39,7 @@ def adjust_contrast(image: Pixels, factor: float) -> Pixels:
     return _as_levels(mean + np.float32(factor) * (image - mean), image.dtype)
 
 
-def solarize(image: Pixels, threshold: int) -> Pixels:
+def solarize(image: Pixels, threshold: float) -> Pixels:
     """Invert the levels from ``threshold`` of 255 on, or what corresponds to it in another type."""
     full = LEVELS[image.dtype]
     level = image.dtype.type

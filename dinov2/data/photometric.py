@@ -70,7 +70,7 @@ def adjust_hue(image: RGBImage, turn: float) -> RGBImage:
     return turned
 
 
-def solarize(image: RGBImage, threshold: int) -> RGBImage:
+def solarize(image: RGBImage, threshold: float) -> RGBImage:
     """Invert the levels from ``threshold`` on."""
     return _map_levels(image, np.where(threshold <= _LEVELS, 255 - _LEVELS, _LEVELS))
 

@@ -15,6 +15,7 @@ import torch
 from dinov2.models.architecture import config_of
 from dinov2.models.config import ViTConfig
 from dinov2.models.position_embedding import interpolate_position_embedding
+from dinov2.models.run_checkpoint import MANIFEST, load_checkpoint
 from dinov2.models.state_dict_formats import Source, Tensors, to_facebook_names
 from dinov2.models.vision_transformer import VisionTransformer
 
@@ -33,7 +34,8 @@ def load_pretrained(path: str | os.PathLike[str], model: VisionTransformer | Non
 
     Args:
         path: a file of weights, ``.safetensors`` or anything :func:`torch.load` reads; or a folder that holds
-            ``model.safetensors``, ``pytorch_model.bin`` or ``teacher_checkpoint.pth``.
+            ``model.safetensors``, ``pytorch_model.bin`` or ``teacher_checkpoint.pth``, or is a checkpoint of
+            pretraining (``checkpoints/step_00001000``), of which the teacher is taken.
         model: the model to load into; its position embeddings may be for another image size than the file's, which are
             then resampled. By default a new one in float32 on the CPU, whose architecture is that of ``config.json``
             beside the weights, or is told from the shapes of the weights, with attention heads 64 wide.
@@ -47,10 +49,11 @@ def load_pretrained(path: str | os.PathLike[str], model: VisionTransformer | Non
     """
     file = _find(Path(path))
     try:
-        tensors, source = to_facebook_names(_read(file))
+        content = _read(file)
+        tensors, source = to_facebook_names(content)
         if model is None:
             with torch.device("meta"):
-                model = VisionTransformer(_config(file, tensors, source))
+                model = VisionTransformer(_config(file, content, tensors, source))
             model.to_empty(device="cpu")
         _load(model, tensors)
     except KeyError as error:
@@ -82,6 +85,8 @@ def save_pretrained(model: VisionTransformer, path: str | os.PathLike[str]) -> P
 
 
 def _find(path: Path) -> Path:
+    if (path / MANIFEST).is_file():
+        return path
     if path.is_dir():
         for name in FILES_OF_A_FOLDER:
             if (path / name).is_file():
@@ -93,6 +98,8 @@ def _find(path: Path) -> Path:
 
 
 def _read(file: Path) -> Any:
+    if file.is_dir():
+        return load_checkpoint(file, parts=["teacher"])
     try:
         if file.suffix == ".safetensors":
             return safetensors.torch.load_file(file)
@@ -102,8 +109,10 @@ def _read(file: Path) -> Any:
         raise ValueError(f"cannot be read as a file of weights ({type(error).__name__}: {reason})") from error
 
 
-def _config(file: Path, tensors: Tensors, source: Source) -> ViTConfig:
-    """The configuration in our config.json, else that of the weights with the heads from another library's."""
+def _config(file: Path, content: Any, tensors: Tensors, source: Source) -> ViTConfig:
+    """The configuration in our checkpoint or config.json, else that of the weights, with heads from another's."""
+    if file.is_dir():
+        return ViTConfig(**content["vit"]["teacher"])
     beside = file.with_name(CONFIG)
     if file.name not in FILES_OF_A_FOLDER or not beside.is_file():
         return config_of(tensors, source)

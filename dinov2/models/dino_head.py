@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2.models.initialization import init_linear
+from dinov2_kernels import prototype_cross_entropy
 from dinov2_kernels._library import autocast_dtype
 from dinov2_kernels.prototype_cross_entropy.reference import prototypes_backward, prototypes_of
 
@@ -107,12 +108,24 @@ class WeightNormLinear(nn.Module):
 
     def weight(self) -> Tensor:
         """The weight g * v / |v| [out, in], under autocast in autocast's dtype."""
-        weight: Tensor = _WeightNorm.apply(self.weight_v, self.weight_g, autocast_dtype(self.weight_v))
+        weight: Tensor = _WeightNorm.apply(  # type: ignore[no-untyped-call]
+            self.weight_v, self.weight_g, autocast_dtype(self.weight_v)
+        )
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in]; returns [..., out]."""
         return F.linear(x, self.weight())
+
+    def cross_entropy(self, x: Tensor, teacher_logits: Tensor, **options: Any) -> Tensor:
+        """Loss [N] of the logits ``self(x)`` [N, out], which are never stored: see :func:`prototype_cross_entropy`.
+
+        Args:
+            x: [N, in].
+            teacher_logits: [M, out].
+            options: the other arguments of :func:`dinov2_kernels.prototype_cross_entropy`.
+        """
+        return prototype_cross_entropy(x, self.weight_v, teacher_logits, weight_gain=self.weight_g, **options)
 
 
 class _WeightNorm(torch.autograd.Function):

@@ -49,7 +49,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dinov2.objectives.batch import MaskedPatches, check_shapes, crop_pairs
+from dinov2.objectives.batch import MaskedPatches, check_shapes, crop_pairs, send
 from dinov2.objectives.centering import biases_of, make_centering
 from dinov2.objectives.config import ObjectiveConfig
 from dinov2.objectives.networks import (
@@ -154,14 +154,23 @@ class SelfDistillation(nn.Module):
         return {"dino_local": dino_local, "dino_global": dino_global, "koleo": koleo, "ibot": ibot, "total": total}
 
     @torch.no_grad()
-    def update_average(self, momentum: float) -> None:
+    def update_average(self, momentum: float | Tensor) -> None:
         """Move every parameter of :attr:`average`: ``average = momentum * average + (1 - momentum) * student``.
 
         Call it after the optimiser's step. Buffers stay as they are.
+
+        Args:
+            momentum: from 0 to 1; as a scalar tensor on the device it is not checked, so that nothing waits for it.
         """
+        averages: list[Tensor] = list(self.average.parameters())
+        students: list[Tensor] = list(self.student.parameters())
+        if isinstance(momentum, Tensor):
+            for average, student in zip(averages, students, strict=True):
+                average.lerp_(student, 1 - momentum)
+            return
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum: expected a number from 0 to 1, got {momentum}")
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.student.parameters()), 1 - momentum)
+        torch._foreach_lerp_(averages, students, 1 - momentum)
 
     @torch.no_grad()
     def collapse_statistics(self, global_crops: Tensor, teacher_temperature: float) -> dict[str, Tensor]:
@@ -213,7 +222,7 @@ class SelfDistillation(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Class tokens of global, then local crops [2B + L B, D] and masked patches of the global ones [M, D]."""
         if hidden is not None:
-            hidden = hidden.to(global_crops.device, non_blocking=True)
+            hidden = send(hidden, global_crops.device)
         if len(local_crops):
             outputs = features(self.student, [global_crops, local_crops], [hidden, None])
         else:

@@ -7,9 +7,11 @@ from dinov2.train.interruption import Interrupted
 from dinov2.train.loop import pretrain
 from dinov2.train.metrics import NonFiniteError, read_metrics
 from dinov2.train.processes import PeerError
+from dinov2.train.saving import CheckpointError
 from dinov2.train.trainer import Probe
 
 __all__ = [
+    "CheckpointError",
     "Interrupted",
     "NonFiniteError",
     "OptimConfig",

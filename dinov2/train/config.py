@@ -13,8 +13,10 @@ from dinov2.data import DataConfig
 from dinov2.models import HeadConfig, ViTConfig
 from dinov2.objectives import ObjectiveConfig
 
-Precision = Literal["fp32", "bf16"]
-Sharding = Literal["replicate", "full"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Sharding = Literal["replicate", "hybrid", "full"]
+ActivationCheckpointing = Literal["none", "selective", "full"]
+STEPS_BEFORE_PROFILE = 5
 COUNTS = (
     "steps",
     "batch_size",
@@ -76,13 +78,21 @@ class ParallelConfig:
 
     sharding: Sharding = "replicate"
     """replicate: every process holds everything. full: each holds its part of weights, gradients and optimiser state,
-    and gathers a block when it runs; needs less memory and exchanges more."""
+    and gathers a block when it runs; needs less memory and exchanges more. hybrid: the processes of each machine hold
+    everything together, so that weights are gathered within machines and only gradients travel between them."""
+    shard_size: int | None = None
+    """Processes that hold everything together, with hybrid; None for those of one machine."""
     timeout_seconds: float = 600.0
     """How long a process waits for the others before the run fails."""
 
     def __post_init__(self) -> None:
         if self.sharding not in get_args(Sharding):
             raise ValueError(f"sharding must be one of {', '.join(get_args(Sharding))}, but is {self.sharding!r}")
+        if self.shard_size is not None and (self.shard_size < 1 or self.sharding != "hybrid"):
+            raise ValueError(
+                "shard_size must be at least 1, and is for sharding hybrid alone, but shard_size is"
+                f" {self.shard_size} and sharding {self.sharding}"
+            )
         if not self.timeout_seconds > 0:
             raise ValueError(f"timeout_seconds must be above 0, but is {self.timeout_seconds}")
 
@@ -111,8 +121,19 @@ class PretrainConfig:
     """Micro-batches per optimiser step. Gradients are averaged over them, so memory is that of batch_size /
     accumulation_steps images, split among the processes; Sinkhorn-Knopp, centring and KoLeo see one micro-batch of all
     processes at a time, so prefer larger micro-batches while they fit."""
-    precision: Precision = "fp32"
-    """fp32, or bf16: bfloat16 autocast with float32 weights, optimiser and teacher."""
+    precision: Precision = "auto"
+    """Of matrix products and attention: fp32; bf16; fp16, with a scaled loss, for GPUs that lack bf16. Weights, their
+    averages and all sums are float32. auto: bf16 on a GPU and fp32 on a CPU; a resumed run keeps what it had."""
+    activation_checkpointing: ActivationCheckpointing = "none"
+    """What the student's blocks compute again in the backward pass, for less memory and the same results: nothing; all
+    but products and attention (selective); or everything (full), which takes a third more time."""
+    compile: bool = False
+    """Compile the blocks with torch.compile: the first steps take minutes, the others less time."""
+    profile_steps: int = 0
+    """Steps whose every operator is timed, after the first five; the trace is written to profile/."""
+    peak_tflops: float | None = None
+    """What the device computes at best in this precision, in 10^12 operations a second, for the metric mfu; None looks
+    it up for known GPUs."""
     device: str = "auto"
     """Where to train: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one. Each process of torchrun takes the GPU
     of its own number."""
@@ -126,13 +147,33 @@ class PretrainConfig:
     """Steps between checkpoints."""
     keep_checkpoints: int = 3
     """How many of the newest checkpoints to keep."""
+    keep_every: int | None = None
+    """Checkpoints whose step is a multiple of this are kept for good, too; a multiple of checkpoint_every. None: no
+    others."""
 
     def __post_init__(self) -> None:
         for name in COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
+        if self.keep_every is not None and (self.keep_every < 1 or self.keep_every % self.checkpoint_every):
+            raise ValueError(
+                "keep_every must be a multiple of checkpoint_every, or None, but there is no checkpoint every"
+                f" {self.keep_every} steps with one every {self.checkpoint_every}"
+            )
         if self.precision not in get_args(Precision):
             raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, but is {self.precision!r}")
+        if self.activation_checkpointing not in get_args(ActivationCheckpointing):
+            raise ValueError(
+                f"activation_checkpointing must be one of {', '.join(get_args(ActivationCheckpointing))}, but is"
+                f" {self.activation_checkpointing!r}"
+            )
+        if self.profile_steps < 0 or self.profile_steps > max(0, self.steps - STEPS_BEFORE_PROFILE):
+            raise ValueError(
+                f"profile_steps must lie between 0 and steps - {STEPS_BEFORE_PROFILE}, the first of which are not"
+                f" profiled, but is {self.profile_steps} of {self.steps} steps"
+            )
+        if self.peak_tflops is not None and not self.peak_tflops > 0:
+            raise ValueError(f"peak_tflops must be above 0, but is {self.peak_tflops}")
         if self.batch_size % self.accumulation_steps:
             raise ValueError(
                 f"batch_size must be a multiple of accumulation_steps, but {self.batch_size} images"
@@ -143,11 +184,6 @@ class PretrainConfig:
                 "KoLeo spreads the images of a micro-batch and needs at least 2 of them, but batch_size"
                 f" {self.batch_size} over accumulation_steps {self.accumulation_steps} leaves {self.micro_batch_size}:"
                 " raise batch_size, or set objective.koleo_weight to 0"
-            )
-        if self.parallel.sharding == "full" and self.objective.student_logits == "recomputed":
-            raise ValueError(
-                "objective.student_logits must be stored with parallel.sharding full, but is recomputed: that reads"
-                " whole prototypes, of which each process holds a part"
             )
         for part, fraction in (
             ("optim.warmup_fraction", self.optim.warmup_fraction),

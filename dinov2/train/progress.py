@@ -14,6 +14,9 @@ from rich.table import Table
 
 from dinov2.train.config import PretrainConfig
 
+NOTABLE_WAIT = 0.1
+"""Share of the time waiting for images above which a run says so."""
+
 
 class RunDisplay:
     """Shows a run of ``config`` that begins after ``start_step`` finished steps."""
@@ -75,6 +78,11 @@ class RunDisplay:
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Show a line of metrics: beside the bar, or as a plain line where there is no terminal."""
         status = f"loss [bold]{values['total']:.3f}[/bold]  {values['images_per_second']:.0f} images/s"
+        status += f"  {values['memory_gb']:.1f} GB"
+        if "mfu" in values:
+            status += f"  {values['mfu']:.0%} of peak FLOP/s"
+        if values["data_wait"] > NOTABLE_WAIT:
+            status += f"  [yellow]{values['data_wait']:.0%} waiting for images[/yellow]"
         self._progress.update(self._task, status=status + self._probe_text())
         if not self.console.is_terminal:
             left = (self.config.steps - step) * (time.monotonic() - self._started) / max(1, self._steps_done)
@@ -86,6 +94,10 @@ class RunDisplay:
         """Show what the probe measured."""
         self._probe = dict(values)
         self.console.print(f"step {step}:{self._probe_text()}", highlight=False)
+
+    def profiled(self, trace: Path) -> None:
+        """Say where a trace is."""
+        self.console.print(f"profile: {trace}, for ui.perfetto.dev", highlight=False, soft_wrap=True)
 
     def finish(self, lines: Sequence[Mapping[str, float]], teacher: Path) -> None:
         """The table at the end of a run, from all its lines of metrics, then where things are."""

@@ -7,14 +7,16 @@ import os
 import shlex
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2.cli import COMMANDS, main
+from dinov2.cli import COMMANDS, main, warnings_in_a_line
 from dinov2.cli.pretrain import parse
+from dinov2.data import UnreadableImageWarning
 from dinov2.recipes import RECIPES
 from dinov2.train import read_metrics
 
@@ -170,7 +172,7 @@ def test_interrupted_by_ctrl_c(tmp_path: Path) -> None:
     assert process.returncode == 130, process.stderr
     assert "stopped after step 1 of 2 and saved" in process.stderr
     assert "Traceback" not in process.stderr
-    assert (tmp_path / "run" / "checkpoints" / "step_00000001.pt").exists()
+    assert (tmp_path / "run" / "checkpoints" / "step_00000001").exists()
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,3 +193,12 @@ def test_the_patch_head_can_be_added_and_removed() -> None:
     removed = parse("vitl14", ["--ibot_head", "None", "--steps", "7"]).config
     assert removed.ibot_head is None
     assert removed.steps == 7
+
+
+def test_warnings_are_shown_in_a_line() -> None:
+    before = warnings.formatwarning
+    with warnings_in_a_line("pretrain"):
+        ours, other = UnreadableImageWarning("skipped one"), UserWarning("of PyTorch")
+        assert warnings.formatwarning(ours, type(ours), "file.py", 7) == "dinov2 pretrain: skipped one\n"
+        assert warnings.formatwarning(other, type(other), "file.py", 7) == "file.py:7: UserWarning: of PyTorch\n"
+    assert warnings.formatwarning is before

@@ -16,6 +16,7 @@ from dinov2.data import (
     augmentation,
     normalize,
     photometric_reference,
+    recolouring,
 )
 from dinov2.data.augmentation import BLUR_PROBABILITIES
 from dinov2.data.cropping import random_box
@@ -106,7 +107,7 @@ def test_chances_of_each_operation(monkeypatch: pytest.MonkeyPatch, blur: str) -
         return image
 
     names = [name for name in dir(photometric_reference) if callable(getattr(photometric_reference, name))]
-    monkeypatch.setattr(augmentation, "photometric", types.SimpleNamespace(**{name: counting(name) for name in names}))
+    monkeypatch.setattr(recolouring, "photometric", types.SimpleNamespace(**{name: counting(name) for name in names}))
     monkeypatch.setattr(augmentation, "normalize", end_of_crop)
     config = AugmentationConfig(global_size=2, local_size=2, local_crops=2, blur=blur)
     augment, image, rng = MultiCropAugmentation(config), np.zeros((8, 8, 3), np.uint8), np.random.default_rng(0)
@@ -184,7 +185,7 @@ def test_views_are_those_of_plain_pillow(monkeypatch: pytest.MonkeyPatch) -> Non
         return [crop for seed in range(20) for crop in all_views(augment, images[seed % len(images)], seed)]
 
     ours = views()
-    monkeypatch.setattr(augmentation, "photometric", photometric_reference)
+    monkeypatch.setattr(recolouring, "photometric", photometric_reference)
     monkeypatch.setattr(augmentation, "resized_crop", photometric_reference.resized_crop)
     pillows = views()
 

@@ -1,5 +1,6 @@
 """Batches: a pure function of seed and step, whatever the number of workers."""
 
+import dataclasses
 import itertools
 import os
 import signal
@@ -23,8 +24,10 @@ from dinov2.data import (
     DataConfig,
     ImageFolder,
     MaskConfig,
+    RawBatch,
     UnreadableImageError,
     batches,
+    finish,
     loader,
 )
 
@@ -62,7 +65,11 @@ class Noise(Flat):
         return np.random.default_rng(index).integers(0, 256, (20, 30, 3)).astype(np.uint8)
 
 
-def draw(number: int, dataset: object, config: DataConfig | None = None, **options: int) -> list[Batch]:
+ON_DEVICE = DataConfig(augmentation=VIEWS, num_workers=0, photometric="device")
+both_paths = pytest.mark.parametrize("config", [DataConfig(augmentation=VIEWS, num_workers=0), ON_DEVICE])
+
+
+def draw(number: int, dataset: object, config: DataConfig | None = None, **options: int) -> list[Batch | RawBatch]:
     config = config or DataConfig(augmentation=VIEWS, num_workers=0)
     return list(islice(batches(dataset, config, **{"batch_size": 4, "patch_size": 4, "seed": 0} | options), number))
 
@@ -104,10 +111,11 @@ def test_no_local_crops() -> None:
     assert batch["local_crops"].shape == (0, 3, 8, 8)
 
 
-def test_workers_do_not_change_the_batches() -> None:
-    expected = draw(7, Noise(10))
+@both_paths
+def test_workers_do_not_change_the_batches(config: DataConfig) -> None:
+    expected = draw(7, Noise(10), config)
     for workers in (1, 2):
-        assert_equal(draw(7, Noise(10), DataConfig(augmentation=VIEWS, num_workers=workers)), expected)
+        assert_equal(draw(7, Noise(10), dataclasses.replace(config, num_workers=workers)), expected)
 
 
 class Distant(Noise):
@@ -139,10 +147,11 @@ def test_concurrent_reads_do_not_change_the_batches() -> None:
     assert 4 < distant.most <= 8
 
 
-def test_resumed_run_continues_exactly() -> None:
-    whole = draw(9, Noise(10))  # passes end inside the batches of steps 2, 4 and 7
-    assert_equal(draw(5, Noise(10), start_step=4), whole[4:])
-    assert_equal(draw(3, Noise(10), DataConfig(augmentation=VIEWS, num_workers=2), start_step=6), whole[6:])
+@both_paths
+def test_resumed_run_continues_exactly(config: DataConfig) -> None:
+    whole = draw(9, Noise(10), config)  # passes end inside the batches of steps 2, 4 and 7
+    assert_equal(draw(5, Noise(10), config, start_step=4), whole[4:])
+    assert_equal(draw(3, Noise(10), dataclasses.replace(config, num_workers=2), start_step=6), whole[6:])
 
 
 def test_seeds_and_steps_differ() -> None:
@@ -166,11 +175,14 @@ def test_one_image_seen_again_looks_different() -> None:
     assert (first["global_crops"] != second["global_crops"]).any()
 
 
+@both_paths
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_processes_share_the_images_of_one(world_size: int) -> None:
-    alone = draw(3, Noise(30), batch_size=6)
-    each = 6 // world_size
-    shared = [draw(3, Noise(30), batch_size=each, rank=rank, world_size=world_size) for rank in range(world_size)]
+def test_processes_share_the_images_of_one(world_size: int, config: DataConfig) -> None:
+    def finished(**options: int) -> list[Batch]:
+        return [finish(batch, VIEWS, torch.device("cpu")) for batch in draw(3, Noise(30), config, **options)]
+
+    alone, each = finished(batch_size=6), 6 // world_size
+    shared = [finished(batch_size=each, rank=rank, world_size=world_size) for rank in range(world_size)]
     for step in range(3):
         for name, crops in (("global_crops", 2), ("local_crops", 3)):
             parts = [of_rank[step][name].unflatten(0, (crops, each)) for of_rank in shared]

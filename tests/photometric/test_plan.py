@@ -15,7 +15,6 @@ from dinov2.data import AugmentationConfig, MultiCropAugmentation
 from dinov2.data.cropping import random_box, resized_crop
 from dinov2_kernels import PhotometricDistribution, PhotometricPlan, draw_plan
 from dinov2_kernels.photometric import ImagePlan, Jitter
-from tests.photometric import uint8
 
 N = 20000
 STANDARD_ERRORS = 4.5  # seeds are fixed: what passes once passes always
@@ -98,21 +97,37 @@ def test_a_plan_depends_on_nothing_but_its_generator() -> None:
     assert torch.equal(together.table, torch.cat([plan.table for plan in reversed(again)]))
 
 
-@pytest.mark.parametrize("blur", ["released", "paper"])
-def test_draws_what_the_augmentation_draws(blur: str) -> None:
-    """With the chances of a view, and a generator in the same state: the crops that dinov2 makes of an image."""
+def drawn_by_hand(generator: np.random.Generator, blur: float, solarize: float) -> ImagePlan:
+    """The order of the draws, which runs that are resumed rely on."""
+    flip, jitters = generator.random() < 0.5, []
+    if generator.random() < 0.8:
+        ranges = [(Jitter.BRIGHTNESS, 0.6, 1.4), (Jitter.CONTRAST, 0.6, 1.4), (Jitter.SATURATION, 0.8, 1.2)]
+        ranges.append((Jitter.HUE, -0.1, 0.1))
+        for i in generator.permutation(4):
+            kind, low, high = ranges[i]
+            jitters.append((kind, low + (high - low) * generator.random()))
+    grayscale = generator.random() < 0.2
+    sigma = 0.1 + (2.0 - 0.1) * generator.random() if generator.random() < blur else 0.0
+    threshold = 128 if generator.random() < solarize else math.inf
+    return ImagePlan(
+        flip=flip, jitters=tuple(jitters), grayscale=grayscale, blur_sigma=sigma, solarize_threshold=threshold
+    )
+
+
+@pytest.mark.parametrize(("blur", "chances"), [("released", (0.0, 0.9, 0.5)), ("paper", (1.0, 0.1, 0.5))])
+def test_what_the_augmentation_draws(blur: str, chances: tuple[float, float, float]) -> None:
+    """By a generator in the same state: the crops that dinov2 cuts out of an image, and the plan of each."""
     config = AugmentationConfig(global_size=32, local_size=16, local_crops=3, blur=blur)
     image = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-    augment = MultiCropAugmentation(config)
+    first, second, local = chances
+    views = [(32, (0.32, 1.0), first, 0.0), (32, (0.32, 1.0), second, 0.2), *[(16, (0.05, 0.32), local, 0.0)] * 3]
     for seed in range(20):
-        global_crops, local_crops = augment(image, np.random.default_rng(seed))
+        global_crops, local_crops = MultiCropAugmentation(config).cut(image, np.random.default_rng(seed))
         generator = np.random.default_rng(seed)
-        views = [*augment._global_views, *[augment._local_view] * config.local_crops]
-        for view, expected in zip(views, [*global_crops, *local_crops], strict=True):
-            distribution = PhotometricDistribution(blur=view.blur, solarize=view.solarize)
-            box = random_box(50, 40, scale=view.scale, ratio=config.ratio, rng=generator)
-            crop = resized_crop(image, box, view.size)
-            np.testing.assert_array_equal(uint8.augment(crop, distribution.draw(generator)), expected)
+        for (size, scale, *of_plan), crop in zip(views, [*global_crops, *local_crops], strict=True):
+            box = random_box(50, 40, scale=scale, ratio=(3 / 4, 4 / 3), rng=generator)
+            np.testing.assert_array_equal(crop.pixels, resized_crop(image, box, size))
+            assert crop.plan == drawn_by_hand(generator, *of_plan)
 
 
 def test_table_and_back(drawn: list[ImagePlan]) -> None:

@@ -1,0 +1,61 @@
+"""What a run does to the blocks of its networks before it trains: recompute activations, compile.
+
+Both replace how a block computes and nothing else: parameters keep their names, so checkpoints do not tell. The order
+counts: a compiled block includes its recomputation, and FSDP gathers the weights of a compiled block around it.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from dinov2.models import VisionTransformer
+from dinov2.objectives import SelfDistillation
+from dinov2.train.config import ActivationCheckpointing, PretrainConfig
+
+KEPT = frozenset(
+    {
+        torch.ops.aten.mm.default,
+        torch.ops.aten.addmm.default,
+        torch.ops.dinov2_kernels.attention_forward.default,
+    }
+)
+"""Operators whose results selective checkpointing keeps: nearly all arithmetic of a block, in 10 of the 18 widths of a
+token that a block keeps otherwise. Norms, activations and gathers are made again."""
+
+
+def prepare_blocks(objective: SelfDistillation, config: PretrainConfig) -> None:
+    """Apply ``activation_checkpointing`` to the student's blocks and ``compile`` to those of all networks."""
+    for network in {objective.student, objective.teacher}:
+        for block in cast(VisionTransformer, network["backbone"]).blocks:
+            if network is objective.student:
+                recompute(block, config.activation_checkpointing)
+            if config.compile:
+                # Crops have few sizes, so a graph for each is right; blocks share it, as only their weights differ.
+                block.compile(fullgraph=True, dynamic=False, options={"fallback_random": True})
+
+
+def recompute(block: nn.Module, what: ActivationCheckpointing) -> None:
+    """Let ``block`` make its activations again in the backward pass, bit by bit.
+
+    Stochastic depth draws the same samples again: the state of the generators is kept, which lies on the host.
+    """
+    if what == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if what == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    forward = block.forward
+
+    def recomputing(*args: Any) -> Any:  # a function of its own, and no partial: torch.compile must see into it
+        return checkpoint(forward, *args, **options)
+
+    block.forward = recomputing
+
+
+def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
