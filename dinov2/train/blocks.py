@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from dinov2.models import VisionTransformer
 from dinov2.objectives import SelfDistillation
-from dinov2.train.config import ActivationCheckpointing, PretrainConfig
+from dinov2.train.config import ActivationCheckpointing, RunConfig
 
 KEPT = frozenset(
     {
@@ -28,11 +28,12 @@ KEPT = frozenset(
 token that a block keeps otherwise. Norms, activations and gathers are made again."""
 
 
-def prepare_blocks(objective: SelfDistillation, config: PretrainConfig) -> None:
-    """Apply ``activation_checkpointing`` to the student's blocks and ``compile`` to those of all networks."""
-    for network in {objective.student, objective.teacher}:
+def prepare_blocks(objective: SelfDistillation, config: RunConfig) -> None:
+    """Apply ``activation_checkpointing`` to the students' blocks and ``compile`` to those of all networks that run."""
+    students = list(objective.students.values())
+    for network in [*students, objective.teacher]:
         for block in cast(VisionTransformer, network["backbone"]).blocks:
-            if network is objective.student:
+            if network in students:
                 recompute(block, config.activation_checkpointing)
             if config.compile:
                 # Crops have few sizes, so a graph for each is right; blocks share it, as only their weights differ.

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from typing import TypeVar
 
 import torch
+from torch import nn
 
-from dinov2.train.config import PretrainConfig
+from dinov2.train.config import RunConfig
 from dinov2.train.flops import peak_flops, step_flops
 from dinov2.train.processes import Processes
 
@@ -19,12 +20,18 @@ GB = 1e9
 
 
 class IntervalClock:
-    """Measures the steps since it was last restarted."""
+    """Measures the steps since it was last restarted.
 
-    def __init__(self, config: PretrainConfig, processes: Processes) -> None:
+    Args:
+        config: the run.
+        teacher: its teacher.
+        processes: those that take part.
+    """
+
+    def __init__(self, config: RunConfig, teacher: nn.ModuleDict, processes: Processes) -> None:
         self._device = processes.device
         self._batch_size = config.batch_size
-        self._flops = step_flops(config) / processes.world_size  # of each process
+        self._flops = step_flops(config, teacher) / processes.world_size  # of each process
         self._peak = peak_flops(config, processes.device)
         self.restart()
 

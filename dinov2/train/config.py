@@ -98,16 +98,18 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
-    """Everything that a pretraining run is made of."""
+class RunConfig:
+    """What every kind of run is made of; the networks that it trains come on top."""
 
     output: Path
-    """Run directory: config.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end, teacher/."""
+    """Run directory: config.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end, the finished model."""
     steps: int
     """Optimiser steps of the run. All schedules stretch with it."""
     batch_size: int
     """Images per optimiser step, over all micro-batches and processes."""
-    vit: ViTConfig = field(default_factory=ViTConfig)
+    initial_weights: Path | None = None
+    """Weights to start from, in place of random ones: a run, a checkpoint, or a file or folder of weights (ours,
+    facebook's, transformers', timm's). Heads come along where they are there and fit."""
     dino_head: HeadConfig = field(default_factory=HeadConfig)
     ibot_head: HeadConfig | None = None
     """Head of the masked patches; None shares the DINO head. Naming one of its fields, as in --ibot_head.out_dim 4096,
@@ -192,8 +194,95 @@ class PretrainConfig:
         ):
             if not 0 <= fraction <= 1:
                 raise ValueError(f"{part} must lie between 0 and 1, but is {fraction}")
+        for name, vit in self.networks.items():
+            if vit.in_chans != self.data.augmentation.channels:
+                raise ValueError(
+                    f"{name}.in_chans must be the number of channels of the images,"
+                    f" {self.data.augmentation.channels} by data.augmentation.mean, but is {vit.in_chans}"
+                )
+
+    @property
+    def kind(self) -> str:
+        """What a run of this configuration is called."""
+        raise NotImplementedError
+
+    @property
+    def networks(self) -> dict[str, ViTConfig]:
+        """The networks that are trained, by the field that describes each."""
+        raise NotImplementedError
+
+    def product_folder(self, name: str) -> Path:
+        """Where the finished backbone of a student is written; a lone student's name is empty."""
+        raise NotImplementedError
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels, the same for all networks."""
+        return next(iter(self.networks.values())).patch_size
 
     @property
     def micro_batch_size(self) -> int:
         """Images of one forward and backward pass, over all processes."""
         return self.batch_size // self.accumulation_steps
+
+
+@dataclass(frozen=True)
+class PretrainConfig(RunConfig):
+    """A student and the teacher that follows it."""
+
+    vit: ViTConfig = field(default_factory=ViTConfig)
+
+    @property
+    def kind(self) -> str:
+        """Pretraining."""
+        return "pretraining"
+
+    @property
+    def networks(self) -> dict[str, ViTConfig]:
+        """The architecture of student and teacher."""
+        return {"vit": self.vit}
+
+    def product_folder(self, name: str) -> Path:
+        """The teacher's."""
+        return self.output / "teacher"
+
+
+@dataclass(frozen=True)
+class DistillConfig(RunConfig):
+    """One or several students of a frozen teacher. ``dino_head`` and ``ibot_head`` are those of the students; the
+    prototypes are as many as the teacher's."""
+
+    students: dict[str, ViTConfig] = field(default_factory=dict)
+    """The students by name."""
+    frozen_teacher: Path = Path()
+    """Weights of the teacher with its heads: a run, its checkpoint, an export with heads, facebook's
+    teacher_checkpoint.pth."""
+    frozen_teacher_sha256: str = ""
+    """Digest of those weights: a resumed run refuses any others."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.students:
+            raise ValueError("students must hold at least one student, but is empty")
+        for name, vit in self.students.items():
+            if not name.isidentifier():
+                raise ValueError(f"students must have names of letters, digits and underscores, but one is {name!r}")
+            if vit.patch_size != self.patch_size:
+                raise ValueError(
+                    "students must have patches of one size, but they have"
+                    f" {', '.join(f'{vit.patch_size} in {name}' for name, vit in self.students.items())}"
+                )
+
+    @property
+    def kind(self) -> str:
+        """Distillation."""
+        return "distillation"
+
+    @property
+    def networks(self) -> dict[str, ViTConfig]:
+        """The architecture of each student."""
+        return {f"students.{name}": vit for name, vit in self.students.items()}
+
+    def product_folder(self, name: str) -> Path:
+        """That of one student."""
+        return self.output / "students" / name

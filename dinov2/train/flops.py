@@ -15,14 +15,18 @@ is two products for each of the forward pass.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import cast
 
 import torch
+from torch import nn
 
 from dinov2.data import MaskConfig
-from dinov2.models import HeadConfig, ViTConfig
-from dinov2.train.config import PretrainConfig
+from dinov2.models import HeadConfig, VisionTransformer, ViTConfig
+from dinov2.models.weights import head_config_of
+from dinov2.train.config import DistillConfig, RunConfig
 from dinov2_kernels.nn import swiglu_hidden_features
 from dinov2_kernels.residual.sampling import num_kept_samples
 
@@ -49,15 +53,28 @@ PEAK_TFLOPS = {
 first name that a device's name contains counts."""
 
 
-def step_flops(config: PretrainConfig) -> float:
-    """Floating-point operations of one optimiser step, over all processes."""
-    views, vit = config.data.augmentation, config.vit
-    B = config.micro_batch_size
-    masked = masked_patches(config.data.masks, 2 * B, (views.global_size // vit.patch_size) ** 2)
+def step_flops(config: RunConfig, teacher: nn.ModuleDict) -> float:
+    """Floating-point operations of one optimiser step, over all processes.
+
+    Args:
+        config: the run.
+        teacher: its teacher; the architecture of a frozen one is not in the configuration.
+    """
+    views, masks = config.data.augmentation, config.data.masks
+    B, patches = config.micro_batch_size, (views.global_size // config.patch_size) ** 2
+    if isinstance(config, DistillConfig):  # compares every patch
+        masks = replace(masks, probability=1.0, ratio=(1.0, 1.0))
+    compared = masked_patches(masks, 2 * B, patches)
     crops = [(2 * B, views.global_size), (views.local_crops * B, views.local_size)]
-    student = backbone_flops(vit, crops) + heads_flops(config, sum(count for count, _ in crops), masked)
-    teacher = backbone_flops(replace(vit, drop_path_rate=0.0), crops[:1]) + heads_flops(config, 2 * B, masked)
-    return config.accumulation_steps * (FORWARD_AND_BACKWARD * student + teacher)
+    own_heads = [config.dino_head, config.ibot_head or config.dino_head]
+    students = sum(
+        backbone_flops(vit, crops) + heads_flops(vit, own_heads, sum(count for count, _ in crops), compared)
+        for vit in config.networks.values()
+    )
+    vit = cast(VisionTransformer, teacher["backbone"]).config
+    heads = [head_config_of(teacher[name].state_dict()) for name in teacher if name != "backbone"]
+    forward = backbone_flops(vit, crops[:1]) + heads_flops(vit, [heads[0], heads[-1]], 2 * B, compared)
+    return config.accumulation_steps * (FORWARD_AND_BACKWARD * students + forward)
 
 
 def backbone_flops(vit: ViTConfig, crops: list[tuple[int, int]]) -> float:
@@ -75,11 +92,10 @@ def backbone_flops(vit: ViTConfig, crops: list[tuple[int, int]]) -> float:
     return total
 
 
-def heads_flops(config: PretrainConfig, class_rows: int, patch_rows: float) -> float:
-    """One forward pass of class tokens and masked patches through their heads."""
-    patch_head = config.ibot_head or config.dino_head
-    width = config.vit.embed_dim
-    return class_rows * head_flops(width, config.dino_head) + patch_rows * head_flops(width, patch_head)
+def heads_flops(vit: ViTConfig, heads: Sequence[HeadConfig], class_rows: int, patch_rows: float) -> float:
+    """One forward pass of class tokens and compared patches through the head of each."""
+    class_head, patch_head = heads
+    return class_rows * head_flops(vit.embed_dim, class_head) + patch_rows * head_flops(vit.embed_dim, patch_head)
 
 
 def head_flops(in_dim: int, head: HeadConfig) -> float:
@@ -93,7 +109,7 @@ def masked_patches(masks: MaskConfig, crops: int, patches: int) -> float:
     return int(crops * masks.probability) * sum(masks.ratio) / 2 * patches
 
 
-def peak_flops(config: PretrainConfig, device: torch.device) -> float | None:
+def peak_flops(config: RunConfig, device: torch.device) -> float | None:
     """Operations a second of one device at best; None where nobody said and the device is not known.
 
     float32 runs have none but what the configuration says: it depends on how PyTorch is told to multiply.

@@ -14,7 +14,8 @@ from dinov2.models import save_pretrained
 from dinov2.models.run_checkpoint import RunCheckpoint
 from dinov2.train.checkpoint import CheckpointDirectory
 from dinov2.train.clock import IntervalClock
-from dinov2.train.config import PretrainConfig
+from dinov2.train.config import RunConfig
+from dinov2.train.initial_weights import start_from_initial_weights
 from dinov2.train.interruption import Interrupted, StopSignals
 from dinov2.train.metrics import MetricsWriter, StepScalars, check_loss_scale, read_metrics, way_back
 from dinov2.train.precision import settle_precision
@@ -27,7 +28,7 @@ from dinov2.train.trainer import Probe, Trainer
 
 
 def pretrain(
-    config: PretrainConfig, resume: bool = False, *, dataset: ImageDataset | None = None, probe: Probe | None = None
+    config: RunConfig, resume: bool = False, *, dataset: ImageDataset | None = None, probe: Probe | None = None
 ) -> Path:
     """Pretrain as ``config`` says and return the run directory, with the finished teacher in ``teacher/``.
 
@@ -55,7 +56,7 @@ def pretrain(
         return Run(config, open_dataset(config.data) if dataset is None else dataset, probe, processes).train()
 
 
-def _checked(config: PretrainConfig, processes: Processes, *, resume: bool) -> PretrainConfig:
+def _checked(config: RunConfig, processes: Processes, *, resume: bool) -> RunConfig:
     """The configuration with its precision settled, if its run directory may be written."""
     config = settle_precision(config, processes.device)
     check_run_directory(config, resume=resume)
@@ -65,9 +66,7 @@ def _checked(config: PretrainConfig, processes: Processes, *, resume: bool) -> P
 class Run:
     """The loop around :class:`Trainer`: metrics, probes, checkpoints and interruptions."""
 
-    def __init__(
-        self, config: PretrainConfig, dataset: ImageDataset, probe: Probe | None, processes: Processes
-    ) -> None:
+    def __init__(self, config: RunConfig, dataset: ImageDataset, probe: Probe | None, processes: Processes) -> None:
         self.config = config
         self.dataset = dataset
         self.probe = probe
@@ -80,12 +79,15 @@ class Run:
         self.saver = CheckpointSaver(self.checkpoints, processes)
         self.scalars = StepScalars()
         self.finished_steps = 0
+        self.origin: str | None = None
         if latest := processes.first(self.checkpoints.latest):
             self._restore(latest)
+        else:
+            self.origin = start_from_initial_weights(self.trainer.objective, config)
         self.display = RunDisplay(config, self.finished_steps, None if processes.is_first else Console(quiet=True))
         self.writer: MetricsWriter | None = None
         self.profiler = StepProfiler(config, self.finished_steps) if processes.is_first else None
-        self.clock = IntervalClock(config, processes)
+        self.clock = IntervalClock(config, self.trainer.objective.teacher, processes)
 
     def train(self) -> Path:
         """Run to the end."""
@@ -95,7 +97,7 @@ class Run:
             self.dataset,
             config.data,
             batch_size=self.batch_size,
-            patch_size=config.vit.patch_size,
+            patch_size=config.patch_size,
             seed=config.seed,
             start_step=start * config.accumulation_steps,
             rank=self.processes.rank,
@@ -106,10 +108,11 @@ class Run:
         if self.processes.is_first:
             self.writer = MetricsWriter(config.output, start)
         self.display.header(
-            parameters=sum(parameter.numel() for parameter in self.trainer.teacher_backbone.parameters()),
+            models=self.trainer.products,
             data=f"{len(self.dataset):,} images, {type(self.dataset).__name__}",
             device=self.processes.describe(),
             start_step=start,
+            weights=self.origin,
         )
         agreement = StepAgreement(self.processes, first=(True, 0))
         with ExitStack() as stack, closing(micro_batches), self.display, StopSignals() as signals, self.saver:
@@ -127,11 +130,10 @@ class Run:
                 self.saver.after_step(progress)
                 if not go_on and self.finished_steps < config.steps:
                     self._stop()
-        teacher = config.output / "teacher"
-        backbone = self.trainer.finished_backbone()
-        self.processes.first(lambda: save_pretrained(backbone, teacher))
+        finished = {config.product_folder(name): model for name, model in self.trainer.finished_backbones().items()}
+        self.processes.first(lambda: [save_pretrained(model, folder) for folder, model in finished.items()])
         if self.processes.is_first:
-            self.display.finish(read_metrics(config.output / "metrics.jsonl"), teacher)
+            self.display.finish(read_metrics(config.output / "metrics.jsonl"), list(finished))
         return config.output
 
     def _after_step(self) -> None:
@@ -187,17 +189,12 @@ class Run:
     def _save(self) -> None:
         """Begin to write a checkpoint, after making sure that nothing in it is NaN or infinite."""
         self.scalars.check_finite(self.finished_steps, self._last_checkpoint)
-        objective = self.trainer.objective
-        backbones: dict[str, Any] = {
-            role: network["backbone"]
-            for role, network in (("student", objective.student), ("teacher", objective.teacher))
-        }
         values = {
             "step": self.finished_steps,
             "num_images": len(self.dataset),
             "scalars": self.scalars.state_dict(),
             "loss_scale": self.trainer.arithmetic.state_dict(),
-            "vit": {role: asdict(backbone.config) for role, backbone in backbones.items()},
+            "vit": {name: asdict(backbone.config) for name, backbone in self.trainer.products.items()},
         }
         self.saver.save(self.finished_steps, self.trainer.state_dict(), values)
         self.clock.restart()

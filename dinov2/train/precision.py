@@ -14,12 +14,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dinov2.train.config import Precision, PretrainConfig
+from dinov2.train.config import Precision, RunConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def settle_precision(config: PretrainConfig, device: torch.device) -> PretrainConfig:
+def settle_precision(config: RunConfig, device: torch.device) -> RunConfig:
     """``config`` with a definite precision in place of "auto".
 
     A run keeps the precision that it was started with, wherever it is continued; a new one takes what suits the device.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from dinov2.train.config import STEPS_BEFORE_PROFILE, PretrainConfig
+from dinov2.train.config import STEPS_BEFORE_PROFILE, RunConfig
 
 
 class StepProfiler(AbstractContextManager["StepProfiler"]):
@@ -18,7 +18,7 @@ class StepProfiler(AbstractContextManager["StepProfiler"]):
         trace: where the trace is written.
     """
 
-    def __init__(self, config: PretrainConfig, start_step: int) -> None:
+    def __init__(self, config: RunConfig, start_step: int) -> None:
         first = start_step + STEPS_BEFORE_PROFILE + 1
         self.steps = config.profile_steps
         self.trace = config.output / "profile" / f"steps_{first}_to_{first + self.steps - 1}.json.gz"

@@ -44,7 +44,7 @@ def split_objective(
     whole = objective.state_dict() if processes.is_first else {}
     objective.to("meta")
     mesh = mesh_of(parallel, processes)
-    for network in {objective.student, objective.teacher, objective.average}:
+    for network in objective.networks:
         split_network(network, mesh, dtype)
     objective.to_empty(device=processes.device)
     set_model_state_dict(objective, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))

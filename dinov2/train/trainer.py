@@ -15,8 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ from dinov2.models.run_checkpoint import RunCheckpoint
 from dinov2.objectives import SelfDistillation
 from dinov2.train.blocks import prepare_blocks
 from dinov2.train.building import build_objective
-from dinov2.train.config import PretrainConfig
+from dinov2.train.config import RunConfig
 from dinov2.train.metrics import SKIPPED
 from dinov2.train.parameter_groups import apply_settings, parameter_groups
 from dinov2.train.precision import Arithmetic
@@ -52,7 +51,7 @@ class Trainer:
         processes: those that take part; None means this one alone.
     """
 
-    def __init__(self, config: PretrainConfig, processes: Processes | None = None) -> None:
+    def __init__(self, config: RunConfig, processes: Processes | None = None) -> None:
         self.config = config
         self.processes = processes = processes or Processes(resolve_device(config.device))
         self.device = processes.device
@@ -68,9 +67,13 @@ class Trainer:
                 self._replicas = _replicated(self.objective, processes.group)
         self.schedules = Schedules(config)
         optim = config.optim
-        groups = parameter_groups(
-            self.objective.student, layer_decay=optim.layer_decay, patch_embed_lr_scale=optim.patch_embed_lr_scale
-        )
+        groups = [
+            group
+            for student in self.objective.students.values()
+            for group in parameter_groups(
+                student, layer_decay=optim.layer_decay, patch_embed_lr_scale=optim.patch_embed_lr_scale
+            )
+        ]
         self.optimizer = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), fused=True)
         self._names: dict[Tensor, str] = {
             parameter: name for name, parameter in self.objective.student.named_parameters()
@@ -95,13 +98,14 @@ class Trainer:
         terms = []
         for number in range(first, last + 1):
             if self._is_split:
-                exchange_gradients(self.objective.student, number == last)
+                for student in self.objective.students.values():
+                    exchange_gradients(student, number == last)
             with nullcontext() if self._replicas is None or number == last else self._replicas.no_sync():
                 terms.append(self._forward_backward(next(micro_batches), settings, number))
         self.arithmetic.unscale(self.optimizer)
         norms = {
             f"grad_norm/{name}": _whole(nn.utils.clip_grad_norm_(module.parameters(), config.optim.clip_grad_norm))
-            for name, module in self.objective.student.items()
+            for name, module in self._trained_modules()
         }
         self.arithmetic.step(self.optimizer)
         scalars = {name: torch.stack([term[name] for term in terms]).mean() for name in terms[0]} | norms
@@ -112,6 +116,12 @@ class Trainer:
             momentum = torch.where(skipped, 1.0, momentum)
         self.objective.update_average(momentum)
         return self.processes.mean(scalars)
+
+    def _trained_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Backbone and heads of every student, by name."""
+        for student, network in self.objective.students.items():
+            for name, module in network.items():
+                yield f"{student}/{name}".lstrip("/"), module
 
     def _forward_backward(self, batch: Batch | RawBatch, settings: StepSettings, number: int) -> dict[str, Tensor]:
         """Add the gradient of micro-batch ``number`` of the run."""
@@ -134,20 +144,23 @@ class Trainer:
         return {name: float(value) for name, value in self.processes.mean(statistics).items()}
 
     def measure(self, probe: Probe) -> dict[str, float]:
-        """What ``probe`` says of the teacher's backbone."""
+        """What ``probe`` says of each of the :attr:`products`."""
         with torch.no_grad(), self.arithmetic.autocast():
-            return probe(self.teacher_backbone)
+            return {
+                f"{name}/{metric}".lstrip("/"): value
+                for name, backbone in self.products.items()
+                for metric, value in probe(backbone).items()
+            }
 
     @property
-    def teacher_backbone(self) -> VisionTransformer:
-        """The network that a run is for."""
-        backbone = self.objective.teacher["backbone"]
-        assert isinstance(backbone, VisionTransformer)
-        return backbone
+    def products(self) -> dict[str, VisionTransformer]:
+        """The backbones that a run is for, by the name of the student; a lone student has none."""
+        return {name: cast(VisionTransformer, network["backbone"]) for name, network in self.objective.averages.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Networks by the names of facebook's files, the objective's own buffers (centres), moments by parameter name.
 
+        The moving average of the student is called teacher, also beside a frozen teacher, which is not among the state.
         Nothing is copied or gathered: tensors are those that training changes, split where the processes hold parts.
         """
         return {**self._weights(), "optimizer": self._moments()}
@@ -180,24 +193,23 @@ class Trainer:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": by_index})
 
     def _weights(self) -> dict[str, Any]:
-        own = {
-            name: tensor
-            for name, tensor in self.objective.state_dict().items()
-            if not name.startswith(("student.", "teacher."))
+        return {
+            "student": self.objective.student.state_dict(),
+            "teacher": self.objective.average.state_dict(),
+            "objective": dict(self.objective.named_buffers()),
         }
-        student, teacher = self.objective.student.state_dict(), self.objective.teacher.state_dict()
-        return {"student": student, "teacher": teacher, "objective": own}
 
     def _moments(self) -> dict[str, dict[str, Tensor]]:
         return {self._names[parameter]: state for parameter, state in self.optimizer.state.items()}
 
-    def finished_backbone(self) -> VisionTransformer:
-        """The teacher's backbone with whole weights; where they are split, a copy on the host."""
-        if not self._is_split:
-            return self.teacher_backbone
+    def finished_backbones(self) -> dict[str, VisionTransformer]:
+        """The :attr:`products` with whole weights; where they are split, copies on the host."""
+        return {name: self._whole(backbone) if self._is_split else backbone for name, backbone in self.products.items()}
+
+    def _whole(self, backbone: VisionTransformer) -> VisionTransformer:
         with torch.device("meta"):
-            whole = VisionTransformer(replace(self.config.vit, drop_path_rate=0.0))
-        whole.load_state_dict(gathered(self.teacher_backbone.state_dict()), assign=True)
+            whole = VisionTransformer(backbone.config)
+        whole.load_state_dict(gathered(backbone.state_dict()), assign=True)
         return whole
 
 

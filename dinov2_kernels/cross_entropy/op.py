@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from dinov2_kernels._library import accumulation_dtype, define, differentiably, needs_gradient
+from dinov2_kernels._soft_targets import check_numbers, check_shape, check_temperatures, checked_index
 from dinov2_kernels.cross_entropy import reference
-from dinov2_kernels.cross_entropy.arguments import check_numbers, check_shape, check_temperatures, checked_index
 
 _TRITON = "dinov2_kernels.cross_entropy.triton_kernel"
 

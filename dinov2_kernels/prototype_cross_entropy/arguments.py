@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dinov2_kernels.cross_entropy.arguments import check_device, check_numbers, check_temperatures, checked_index
+from dinov2_kernels._soft_targets import check_device, check_numbers, check_temperatures, checked_index
 
 
 def check(

@@ -125,7 +125,7 @@ def some_batches(config: PretrainConfig, start: int = 0):
         open_dataset(config.data),
         config.data,
         batch_size=config.micro_batch_size,
-        patch_size=config.vit.patch_size,
+        patch_size=config.patch_size,
         seed=config.seed,
         start_step=start,
     )

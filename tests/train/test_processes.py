@@ -45,7 +45,7 @@ def micro_batches(config: PretrainConfig, rank: int) -> Iterator[Batch]:
         photographs(),
         config.data,
         batch_size=config.micro_batch_size // WORLD_SIZE,
-        patch_size=config.vit.patch_size,
+        patch_size=config.patch_size,
         seed=config.seed,
         rank=rank,
         world_size=WORLD_SIZE,
@@ -192,7 +192,7 @@ def check_state(trainer: Trainer, whole: Trainer, split: Trainer) -> None:
             assert all(torch.equal(taken[part][name], tensor) for name, tensor in state[part].items())
         for index, moments in state["optimizer"]["state"].items():
             assert all(torch.equal(taken["optimizer"]["state"][index][name], x) for name, x in moments.items())
-    backbone = trainer.finished_backbone().state_dict()
+    backbone = trainer.finished_backbones()[""].state_dict()
     assert all(torch.equal(state["teacher"][f"backbone.{name}"], tensor) for name, tensor in backbone.items())
     part = split.objective.student["dino_head"].last_layer.weight_v.to_local()
     assert len(part) == 64 // WORLD_SIZE

@@ -19,6 +19,7 @@ from dinov2.train.checkpoint import CheckpointDirectory, load_checkpoint
 from dinov2.train.trainer import Trainer
 from tests.train.same_run import assert_same_run, last, losses
 
+
 class StopsAt:
     """Sends this process a signal at the end of one step."""
 
