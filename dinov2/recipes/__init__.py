@@ -12,12 +12,13 @@ from collections.abc import Callable
 from dinov2.recipes.adaptation import adaptation
 from dinov2.recipes.distillation import distillation
 from dinov2.recipes.photos import photos
-from dinov2.recipes.reference import vitg14, vitl14, vitl16_short
+from dinov2.recipes.reference import vitb14, vitg14, vitl14, vitl16_short, vits14
 from dinov2.recipes.small_data import vits14_small_data
 from dinov2.train.config import PretrainConfig
 
 RECIPES: dict[str, Callable[[], PretrainConfig]] = {
-    function.__name__: function for function in (photos, vits14_small_data, vitl16_short, vitl14, vitg14)
+    function.__name__: function
+    for function in (photos, vits14_small_data, vitl16_short, vits14, vitb14, vitl14, vitg14)
 }
 
 
@@ -40,8 +41,10 @@ __all__ = [
     "distillation",
     "photos",
     "recipe",
+    "vitb14",
     "vitg14",
     "vitl14",
     "vitl16_short",
+    "vits14",
     "vits14_small_data",
 ]
