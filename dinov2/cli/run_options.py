@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 import tyro
 
 from dinov2.evaluate import FolderProbe
-from dinov2.train import RunConfig, pretrain
+from dinov2.train import PretrainConfig, RunConfig, pretrain
 from dinov2.train.config_file import is_run, read_config
+from dinov2.train.planning import plan, print_plan
+from dinov2.train.processes import resolve_device
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -28,6 +31,11 @@ class Arguments(Generic[Config]):
     """Continue the run in the output directory from its newest checkpoint (or start it, if it has none yet)."""
     probe: Path | None = None
     """Folder of labelled images, train/CLASS/... and test/CLASS/..., whose k-NN accuracy is measured on the way."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print what the run needs, memory, arithmetic and bytes sent, and train nothing. Name the device that is meant, as
+    in --device cuda, where it is not of this machine."""
+    world_size: int | None = None
+    """Processes to plan for with --dry_run; by default those that torchrun started."""
 
 
 class TakenOptions(NamedTuple):
@@ -62,8 +70,26 @@ def parse_fields(
 def start(arguments: Arguments[Config]) -> None:
     """Run or resume what the command line says."""
     config = arguments.config
+    if arguments.dry_run:
+        show_plan(config, arguments.world_size)
+        return
+    if arguments.world_size is not None:
+        raise ValueError("--world_size goes with --dry_run; torchrun --nproc-per-node says how many processes train")
     probe = FolderProbe(arguments.probe, config.data.augmentation) if arguments.probe else None
     pretrain(config, arguments.resume, probe=probe)
+
+
+def show_plan(config: RunConfig, world_size: int | None) -> None:
+    """Print what a run needs, once.
+
+    Raises:
+        ValueError: the run is a distillation, or its batch does not split among the processes.
+    """
+    if not isinstance(config, PretrainConfig):
+        raise ValueError(f"--dry_run plans the training of one student and its teacher, but this is a {config.kind}")
+    if int(os.environ.get("RANK", 0)) == 0:
+        world_size = world_size or int(os.environ.get("WORLD_SIZE", 1))
+        print_plan(plan(config, world_size=world_size, device_type=resolve_device(config.device).type))
 
 
 def choose_patch_head(config: Config, options: Sequence[str]) -> tuple[Config, list[str]]:
