@@ -1,8 +1,9 @@
-"""A training step never asks the device for a value, so a GPU is never waited for."""
+"""A training step never asks the device for a value, so a GPU is never waited for; nor need its shapes change."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 import traceback
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dinov2.data import batches, open_dataset
+from dinov2.data import MaskConfig, batches, open_dataset
 from dinov2.objectives import ObjectiveConfig
 from dinov2.train import PretrainConfig
 from dinov2.train.trainer import Trainer
@@ -72,3 +73,33 @@ def test_a_step_of_low_precision_reads_no_value(config: PretrainConfig, precisio
     assert "test_synchronisation" in of_this_test
     assert in_step
     assert all("dinov2_kernels/cross_entropy/" in place for place in in_step)
+
+
+class Shapes(TorchDispatchMode):
+    """Collects every operator with the shapes of its tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+        self.calls.append((function, [x.shape for x in tensors]))
+        return result
+
+
+def test_with_masks_of_the_same_total_no_shape_changes(config: PretrainConfig) -> None:
+    """So graphs, compiled or of CUDA, stay valid from step to step."""
+    augmentation = dataclasses.replace(config.data.augmentation, global_size=64)
+    data = dataclasses.replace(config.data, augmentation=augmentation)
+    for masks, are_fixed in ((MaskConfig(same_total=True), True), (MaskConfig(), False)):
+        fixed = dataclasses.replace(config, data=dataclasses.replace(data, masks=masks))
+        trainer, drawn = Trainer(fixed), list(itertools.islice(micro_batches(fixed), 4))
+        trainer.step(0, iter(drawn))
+        seen = set()
+        for step in range(1, 4):
+            with Shapes() as shapes:
+                trainer.step(step, iter(drawn[step:]))
+            seen.add(str(shapes.calls))
+        assert (len(seen) == 1) == are_fixed
