@@ -11,6 +11,9 @@ from contextlib import contextmanager
 
 COMMANDS = {
     "pretrain": "train a ViT on images without labels",
+    "distill": "train small ViTs to say what a large one says",
+    "adapt": "let a pretrained ViT go on with larger images",
+    "export": "write the weights of a run as files that anyone can read",
     "info": "show which kernels are built and which of them will run here",
 }
 """Name and description; the module of a command is imported only when it is called, so that help is instant."""

@@ -31,6 +31,8 @@ class MaskConfig:
         min_patches: smallest area of a block before clipping to what is left to mask, in patches.
         max_block_share: largest area of one block, as a share of the grid.
         aspect: smallest and largest height-to-width ratio of a block, drawn log-uniformly.
+        same_total: every batch masks equally many patches, so that no shape of a training step changes: each masked
+            crop the middle of its share of ratio, and where blocks do not reach that, single patches do.
     """
 
     probability: float = 0.5
@@ -38,6 +40,7 @@ class MaskConfig:
     min_patches: int = 4
     max_block_share: float = 0.5
     aspect: tuple[float, float] = (0.3, 1 / 0.3)
+    same_total: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.probability <= 1:
@@ -119,12 +122,14 @@ def mask_counts(
 
     ``int(num_crops * probability)`` crops are masked. They share ``config.ratio`` out: the i-th draws its share of
     patches from the i-th of as many equal intervals, so that the number of masked tokens hardly changes from batch to
-    batch.
+    batch; with ``config.same_total`` it takes the interval's middle.
     """
     num_masked = int(num_crops * config.probability)
     edges = np.linspace(*config.ratio, num_masked + 1)
+    low, high = edges[:-1], edges[1:]
+    shares = (low + high) / 2 if config.same_total else generator.uniform(low, high)
     counts = np.zeros(num_crops, dtype=np.int64)
-    counts[:num_masked] = num_patches * generator.uniform(edges[:-1], edges[1:])  # rounds down
+    counts[:num_masked] = num_patches * shares  # rounds down
     generator.shuffle(counts)
     return counts
 
@@ -143,12 +148,24 @@ def batch_masks(
     """
     num_patches = grid[0] * grid[1]
     generator = derived_generator(seed, Stream.MASKS, *position)
+    counts = mask_counts(num_crops, num_patches, config, generator)
     masks = sample_block_masks(
         grid,
-        mask_counts(num_crops, num_patches, config, generator),
+        counts,
         seed=int(generator.integers(1 << 63)),
         min_patches=config.min_patches,
         max_patches=int(num_patches * config.max_block_share),
         aspect=config.aspect,
     )
-    return masks.reshape(num_crops, num_patches)
+    masks = masks.reshape(num_crops, num_patches)
+    if config.same_total:
+        _top_up(masks, counts, generator)
+    return masks
+
+
+def _top_up(masks: npt.NDArray[np.bool_], counts: npt.NDArray[np.int64], generator: np.random.Generator) -> None:
+    """Mask random patches of each of masks [N, patches] that has fewer than its count."""
+    missing = counts - masks.sum(axis=1)
+    for row in np.flatnonzero(missing):
+        free = np.flatnonzero(~masks[row])
+        masks[row, generator.choice(free, missing[row], replace=False)] = True

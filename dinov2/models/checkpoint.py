@@ -15,10 +15,12 @@ import torch
 from dinov2.models.architecture import config_of
 from dinov2.models.config import ViTConfig
 from dinov2.models.position_embedding import interpolate_position_embedding
-from dinov2.models.state_dict_formats import Source, Tensors, to_facebook_names
+from dinov2.models.run_checkpoint import MANIFEST, load_checkpoint
+from dinov2.models.state_dict_formats import CENTERS, Source, Tensors, heads_and_centers, to_facebook_names
 from dinov2.models.vision_transformer import VisionTransformer
+from dinov2.models.weights import Weights, split_heads
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, HEADS, CONFIG = "model.safetensors", "heads.safetensors", "config.json"
 FILES_OF_A_FOLDER = (WEIGHTS, "pytorch_model.bin", "teacher_checkpoint.pth")
 MODEL_TYPE = "dinov2_vision_transformer"
 """``model_type`` in the config.json that :func:`save_pretrained` writes."""
@@ -33,7 +35,8 @@ def load_pretrained(path: str | os.PathLike[str], model: VisionTransformer | Non
 
     Args:
         path: a file of weights, ``.safetensors`` or anything :func:`torch.load` reads; or a folder that holds
-            ``model.safetensors``, ``pytorch_model.bin`` or ``teacher_checkpoint.pth``.
+            ``model.safetensors``, ``pytorch_model.bin`` or ``teacher_checkpoint.pth``, or is a checkpoint of
+            pretraining (``checkpoints/step_00001000``), of which the teacher is taken.
         model: the model to load into; its position embeddings may be for another image size than the file's, which are
             then resampled. By default a new one in float32 on the CPU, whose architecture is that of ``config.json``
             beside the weights, or is told from the shapes of the weights, with attention heads 64 wide.
@@ -47,10 +50,11 @@ def load_pretrained(path: str | os.PathLike[str], model: VisionTransformer | Non
     """
     file = _find(Path(path))
     try:
-        tensors, source = to_facebook_names(_read(file))
+        content = _read(file)
+        tensors, source = to_facebook_names(content)
         if model is None:
             with torch.device("meta"):
-                model = VisionTransformer(_config(file, tensors, source))
+                model = VisionTransformer(_config(file, content, tensors, source))
             model.to_empty(device="cpu")
         _load(model, tensors)
     except KeyError as error:
@@ -58,6 +62,54 @@ def load_pretrained(path: str | os.PathLike[str], model: VisionTransformer | Non
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     return model
+
+
+def read_weights(path: str | os.PathLike[str]) -> Weights:
+    """Read a file or folder as :func:`load_pretrained` does, heads and centres included.
+
+    Heads are those of facebook's training checkpoints (the teacher's), or of ``heads.safetensors`` beside the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read or holds no known model.
+    """
+    file = _find(Path(path))
+    try:
+        content = _read(file)
+        tensors, source = to_facebook_names(content)
+        config = _config(file, content, tensors, source)
+        beside = file.with_name(HEADS)
+        if file.name in FILES_OF_A_FOLDER and beside.is_file():
+            content = _read(beside)
+        heads, centers = heads_and_centers(content)
+        return Weights(str(path), config, tensors, split_heads(heads), centers)
+    except KeyError as error:
+        raise ValueError(f"{file}: the weights lack {error.args[0]}") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def save_heads(weights: Weights, path: str | os.PathLike[str]) -> Path:
+    """Write ``heads.safetensors`` into a folder: heads and centres by facebook's names.
+
+    Centres have facebook's shapes, ``dino_loss.center`` [1, K] and ``ibot_patch_loss.center`` [1, 1, K].
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the weights have no heads.
+    """
+    if not weights.heads:
+        raise ValueError(f"{weights.origin} has no heads")
+    shapes = dict(zip(CENTERS, ((1, -1), (1, 1, -1)), strict=True))
+    tensors = {name: tensor for name, tensor in weights.named_tensors().items() if not name.startswith("backbone.")} | {
+        name: tensor.reshape(shapes[name]) for name, tensor in weights.centers.items()
+    }
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(tensors, folder / HEADS)
+    return folder
 
 
 def save_pretrained(model: VisionTransformer, path: str | os.PathLike[str]) -> Path:
@@ -74,14 +126,15 @@ def save_pretrained(model: VisionTransformer, path: str | os.PathLike[str]) -> P
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     config = json.dumps({"model_type": MODEL_TYPE, **asdict(model.config)}, indent=2) + "\n"
-    _replace(folder / WEIGHTS, lambda file: safetensors.torch.save_file(tensors, file, metadata={"format": "pt"}))
+    write_tensors(model.state_dict(), folder / WEIGHTS)
     _replace(folder / CONFIG, lambda file: file.write_text(config))
     return folder
 
 
 def _find(path: Path) -> Path:
+    if (path / MANIFEST).is_file():
+        return path
     if path.is_dir():
         for name in FILES_OF_A_FOLDER:
             if (path / name).is_file():
@@ -93,6 +146,8 @@ def _find(path: Path) -> Path:
 
 
 def _read(file: Path) -> Any:
+    if file.is_dir():
+        return _read_run_checkpoint(file)
     try:
         if file.suffix == ".safetensors":
             return safetensors.torch.load_file(file)
@@ -102,8 +157,20 @@ def _read(file: Path) -> Any:
         raise ValueError(f"cannot be read as a file of weights ({type(error).__name__}: {reason})") from error
 
 
-def _config(file: Path, tensors: Tensors, source: Source) -> ViTConfig:
-    """The configuration in our config.json, else that of the weights with the heads from another library's."""
+def _read_run_checkpoint(directory: Path) -> dict[str, Any]:
+    """The teacher, or the only student's moving average, and its configuration ``vit``."""
+    content = load_checkpoint(directory, parts=["teacher"])
+    if len(content["vit"]) > 1:
+        raise ValueError(f"it holds the students {', '.join(content['vit'])}: write one to a file with dinov2 export")
+    ((name, vit),) = content["vit"].items()
+    prefix = f"{name}." if name else ""
+    return {"teacher": {key.removeprefix(prefix): x for key, x in content["teacher"].items()}, "vit": vit}
+
+
+def _config(file: Path, content: Any, tensors: Tensors, source: Source) -> ViTConfig:
+    """The configuration in our checkpoint or config.json, else that of the weights, with heads from another's."""
+    if file.is_dir():
+        return ViTConfig(**content["vit"])
     beside = file.with_name(CONFIG)
     if file.name not in FILES_OF_A_FOLDER or not beside.is_file():
         return config_of(tensors, source)
@@ -111,6 +178,8 @@ def _config(file: Path, tensors: Tensors, source: Source) -> ViTConfig:
         fields = json.loads(beside.read_text())
         if fields.pop("model_type", None) == MODEL_TYPE:
             return ViTConfig(**fields)
+        if "architecture" in fields:  # a folder of timm, which may hold facebook's names
+            source = "timm"
         num_heads = fields.get("num_attention_heads") or fields.get("model_args", {}).get("num_heads")
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{CONFIG} beside it cannot be used: {error}") from error
@@ -137,6 +206,12 @@ def _load(model: VisionTransformer, tensors: Tensors) -> None:
         more = f" and {len(differences) - 5} more differences" if len(differences) > 5 else ""
         raise ValueError(f"the weights do not fit the model: {'; '.join(differences[:5])}{more}")
     model.load_state_dict(tensors)
+
+
+def write_tensors(tensors: Tensors, file: Path) -> None:
+    """Write a safetensors file, which replaces an older one only when it is complete."""
+    on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    _replace(file, lambda partial: safetensors.torch.save_file(on_host, partial, metadata={"format": "pt"}))
 
 
 def _replace(file: Path, write: Callable[[Path], object]) -> None:

@@ -6,6 +6,8 @@ import difflib
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dinov2_kernels.nn import swiglu_hidden_features
+
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "vit_small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
     "vit_base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
@@ -91,6 +93,12 @@ class ViTConfig:
     def grid_size(self) -> int:
         """Patches along each side of an image of ``img_size``."""
         return self.img_size // self.patch_size
+
+    @property
+    def ffn_width(self) -> int:
+        """Width between the linear layers of a feed-forward layer."""
+        width = int(self.embed_dim * self.mlp_ratio)
+        return swiglu_hidden_features(width) if self.ffn == "swiglu" else width
 
     @property
     def drop_path_rates(self) -> list[float]:

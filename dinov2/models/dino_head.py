@@ -5,12 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 from math import sqrt
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2.models.initialization import init_linear
+from dinov2_kernels import prototype_cross_entropy
+from dinov2_kernels._library import autocast_dtype
+from dinov2_kernels.prototype_cross_entropy.reference import prototypes_backward, prototypes_of
+
+ROWS = 8192  # prototypes whose gradient is taken at a time: intermediate results stay small
 
 
 @dataclass(frozen=True)
@@ -101,12 +107,48 @@ class WeightNormLinear(nn.Module):
         nn.init.kaiming_uniform_(self.weight_v, a=sqrt(5))
 
     def weight(self) -> Tensor:
-        """The weight g * v / |v| [out, in]."""
-        return self.weight_g * F.normalize(self.weight_v, dim=1)
+        """The weight g * v / |v| [out, in], under autocast in autocast's dtype."""
+        weight: Tensor = _WeightNorm.apply(  # type: ignore[no-untyped-call]
+            self.weight_v, self.weight_g, autocast_dtype(self.weight_v)
+        )
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in]; returns [..., out]."""
         return F.linear(x, self.weight())
+
+    def cross_entropy(self, x: Tensor, teacher_logits: Tensor, **options: Any) -> Tensor:
+        """Loss [N] of the logits ``self(x)`` [N, out], which are never stored: see :func:`prototype_cross_entropy`.
+
+        Args:
+            x: [N, in].
+            teacher_logits: [M, out].
+            options: the other arguments of :func:`dinov2_kernels.prototype_cross_entropy`.
+        """
+        return prototype_cross_entropy(x, self.weight_v, teacher_logits, weight_gain=self.weight_g, **options)
+
+
+class _WeightNorm(torch.autograd.Function):
+    """Weight normalisation that keeps nothing but its arguments; autograd's own would keep v / |v|, too."""
+
+    @staticmethod
+    def forward(v: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+        """v: [K, d]; g: [K, 1]; returns [K, d] in ``dtype``."""
+        return prototypes_of(v, g, dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        v, g, _ = inputs
+        ctx.save_for_backward(v, g)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        v, g = ctx.saved_tensors
+        dv, dg = torch.empty_like(v), torch.empty_like(g)
+        for start in range(0, len(v), ROWS):
+            rows = slice(start, start + ROWS)
+            dv[rows], dg[rows] = prototypes_backward(grad[rows], v[rows], g[rows])
+        return dv, dg, None
 
 
 def _mlp(widths: list[int]) -> nn.Module:

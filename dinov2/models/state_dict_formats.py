@@ -17,7 +17,10 @@ WRAPPERS = ("teacher", "model", "state_dict")
 """Keys under which training programs store the weights."""
 PREFIXES = ("teacher.backbone.", "backbone.", "dinov2_with_registers.", "dinov2.", "module.")
 """Modules that hold the vision transformer; everything outside it, heads above all, is left out."""
-HEADS = ("head.", "dino_head.", "ibot_head.", "linear_head.", "classifier.")
+PRETRAINING_HEADS = ("dino_head.", "ibot_head.")
+HEADS = ("head.", *PRETRAINING_HEADS, "linear_head.", "classifier.")
+CENTERS = ("dino_loss.center", "ibot_patch_loss.center")
+"""Moving averages of the teacher's logits on class tokens and on patches, which softmax centring subtracts."""
 
 TRANSFORMERS_NAMES = (
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
@@ -51,6 +54,17 @@ def to_facebook_names(content: Any) -> tuple[Tensors, Source]:
     if "mask_token" not in tensors:
         return _from_timm(tensors), "timm"
     return _rename(tensors, _without_chunk), "facebook"
+
+
+def heads_and_centers(content: Any) -> tuple[Tensors, Tensors]:
+    """The heads (``dino_head.mlp.0.weight``, ...) and the centres of a training checkpoint, those of the teacher.
+
+    Args:
+        content: what a file of weights holds. Files without heads are common: both results are then empty.
+    """
+    teacher = {name.removeprefix("module.").removeprefix("teacher."): x for name, x in _unwrap(content).items()}
+    heads = {name: tensor for name, tensor in teacher.items() if name.startswith(PRETRAINING_HEADS)}
+    return heads, {name: tensor for name, tensor in teacher.items() if name in CENTERS}
 
 
 def _unwrap(content: Any) -> Tensors:

@@ -143,13 +143,27 @@ class VisionTransformer(nn.Module):
     def _forward_batches(self, batches: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[Features]:
         if len(masks) != len(batches):
             raise ValueError(f"masks: expected one for each of the {len(batches)} batches of x, got {len(masks)}")
+        layout, prenorm, normed = self.forward_packed(batches, masks)
+        batches_of = zip(layout.unpack(prenorm), layout.unpack(normed), strict=True)
+        return [self._features(*tokens) for tokens in batches_of]
+
+    def forward_packed(
+        self, batches: Sequence[Tensor], masks: Sequence[Tensor | None]
+    ) -> tuple[PackedLayout, Tensor, Tensor]:
+        """What :meth:`forward_features` unpacks: all parameters are used here, and no result is a view.
+
+        Args:
+            batches, masks: sequences as of :meth:`forward_features`, of equal length.
+
+        Returns:
+            The images' layout; their tokens [T, D] before the last norm, and after it.
+        """
         tokens = [self._tokens(x, mask) for x, mask in zip(batches, masks, strict=True)]  # [B, N, D] each
         layout = PackedLayout([batch.shape[:2] for batch in tokens])
         packed = layout.pack(tokens)  # [T, D]
         for block in self.blocks:
             packed = block(packed, layout)
-        batches_of = zip(layout.unpack(packed), layout.unpack(self.norm(packed)), strict=True)
-        return [self._features(prenorm, normed) for prenorm, normed in batches_of]
+        return layout, packed, self.norm(packed)
 
     def _features(self, prenorm: Tensor, normed: Tensor) -> Features:
         first_patch = 1 + self.config.num_register_tokens

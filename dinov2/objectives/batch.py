@@ -27,7 +27,14 @@ class MaskedPatches:
         index = masks.flatten().nonzero()[:, 0]
         count = masks.sum(dim=1)[index // masks.shape[1]]
         weight = 1 / (len(masks) * count.to(dtype))
-        return cls(index.to(device, non_blocking=True), weight.to(device, non_blocking=True))
+        return cls(send(index, device), send(weight, device))
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """A copy of x on ``device``, without waiting for it: a GPU fetches it from pinned memory when its turn comes."""
+    if x.device.type == "cpu" and device.type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 @lru_cache(maxsize=8)

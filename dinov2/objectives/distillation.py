@@ -1,8 +1,9 @@
-"""Distillation of a large model into a smaller one (DINOv2, arXiv:2304.07193, section 5)."""
+"""Distillation of a large model into smaller ones (DINOv2, arXiv:2304.07193, section 5)."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -16,44 +17,83 @@ from dinov2.objectives.self_distillation import SelfDistillation
 
 
 class Distillation(SelfDistillation):
-    """A student that learns from a frozen teacher, by the losses of :class:`SelfDistillation` with these differences:
+    """Students that learn from a frozen teacher, by the losses of :class:`SelfDistillation` with these differences:
 
     - the teacher, with its heads, stands still; it may have another architecture, with as many prototypes;
-    - nothing is hidden from the student, and iBOT compares all patches of the global crops;
-    - a moving average of the student is what training is for.
+    - nothing is hidden from a student, and iBOT compares all patches of the global crops;
+    - a moving average of each student is what training is for;
+    - the teacher runs once for all students.
 
-    The centres of softmax centring move as ever. Give the student no stochastic depth.
+    The centres of softmax centring move as ever. Give students no stochastic depth. Their mask tokens, which nothing
+    uses, are not trained.
 
     Args:
-        student, teacher: modules named backbone, dino_head and, in both or neither, ibot_head.
+        students: by name, modules named backbone, dino_head and, as in the teacher or in neither, ibot_head.
+        teacher: modules of the same names.
         config, group: as for :class:`SelfDistillation`.
 
     Raises:
-        ValueError: a module is missing, or the two networks differ in prototypes or in the size of a patch.
+        ValueError: a module is missing, or a student and the teacher differ in prototypes or in the size of a patch.
     """
 
     def __init__(
         self,
-        student: nn.ModuleDict,
+        students: Mapping[str, nn.ModuleDict],
         teacher: nn.ModuleDict,
         config: ObjectiveConfig,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(student, teacher, config, group)
-        self._average = copy.deepcopy(student).requires_grad_(False).eval()
+        super().__init__(nn.ModuleDict(students), teacher, config, group)
+        for student in students.values():
+            cast(VisionTransformer, student["backbone"]).mask_token.requires_grad_(False)
+        self._average = copy.deepcopy(self.student).requires_grad_(False).eval()
 
     @property
     def average(self) -> nn.ModuleDict:
-        """The moving average of the student."""
+        """The moving averages of the students by name."""
         return self._average
 
+    @property
+    def students(self) -> dict[str, nn.ModuleDict]:
+        """The networks that learn, by name."""
+        return cast("dict[str, nn.ModuleDict]", dict(self.student.items()))
+
+    @property
+    def averages(self) -> dict[str, nn.ModuleDict]:
+        """Their moving averages, by the same names."""
+        return cast("dict[str, nn.ModuleDict]", dict(self._average.items()))
+
+    @property
+    def networks(self) -> list[nn.ModuleDict]:
+        """Every network of the objective once."""
+        return [*self.students.values(), self.teacher, *self.averages.values()]
+
+    def forward(self, batch: Mapping[str, Tensor], teacher_temperature: float) -> dict[str, Tensor]:
+        """Losses of one batch, with arguments and errors of :meth:`SelfDistillation.forward`.
+
+        Returns:
+            The scalars of each student, such as ``small/dino_local`` of the one called small, and total, the sum of
+            the students' totals.
+        """
+        views = self._views(batch)
+        targets = self._targets(views, teacher_temperature)
+        losses = {
+            f"{name}/{term}": value
+            for name, student in self.students.items()
+            for term, value in self._losses(student, views, targets).items()
+        }
+        return losses | {"total": torch.stack([losses[f"{name}/total"] for name in self.students]).sum()}
+
     def _check_networks(self, student: nn.ModuleDict, teacher: nn.ModuleDict) -> None:
-        check_networks(student, teacher)
-        expected, got = (
-            cast(VisionTransformer, network["backbone"]).config.patch_size for network in (student, teacher)
-        )
-        if got != expected:
-            raise ValueError(f"teacher: expected the student's patches of {expected} pixels, got {got}")
+        expected = cast(VisionTransformer, teacher["backbone"]).config.patch_size if "backbone" in teacher else None
+        for name, network in student.items():
+            try:
+                check_networks(cast(nn.ModuleDict, network), teacher)
+            except ValueError as error:
+                raise ValueError(f"student {name}: {error}") from error
+            got = cast(VisionTransformer, cast(nn.ModuleDict, network)["backbone"]).config.patch_size
+            if got != expected:
+                raise ValueError(f"student {name}: expected the teacher's patches of {expected} pixels, got {got}")
 
     def _predicted_and_hidden(self, masks: Tensor) -> tuple[Tensor, Tensor | None]:
         return torch.ones_like(masks), None

@@ -29,13 +29,14 @@ def build_networks(
     Returns:
         (student, teacher), each with the modules backbone, dino_head and, if separate, ibot_head.
     """
-    student = _network(vit, dino_head, ibot_head)
-    teacher = _network(replace(vit, drop_path_rate=0.0), dino_head, ibot_head)
+    student = build_network(vit, dino_head, ibot_head)
+    teacher = build_network(replace(vit, drop_path_rate=0.0), dino_head, ibot_head)
     teacher.load_state_dict(student.state_dict())
     return student, teacher.requires_grad_(False)
 
 
-def _network(vit: ViTConfig, dino_head: HeadConfig, ibot_head: HeadConfig | None) -> nn.ModuleDict:
+def build_network(vit: ViTConfig, dino_head: HeadConfig, ibot_head: HeadConfig | None = None) -> nn.ModuleDict:
+    """One network, with the modules backbone, dino_head and, if separate, ibot_head; see :func:`build_networks`."""
     modules: dict[str, nn.Module] = {
         "backbone": VisionTransformer(vit),
         "dino_head": DINOHead(vit.embed_dim, **asdict(dino_head)),

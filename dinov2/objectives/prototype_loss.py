@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dinov2.objectives.config import StudentLogits
 from dinov2.objectives.networks import Projected, logits_of
-from dinov2_kernels import prototype_cross_entropy, soft_cross_entropy
+from dinov2_kernels import soft_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,6 @@ def prototype_losses(
             for logits, target, option in zip(logits_of(*students), targets, options, strict=True)
         ]
     return [
-        prototype_cross_entropy(
-            student.features,
-            student.prototypes.weight_v,
-            target.logits,
-            weight_gain=student.prototypes.weight_g,
-            **option,
-        )
+        student.prototypes.cross_entropy(student.features, target.logits, **option)
         for student, target, option in zip(students, targets, options, strict=True)
     ]

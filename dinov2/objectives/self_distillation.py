@@ -43,13 +43,14 @@ buffers not averaged into the teacher           kept; ViT and head have none
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dinov2.objectives.batch import MaskedPatches, check_shapes, crop_pairs
+from dinov2.objectives.batch import MaskedPatches, check_shapes, crop_pairs, send
 from dinov2.objectives.centering import biases_of, make_centering
 from dinov2.objectives.config import ObjectiveConfig
 from dinov2.objectives.networks import (
@@ -66,6 +67,22 @@ from dinov2_kernels.cross_entropy.reference import soft_targets
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # part of typing from Python 3.11 on
+
+
+@dataclass(frozen=True)
+class _Views:
+    """What networks see of one batch.
+
+    Attributes:
+        global_crops, local_crops: [2B, C, H, W] and [L B, C, h, w].
+        hidden: [2B, patches] of the global crops that the student does not see; None if it sees all.
+        masked: the patches of the global crops that iBOT compares.
+    """
+
+    global_crops: Tensor
+    local_crops: Tensor
+    hidden: Tensor | None
+    masked: MaskedPatches
 
 
 class SelfDistillation(nn.Module):
@@ -107,6 +124,21 @@ class SelfDistillation(nn.Module):
         """The moving average of the student, which training is for: here the teacher."""
         return self.teacher
 
+    @property
+    def students(self) -> dict[str, nn.ModuleDict]:
+        """The networks that learn, by name; a lone student has none."""
+        return {"": self.student}
+
+    @property
+    def averages(self) -> dict[str, nn.ModuleDict]:
+        """Their moving averages, by the same names."""
+        return {"": self.average}
+
+    @property
+    def networks(self) -> list[nn.ModuleDict]:
+        """Every network of the objective once."""
+        return [self.student, self.teacher]
+
     def train(self, mode: bool = True) -> Self:
         """Set the student's mode; the teacher and the average stay in evaluation mode."""
         super().train(mode)
@@ -131,37 +163,56 @@ class SelfDistillation(nn.Module):
         Raises:
             ValueError: shapes do not fit together, or KoLeo has a single image.
         """
+        views = self._views(batch)
+        return self._losses(self.student, views, self._targets(views, teacher_temperature))
+
+    def _views(self, batch: Mapping[str, Tensor]) -> _Views:
+        """What student and teacher see of a batch, and which patches are compared."""
         global_crops, masks = batch["global_crops"], batch["masks"]
         local_crops = batch.get("local_crops", global_crops[:0])
         check_shapes(global_crops, local_crops, masks)
         self._check_koleo(len(global_crops) // 2)
         masks, hidden = self._predicted_and_hidden(masks)
-        masked = MaskedPatches.of(masks, global_crops.device, torch.promote_types(global_crops.dtype, torch.float32))
+        if hidden is not None:
+            hidden = send(hidden, global_crops.device)
+        dtype = torch.promote_types(global_crops.dtype, torch.float32)
+        return _Views(global_crops, local_crops, hidden, MaskedPatches.of(masks, global_crops.device, dtype))
 
-        targets = self._targets(global_crops, len(local_crops), masked, teacher_temperature)
-        class_tokens, patch_tokens = self._student_tokens(global_crops, local_crops, hidden, masked)
-        students = project(self.student, class_tokens, patch_tokens)
-        temperature, student_logits = self.config.student_temperature, self.config.student_logits
-        dino, ibot = prototype_losses(students, targets, temperature, student_logits)  # [2B + L B], [M]
-        dino_global, dino_local = (part.sum() for part in dino.split([len(global_crops), len(local_crops)]))
-        global_tokens = class_tokens[: len(global_crops)]  # [2B, D]
+    def _losses(self, student: nn.ModuleDict, views: _Views, targets: tuple[Targets, Targets]) -> dict[str, Tensor]:
+        """The terms of one student; see :meth:`forward`."""
+        class_tokens, patch_tokens = self._student_tokens(student, views)
+        students = project(student, class_tokens, patch_tokens)
+        config, num_global = self.config, len(views.global_crops)
+        dino, ibot = prototype_losses(
+            students, targets, config.student_temperature, config.student_logits
+        )  # [2B + L B], [M]
+        dino_global, dino_local = (part.sum() for part in dino.split([num_global, len(views.local_crops)]))
+        global_tokens = class_tokens[:num_global]  # [2B, D]
         koleo = 2 * koleo_loss(global_tokens, n_groups=2, group=self.group)  # the mean of both crops, times two
         ibot = ibot.sum()
-        config = self.config
         total = (
             config.dino_weight * (dino_local + dino_global) + config.koleo_weight * koleo + config.ibot_weight * ibot
         )
         return {"dino_local": dino_local, "dino_global": dino_global, "koleo": koleo, "ibot": ibot, "total": total}
 
     @torch.no_grad()
-    def update_average(self, momentum: float) -> None:
+    def update_average(self, momentum: float | Tensor) -> None:
         """Move every parameter of :attr:`average`: ``average = momentum * average + (1 - momentum) * student``.
 
         Call it after the optimiser's step. Buffers stay as they are.
+
+        Args:
+            momentum: from 0 to 1; as a scalar tensor on the device it is not checked, so that nothing waits for it.
         """
+        averages: list[Tensor] = list(self.average.parameters())
+        students: list[Tensor] = list(self.student.parameters())
+        if isinstance(momentum, Tensor):
+            for average, student in zip(averages, students, strict=True):
+                average.lerp_(student, 1 - momentum)
+            return
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum: expected a number from 0 to 1, got {momentum}")
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.student.parameters()), 1 - momentum)
+        torch._foreach_lerp_(averages, students, 1 - momentum)
 
     @torch.no_grad()
     def collapse_statistics(self, global_crops: Tensor, teacher_temperature: float) -> dict[str, Tensor]:
@@ -188,11 +239,10 @@ class SelfDistillation(nn.Module):
         }
 
     @torch.no_grad()
-    def _targets(
-        self, global_crops: Tensor, num_local: int, masked: MaskedPatches, temperature: float
-    ) -> tuple[Targets, Targets]:
+    def _targets(self, views: _Views, temperature: float) -> tuple[Targets, Targets]:
         """Targets of the class tokens, those of the 2B global crops, and of the masked patches."""
-        (tokens,) = features(self.teacher, [global_crops], [None])
+        masked = views.masked
+        (tokens,) = features(self.teacher, [views.global_crops], [None])
         patch_tokens = tokens["x_norm_patchtokens"].flatten(0, 1)[masked.index]  # [M, D]
         teachers = project(self.teacher, tokens["x_norm_clstoken"], patch_tokens)
         class_logits, patch_logits = logits_of(*teachers)  # [2B, K], [M, K']
@@ -201,24 +251,20 @@ class SelfDistillation(nn.Module):
         if self.training:
             for centering, teacher in zip(centerings, teachers, strict=True):
                 centering.update(teacher.features, teacher.prototypes)
-        B = len(global_crops) // 2
-        index, weight = crop_pairs(B, num_local // B, class_logits.device, masked.weight.dtype)
+        B = len(views.global_crops) // 2
+        index, weight = crop_pairs(B, len(views.local_crops) // B, class_logits.device, masked.weight.dtype)
         return (
             Targets(class_logits, class_bias, temperature, weight, index),
             Targets(patch_logits, patch_bias, temperature, masked.weight),
         )
 
-    def _student_tokens(
-        self, global_crops: Tensor, local_crops: Tensor, hidden: Tensor | None, masked: MaskedPatches
-    ) -> tuple[Tensor, Tensor]:
+    def _student_tokens(self, student: nn.ModuleDict, views: _Views) -> tuple[Tensor, Tensor]:
         """Class tokens of global, then local crops [2B + L B, D] and masked patches of the global ones [M, D]."""
-        if hidden is not None:
-            hidden = hidden.to(global_crops.device, non_blocking=True)
-        if len(local_crops):
-            outputs = features(self.student, [global_crops, local_crops], [hidden, None])
+        if len(views.local_crops):
+            outputs = features(student, [views.global_crops, views.local_crops], [views.hidden, None])
         else:
-            outputs = features(self.student, [global_crops], [hidden])
-        patch_tokens = outputs[0]["x_norm_patchtokens"].flatten(0, 1)[masked.index]
+            outputs = features(student, [views.global_crops], [views.hidden])
+        patch_tokens = outputs[0]["x_norm_patchtokens"].flatten(0, 1)[views.masked.index]
         return torch.cat([tokens["x_norm_clstoken"] for tokens in outputs]), patch_tokens
 
     def _check_networks(self, student: nn.ModuleDict, teacher: nn.ModuleDict) -> None:

@@ -1,17 +1,24 @@
-"""Recipes: each is a function that returns the complete configuration of a pretraining run."""
+"""Recipes: each is a function that returns the complete configuration of a run.
+
+Those of :data:`RECIPES` pretrain from nothing but images; :func:`adaptation` and :func:`distillation` build on a
+network that is there already.
+"""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
 
+from dinov2.recipes.adaptation import adaptation
+from dinov2.recipes.distillation import distillation
 from dinov2.recipes.photos import photos
-from dinov2.recipes.reference import vitg14, vitl14, vitl16_short
+from dinov2.recipes.reference import vitb14, vitg14, vitl14, vitl16_short, vits14
 from dinov2.recipes.small_data import vits14_small_data
 from dinov2.train.config import PretrainConfig
 
 RECIPES: dict[str, Callable[[], PretrainConfig]] = {
-    function.__name__: function for function in (photos, vits14_small_data, vitl16_short, vitl14, vitg14)
+    function.__name__: function
+    for function in (photos, vits14_small_data, vitl16_short, vits14, vitb14, vitl14, vitg14)
 }
 
 
@@ -28,4 +35,16 @@ def recipe(name: str) -> PretrainConfig:
     raise ValueError(f"unknown recipe {name!r}: {suggestion}the recipes are {', '.join(RECIPES)}")
 
 
-__all__ = ["RECIPES", "photos", "recipe", "vitg14", "vitl14", "vitl16_short", "vits14_small_data"]
+__all__ = [
+    "RECIPES",
+    "adaptation",
+    "distillation",
+    "photos",
+    "recipe",
+    "vitb14",
+    "vitg14",
+    "vitl14",
+    "vitl16_short",
+    "vits14",
+    "vits14_small_data",
+]

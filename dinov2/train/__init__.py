@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dinov2.train.config import OptimConfig, ParallelConfig, PretrainConfig, TeacherConfig
+from dinov2.train.config import DistillConfig, OptimConfig, ParallelConfig, PretrainConfig, RunConfig, TeacherConfig
 from dinov2.train.interruption import Interrupted
 from dinov2.train.loop import pretrain
 from dinov2.train.metrics import NonFiniteError, read_metrics
 from dinov2.train.processes import PeerError
+from dinov2.train.saving import CheckpointError
 from dinov2.train.trainer import Probe
 
 __all__ = [
+    "CheckpointError",
+    "DistillConfig",
     "Interrupted",
     "NonFiniteError",
     "OptimConfig",
@@ -17,6 +20,7 @@ __all__ = [
     "PeerError",
     "PretrainConfig",
     "Probe",
+    "RunConfig",
     "TeacherConfig",
     "pretrain",
     "read_metrics",

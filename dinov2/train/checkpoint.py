@@ -1,101 +1,102 @@
-"""Checkpoints: one file per step, complete or not there at all."""
+"""The checkpoints of a run: which there are, and how one comes to be complete."""
 
 from __future__ import annotations
 
 import os
-import pickle
 import re
-import zipfile
-from collections.abc import Iterator
+import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from dinov2.models.run_checkpoint import MANIFEST, load_checkpoint, manifest_text
 
-FILE_NAME = re.compile(r"step_(\d+)\.pt")
+__all__ = ["CheckpointDirectory", "load_checkpoint", "step_of"]
+
+NAME = re.compile(r"step_(\d+)")
+PARTIAL = ".partial"
 
 
 class CheckpointDirectory:
-    """The checkpoints of one run, ``step_00001000.pt`` and so on, of which the newest ``keep`` stay.
+    """The checkpoints of one run, ``step_00001000/`` and so on; see :mod:`dinov2.models.run_checkpoint`.
 
-    A checkpoint is written under another name, flushed to the disk and then renamed: a process killed while it saves
-    leaves a ``.partial`` file, which nobody reads and the next save removes.
+    One is written as ``step_00001000.partial`` and renamed when all of it is on the disk; one that is no longer kept is
+    renamed to that before it is deleted. So a process that is killed at any moment leaves complete checkpoints and
+    perhaps a ``.partial``, which nobody reads and the next save removes.
+
+    Args:
+        directory: where they are.
+        keep: how many of the newest stay.
+        keep_every: those whose step is a multiple of it stay, too; None: no others.
     """
 
-    def __init__(self, directory: Path, keep: int) -> None:
+    def __init__(self, directory: Path, keep: int, keep_every: int | None = None) -> None:
         self.directory = directory
         self.keep = keep
+        self.keep_every = keep_every
 
     def all(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
         if not self.directory.is_dir():
             return []
-        return sorted((path for path in self.directory.iterdir() if FILE_NAME.fullmatch(path.name)), key=step_of)
+        return sorted((path for path in self.directory.iterdir() if NAME.fullmatch(path.name)), key=step_of)
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint, None if there is none."""
-        return next(reversed(self.all()), None)
+        """The newest complete checkpoint, None if there is none.
 
-    def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Write ``state``, made of tensors, numbers, strings, lists and dictionaries, as the state of ``step``."""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        for leftover in self.directory.glob("*.partial"):
-            leftover.unlink()
-        path = self.directory / f"step_{step:08d}.pt"
-        partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
-            torch.save(state, file)
+        Raises:
+            ValueError: there are only checkpoints of the form that came before this one.
+        """
+        newest = next(reversed(self.all()), None)
+        if newest is None and (former := sorted(self.directory.glob("step_*.pt"))):
+            raise ValueError(
+                f"{former[-1]} is a checkpoint of an earlier version, which kept one file each; this version cannot"
+                " continue from it: start again with another --output"
+            )
+        return newest
+
+    def path(self, step: int) -> Path:
+        """The checkpoint of ``step`` finished steps, once it is complete."""
+        return self.directory / f"step_{step:08d}"
+
+    def partial(self, step: int) -> Path:
+        """The same while it is being written."""
+        return self.path(step).with_suffix(PARTIAL)
+
+    def begin(self, step: int) -> None:
+        """Make room for the files of a checkpoint, and remove what an interrupted save left."""
+        self.clean()
+        self.partial(step).mkdir(parents=True)
+
+    def clean(self) -> None:
+        """Remove everything that is not complete; nothing must be in the making."""
+        for leftover in self.directory.glob(f"*{PARTIAL}"):
+            shutil.rmtree(leftover)
+
+    def finish(self, step: int, values: dict[str, Any], files: dict[str, dict[str, int]]) -> None:
+        """Write the manifest, give the checkpoint its name, and delete those that are no longer kept."""
+        partial = self.partial(step)
+        with (partial / MANIFEST).open("w") as file:
+            file.write(manifest_text(values, files))
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
+        _sync_directory(partial)
+        partial.rename(self.path(step))
         _sync_directory(self.directory)
         for old in self.all()[: -self.keep]:
-            old.unlink()
-        return path
+            if self.keep_every is None or step_of(old) % self.keep_every:
+                shutil.rmtree(old.rename(old.with_suffix(PARTIAL)))
 
 
 def step_of(path: Path) -> int:
     """The number of finished steps that a checkpoint's name tells."""
-    match = FILE_NAME.fullmatch(path.name)
+    match = NAME.fullmatch(path.name)
     if match is None:
-        raise ValueError(f"a checkpoint is named step_<number>.pt, but this file is {path}")
+        raise ValueError(f"a checkpoint is a directory named step_<number>, but this is {path}")
     return int(match.group(1))
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU. Only tensors and plain values are ever unpickled.
-
-    Raises:
-        ValueError: the file is damaged or is no checkpoint of pretraining.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.load notices missing bytes, but no changed ones
-            if damaged := archive.testzip():
-                raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"checkpoint {path} cannot be read ({reason}); move it away to continue from the checkpoint before it"
-        ) from error
-    if not isinstance(state, dict) or not {"step", "student", "teacher", "optimizer"} <= state.keys():
-        raise ValueError(f"{path} is no checkpoint of pretraining: expected step, student, teacher and optimizer in it")
-    return state
-
-
-def non_finite_tensors(state: Any, name: str = "") -> Iterator[str]:
-    """Names of the tensors inside ``state`` that hold a NaN or an infinity."""
-    if isinstance(state, Tensor):
-        if state.is_floating_point() and not bool(torch.isfinite(state).all()):
-            yield name
-    elif isinstance(state, dict):
-        for key, value in state.items():
-            yield from non_finite_tensors(value, f"{name}.{key}" if name else str(key))
-
-
 def _sync_directory(directory: Path) -> None:
-    """Make a rename last: the directory's own entry must reach the disk too."""
+    """Make new names in it last: they must reach the disk as well as what they name."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -13,8 +13,10 @@ from dinov2.data import DataConfig
 from dinov2.models import HeadConfig, ViTConfig
 from dinov2.objectives import ObjectiveConfig
 
-Precision = Literal["fp32", "bf16"]
-Sharding = Literal["replicate", "full"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Sharding = Literal["replicate", "hybrid", "full"]
+ActivationCheckpointing = Literal["none", "selective", "full"]
+STEPS_BEFORE_PROFILE = 5
 COUNTS = (
     "steps",
     "batch_size",
@@ -76,28 +78,38 @@ class ParallelConfig:
 
     sharding: Sharding = "replicate"
     """replicate: every process holds everything. full: each holds its part of weights, gradients and optimiser state,
-    and gathers a block when it runs; needs less memory and exchanges more."""
+    and gathers a block when it runs; needs less memory and exchanges more. hybrid: the processes of each machine hold
+    everything together, so that weights are gathered within machines and only gradients travel between them."""
+    shard_size: int | None = None
+    """Processes that hold everything together, with hybrid; None for those of one machine."""
     timeout_seconds: float = 600.0
     """How long a process waits for the others before the run fails."""
 
     def __post_init__(self) -> None:
         if self.sharding not in get_args(Sharding):
             raise ValueError(f"sharding must be one of {', '.join(get_args(Sharding))}, but is {self.sharding!r}")
+        if self.shard_size is not None and (self.shard_size < 1 or self.sharding != "hybrid"):
+            raise ValueError(
+                "shard_size must be at least 1, and is for sharding hybrid alone, but shard_size is"
+                f" {self.shard_size} and sharding {self.sharding}"
+            )
         if not self.timeout_seconds > 0:
             raise ValueError(f"timeout_seconds must be above 0, but is {self.timeout_seconds}")
 
 
 @dataclass(frozen=True)
-class PretrainConfig:
-    """Everything that a pretraining run is made of."""
+class RunConfig:
+    """What every kind of run is made of; the networks that it trains come on top."""
 
     output: Path
-    """Run directory: config.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end, teacher/."""
+    """Run directory: config.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end, the finished model."""
     steps: int
     """Optimiser steps of the run. All schedules stretch with it."""
     batch_size: int
     """Images per optimiser step, over all micro-batches and processes."""
-    vit: ViTConfig = field(default_factory=ViTConfig)
+    initial_weights: Path | None = None
+    """Weights to start from, in place of random ones: a run, a checkpoint, or a file or folder of weights (ours,
+    facebook's, transformers', timm's). Heads come along where they are there and fit."""
     dino_head: HeadConfig = field(default_factory=HeadConfig)
     ibot_head: HeadConfig | None = None
     """Head of the masked patches; None shares the DINO head. Naming one of its fields, as in --ibot_head.out_dim 4096,
@@ -111,8 +123,19 @@ class PretrainConfig:
     """Micro-batches per optimiser step. Gradients are averaged over them, so memory is that of batch_size /
     accumulation_steps images, split among the processes; Sinkhorn-Knopp, centring and KoLeo see one micro-batch of all
     processes at a time, so prefer larger micro-batches while they fit."""
-    precision: Precision = "fp32"
-    """fp32, or bf16: bfloat16 autocast with float32 weights, optimiser and teacher."""
+    precision: Precision = "auto"
+    """Of matrix products and attention: fp32; bf16; fp16, with a scaled loss, for GPUs that lack bf16. Weights, their
+    averages and all sums are float32. auto: bf16 on a GPU and fp32 on a CPU; a resumed run keeps what it had."""
+    activation_checkpointing: ActivationCheckpointing = "none"
+    """What the student's blocks compute again in the backward pass, for less memory and the same results: nothing; all
+    but products and attention (selective); or everything (full), which takes a third more time."""
+    compile: bool = False
+    """Compile the blocks with torch.compile: the first steps take minutes, the others less time."""
+    profile_steps: int = 0
+    """Steps whose every operator is timed, after the first five; the trace is written to profile/."""
+    peak_tflops: float | None = None
+    """What the device computes at best in this precision, in 10^12 operations a second, for the metric mfu; None looks
+    it up for known GPUs."""
     device: str = "auto"
     """Where to train: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one. Each process of torchrun takes the GPU
     of its own number."""
@@ -126,13 +149,33 @@ class PretrainConfig:
     """Steps between checkpoints."""
     keep_checkpoints: int = 3
     """How many of the newest checkpoints to keep."""
+    keep_every: int | None = None
+    """Checkpoints whose step is a multiple of this are kept for good, too; a multiple of checkpoint_every. None: no
+    others."""
 
     def __post_init__(self) -> None:
         for name in COUNTS:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, but is {getattr(self, name)}")
+        if self.keep_every is not None and (self.keep_every < 1 or self.keep_every % self.checkpoint_every):
+            raise ValueError(
+                "keep_every must be a multiple of checkpoint_every, or None, but there is no checkpoint every"
+                f" {self.keep_every} steps with one every {self.checkpoint_every}"
+            )
         if self.precision not in get_args(Precision):
             raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, but is {self.precision!r}")
+        if self.activation_checkpointing not in get_args(ActivationCheckpointing):
+            raise ValueError(
+                f"activation_checkpointing must be one of {', '.join(get_args(ActivationCheckpointing))}, but is"
+                f" {self.activation_checkpointing!r}"
+            )
+        if self.profile_steps < 0 or self.profile_steps > max(0, self.steps - STEPS_BEFORE_PROFILE):
+            raise ValueError(
+                f"profile_steps must lie between 0 and steps - {STEPS_BEFORE_PROFILE}, the first of which are not"
+                f" profiled, but is {self.profile_steps} of {self.steps} steps"
+            )
+        if self.peak_tflops is not None and not self.peak_tflops > 0:
+            raise ValueError(f"peak_tflops must be above 0, but is {self.peak_tflops}")
         if self.batch_size % self.accumulation_steps:
             raise ValueError(
                 f"batch_size must be a multiple of accumulation_steps, but {self.batch_size} images"
@@ -144,11 +187,6 @@ class PretrainConfig:
                 f" {self.batch_size} over accumulation_steps {self.accumulation_steps} leaves {self.micro_batch_size}:"
                 " raise batch_size, or set objective.koleo_weight to 0"
             )
-        if self.parallel.sharding == "full" and self.objective.student_logits == "recomputed":
-            raise ValueError(
-                "objective.student_logits must be stored with parallel.sharding full, but is recomputed: that reads"
-                " whole prototypes, of which each process holds a part"
-            )
         for part, fraction in (
             ("optim.warmup_fraction", self.optim.warmup_fraction),
             ("optim.freeze_last_layer_fraction", self.optim.freeze_last_layer_fraction),
@@ -156,8 +194,95 @@ class PretrainConfig:
         ):
             if not 0 <= fraction <= 1:
                 raise ValueError(f"{part} must lie between 0 and 1, but is {fraction}")
+        for name, vit in self.networks.items():
+            if vit.in_chans != self.data.augmentation.channels:
+                raise ValueError(
+                    f"{name}.in_chans must be the number of channels of the images,"
+                    f" {self.data.augmentation.channels} by data.augmentation.mean, but is {vit.in_chans}"
+                )
+
+    @property
+    def kind(self) -> str:
+        """What a run of this configuration is called."""
+        raise NotImplementedError
+
+    @property
+    def networks(self) -> dict[str, ViTConfig]:
+        """The networks that are trained, by the field that describes each."""
+        raise NotImplementedError
+
+    def product_folder(self, name: str) -> Path:
+        """Where the finished backbone of a student is written; a lone student's name is empty."""
+        raise NotImplementedError
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels, the same for all networks."""
+        return next(iter(self.networks.values())).patch_size
 
     @property
     def micro_batch_size(self) -> int:
         """Images of one forward and backward pass, over all processes."""
         return self.batch_size // self.accumulation_steps
+
+
+@dataclass(frozen=True)
+class PretrainConfig(RunConfig):
+    """A student and the teacher that follows it."""
+
+    vit: ViTConfig = field(default_factory=ViTConfig)
+
+    @property
+    def kind(self) -> str:
+        """Pretraining."""
+        return "pretraining"
+
+    @property
+    def networks(self) -> dict[str, ViTConfig]:
+        """The architecture of student and teacher."""
+        return {"vit": self.vit}
+
+    def product_folder(self, name: str) -> Path:
+        """The teacher's."""
+        return self.output / "teacher"
+
+
+@dataclass(frozen=True)
+class DistillConfig(RunConfig):
+    """One or several students of a frozen teacher. ``dino_head`` and ``ibot_head`` are those of the students; the
+    prototypes are as many as the teacher's."""
+
+    students: dict[str, ViTConfig] = field(default_factory=dict)
+    """The students by name."""
+    frozen_teacher: Path = Path()
+    """Weights of the teacher with its heads: a run, its checkpoint, an export with heads, facebook's
+    teacher_checkpoint.pth."""
+    frozen_teacher_sha256: str = ""
+    """Digest of those weights: a resumed run refuses any others."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.students:
+            raise ValueError("students must hold at least one student, but is empty")
+        for name, vit in self.students.items():
+            if not name.isidentifier():
+                raise ValueError(f"students must have names of letters, digits and underscores, but one is {name!r}")
+            if vit.patch_size != self.patch_size:
+                raise ValueError(
+                    "students must have patches of one size, but they have"
+                    f" {', '.join(f'{vit.patch_size} in {name}' for name, vit in self.students.items())}"
+                )
+
+    @property
+    def kind(self) -> str:
+        """Distillation."""
+        return "distillation"
+
+    @property
+    def networks(self) -> dict[str, ViTConfig]:
+        """The architecture of each student."""
+        return {f"students.{name}": vit for name, vit in self.students.items()}
+
+    def product_folder(self, name: str) -> Path:
+        """That of one student."""
+        return self.output / "students" / name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
@@ -12,18 +11,24 @@ from rich.console import Console
 
 from dinov2.data import ImageDataset, batches, lost_workers_explained, open_dataset
 from dinov2.models import save_pretrained
-from dinov2.train.checkpoint import CheckpointDirectory, load_checkpoint, non_finite_tensors
-from dinov2.train.config import PretrainConfig
+from dinov2.models.run_checkpoint import RunCheckpoint
+from dinov2.train.checkpoint import CheckpointDirectory
+from dinov2.train.clock import IntervalClock
+from dinov2.train.config import RunConfig
+from dinov2.train.initial_weights import start_from_initial_weights
 from dinov2.train.interruption import Interrupted, StopSignals
-from dinov2.train.metrics import MetricsWriter, NonFiniteError, StepScalars, read_metrics, way_back
-from dinov2.train.processes import Processes, StopAgreement, join_processes
+from dinov2.train.metrics import MetricsWriter, StepScalars, check_loss_scale, read_metrics
+from dinov2.train.precision import settle_precision
+from dinov2.train.processes import Processes, StepAgreement, join_processes
+from dinov2.train.profiling import StepProfiler
 from dinov2.train.progress import RunDisplay
 from dinov2.train.run_directory import check_run_directory, write_config
+from dinov2.train.saving import CheckpointSaver
 from dinov2.train.trainer import Probe, Trainer
 
 
 def pretrain(
-    config: PretrainConfig, resume: bool = False, *, dataset: ImageDataset | None = None, probe: Probe | None = None
+    config: RunConfig, resume: bool = False, *, dataset: ImageDataset | None = None, probe: Probe | None = None
 ) -> Path:
     """Pretrain as ``config`` says and return the run directory, with the finished teacher in ``teacher/``.
 
@@ -41,35 +46,48 @@ def pretrain(
         FileExistsError: the run directory is not empty, and ``resume`` is false.
         ValueError: resumed with another configuration, other images, or from a damaged checkpoint.
         NonFiniteError: a loss term or gradient became NaN or infinite; no such state is ever saved.
+        CheckpointError: a checkpoint could not be written; those before it are whole.
         PeerError: another process of the run failed or fell silent.
         LostWorkerError: a process that prepares batches was killed.
         Interrupted: Ctrl-C or SIGTERM came; a checkpoint was saved.
     """
-    with join_processes(config.device, config.parallel.timeout_seconds) as processes:
-        processes.first(lambda: check_run_directory(config, resume=resume))
+    with join_processes(config.device, config.parallel.timeout_seconds) as processes, lost_workers_explained():
+        config = processes.first(lambda: _checked(config, processes, resume=resume))
         return Run(config, open_dataset(config.data) if dataset is None else dataset, probe, processes).train()
+
+
+def _checked(config: RunConfig, processes: Processes, *, resume: bool) -> RunConfig:
+    """The configuration with its precision settled, if its run directory may be written."""
+    config = settle_precision(config, processes.device)
+    check_run_directory(config, resume=resume)
+    return config
 
 
 class Run:
     """The loop around :class:`Trainer`: metrics, probes, checkpoints and interruptions."""
 
-    def __init__(
-        self, config: PretrainConfig, dataset: ImageDataset, probe: Probe | None, processes: Processes
-    ) -> None:
+    def __init__(self, config: RunConfig, dataset: ImageDataset, probe: Probe | None, processes: Processes) -> None:
         self.config = config
         self.dataset = dataset
         self.probe = probe
         self.processes = processes
         self.batch_size = processes.share(config.micro_batch_size)
         self.trainer = Trainer(config, processes)
-        self.checkpoints = CheckpointDirectory(config.output / "checkpoints", config.keep_checkpoints)
+        self.checkpoints = CheckpointDirectory(
+            config.output / "checkpoints", config.keep_checkpoints, config.keep_every
+        )
+        self.saver = CheckpointSaver(self.checkpoints, processes)
         self.scalars = StepScalars()
         self.finished_steps = 0
+        self.origin: str | None = None
         if latest := processes.first(self.checkpoints.latest):
             self._restore(latest)
+        else:
+            self.origin = start_from_initial_weights(self.trainer.objective, config)
         self.display = RunDisplay(config, self.finished_steps, None if processes.is_first else Console(quiet=True))
         self.writer: MetricsWriter | None = None
-        self._restart_clock()
+        self.profiler = StepProfiler(config, self.finished_steps) if processes.is_first else None
+        self.clock = IntervalClock(config, self.trainer.objective.teacher, processes)
 
     def train(self) -> Path:
         """Run to the end."""
@@ -79,7 +97,7 @@ class Run:
             self.dataset,
             config.data,
             batch_size=self.batch_size,
-            patch_size=config.vit.patch_size,
+            patch_size=config.patch_size,
             seed=config.seed,
             start_step=start * config.accumulation_steps,
             rank=self.processes.rank,
@@ -90,40 +108,41 @@ class Run:
         if self.processes.is_first:
             self.writer = MetricsWriter(config.output, start)
         self.display.header(
-            parameters=sum(parameter.numel() for parameter in self.trainer.teacher_backbone.parameters()),
+            models=self.trainer.products,
             data=f"{len(self.dataset):,} images, {type(self.dataset).__name__}",
             device=self.processes.describe(),
             start_step=start,
+            weights=self.origin,
         )
-        stop = StopAgreement(self.processes)
-        with (
-            ExitStack() as stack,
-            lost_workers_explained(),
-            closing(micro_batches),
-            self.display,
-            StopSignals() as signals,
-        ):
+        agreement = StepAgreement(self.processes, first=(True, 0))
+        with ExitStack() as stack, closing(micro_batches), self.display, StopSignals() as signals, self.saver:
             if self.writer is not None:
                 stack.callback(self.writer.close)
+            if self.profiler is not None:
+                stack.enter_context(self.profiler)
             if start == 0:
                 self._measure()
+            timed = self.clock.waiting(micro_batches)
             for step in range(start, config.steps):
-                self.scalars.append(self.trainer.step(step, micro_batches))
+                self.scalars.append(self.trainer.step(step, timed))
                 self._after_step()
-                if stop.after_step(signals.received) and self.finished_steps < config.steps:
+                go_on, progress = agreement.after_step(not signals.received, self.saver.progress)
+                self.saver.after_step(progress)
+                if not go_on and self.finished_steps < config.steps:
                     self._stop()
-        teacher = config.output / "teacher"
-        backbone = self.trainer.finished_backbone()
-        self.processes.first(lambda: save_pretrained(backbone, teacher))
+        finished = {config.product_folder(name): model for name, model in self.trainer.finished_backbones().items()}
+        self.processes.first(lambda: [save_pretrained(model, folder) for folder, model in finished.items()])
         if self.processes.is_first:
-            self.display.finish(read_metrics(config.output / "metrics.jsonl"), teacher)
+            self.display.finish(read_metrics(config.output / "metrics.jsonl"), list(finished))
         return config.output
 
     def _after_step(self) -> None:
         config = self.config
         self.finished_steps += 1
-        self._interval_steps += 1
+        self.clock.step()
         self.display.advance()
+        if self.profiler is not None and self.profiler.step():
+            self.display.profiled(self.profiler.trace)
         is_last = self.finished_steps == config.steps
         if is_last or self.finished_steps % config.log_every == 0:
             self._log()
@@ -133,25 +152,31 @@ class Run:
             self._save()
 
     def _log(self) -> None:
-        self.scalars.check_finite(self.finished_steps, self.checkpoints.latest())
-        seconds = time.monotonic() - self._interval_start
+        self.scalars.check_finite(self.finished_steps, self._last_checkpoint)
+        speed = self.clock.values()  # now, as the check above has waited for the device
         values = {
             **self.scalars.means(),
             **self.trainer.collapse_statistics(self.finished_steps - 1),
             **asdict(self.trainer.schedules(self.finished_steps - 1)),
-            "images_per_second": self._interval_steps * self.config.batch_size / seconds,
+            **self.trainer.arithmetic.metrics(),
+            **speed,
         }
+        check_loss_scale(values.get("loss_scale", 1.0), self._last_checkpoint)
         self.scalars.clear()
         self._write(values)
         self.display.metrics(self.finished_steps, values)
-        self._restart_clock()
+        self.clock.restart()
 
     def _write(self, values: dict[str, Any]) -> None:
-        if self.writer is not None:
+        if self.writer is None:
+            return
+        try:
             self.writer.write(self.finished_steps, values)
-
-    def _restart_clock(self) -> None:
-        self._interval_start, self._interval_steps = time.monotonic(), 0
+        except OSError as error:
+            raise OSError(
+                f"metrics of step {self.finished_steps} cannot be written to {self.config.output} ({error});"
+                " once there is room, --resume continues from the newest checkpoint"
+            ) from error
 
     def _measure(self) -> None:
         if self.probe is None:
@@ -159,38 +184,46 @@ class Run:
         values = self.trainer.measure(self.probe)
         self._write(values)
         self.display.probe(self.finished_steps, values)
-        self._restart_clock()
+        self.clock.restart()
 
-    def _save(self) -> Path:
-        """Write a checkpoint, after making sure that nothing in it is NaN or infinite."""
-        self.scalars.check_finite(self.finished_steps, self.checkpoints.latest())
-        state = self.trainer.state_dict()
-        path = self.processes.first(lambda: self._write_checkpoint(state))
-        self._restart_clock()
-        return path
+    def _save(self) -> None:
+        """Begin to write a checkpoint, after making sure that nothing in it is NaN or infinite."""
+        self.scalars.check_finite(self.finished_steps, self._last_checkpoint)
+        values = {
+            "step": self.finished_steps,
+            "num_images": len(self.dataset),
+            "scalars": self.scalars.state_dict(),
+            "loss_scale": self.trainer.arithmetic.state_dict(),
+            "vit": {name: asdict(backbone.config) for name, backbone in self.trainer.products.items()},
+        }
+        self.saver.save(self.finished_steps, self.trainer.state_dict(), values)
+        self.clock.restart()
 
-    def _write_checkpoint(self, state: dict[str, Any]) -> Path:
-        if spoilt := next(non_finite_tensors(state), None):
-            raise NonFiniteError(
-                f"training stopped: after step {self.finished_steps} the tensor {spoilt} holds NaN or infinity;"
-                f" {way_back(self.checkpoints.latest())}"
-            )
-        state |= {"step": self.finished_steps, "num_images": len(self.dataset), "scalars": self.scalars.state_dict()}
-        return self.checkpoints.save(self.finished_steps, state)
+    def _last_checkpoint(self) -> Path | None:
+        """The newest checkpoint, once the one in flight is complete. All processes must call it."""
+        self.saver.finish()
+        return self.checkpoints.latest()
 
-    def _restore(self, checkpoint: Path) -> None:
-        state = load_checkpoint(checkpoint)
-        if state["num_images"] != len(self.dataset):
+    def _restore(self, path: Path) -> None:
+        checkpoint = RunCheckpoint(path)
+        mine = sorted(checkpoint.files)[self.processes.rank :: self.processes.world_size]
+        self.processes.together(lambda: checkpoint.verify(mine))
+        values = checkpoint.values
+        if values["num_images"] != len(self.dataset):
             raise ValueError(
-                f"cannot resume from {checkpoint}: the run was started on {state['num_images']} images,"
+                f"cannot resume from {path}: the run was started on {values['num_images']} images,"
                 f" but its {type(self.dataset).__name__} now holds {len(self.dataset)}"
             )
-        self.trainer.load_state_dict(state)
-        self.scalars.load_state_dict(state["scalars"])
-        self.finished_steps = state["step"]
+        self.trainer.restore(checkpoint)
+        self.trainer.arithmetic.load_state_dict(values["loss_scale"])
+        self.scalars.load_state_dict(values["scalars"])
+        self.finished_steps = values["step"]
 
     def _stop(self) -> None:
-        checkpoint = self._save()
+        checkpoint = self.checkpoints.path(self.finished_steps)
+        if self._last_checkpoint() != checkpoint:
+            self._save()
+            self.saver.finish()
         raise Interrupted(
             f"stopped after step {self.finished_steps} of {self.config.steps} and saved {checkpoint};"
             " run the same command with --resume to continue"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,11 @@ import torch
 from torch import Tensor
 
 from dinov2_kernels._extras import require
+
+SKIPPED = "skipped"
+"""Scalar of a step in float16: 1 if its gradients overflowed, so that it changed nothing; its mean is their share."""
+GRADIENTS = "grad_norm/"
+"""What the names of gradient norms begin with: a skipped step has none."""
 
 
 class NonFiniteError(ArithmeticError):
@@ -30,39 +36,67 @@ class StepScalars:
         self.names = list(scalars)
         self.rows.append(torch.stack([value.detach().float() for value in scalars.values()]))
 
-    def check_finite(self, finished_steps: int, last_checkpoint: Path | None) -> None:
+    def check_finite(self, finished_steps: int, last_checkpoint: Callable[[], Path | None]) -> None:
         """Look for the first NaN or infinity among the gathered steps, of which the last was the ``finished_steps``-th.
+
+        Gradients of skipped steps are allowed to be infinite: a smaller loss scale is the remedy, and on its way.
+        ``last_checkpoint`` is called only if there is a culprit.
 
         Raises:
             NonFiniteError: names the terms, the step and the last good checkpoint.
         """
         first_step = finished_steps - len(self.rows) + 1
         for step, row in enumerate(self._values().tolist(), start=first_step):
-            bad = {name: value for name, value in zip(self.names, row, strict=True) if not math.isfinite(value)}
+            bad = {
+                name: value
+                for name, value in zip(self.names, row, strict=True)
+                if not math.isfinite(value) and not (name.startswith(GRADIENTS) and self._is_skipped(row))
+            }
             if bad:
                 culprits = bad.keys() - {"total"} or bad.keys()  # the sum says nothing that its terms do not
                 terms = ", ".join(f"{name} is {value}" for name, value in bad.items() if name in culprits)
-                raise NonFiniteError(f"training stopped: in step {step} {terms}; {way_back(last_checkpoint)}")
+                raise NonFiniteError(f"training stopped: in step {step} {terms}; {way_back(last_checkpoint())}")
 
     def means(self) -> dict[str, float]:
-        """Mean of each scalar over the gathered steps."""
-        return dict(zip(self.names, self._values().double().mean(dim=0).tolist(), strict=True))
+        """Mean of each scalar over the gathered steps; of gradient norms over those that were not skipped, if any."""
+        rows = self._values().tolist()
+        counted = [row for row in rows if not self._is_skipped(row)]
+        columns = {
+            name: [row[index] for row in (counted if name.startswith(GRADIENTS) else rows)]
+            for index, name in enumerate(self.names)
+        }
+        return {name: math.fsum(column) / len(column) for name, column in columns.items() if column}
 
     def clear(self) -> None:
         """Start a new interval."""
         self.rows = []
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint in the middle of an interval."""
-        return {"names": self.names, "values": self._values()}
+        """For a checkpoint in the middle of an interval; float32 values survive JSON exactly."""
+        return {"names": self.names, "values": self._values().tolist()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue the interval of a checkpoint."""
         self.names = list(state["names"])
-        self.rows = list(state["values"])
+        self.rows = [torch.tensor(row) for row in state["values"]]
+
+    def _is_skipped(self, row: Sequence[float]) -> bool:
+        return SKIPPED in self.names and bool(row[self.names.index(SKIPPED)])
 
     def _values(self) -> Tensor:
-        return torch.stack(self.rows).cpu() if self.rows else torch.empty(0, len(self.names))
+        if not self.rows:
+            return torch.empty(0, len(self.names))
+        device = self.rows[-1].device  # rows of a checkpoint are on the host
+        return torch.stack([row.to(device) for row in self.rows]).cpu()
+
+
+def check_loss_scale(scale: float, last_checkpoint: Callable[[], Path | None]) -> None:
+    """Raise NonFiniteError at a loss scale below 1: whatever overflows there is not small gradients made large."""
+    if scale < 1:
+        raise NonFiniteError(
+            f"training stopped: gradients overflow float16 even at a loss scale of {scale}, so precision must be bf16"
+            f" or fp32; {way_back(last_checkpoint())}"
+        )
 
 
 def way_back(last_checkpoint: Path | None) -> str:
@@ -99,9 +133,11 @@ class MetricsWriter:
             self._tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Write out what TensorBoard still buffers."""
-        self._file.close()
-        self._tensorboard.close()
+        """Write out what TensorBoard still buffers. A full disk was reported by :meth:`write`."""
+        with suppress(OSError):
+            self._file.close()
+        with suppress(OSError):
+            self._tensorboard.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

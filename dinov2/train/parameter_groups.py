@@ -49,11 +49,14 @@ def group_key(module: str, name: str, *, depth: int, layer_decay: float, patch_e
 def parameter_groups(
     student: nn.ModuleDict, *, layer_decay: float, patch_embed_lr_scale: float
 ) -> list[dict[str, Any]]:
-    """Optimiser groups of the student: ``params`` and the fields of their :class:`GroupKey`, in a fixed order."""
+    """Optimiser groups of what learns in the student: ``params`` and the fields of their :class:`GroupKey`, in a fixed
+    order."""
     depth = len(student["backbone"].blocks)  # type: ignore[arg-type]
     groups: dict[GroupKey, list[nn.Parameter]] = {}
     for module, submodule in student.items():
         for name, parameter in submodule.named_parameters():
+            if not parameter.requires_grad:
+                continue
             key = group_key(
                 module, name, depth=depth, layer_decay=layer_decay, patch_embed_lr_scale=patch_embed_lr_scale
             )

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 Result = TypeVar("Result")
+GLOO_WORDS = ("gloo", "pair closure")  # of which its errors about other processes have one
 
 
 class PeerError(ConnectionError):
@@ -93,34 +94,70 @@ class Processes:
             raise PeerError(f"process 0 failed: {failure}")
         return result  # type: ignore[return-value]
 
+    def together(self, action: Callable[[], Result]) -> Result:
+        """What ``action`` returns in this process; every process carries it out, and none goes on unless all did it.
 
-class StopAgreement:
-    """Lets all processes stop after the same step, once any of them was told to.
+        Raises:
+            PeerError: it failed in another process, which raises the error itself.
+        """
+        if self.group is None:
+            return action()
+        result: Result | None = None
+        error: Exception | None = None
+        try:
+            result = action()
+        except Exception as caught:
+            error = caught
+        failures: list[str | None] = [None] * self.world_size
+        dist.all_gather_object(failures, None if error is None else str(error), group=self.group)
+        if error is not None:
+            raise error
+        for rank, failure in enumerate(failures):
+            if failure is not None:
+                raise PeerError(f"process {rank} failed: {failure}")
+        return result  # type: ignore[return-value]
 
-    One process stops at once. Several learn at the end of each step what all knew at the end of the step before: that
-    exchange runs beside the step, so none of them waits for it.
+    def gather(self, value: Result) -> list[Result]:
+        """The value of each process, in the first one; nothing in the others."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size if self.is_first else []
+        dist.gather_object(value, values if self.is_first else None, dst=0, group=self.group)
+        return values
+
+
+class StepAgreement:
+    """What all processes know after a step, so that all of them act on it after the same one.
+
+    One process knows it at once. Several learn at the end of each step what all knew at the end of the step before:
+    that exchange runs beside the step, so none of them waits for it.
+
+    Args:
+        processes: those that take part.
+        first: the answer while there was no exchange yet.
     """
 
-    def __init__(self, processes: Processes) -> None:
+    def __init__(self, processes: Processes, first: tuple[int, ...]) -> None:
         self._group = processes.group
+        self._first = first
         self._pending: tuple[Tensor, dist.Work] | None = None
 
-    def after_step(self, told: bool) -> bool:
-        """Whether to stop now. Every process calls it after every step, with whether it was told to stop."""
+    def after_step(self, *numbers: int) -> tuple[int, ...]:
+        """The least of each number over the processes. Every process calls it after every step."""
         if self._group is None:
-            return told
-        before, self._pending = self._pending, self._send(told)
+            return numbers
+        before, self._pending = self._pending, self._send(numbers)
         if before is None:
-            return False
-        anyone, work = before
+            return self._first
+        least, work = before
         work.wait()
-        return bool(anyone.item())
+        return tuple(least.tolist())
 
-    def _send(self, told: bool) -> tuple[Tensor, dist.Work]:
-        flag = torch.tensor(int(told))  # on the host, whatever the device: this is gloo's
-        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+    def _send(self, numbers: tuple[int, ...]) -> tuple[Tensor, dist.Work]:
+        least = torch.tensor(numbers)  # on the host, whatever the device: this is gloo's
+        work = dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self._group, async_op=True)
         assert work is not None
-        return flag, work
+        return least, work
 
 
 @contextmanager
@@ -163,7 +200,7 @@ def join_processes(device: str, timeout_seconds: float) -> Iterator[Processes]:
 
 def is_lost_connection(error: RuntimeError) -> bool:
     """Whether an error is torch.distributed's word on a lost process; gloo has no type of its own for it."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in GLOO_WORDS)
 
 
 def resolve_device(name: str) -> torch.device:

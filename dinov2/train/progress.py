@@ -12,13 +12,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dinov2.train.config import PretrainConfig
+from dinov2.models import VisionTransformer
+from dinov2.train.config import DistillConfig, RunConfig
+
+NOTABLE_WAIT = 0.1
+"""Share of the time waiting for images above which a run says so."""
 
 
 class RunDisplay:
     """Shows a run of ``config`` that begins after ``start_step`` finished steps."""
 
-    def __init__(self, config: PretrainConfig, start_step: int, console: Console | None = None) -> None:
+    def __init__(self, config: RunConfig, start_step: int, console: Console | None = None) -> None:
         self.console = console or Console()
         self.config = config
         self._started = time.monotonic()
@@ -48,16 +52,24 @@ class RunDisplay:
     ) -> None:
         self._progress.stop()
 
-    def header(self, *, parameters: int, data: str, device: str, start_step: int) -> None:
-        """One paragraph on what is about to run."""
+    def header(
+        self,
+        *,
+        models: Mapping[str, VisionTransformer],
+        data: str,
+        device: str,
+        start_step: int,
+        weights: str | None = None,
+    ) -> None:
+        """One paragraph on what is about to run; ``weights`` tells where they start, if not at random."""
         config = self.config
-        vit = config.vit
         console = self.console
         begin = f"continuing after step {start_step:,}" if start_step else "starting"
-        console.print(f"[bold]DINOv2 pretraining[/bold], {begin}", highlight=False)
+        console.print(f"[bold]DINOv2 {config.kind}[/bold], {begin}", highlight=False)
         rows = {
-            "model": f"ViT, {vit.depth} blocks of width {vit.embed_dim}, patch {vit.patch_size},"
-            f" {parameters / 1e6:.1f} M parameters",
+            **{name or "model": _describe(model) for name, model in models.items()},
+            **({"teacher": f"{config.frozen_teacher}, frozen"} if isinstance(config, DistillConfig) else {}),
+            **({"weights": weights} if weights else {}),
             "data": data,
             "batch": f"{config.batch_size} images x {config.steps:,} steps"
             + (f", in {config.accumulation_steps} micro-batches" if config.accumulation_steps > 1 else ""),
@@ -65,7 +77,7 @@ class RunDisplay:
             "run": str(config.output),
         }
         for name, text in rows.items():
-            console.print(f"  [dim]{name:<7}[/dim] {text}", highlight=False, soft_wrap=True)
+            console.print(f"  [dim]{name:<{max(map(len, rows))}}[/dim] {text}", highlight=False, soft_wrap=True)
 
     def advance(self) -> None:
         """One more step is done."""
@@ -75,6 +87,11 @@ class RunDisplay:
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Show a line of metrics: beside the bar, or as a plain line where there is no terminal."""
         status = f"loss [bold]{values['total']:.3f}[/bold]  {values['images_per_second']:.0f} images/s"
+        status += f"  {values['memory_gb']:.1f} GB"
+        if "mfu" in values:
+            status += f"  {values['mfu']:.0%} of peak FLOP/s"
+        if values["data_wait"] > NOTABLE_WAIT:
+            status += f"  [yellow]{values['data_wait']:.0%} waiting for images[/yellow]"
         self._progress.update(self._task, status=status + self._probe_text())
         if not self.console.is_terminal:
             left = (self.config.steps - step) * (time.monotonic() - self._started) / max(1, self._steps_done)
@@ -87,7 +104,11 @@ class RunDisplay:
         self._probe = dict(values)
         self.console.print(f"step {step}:{self._probe_text()}", highlight=False)
 
-    def finish(self, lines: Sequence[Mapping[str, float]], teacher: Path) -> None:
+    def profiled(self, trace: Path) -> None:
+        """Say where a trace is."""
+        self.console.print(f"profile: {trace}, for ui.perfetto.dev", highlight=False, soft_wrap=True)
+
+    def finish(self, lines: Sequence[Mapping[str, float]], models: Sequence[Path]) -> None:
         """The table at the end of a run, from all its lines of metrics, then where things are."""
         first: dict[str, float] = {}
         last: dict[str, float] = {}
@@ -103,7 +124,7 @@ class RunDisplay:
         self.console.print(table)
         output = self.config.output
         for name, text in {
-            "teacher": str(teacher),
+            "model": ", ".join(map(str, models)),
             "metrics": str(output / "metrics.jsonl"),
             "curves": f"tensorboard --logdir {output / 'tensorboard'}",
         }.items():
@@ -111,6 +132,13 @@ class RunDisplay:
 
     def _probe_text(self) -> str:
         return "".join(f"  {name} {value:.3f}" for name, value in self._probe.items())
+
+
+def _describe(model: VisionTransformer) -> str:
+    vit, parameters = model.config, sum(parameter.numel() for parameter in model.parameters())
+    return (
+        f"ViT, {vit.depth} blocks of width {vit.embed_dim}, patch {vit.patch_size}, {parameters / 1e6:.1f} M parameters"
+    )
 
 
 def _duration(seconds: float) -> str:

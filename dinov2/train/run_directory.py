@@ -8,28 +8,36 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dinov2.train.config import PretrainConfig
+from dinov2.train.config import RunConfig
 
 MAY_CHANGE = frozenset(
     {
         "output",
         "steps",
         "device",
+        "activation_checkpointing",
+        "compile",
+        "profile_steps",
+        "peak_tflops",
         "log_every",
         "probe_every",
         "checkpoint_every",
         "keep_checkpoints",
+        "keep_every",
         "data.root",
+        "frozen_teacher",
         "data.num_workers",
         "parallel.sharding",
+        "parallel.shard_size",
         "parallel.timeout_seconds",
     }
 )
-"""Fields that a resumed run may change: where it runs, what it writes, where its images lie, and how long it lasts
-(a new ``steps`` stretches the schedules of the remaining steps). Anything else would make another run of it."""
+"""Fields that a resumed run may change: where it runs, what it writes, where its images and its frozen teacher lie,
+and how long it lasts (a new ``steps`` stretches the schedules of the remaining steps). Anything else would make another
+run of it."""
 
 
-def check_run_directory(config: PretrainConfig, *, resume: bool) -> None:
+def check_run_directory(config: RunConfig, *, resume: bool) -> None:
     """Make sure that the run directory is free, or that the run in it is the one to continue; writes nothing.
 
     Raises:
@@ -50,7 +58,7 @@ def check_run_directory(config: PretrainConfig, *, resume: bool) -> None:
         refuse_changes(json.loads(config_file.read_text()), config_as_json(config), directory)
 
 
-def write_config(config: PretrainConfig) -> None:
+def write_config(config: RunConfig) -> None:
     """Create the run directory and write its ``config.json``."""
     config.output.mkdir(parents=True, exist_ok=True)
     partial = config.output / "config.partial"
@@ -73,7 +81,7 @@ def refuse_changes(saved: dict[str, Any], given: dict[str, Any], directory: Path
         )
 
 
-def config_as_json(config: PretrainConfig) -> dict[str, Any]:
+def config_as_json(config: RunConfig) -> dict[str, Any]:
     """The configuration in JSON's own types: paths become strings and tuples become lists."""
     values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     return values

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dinov2.train.config import PretrainConfig
+from dinov2.train.config import RunConfig
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Schedules:
     optimiser step. The prototypes (``last_layer`` of the heads) stand still at the start of the run.
     """
 
-    def __init__(self, config: PretrainConfig) -> None:
+    def __init__(self, config: RunConfig) -> None:
         steps, optim, teacher = config.steps, config.optim, config.teacher
         peak_lr = optim.base_lr * math.sqrt(config.batch_size / 1024)
         self.lr = CosineSchedule(peak_lr, optim.min_lr, steps, round(optim.warmup_fraction * steps))

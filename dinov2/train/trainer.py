@@ -13,10 +13,9 @@ networks are split among the processes.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,13 +26,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dinov2.data import Batch, RawBatch, finish
 from dinov2.models import VisionTransformer
+from dinov2.models.run_checkpoint import RunCheckpoint
 from dinov2.objectives import SelfDistillation
+from dinov2.train.blocks import prepare_blocks
 from dinov2.train.building import build_objective
-from dinov2.train.config import PretrainConfig
+from dinov2.train.config import RunConfig
+from dinov2.train.metrics import SKIPPED
 from dinov2.train.parameter_groups import apply_settings, parameter_groups
+from dinov2.train.precision import Arithmetic
 from dinov2.train.processes import Processes, resolve_device
+from dinov2.train.run_directory import flatten
 from dinov2.train.schedules import Schedules, StepSettings
-from dinov2.train.sharding import exchange_gradients, gathered, shard_network, split_like
+from dinov2.train.sharding import exchange_gradients, gathered, split_objective
 
 Probe = Callable[[VisionTransformer], dict[str, float]]
 """Measures the teacher's backbone, in eval mode and without gradients, e.g. the k-NN accuracy on labelled images."""
@@ -47,25 +51,38 @@ class Trainer:
         processes: those that take part; None means this one alone.
     """
 
-    def __init__(self, config: PretrainConfig, processes: Processes | None = None) -> None:
+    def __init__(self, config: RunConfig, processes: Processes | None = None) -> None:
         self.config = config
         self.processes = processes = processes or Processes(resolve_device(config.device))
         self.device = processes.device
+        self.arithmetic = Arithmetic(config.precision, self.device)
         torch.manual_seed(config.seed)
-        self.objective = build_objective(config, processes.group).to(self.device)
-        self._is_split = processes.group is not None and config.parallel.sharding == "full"
+        self._is_split = processes.group is not None and config.parallel.sharding != "replicate"
         self._replicas = None
-        if processes.group is not None and self._is_split:
-            for network in (self.objective.student, self.objective.teacher):
-                shard_network(network, processes.group, self.device)
-        elif processes.group is not None:
-            self._replicas = _replicated(self.objective, processes.group)
+        if self._is_split:
+            self.objective = split_objective(self._build, config.parallel, processes, self.arithmetic.dtype)
+        else:
+            self.objective = self._build().to(self.device)
+            if processes.group is not None:
+                self._replicas = _replicated(self.objective, processes.group)
         self.schedules = Schedules(config)
         optim = config.optim
-        groups = parameter_groups(
-            self.objective.student, layer_decay=optim.layer_decay, patch_embed_lr_scale=optim.patch_embed_lr_scale
-        )
+        groups = [
+            group
+            for student in self.objective.students.values()
+            for group in parameter_groups(
+                student, layer_decay=optim.layer_decay, patch_embed_lr_scale=optim.patch_embed_lr_scale
+            )
+        ]
         self.optimizer = torch.optim.AdamW(groups, betas=(optim.beta1, optim.beta2), fused=True)
+        self._names: dict[Tensor, str] = {
+            parameter: name for name, parameter in self.objective.student.named_parameters()
+        }
+
+    def _build(self) -> SelfDistillation:
+        objective = build_objective(self.config, self.processes.group)
+        prepare_blocks(objective, self.config)
+        return objective
 
     def step(self, step: int, micro_batches: Iterator[Batch | RawBatch]) -> dict[str, Tensor]:
         """One optimiser step over ``accumulation_steps`` micro-batches.
@@ -81,27 +98,39 @@ class Trainer:
         terms = []
         for number in range(first, last + 1):
             if self._is_split:
-                exchange_gradients(self.objective.student, number == last)
+                for student in self.objective.students.values():
+                    exchange_gradients(student, number == last)
             with nullcontext() if self._replicas is None or number == last else self._replicas.no_sync():
                 terms.append(self._forward_backward(next(micro_batches), settings, number))
+        self.arithmetic.unscale(self.optimizer)
         norms = {
             f"grad_norm/{name}": _whole(nn.utils.clip_grad_norm_(module.parameters(), config.optim.clip_grad_norm))
-            for name, module in self.objective.student.items()
+            for name, module in self._trained_modules()
         }
-        self.optimizer.step()
-        self.objective.update_average(settings.teacher_momentum)
-        return self.processes.mean(
-            {name: torch.stack([term[name] for term in terms]).mean() for name in terms[0]} | norms
-        )
+        self.arithmetic.step(self.optimizer)
+        scalars = {name: torch.stack([term[name] for term in terms]).mean() for name in terms[0]} | norms
+        momentum: float | Tensor = settings.teacher_momentum
+        if self.arithmetic.scaler is not None:
+            skipped = ~torch.stack(list(norms.values())).isfinite().all()
+            scalars[SKIPPED] = skipped.float()
+            momentum = torch.where(skipped, 1.0, momentum)
+        self.objective.update_average(momentum)
+        return self.processes.mean(scalars)
+
+    def _trained_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Backbone and heads of every student, by name."""
+        for student, network in self.objective.students.items():
+            for name, module in network.items():
+                yield f"{student}/{name}".lstrip("/"), module
 
     def _forward_backward(self, batch: Batch | RawBatch, settings: StepSettings, number: int) -> dict[str, Tensor]:
         """Add the gradient of micro-batch ``number`` of the run."""
         on_device = finish(batch, self.config.data.augmentation, self.device)
         world_size, rank = self.processes.world_size, self.processes.rank
         torch.manual_seed(micro_batch_seed(self.config.seed, number * world_size + rank))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+        with self.arithmetic.autocast():
             terms: dict[str, Tensor] = (self._replicas or self.objective)(on_device, settings.teacher_temperature)
-        (terms["total"] / self.config.accumulation_steps).backward()
+        self.arithmetic.backward(terms["total"] / self.config.accumulation_steps)
         self._last_crops = on_device["global_crops"]
         return {name: term.detach().float() for name, term in terms.items()}
 
@@ -110,64 +139,79 @@ class Trainer:
 
         Costs a forward pass of the teacher; all processes must call it.
         """
-        statistics = self.objective.collapse_statistics(self._last_crops, self.schedules(step).teacher_temperature)
+        with self.arithmetic.autocast():
+            statistics = self.objective.collapse_statistics(self._last_crops, self.schedules(step).teacher_temperature)
         return {name: float(value) for name, value in self.processes.mean(statistics).items()}
 
     def measure(self, probe: Probe) -> dict[str, float]:
-        """What ``probe`` says of the teacher's backbone."""
-        with torch.no_grad():
-            return probe(self.teacher_backbone)
+        """What ``probe`` says of each of the :attr:`products`; it may show them any images, so nothing is compiled."""
+        uncompiled = torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
+        with torch.no_grad(), self.arithmetic.autocast(), uncompiled:
+            return {
+                f"{name}/{metric}".lstrip("/"): value
+                for name, backbone in self.products.items()
+                for metric, value in probe(backbone).items()
+            }
 
     @property
-    def teacher_backbone(self) -> VisionTransformer:
-        """The network that a run is for."""
-        backbone = self.objective.teacher["backbone"]
-        assert isinstance(backbone, VisionTransformer)
-        return backbone
+    def products(self) -> dict[str, VisionTransformer]:
+        """The backbones that a run is for, by the name of the student; a lone student has none."""
+        return {name: cast(VisionTransformer, network["backbone"]) for name, network in self.objective.averages.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Networks by the names of facebook's files, the objective's own buffers (centres), the optimiser.
+        """Networks by the names of facebook's files, the objective's own buffers (centres), moments by parameter name.
 
-        Tensors are whole, also where the processes hold parts of them; then all processes must call it.
+        The moving average of the student is called teacher, also beside a frozen teacher, which is not among the state.
+        Nothing is copied or gathered: tensors are those that training changes, split where the processes hold parts.
         """
-        own = {
-            name: tensor
-            for name, tensor in self.objective.state_dict().items()
-            if not name.startswith(("student.", "teacher."))
-        }
-        state: dict[str, Any] = gathered(
-            {
-                "student": self.objective.student.state_dict(),
-                "teacher": self.objective.teacher.state_dict(),
-                "objective": own,
-                "optimizer": self.optimizer.state_dict(),
-            }
-        )
-        return state
+        return {**self._weights(), "optimizer": self._moments()}
 
-    def finished_backbone(self) -> VisionTransformer:
-        """The teacher's backbone with whole weights; where they are split, a copy on the host."""
-        if not self._is_split:
-            return self.teacher_backbone
+    def restore(self, checkpoint: RunCheckpoint) -> None:
+        """Take over a checkpoint of the same run, of any number of processes and any sharding.
+
+        Each process reads what it holds, by itself.
+
+        Raises:
+            ValueError: it does not fit the run.
+        """
+        parameters = dict(self.objective.student.named_parameters())
+        moments: dict[str, dict[str, Tensor]] = {}
+        for name, stored in checkpoint.tensors.items():
+            if name.startswith("optimizer."):
+                _, parameter, moment = checkpoint.place(name)
+                like = parameters.get(parameter)
+                moments.setdefault(parameter, {})[moment] = (
+                    torch.zeros_like(like, requires_grad=False)
+                    if like is not None and like.shape == stored.size
+                    else torch.zeros(stored.size, dtype=stored.properties.dtype)
+                )
+        targets = dict(flatten({**self._weights(), "optimizer": moments}))
+        if surplus := sorted(checkpoint.tensors.keys() - targets.keys()):
+            raise ValueError(f"checkpoint {checkpoint.path} does not fit: this run has no {surplus[0]}")
+        checkpoint.read_into(targets)
+        order = [self._names[parameter] for group in self.optimizer.param_groups for parameter in group["params"]]
+        by_index = {index: moments[name] for index, name in enumerate(order) if name in moments}
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": by_index})
+
+    def _weights(self) -> dict[str, Any]:
+        return {
+            "student": self.objective.student.state_dict(),
+            "teacher": self.objective.average.state_dict(),
+            "objective": dict(self.objective.named_buffers()),
+        }
+
+    def _moments(self) -> dict[str, dict[str, Tensor]]:
+        return {self._names[parameter]: state for parameter, state in self.optimizer.state.items()}
+
+    def finished_backbones(self) -> dict[str, VisionTransformer]:
+        """The :attr:`products` with whole weights; where they are split, copies on the host."""
+        return {name: self._whole(backbone) if self._is_split else backbone for name, backbone in self.products.items()}
+
+    def _whole(self, backbone: VisionTransformer) -> VisionTransformer:
         with torch.device("meta"):
-            whole = VisionTransformer(replace(self.config.vit, drop_path_rate=0.0))
-        whole.load_state_dict(gathered(self.teacher_backbone.state_dict()), assign=True)
+            whole = VisionTransformer(backbone.config)
+        whole.load_state_dict(gathered(backbone.state_dict()), assign=True)
         return whole
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` returned."""
-        networks = {f"{role}.{name}": tensor for role in ("student", "teacher") for name, tensor in state[role].items()}
-        own = self.objective.state_dict()
-        whole = networks | state["objective"]
-        self.objective.load_state_dict(
-            {name: split_like(tensor, own.get(name, tensor)) for name, tensor in whole.items()}
-        )
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        moments = {
-            index: {name: split_like(moment, parameters[index]) for name, moment in of_one.items()}
-            for index, of_one in state["optimizer"]["state"].items()
-        }
-        self.optimizer.load_state_dict({**state["optimizer"], "state": moments})
 
 
 def _whole(norm: Tensor) -> Tensor:

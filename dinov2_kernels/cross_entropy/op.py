@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dinov2_kernels._library import accumulation_dtype, define, differentiably, needs_gradient
+from dinov2_kernels._soft_targets import check_numbers, check_shape, check_temperatures, checked_index
 from dinov2_kernels.cross_entropy import reference
 
 _TRITON = "dinov2_kernels.cross_entropy.triton_kernel"
@@ -108,18 +109,15 @@ def soft_cross_entropy(
             f"teacher_logits: expected float64 beside float64 student_logits only, got {teacher_logits.dtype}"
         )
     M = N if teacher_index is None else teacher_logits.shape[0]
-    _check(student_logits, "teacher_logits", teacher_logits, (M, K))
-    _check(student_logits, "teacher_bias", teacher_bias, (K,))
-    _check(student_logits, "row_weight", row_weight, (N,))
-    _check_weight(row_weight)
-    index = _checked_index(teacher_index, student_logits, M)
-    for name, temperature in (
-        ("student_temperature", student_temperature),
-        ("teacher_temperature", teacher_temperature),
-    ):
-        if not temperature > 0:
-            raise ValueError(f"{name}: expected a number above 0, got {temperature}")
-
+    beside = ("student_logits", student_logits)
+    check_shape("teacher_logits", teacher_logits, (M, K), beside)
+    if teacher_bias is not None:
+        check_shape("teacher_bias", teacher_bias, (K,), beside)
+    if row_weight is not None:
+        check_shape("row_weight", row_weight, (N,), beside)
+        check_numbers(row_weight)
+    index = None if teacher_index is None else checked_index(teacher_index, M, beside)
+    check_temperatures(student_temperature, teacher_temperature)
     if overwrite_student_logits and not student_logits.is_contiguous():
         raise ValueError("overwrite_student_logits: expected contiguous student_logits")
     student, teacher = student_logits.contiguous(), teacher_logits.detach().contiguous()
@@ -168,37 +166,3 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
 def _constant(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if tensor is None else tensor.detach().to(dtype).contiguous()
-
-
-def _check(student: Tensor, name: str, tensor: Tensor | None, expected: tuple[int, ...]) -> None:
-    if tensor is None:
-        return
-    if tensor.shape != expected:
-        raise ValueError(f"{name}: expected shape {list(expected)} to match student_logits, got {list(tensor.shape)}")
-    if tensor.device != student.device:
-        raise ValueError(f"{name}: expected the device of student_logits, {student.device}, got {tensor.device}")
-
-
-def _check_weight(weight: Tensor | None) -> None:
-    if weight is None or weight.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    if weight.isnan().any():
-        raise ValueError(f"row_weight: expected numbers, got NaN in row {int(weight.isnan().nonzero()[0, 0])}")
-
-
-def _checked_index(index: Tensor | None, student: Tensor, M: int) -> Tensor | None:
-    """The index as operators take it, int64 [N, J]."""
-    if index is None:
-        return None
-    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
-        raise TypeError(f"teacher_index: expected integers, got {index.dtype}")
-    N = student.shape[0]
-    if index.dim() not in (1, 2) or index.shape[0] != N or index.shape[-1] == 0 < N:
-        raise ValueError(f"teacher_index: expected shape [{N}] or [{N}, J] with J >= 1, got {list(index.shape)}")
-    if index.device != student.device:
-        raise ValueError(f"teacher_index: expected the device of student_logits, {student.device}, got {index.device}")
-    if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
-        low, high = (int(bound) for bound in torch.aminmax(index))
-        if low < 0 or high >= M:
-            raise ValueError(f"teacher_index: expected rows from 0 to {M - 1}, got {low if low < 0 else high}")
-    return index.long().reshape(N, -1 if N else 1).contiguous()

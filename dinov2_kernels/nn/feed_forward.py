@@ -6,11 +6,14 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from dinov2_kernels.nn.activated_linear import SWIGLU, activated_linear, gelu
 from dinov2_kernels.swiglu import swiglu
 
 
 class Mlp(nn.Module):
     """Linear, activation, linear.
+
+    Backward makes the result of a GELU again, in place of keeping it.
 
     Args:
         in_features: width of the input.
@@ -46,8 +49,11 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features]; returns [..., out_features]."""
-        hidden = self.norm(self.drop1(self.act(self.fc1(x))))  # [..., hidden_features]
-        y: Tensor = self.drop2(self.fc2(hidden))
+        z = self.fc1(x)  # [..., hidden_features]
+        if type(self.act) is nn.GELU and not self.drop1.p and isinstance(self.norm, nn.Identity):
+            y: Tensor = self.drop2(activated_linear(self.fc2, gelu(self.act.approximate), z))
+        else:
+            y = self.drop2(self.fc2(self.norm(self.drop1(self.act(z)))))
         return y
 
 
@@ -55,6 +61,7 @@ class SwiGLUFFN(nn.Module):
     """SwiGLU feed-forward layer (arXiv:2002.05202) with about the parameters of an :class:`Mlp` of the same arguments.
 
     facebook's ``SwiGLUFFNFused``, the one its models have; the ``SwiGLUFFN`` there takes ``hidden_features`` as it is.
+    Backward makes the gated features again, in place of keeping them.
 
     Args:
         in_features: width of the input.
@@ -82,7 +89,8 @@ class SwiGLUFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features]; returns [..., out_features]."""
-        y: Tensor = self.drop(self.w3(self.drop(swiglu(self.w12(x)))))
+        z = self.w12(x)  # [..., 2 hidden_features]
+        y: Tensor = self.drop(self.w3(self.drop(swiglu(z))) if self.drop.p else activated_linear(self.w3, SWIGLU, z))
         return y
 
 

@@ -101,7 +101,7 @@ def prototype_cross_entropy(
     Raises:
         TypeError, ValueError: an argument is not as described.
     """
-    check(
+    index = check(
         features=features,
         weight=weight,
         teacher_logits=teacher_logits,
@@ -113,9 +113,6 @@ def prototype_cross_entropy(
         teacher_temperature=teacher_temperature,
     )
     K, dtype = weight.shape[0], accumulation_dtype(features)
-    if teacher_index is not None:
-        teacher_index = teacher_index.to(torch.int64).contiguous()
-        teacher_index = teacher_index if teacher_index.dim() == 2 else teacher_index[:, None]  # [N, J]
     teacher_logits = teacher_logits.detach()
     if accumulation_dtype(teacher_logits) != dtype:
         teacher_logits = teacher_logits.to(dtype)
@@ -125,7 +122,7 @@ def prototype_cross_entropy(
         None if weight_gain is None else weight_gain.reshape(K, 1),
         teacher_logits if teacher_logits.stride(1) == 1 else teacher_logits.contiguous(),
         features.new_zeros(K, dtype=dtype) if teacher_bias is None else teacher_bias.detach().to(dtype).contiguous(),
-        teacher_index,
+        index,
         None if row_weight is None else row_weight.detach().to(dtype),
         student_temperature,
         teacher_temperature,

@@ -172,7 +172,7 @@ def test_interrupted_by_ctrl_c(tmp_path: Path) -> None:
     assert process.returncode == 130, process.stderr
     assert "stopped after step 1 of 2 and saved" in process.stderr
     assert "Traceback" not in process.stderr
-    assert (tmp_path / "run" / "checkpoints" / "step_00000001.pt").exists()
+    assert (tmp_path / "run" / "checkpoints" / "step_00000001").exists()
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:

@@ -164,6 +164,20 @@ def test_share_of_masked_crops(probability: float, masked: int) -> None:
     assert masks.any(axis=1).sum() == masked
 
 
+def test_batches_of_the_same_total() -> None:
+    """Equally many patches in each, blocks as ever, completed by single patches; shares in the middle of intervals."""
+    config, crops, patches = MaskConfig(same_total=True), 32, 196
+    expected = [int(patches * (0.1 + 0.4 * (i + 0.5) / 16)) for i in range(16)]
+    seen = set()
+    for step in range(50):
+        masks = batch_masks((14, 14), crops, config, seed=3, position=(step, 0))
+        assert sorted(masks.sum(axis=1)) == [0] * 16 + expected
+        seen.add(masks.tobytes())
+    assert len(seen) == 50
+    config = MaskConfig(same_total=True, ratio=(1.0, 1.0), probability=1.0)  # blocks alone never cover everything
+    assert batch_masks((6, 5), 4, config, seed=0, position=(0, 0)).all()
+
+
 def test_batches_differ_by_position_only() -> None:
     draw = {(s, r): batch_masks((8, 8), 16, MaskConfig(), seed=1, position=(s, r)) for s in (0, 1) for r in (0, 1)}
     np.testing.assert_array_equal(draw[1, 1], batch_masks((8, 8), 16, MaskConfig(), seed=1, position=(1, 1)))

@@ -43,6 +43,8 @@ PUBLISHED = {
         "local_size": 98,
     },
 }
+PUBLISHED["vitb14"] = PUBLISHED["vitl14"] | {"arch": (768, 12, 12, 14, "mlp"), "drop_path": 0.2, "batch": (3072, 64)}
+PUBLISHED["vits14"] = PUBLISHED["vitl14"] | {"arch": (384, 12, 6, 14, "mlp"), "drop_path": 0.1, "batch": (3072, 128)}
 PUBLISHED["vitg14"] = PUBLISHED["vitl14"] | {"arch": (1536, 40, 24, 14, "swiglu"), "batch": (3072, 12)}
 
 

@@ -35,7 +35,7 @@ def test_what_a_run_leaves_behind(config: PretrainConfig) -> None:
     assert list((output / "tensorboard").iterdir())
 
     names = sorted(path.name for path in (output / "checkpoints").iterdir())
-    assert names == ["step_00000003.pt", "step_00000006.pt", "step_00000008.pt"]
+    assert names == ["step_00000003", "step_00000006", "step_00000008"]
     teacher = load_pretrained(output / "teacher")
     last = load_checkpoint(output / "checkpoints" / names[-1])["teacher"]
     backbone = {name.removeprefix("backbone."): value for name, value in last.items() if name.startswith("backbone.")}
@@ -86,7 +86,7 @@ def test_twenty_steps_on_photographs(config: PretrainConfig, precision: str) -> 
     lines = read_metrics(pretrain(dataclasses.replace(config, steps=20, precision=precision)) / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 21))
     assert all(0 < line["total"] < 20 for line in lines)
-    weights = load_checkpoint(config.output / "checkpoints" / "step_00000020.pt")["student"]
+    weights = load_checkpoint(config.output / "checkpoints" / "step_00000020")["student"]
     assert all(tensor.dtype == torch.float32 for tensor in weights.values())
 
 
@@ -125,7 +125,7 @@ def some_batches(config: PretrainConfig, start: int = 0):
         open_dataset(config.data),
         config.data,
         batch_size=config.micro_batch_size,
-        patch_size=config.vit.patch_size,
+        patch_size=config.patch_size,
         seed=config.seed,
         start_step=start,
     )
@@ -194,7 +194,7 @@ def test_own_dataset(config: PretrainConfig) -> None:
             return np.random.default_rng(index).integers(0, 256, (20, 24, 3), dtype=np.uint8)
 
     output = pretrain(dataclasses.replace(config, steps=1), dataset=Noise())
-    assert load_checkpoint(output / "checkpoints" / "step_00000001.pt")["num_images"] == 4
+    assert load_checkpoint(output / "checkpoints" / "step_00000001")["num_images"] == 4
 
 
 @pytest.mark.parametrize("log_every", [1, 4])
@@ -214,9 +214,9 @@ def test_nan_stops_the_run_with_the_term_the_step_and_the_checkpoint(
         return terms
 
     monkeypatch.setattr(SelfDistillation, "forward", poisoned)
-    with pytest.raises(NonFiniteError, match=r"in step 5 koleo is nan.*last good checkpoint is .*step_00000003\.pt"):
+    with pytest.raises(NonFiniteError, match=r"in step 5 koleo is nan.*last good checkpoint is .*step_00000003"):
         pretrain(dataclasses.replace(config, log_every=log_every))
-    assert [path.name for path in (config.output / "checkpoints").iterdir()] == ["step_00000003.pt"]
+    assert [path.name for path in (config.output / "checkpoints").iterdir()] == ["step_00000003"]
 
 
 def test_a_spoilt_weight_is_never_saved(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +231,7 @@ def test_a_spoilt_weight_is_never_saved(config: PretrainConfig, monkeypatch: pyt
     monkeypatch.setattr(Trainer, "step", spoils)
     with pytest.raises(NonFiniteError, match=r"after step 6 the tensor student\.backbone\.cls_token holds NaN"):
         pretrain(config)
-    assert [path.name for path in (config.output / "checkpoints").iterdir()] == ["step_00000003.pt"]
+    assert [path.name for path in (config.output / "checkpoints").iterdir()] == ["step_00000003"]
 
 
 def test_a_directory_in_use_is_refused(config: PretrainConfig) -> None:
@@ -263,7 +263,7 @@ def test_input_errors_leave_no_directory(config: PretrainConfig, tmp_path: Path)
         ({"batch_size": 5, "accumulation_steps": 2}, "5 images do not split into 2 micro-batches"),
         ({"steps": 0}, "steps must be at least 1, but is 0"),
         ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1"),
-        ({"precision": "fp16"}, "precision must be one of fp32, bf16, but is 'fp16'"),
+        ({"precision": "fp8"}, "precision must be one of auto, fp32, bf16, fp16, but is 'fp8'"),
     ],
 )
 def test_impossible_configurations(config: PretrainConfig, changes: dict, message: str) -> None:

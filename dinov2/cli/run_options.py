@@ -1,0 +1,134 @@
+"""What the commands that train have in common: a configuration, any field of it changed by its dotted path."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Generic, NamedTuple, TypeVar
+
+import tyro
+
+from dinov2.evaluate import FolderProbe
+from dinov2.train import PretrainConfig, RunConfig, pretrain
+from dinov2.train.config_file import is_run, read_config
+from dinov2.train.planning import plan, print_plan
+from dinov2.train.processes import resolve_device
+
+Config = TypeVar("Config", bound=RunConfig)
+
+
+@dataclass(frozen=True)
+class Arguments(Generic[Config]):
+    """What may follow a command that trains."""
+
+    config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Continue the run in the output directory from its newest checkpoint (or start it, if it has none yet)."""
+    probe: Path | None = None
+    """Folder of labelled images, train/CLASS/... and test/CLASS/..., whose k-NN accuracy is measured on the way."""
+    dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print what the run needs, memory, arithmetic and bytes sent, and train nothing. Name the device that is meant, as
+    in --device cuda, where it is not of this machine."""
+    world_size: int | None = None
+    """Processes to plan for with --dry_run; by default those that torchrun started."""
+
+
+class TakenOptions(NamedTuple):
+    """A command's own options, and the rest of its command line."""
+
+    own: argparse.Namespace
+    fields: list[str]
+
+
+def parse_fields(
+    config: Config, options: Sequence[str], *, prog: str, recipe: Callable[..., RunConfig]
+) -> Arguments[Config]:
+    """``config`` with the overrides of the command line.
+
+    ``--help`` shows every field with its value here, below what the documentation of its recipe says of them.
+    """
+    description, _, _ = (inspect.getdoc(recipe) or "").partition("\n\nArgs:")
+    config, options = choose_patch_head(config, options)
+    kind: Any = Arguments[type(config)]  # type: ignore[misc]
+    parsed: Arguments[Config] = tyro.cli(
+        kind,
+        args=options,
+        default=Arguments(config=config),
+        prog=prog,
+        description=description,
+        use_underscores=True,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    return parsed
+
+
+def start(arguments: Arguments[Config]) -> None:
+    """Run or resume what the command line says."""
+    config = arguments.config
+    if arguments.dry_run:
+        show_plan(config, arguments.world_size)
+        return
+    if arguments.world_size is not None:
+        raise ValueError("--world_size goes with --dry_run; torchrun --nproc-per-node says how many processes train")
+    probe = FolderProbe(arguments.probe, config.data.augmentation) if arguments.probe else None
+    pretrain(config, arguments.resume, probe=probe)
+
+
+def show_plan(config: RunConfig, world_size: int | None) -> None:
+    """Print what a run needs, once.
+
+    Raises:
+        ValueError: the run is a distillation, or its batch does not split among the processes.
+    """
+    if not isinstance(config, PretrainConfig):
+        raise ValueError(f"--dry_run plans the training of one student and its teacher, but this is a {config.kind}")
+    if int(os.environ.get("RANK", 0)) == 0:
+        world_size = world_size or int(os.environ.get("WORLD_SIZE", 1))
+        print_plan(plan(config, world_size=world_size, device_type=resolve_device(config.device).type))
+
+
+def choose_patch_head(config: Config, options: Sequence[str]) -> tuple[Config, list[str]]:
+    """Add the head of the masked patches where an option names one of its fields; ``--ibot_head None`` shares instead.
+
+    tyro leaves an optional section as present or as absent as it finds it.
+    """
+    names = [option.partition("=")[0].replace("-", "_") for option in options]
+    if config.ibot_head is None and any(name.startswith("__ibot_head.") for name in names):
+        config = dataclasses.replace(config, ibot_head=config.dino_head)
+    if "__ibot_head" in names:
+        place = names.index("__ibot_head")
+        if list(options[place + 1 : place + 2]) == ["None"]:
+            return dataclasses.replace(config, ibot_head=None), [*options[:place], *options[place + 2 :]]
+    return config, list(options)
+
+
+def take_options(prog: str, options: Sequence[str], add: Callable[[argparse.ArgumentParser], None]) -> TakenOptions:
+    """Take a command's own options out of its command line: those that ``add`` declares, ``--output``, ``--resume``.
+
+    What is left are fields of the configuration, whose values depend on these.
+    """
+    parser = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False, usage=f"{prog} --help")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--resume", action="store_true")
+    add(parser)
+    own, fields = parser.parse_known_args(options)
+    return TakenOptions(own, [*fields, "--resume"] if own.resume else fields)
+
+
+def saved_config(output: Path, resume: bool, kind: type[Config]) -> Config | None:
+    """The configuration of the run to continue, which then needs nothing of what it was made from; None for a new one.
+
+    Raises:
+        ValueError: the run in the directory is of another kind.
+    """
+    if not resume or not is_run(output):
+        return None
+    config = read_config(output)
+    if not isinstance(config, kind):
+        raise ValueError(f"cannot resume in {output}: the run in it is a {config.kind}")
+    return config

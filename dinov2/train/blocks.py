@@ -1,0 +1,67 @@
+"""What a run does to the blocks of its networks before it trains: recompute activations, compile.
+
+Both replace how a block computes and nothing else: parameters keep their names, so checkpoints do not tell. The order
+counts: a compiled block includes its recomputation, and FSDP gathers the weights of a compiled block around it.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from dinov2.models import VisionTransformer
+from dinov2.objectives import SelfDistillation
+from dinov2.train.config import ActivationCheckpointing, RunConfig
+
+KEPT = frozenset(
+    {
+        torch.ops.aten.mm.default,
+        torch.ops.aten.addmm.default,
+        torch.ops.dinov2_kernels.attention_forward.default,
+    }
+)
+"""Operators whose results selective checkpointing keeps: nearly all arithmetic of a block, in 11 of the 18 times the
+tokens that a block keeps otherwise. Norms, activations and gathers are made again."""
+
+
+def prepare_blocks(objective: SelfDistillation, config: RunConfig) -> None:
+    """Apply ``activation_checkpointing`` to the students' blocks and ``compile`` to those of all networks that run."""
+    students = list(objective.students.values())
+    for network in [*students, objective.teacher]:
+        for block in cast(VisionTransformer, network["backbone"]).blocks:
+            if network in students:
+                recompute(block, config.activation_checkpointing)
+            if config.compile:
+                # Crops have few sizes, so a graph for each is right; blocks share it, as only their weights differ.
+                # Random numbers come from where they come without the compiler, so that it changes no draw.
+                block.compile(fullgraph=True, dynamic=False, options={"fallback_random": True})
+    if config.compile:
+        # Rates of stochastic depth are constants of a graph, and more graphs than this limit are an error.
+        graphs = 1 + sum(len(set(vit.drop_path_rates)) for vit in config.networks.values())
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * graphs)
+
+
+def recompute(block: nn.Module, what: ActivationCheckpointing) -> None:
+    """Let ``block`` make its activations again in the backward pass, bit by bit.
+
+    Stochastic depth draws the same samples again: the state of the generators is kept, which lies on the host.
+    """
+    if what == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if what == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    forward = block.forward
+
+    def recomputing(*args: Any) -> Any:  # a function of its own, and no partial: torch.compile must see into it
+        return checkpoint(forward, *args, **options)
+
+    block.forward = recomputing
+
+
+def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in KEPT else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,128 @@
+"""Recomputed activations and compiled blocks: the same training, to the bit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dinov2.data import batches, open_dataset
+from dinov2.train import ParallelConfig, PretrainConfig
+from dinov2.train.processes import Processes
+from dinov2.train.sharding import gathered
+from dinov2.train.trainer import Trainer
+
+
+def trained(config: PretrainConfig, processes: Processes | None) -> tuple[Trainer, dict[str, torch.Tensor]]:
+    trainer = Trainer(config, processes)
+    size, patch_size = config.micro_batch_size, config.vit.patch_size
+    stream = batches(open_dataset(config.data), config.data, batch_size=size, patch_size=patch_size, seed=config.seed)
+    for step in range(3):
+        scalars = trainer.step(step, stream)
+    return trainer, scalars
+
+
+def assert_same_training(first: PretrainConfig, second: PretrainConfig, processes: Processes | None = None) -> None:
+    (expected, losses), (actual, other_losses) = trained(first, processes), trained(second, processes)
+    assert losses.keys() == other_losses.keys()
+    for name, value in losses.items():
+        assert torch.equal(other_losses[name], value), name
+    state, other = gathered(expected.objective.state_dict()), gathered(actual.objective.state_dict())
+    assert list(state) == list(other), "checkpoints do not tell"
+    for name, value in state.items():
+        assert torch.equal(other[name], value), name
+    gradients, others = (
+        gathered(dict(enumerate(p.grad for p in t.objective.parameters()))) for t in (expected, actual)
+    )
+    for index, gradient in gradients.items():
+        assert gradient is None or torch.equal(others[index], gradient)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("what", ["selective", "full"])
+def test_recomputed_activations_are_the_same(config: PretrainConfig, what: str, precision: str) -> None:
+    """With stochastic depth, whose draws are made again, and micro-batches."""
+    config = dataclasses.replace(config, precision=precision, batch_size=8, accumulation_steps=2)
+    assert_same_training(config, dataclasses.replace(config, activation_checkpointing=what))
+
+
+class Calls(TorchDispatchMode):
+    """Counts operators as they run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.of[function._schema.name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("what", "attentions", "norms"), [("none", 0, 0), ("selective", 0, 2), ("full", 1, 2)])
+def test_what_runs_twice(config: PretrainConfig, what: str, attentions: int, norms: int) -> None:
+    """Of each block: nothing, all but products and attention, or everything."""
+    trainer = Trainer(dataclasses.replace(config, activation_checkpointing=what))
+    stream = batches(open_dataset(config.data), config.data, batch_size=4, patch_size=config.vit.patch_size, seed=1)
+    depth = config.vit.depth
+    with Calls() as calls:
+        trainer.step(0, stream)
+    forward = 2 * depth  # blocks of student and teacher
+    assert calls.of["dinov2_kernels::attention_forward"] == forward + attentions * depth
+    assert calls.of["dinov2_kernels::residual_gather_norm"] == 2 * forward + norms * depth
+    assert calls.of["aten::gelu"] >= forward + bool(norms) * depth
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[dist.ProcessGroup]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    assert dist.group.WORLD is not None
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter]:
+    """Lets PyTorch's operators run what is captured: what Inductor makes of a graph is not at stake here."""
+    compiles = nn.Module.compile
+    chosen = {"backend": "aot_eager", "options": None}
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: compiles(self, **options | chosen))
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        yield counters["stats"]
+
+
+def test_compiled_blocks_are_the_same(config: PretrainConfig, captured: Counter) -> None:
+    """With a rate of stochastic depth, and so a graph, of its own for each block of the student."""
+    config = dataclasses.replace(config, vit=dataclasses.replace(config.vit, drop_path_uniform=False))
+    compiled = dataclasses.replace(config, compile=True)
+    assert_same_training(config, compiled)
+    assert captured["unique_graphs"] == 3
+    trainer = Trainer(compiled)
+    for images in range(1, 12):
+        trainer.measure(lambda model, images=images: {"": float(model(torch.zeros(images, 3, 16, 16)).sum())})
+    assert captured["unique_graphs"] == 3, "a probe compiles nothing"
+
+
+def test_compiled_blocks_that_recompute_can_be_split(
+    config: PretrainConfig, group: dist.ProcessGroup, captured: Counter
+) -> None:
+    """And blocks of one rate share a graph: the student's have one, and the teacher's."""
+    config = dataclasses.replace(config, activation_checkpointing="selective", parallel=ParallelConfig(sharding="full"))
+    processes = Processes(torch.device("cpu"), group=group)
+    assert_same_training(config, dataclasses.replace(config, compile=True), processes)
+    assert captured["unique_graphs"] == 2
+
+
+def test_unknown_activation_checkpointing(config: PretrainConfig) -> None:
+    with pytest.raises(ValueError, match="must be one of none, selective, full, but is 'some'"):
+        dataclasses.replace(config, activation_checkpointing="some")
