@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -46,9 +45,7 @@ def parse(options: Sequence[str]) -> Arguments[PretrainConfig]:
         config = replace(adaptation(own.run, own.image_size), output=output)
     elif config.vit.img_size != own.image_size:
         raise ValueError(f"cannot resume in {output}: the run in it has images of {config.vit.img_size} pixels")
-    return parse_fields(
-        replace(config, output=output), fields, prog="dinov2 adapt", description=inspect.getdoc(adaptation)
-    )
+    return parse_fields(replace(config, output=output), fields, prog="dinov2 adapt", recipe=adaptation)
 
 
 def _declare(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -50,7 +49,7 @@ def parse(options: Sequence[str]) -> Arguments[DistillConfig]:
     elif list(config.students) != own.student:
         raise ValueError(f"cannot resume in {output}: the students in it are {', '.join(config.students)}")
     config = replace(config, output=output, frozen_teacher=own.teacher)
-    return parse_fields(config, fields, prog="dinov2 distill", description=inspect.getdoc(distillation))
+    return parse_fields(config, fields, prog="dinov2 distill", recipe=distillation)
 
 
 def _declare(parser: argparse.ArgumentParser) -> None:

@@ -11,9 +11,10 @@ EXAMPLES = """examples:
   dinov2 export runs/first first --heads                with its heads, to distil from it or to go on with it
   dinov2 export runs/first early --step 5000            an earlier checkpoint, if it was kept
   dinov2 export runs/small base --student vit_base      one of several distilled students
+  dinov2 export runs/first for_hf --format transformers  for AutoModel.from_pretrained("for_hf")
   dinov2 export dinov2_vits14_pretrain.pth vits14       facebook's weights (or transformers', timm's) in this form
 
-In Python: dinov2.models.load_pretrained("first")."""
+Read it back with dinov2.models.load_pretrained("first"), whatever its format."""
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -28,6 +29,7 @@ def run(arguments: Sequence[str]) -> None:
         student=options.student,
         step=options.step,
         heads=options.heads,
+        format=options.format,
     )
     print(f"wrote {', '.join(sorted(path.name for path in folder.iterdir()))} to {folder}")
 
@@ -46,6 +48,12 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--heads", action="store_true", help="also write heads.safetensors: heads, prototypes, centres")
     result.add_argument(
         "--network", choices=["teacher", "student"], default="teacher", help="which network (default: teacher)"
+    )
+    result.add_argument(
+        "--format",
+        choices=["facebook", "transformers", "timm"],
+        default="facebook",
+        help="whose loader shall read it (default: facebook's names and our configuration)",
     )
     result.add_argument("--student", metavar="NAME", help="which student of a distillation with several")
     return result

@@ -21,9 +21,7 @@ def run(arguments: Sequence[str]) -> None:
 
 def parse(name: str, options: Sequence[str]) -> Arguments[PretrainConfig]:
     """The recipe ``name`` with the overrides of the command line."""
-    return parse_fields(
-        recipe(name), options, prog=f"dinov2 pretrain {name}", description=inspect.getdoc(RECIPES[name])
-    )
+    return parse_fields(recipe(name), options, prog=f"dinov2 pretrain {name}", recipe=RECIPES[name])
 
 
 def help_text() -> str:

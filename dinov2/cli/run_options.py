@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,8 +45,14 @@ class TakenOptions(NamedTuple):
     fields: list[str]
 
 
-def parse_fields(config: Config, options: Sequence[str], *, prog: str, description: str | None) -> Arguments[Config]:
-    """``config`` with the overrides of the command line; ``--help`` shows every field with its value here."""
+def parse_fields(
+    config: Config, options: Sequence[str], *, prog: str, recipe: Callable[..., RunConfig]
+) -> Arguments[Config]:
+    """``config`` with the overrides of the command line.
+
+    ``--help`` shows every field with its value here, below what the documentation of its recipe says of them.
+    """
+    description, _, _ = (inspect.getdoc(recipe) or "").partition("\n\nArgs:")
     config, options = choose_patch_head(config, options)
     kind: Any = Arguments[type(config)]  # type: ignore[misc]
     parsed: Arguments[Config] = tyro.cli(

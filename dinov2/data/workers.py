@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import TracebackType
 from typing import TypeVar
 
+NEWS_SECONDS = 2
+"""A connection to a worker breaks a moment before the system says why, which ends this wait by an error."""
 Item = TypeVar("Item")
 FROM_WORKER = "in DataLoader worker process"
 """Part of the message of every error that a worker raised and PyTorch raises again."""
@@ -22,6 +27,13 @@ def start_worker(_: int) -> None:
     import cv2
 
     cv2.setNumThreads(0)  # one thread a worker; PyTorch limits its own
+    sys.excepthook = _quiet_about_connections
+
+
+def _quiet_about_connections(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """The threads that hand batches over print what goes wrong; that the training process left, it says itself."""
+    if not issubclass(kind, ConnectionError):
+        sys.__excepthook__(kind, error, traceback)
 
 
 @contextmanager
@@ -54,7 +66,8 @@ def next_of_workers(items: Iterator[Item]) -> Item:
             # then that they are to end: a loader in such a circle waits five seconds for each of them.
             raise error.with_traceback(None) from None
         if isinstance(error, (ConnectionError, EOFError, FileNotFoundError)):
-            # The connection broke to one that ended so lately that nobody knows of it yet.
+            with lost_workers_explained():
+                time.sleep(NEWS_SECONDS)
             raise LostWorkerError(explanation(repr(error))) from error
         raise
 

@@ -108,7 +108,7 @@ def save_heads(weights: Weights, path: str | os.PathLike[str]) -> Path:
     }
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_tensors(tensors, folder / HEADS)
+    write_tensors(tensors, folder / HEADS)
     return folder
 
 
@@ -127,7 +127,7 @@ def save_pretrained(model: VisionTransformer, path: str | os.PathLike[str]) -> P
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     config = json.dumps({"model_type": MODEL_TYPE, **asdict(model.config)}, indent=2) + "\n"
-    _write_tensors(model.state_dict(), folder / WEIGHTS)
+    write_tensors(model.state_dict(), folder / WEIGHTS)
     _replace(folder / CONFIG, lambda file: file.write_text(config))
     return folder
 
@@ -178,6 +178,8 @@ def _config(file: Path, content: Any, tensors: Tensors, source: Source) -> ViTCo
         fields = json.loads(beside.read_text())
         if fields.pop("model_type", None) == MODEL_TYPE:
             return ViTConfig(**fields)
+        if "architecture" in fields:  # a folder of timm, which may hold facebook's names
+            source = "timm"
         num_heads = fields.get("num_attention_heads") or fields.get("model_args", {}).get("num_heads")
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{CONFIG} beside it cannot be used: {error}") from error
@@ -206,7 +208,8 @@ def _load(model: VisionTransformer, tensors: Tensors) -> None:
     model.load_state_dict(tensors)
 
 
-def _write_tensors(tensors: Tensors, file: Path) -> None:
+def write_tensors(tensors: Tensors, file: Path) -> None:
+    """Write a safetensors file, which replaces an older one only when it is complete."""
     on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     _replace(file, lambda partial: safetensors.torch.save_file(on_host, partial, metadata={"format": "pt"}))
 

@@ -18,15 +18,15 @@ import zlib
 from collections.abc import Collection, Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 MANIFEST, METADATA = "manifest.json", ".metadata"
 PARTS = ("student", "teacher", "objective", "optimizer")
@@ -58,8 +58,8 @@ def load_checkpoint(path: str | Path, parts: Collection[str] = PARTS) -> dict[st
     Returns:
         student and teacher: tensors by facebook's names, ``backbone.cls_token`` and so on; objective: its centres, if
         it has any; optimizer: AdamW's step, exp_avg and exp_avg_sq of each of the student's parameters by its name.
-        Beside them the values of the manifest: step (number of finished steps), num_images, scalars, and vit (the
-        configurations of the student's and the teacher's backbone).
+        Beside them the values of the manifest: step (number of finished steps), num_images, scalars, loss_scale, and
+        vit (the configuration of each student's backbone, by its name; a lone student's is empty).
 
     Raises:
         ValueError: it is damaged, or is no checkpoint of pretraining.
@@ -129,7 +129,7 @@ class RunCheckpoint:
     @property
     def tensors(self) -> dict[str, TensorStorageMetadata]:
         """Shape and data type of every tensor by its full name, such as ``student.backbone.cls_token``."""
-        return self.metadata.state_dict_metadata
+        return cast(dict[str, TensorStorageMetadata], self.metadata.state_dict_metadata)  # others are never unpickled
 
     def place(self, name: str) -> tuple[str, ...]:
         """Where a tensor belongs: a part, a name in it and, for the optimiser, the name of the moment."""
@@ -155,7 +155,7 @@ class RunCheckpoint:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is what no_dist asks for
-                dcp.load(dict(targets), storage_reader=reader, planner=planner, no_dist=True)
+                load(dict(targets), storage_reader=reader, planner=planner, no_dist=True)
         except CheckpointException as error:
             raise self._unreadable(next(iter(error.failures.values()))[0]) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 
 from dinov2.objectives import Distillation, SelfDistillation, build_network, build_networks
@@ -22,8 +23,10 @@ def build_objective(config: RunConfig, group: dist.ProcessGroup | None) -> SelfD
         students = {
             name: build_network(vit, config.dino_head, config.ibot_head) for name, vit in config.students.items()
         }
-        weights = read_frozen_teacher(config)
-        distillation = Distillation(students, weights.network(), config.objective, group)
+        with torch.device("cpu"):  # also in processes that build their students without memory
+            weights = read_frozen_teacher(config)
+            teacher = weights.network()
+        distillation = Distillation(students, teacher, config.objective, group)
         load_centers(distillation, weights, list(weights.heads))
         return distillation
     student, teacher = build_networks(config.networks["vit"], config.dino_head, config.ibot_head)

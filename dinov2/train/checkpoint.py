@@ -64,14 +64,13 @@ class CheckpointDirectory:
 
     def begin(self, step: int) -> None:
         """Make room for the files of a checkpoint, and remove what an interrupted save left."""
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self.clean()
+        self.partial(step).mkdir(parents=True)
+
+    def clean(self) -> None:
+        """Remove everything that is not complete; nothing must be in the making."""
         for leftover in self.directory.glob(f"*{PARTIAL}"):
             shutil.rmtree(leftover)
-        self.partial(step).mkdir()
-
-    def discard(self, step: int) -> None:
-        """Remove what there is of a checkpoint that will not be finished."""
-        shutil.rmtree(self.partial(step), ignore_errors=True)
 
     def finish(self, step: int, values: dict[str, Any], files: dict[str, dict[str, int]]) -> None:
         """Write the manifest, give the checkpoint its name, and delete those that are no longer kept."""

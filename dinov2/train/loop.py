@@ -17,7 +17,7 @@ from dinov2.train.clock import IntervalClock
 from dinov2.train.config import RunConfig
 from dinov2.train.initial_weights import start_from_initial_weights
 from dinov2.train.interruption import Interrupted, StopSignals
-from dinov2.train.metrics import MetricsWriter, StepScalars, check_loss_scale, read_metrics, way_back
+from dinov2.train.metrics import MetricsWriter, StepScalars, check_loss_scale, read_metrics
 from dinov2.train.precision import settle_precision
 from dinov2.train.processes import Processes, StepAgreement, join_processes
 from dinov2.train.profiling import StepProfiler
@@ -175,7 +175,7 @@ class Run:
         except OSError as error:
             raise OSError(
                 f"metrics of step {self.finished_steps} cannot be written to {self.config.output} ({error});"
-                f" {way_back(self.checkpoints.latest())}"
+                " once there is room, --resume continues from the newest checkpoint"
             ) from error
 
     def _measure(self) -> None:

@@ -50,7 +50,7 @@ def read_networks(source: Path, *, step: int | None = None, student: str | None 
         return Networks(weights, weights)
     config = read_config(source.parent.parent)
     vit, prefix = _choose(config, student, source)
-    state = load_checkpoint(source)
+    state = load_checkpoint(source, parts=("student", "teacher", "objective"))
     centers = {CENTERS[name]: tensor for name, tensor in state["objective"].items() if name in CENTERS}
     if isinstance(config, DistillConfig):
         centers = {}  # those of the frozen teacher

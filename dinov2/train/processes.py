@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 Result = TypeVar("Result")
+GLOO_WORDS = ("gloo", "pair closure")  # of which its errors about other processes have one
 
 
 class PeerError(ConnectionError):
@@ -199,7 +200,7 @@ def join_processes(device: str, timeout_seconds: float) -> Iterator[Processes]:
 
 def is_lost_connection(error: RuntimeError) -> bool:
     """Whether an error is torch.distributed's word on a lost process; gloo has no type of its own for it."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in GLOO_WORDS)
 
 
 def resolve_device(name: str) -> torch.device:

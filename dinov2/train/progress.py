@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dinov2.models import VisionTransformer
-from dinov2.train.config import RunConfig
+from dinov2.train.config import DistillConfig, RunConfig
 
 NOTABLE_WAIT = 0.1
 """Share of the time waiting for images above which a run says so."""
@@ -68,6 +68,7 @@ class RunDisplay:
         console.print(f"[bold]DINOv2 {config.kind}[/bold], {begin}", highlight=False)
         rows = {
             **{name or "model": _describe(model) for name, model in models.items()},
+            **({"teacher": f"{config.frozen_teacher}, frozen"} if isinstance(config, DistillConfig) else {}),
             **({"weights": weights} if weights else {}),
             "data": data,
             "batch": f"{config.batch_size} images x {config.steps:,} steps"

@@ -5,7 +5,8 @@ Threads exchange nothing, so they can neither wait for another process nor come 
 What the processes must agree on goes the way of :class:`~dinov2.train.processes.StepAgreement`: after every step each
 tells up to which step it has written everything. Once all have told the step of the save in flight, which they learn
 after the same step, process 0 gathers where the tensors lie, and its thread writes the manifest and renames the
-directory. Before the rename there is no checkpoint; after it, there is a whole one.
+directory. Before the rename there is no checkpoint; after it, there is a whole one. A process by itself does all of
+that in its thread.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ class CheckpointError(OSError):
     """A checkpoint could not be written. Those before it are whole, and nothing of it is left."""
 
 
+class CheckpointWarning(UserWarning):
+    """A checkpoint was given up when the run ended by another error."""
+
+
 @dataclass
 class Save:
     """A checkpoint in the making.
@@ -50,9 +55,10 @@ class Save:
     completion: Future[None] | None = None
 
     @property
-    def futures(self) -> list[Future[Any]]:
-        """All that happens in the thread of this process."""
-        return [self.part] if self.completion is None else [self.part, self.completion]
+    def has_failed(self) -> bool:
+        """Whether something that this process did for it has failed already."""
+        done = [future for future in (self.part, self.completion) if future is not None and future.done()]
+        return any(future.exception() is not None for future in done)
 
 
 class CheckpointSaver:
@@ -74,7 +80,7 @@ class CheckpointSaver:
     def progress(self) -> int:
         """The step up to which this process has written everything, or FAILED, to be agreed on."""
         if self._save is not None:
-            if any(future.done() and future.exception() is not None for future in self._save.futures):
+            if self._save.has_failed:
                 return FAILED
             if self._save.part.done():
                 self._written = self._save.step
@@ -91,8 +97,10 @@ class CheckpointSaver:
         staged = self._stager.stage(state)
         self.processes.together(lambda: self._refuse_non_finite(step, staged))
         self.processes.first(lambda: self._attempt(step, lambda: self.directory.begin(step)))
-        directory = self.directory.partial(step)
-        self._save = Save(step, values, self._thread.submit(self._stager.write, directory))
+        self._save = save = Save(step, values, self._thread.submit(self._stager.write, self.directory.partial(step)))
+        if self.processes.group is None:  # nobody else to wait for
+            save.is_gathered = True
+            save.completion = self._thread.submit(lambda: self._complete(save, [save.part.result()]))
 
     def after_step(self, progress: int) -> None:
         """Go on with the save in flight, given the least :attr:`progress` of all processes.
@@ -105,7 +113,7 @@ class CheckpointSaver:
         if progress == FAILED:
             self.finish()
         elif progress == self._save.step and not self._save.is_gathered:
-            with self._discarded_on_error(self._save):
+            with self._given_up_on_error():
                 self._gather(self._save)
 
     def finish(self) -> None:
@@ -117,7 +125,7 @@ class CheckpointSaver:
         if (save := self._save) is None:
             return
         wait([save.part])
-        with self._discarded_on_error(save):
+        with self._given_up_on_error():
             if not save.is_gathered:
                 self._gather(save)
             if save.completion is not None:
@@ -134,20 +142,13 @@ class CheckpointSaver:
         try:
             if error is None:
                 self.finish()
-            elif self._save is not None:
-                self._finish_alone(self._save)
         finally:
-            self._thread.shutdown()
-
-    def _finish_alone(self, save: Save) -> None:
-        """Finish without the other processes, on the way out of a run that failed otherwise."""
-        wait([save.part])
-        if self.processes.group is None and not save.is_gathered and save.part.exception() is None:
-            self._gather(save)
-        wait(save.futures)
-        if self.processes.is_first and (save.completion is None or save.completion.exception() is not None):
-            self.directory.discard(save.step)
-            warnings.warn(f"checkpoint {self.directory.path(save.step)} was not finished and is removed", stacklevel=2)
+            self._thread.shutdown()  # waits for all that was begun
+            if error is not None and self.processes.is_first:
+                self.directory.clean()
+                if self._save is not None and not (path := self.directory.path(self._save.step)).exists():
+                    message = f"checkpoint {path} was not finished and is removed"
+                    warnings.warn(message, CheckpointWarning, stacklevel=2)
 
     def _gather(self, save: Save) -> None:
         part = self.processes.together(lambda: self._attempt(save.step, save.part.result))
@@ -168,13 +169,13 @@ class CheckpointSaver:
             )
 
     @contextmanager
-    def _discarded_on_error(self, save: Save) -> Iterator[None]:
+    def _given_up_on_error(self) -> Iterator[None]:
         try:
             yield
         except (CheckpointError, PeerError):
             self._save = None
             if self.processes.is_first:
-                self.directory.discard(save.step)
+                self.directory.clean()
             raise
 
     def _attempt(self, step: int, action: Callable[[], Result]) -> Result:

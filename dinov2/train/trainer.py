@@ -144,8 +144,9 @@ class Trainer:
         return {name: float(value) for name, value in self.processes.mean(statistics).items()}
 
     def measure(self, probe: Probe) -> dict[str, float]:
-        """What ``probe`` says of each of the :attr:`products`."""
-        with torch.no_grad(), self.arithmetic.autocast():
+        """What ``probe`` says of each of the :attr:`products`; it may show them any images, so nothing is compiled."""
+        uncompiled = torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
+        with torch.no_grad(), self.arithmetic.autocast(), uncompiled:
             return {
                 f"{name}/{metric}".lstrip("/"): value
                 for name, backbone in self.products.items()

@@ -24,6 +24,7 @@ from dinov2.data import (
     UnreadableImageWarning,
     batches,
     lost_workers_explained,
+    workers,
 )
 from dinov2.data.workers import next_of_workers
 from tests.data.files import encode, noise
@@ -61,10 +62,10 @@ def test_a_killed_worker() -> None:
         exhaust(Raising())
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("number", [0, 2])
 @pytest.mark.parametrize("error", [ConnectionResetError("of the dataset"), RuntimeError("of the dataset")])
-def test_errors_of_a_dataset_stay_what_they_are(error: Exception, workers: int) -> None:
-    config = DataConfig(augmentation=CONFIG.augmentation, num_workers=workers)
+def test_errors_of_a_dataset_stay_what_they_are(error: Exception, number: int) -> None:
+    config = DataConfig(augmentation=CONFIG.augmentation, num_workers=number)
     with pytest.raises(type(error), match="of the dataset"):
         exhaust(Raising(error), config)
 
@@ -87,7 +88,8 @@ def raises(error: Exception) -> Iterator[None]:
     yield
 
 
-def test_a_connection_that_breaks_is_a_workers() -> None:
+def test_a_connection_that_breaks_is_a_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "NEWS_SECONDS", 0)
     with pytest.raises(LostWorkerError, match="ConnectionResetError"):
         next_of_workers(raises(ConnectionResetError(104, "reset")))
     with pytest.raises(KeyError, match="else"):
@@ -110,14 +112,14 @@ def test_an_error_of_a_dataset_does_not_hold_the_loader() -> None:
         gc.enable()
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_folder_that_vanishes(tmp_path: Path, workers: int) -> None:
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_folder_that_vanishes(tmp_path: Path, number: int) -> None:
     for i in range(6):
         (tmp_path / f"{i}.png").write_bytes(encode(noise(i)))
     folder = ImageFolder(tmp_path)
     shutil.rmtree(tmp_path)
     with pytest.raises(UnreadableDatasetError) as caught:
-        exhaust(folder, DataConfig(augmentation=CONFIG.augmentation, num_workers=workers))
+        exhaust(folder, DataConfig(augmentation=CONFIG.augmentation, num_workers=number))
     assert str(caught.value).startswith("tried 6 of 6 images, and none can be read; cannot read image '")
     assert str(caught.value).endswith(".png': No such file or directory")
 

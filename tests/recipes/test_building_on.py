@@ -14,6 +14,8 @@ from dinov2.data import AugmentationConfig
 from dinov2.models import DINOHead, VisionTransformer, ViTConfig
 from dinov2.recipes import adaptation, distillation, recipe
 from dinov2.train import DistillConfig, PretrainConfig
+from dinov2.train.checkpoint import CheckpointDirectory
+from dinov2.train.networks import checkpoint_of
 from dinov2.train.run_directory import write_config
 
 
@@ -23,8 +25,7 @@ def run(tmp_path: Path) -> Path:
     config = replace(recipe("vitl14"), output=tmp_path / "first", seed=3)
     write_config(config)
     for step in (1250, 2500):
-        (config.output / "checkpoints").mkdir(exist_ok=True)
-        (config.output / "checkpoints" / f"step_{step:08d}.pt").touch()
+        CheckpointDirectory(config.output / "checkpoints", keep=1).path(step).mkdir(parents=True)
     return config.output
 
 
@@ -35,7 +36,7 @@ def test_adaptation_changes_what_the_paper_says_and_nothing_else(run: Path) -> N
         seed=3,
         output=run.with_name("first-518"),
         steps=10_000,
-        initial_weights=run / "checkpoints" / "step_00002500.pt",
+        initial_weights=checkpoint_of(run, 2500),
         vit=replace(before.vit, img_size=518),
         optim=replace(before.optim, base_lr=2e-5),
         data=replace(config.data, augmentation=AugmentationConfig(global_size=518, local_size=224)),

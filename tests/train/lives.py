@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -14,13 +15,24 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 from dinov2.train import PretrainConfig, pretrain
 from dinov2.train.trainer import Trainer
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.train.lives", "torch.utils.tensorboard", "skimage.data", "sklearn.datasets"])
+CONTEXT.set_forkserver_preload(["tests.train.lives", "torch.utils.tensorboard", "torch._dynamo"])
+
+
+def with_small_images(config: PretrainConfig, folder: Path) -> PretrainConfig:
+    """The run on a few images that are read and cropped in no time."""
+    folder.mkdir()
+    for number in range(6):
+        pixels = np.random.default_rng(number).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, root=folder))
 
 
 @dataclass(frozen=True)

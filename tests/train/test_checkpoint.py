@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from dinov2.models import ViTConfig, VisionTransformer, load_pretrained
+from dinov2.models import VisionTransformer, ViTConfig, load_pretrained
 from dinov2.train import CheckpointError, NonFiniteError
 from dinov2.train.checkpoint import CheckpointDirectory, load_checkpoint
 from dinov2.train.processes import Processes
@@ -98,14 +99,19 @@ def no_space(*_: object) -> None:
 def test_a_failed_save_leaves_the_previous_one(
     tmp_path: Path, place: str, noticed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def run() -> None:
+        with saver(tmp_path) as checkpoints:
+            checkpoints.save(2, state(), {"step": 2})
+            if noticed == "by the next save":
+                checkpoints.save(3, state(), {"step": 3})
+            while noticed == "after the step":
+                checkpoints.after_step(checkpoints.progress)
+
     good = saved(tmp_path)
-    with monkeypatch.context() as patched, pytest.raises(CheckpointError) as error, saver(tmp_path) as checkpoints:
+    with monkeypatch.context() as patched:
         patched.setattr(f"dinov2.train.{place}", no_space)
-        checkpoints.save(2, state(), {"step": 2})
-        if noticed == "by the next save":
-            checkpoints.save(3, state(), {"step": 3})
-        while noticed == "after the step":
-            checkpoints.after_step(checkpoints.progress)
+        with pytest.raises(CheckpointError) as error:
+            run()
     assert str(error.value) == (
         f"saving checkpoint {tmp_path}/step_00000002 failed: [Errno 28] No space left on device;"
         f" the last good checkpoint is {good}"
@@ -122,22 +128,25 @@ def test_leftovers_are_ignored_and_removed_by_the_next_save(tmp_path: Path) -> N
     assert names(tmp_path) == ["step_00000002"]
 
 
-def test_a_save_in_flight_is_finished_on_the_way_out(tmp_path: Path) -> None:
-    with pytest.raises(KeyError, match="other"), saver(tmp_path) as checkpoints:
+def save_and_fail(directory: Path) -> None:
+    with saver(directory) as checkpoints:
         checkpoints.save(1, state(), {"step": 1})
         raise KeyError("other")
+
+
+def test_a_save_in_flight_is_finished_on_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(KeyError, match="other"):
+        save_and_fail(tmp_path)
     assert load_checkpoint(tmp_path / "step_00000001")["step"] == 1
 
 
 def test_on_the_way_out_a_failed_save_hides_no_other_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Stager, "write", no_space)
-    with (
-        pytest.warns(UserWarning, match="step_00000001 was not finished"),
-        pytest.raises(KeyError, match="other"),
-        saver(tmp_path) as checkpoints,
-    ):
-        checkpoints.save(1, state(), {"step": 1})
-        raise KeyError("other")
+    with warnings.catch_warnings(record=True) as said, pytest.raises(KeyError, match="other"):
+        save_and_fail(tmp_path)
+    assert [str(warning.message) for warning in said] == [
+        f"checkpoint {tmp_path}/step_00000001 was not finished and is removed"
+    ]
     assert names(tmp_path) == []
 
 
@@ -196,11 +205,8 @@ def test_non_finite_tensors_are_found_by_name_and_never_saved(tmp_path: Path) ->
     tensors = {"b": torch.tensor([1.0, float("nan")]), "c": torch.ones(2), "d": torch.tensor(float("inf"))}
     assert non_finite_tensors(tensors | {"n": torch.tensor(5)}) == ["b", "d"]
     saved(tmp_path)
-    with (
-        pytest.raises(NonFiniteError, match=r"after step 2 the tensor teacher\.b holds NaN .*last good .*_00000001"),
-        saver(tmp_path) as checkpoints,
-    ):
-        checkpoints.save(2, state() | {"teacher": tensors}, {"step": 2})
+    with pytest.raises(NonFiniteError, match=r"after step 2 the tensor teacher\.b holds NaN .*last good .*_00000001"):
+        saver(tmp_path).save(2, state() | {"teacher": tensors}, {"step": 2})
     assert names(tmp_path) == ["step_00000001"]
 
 

@@ -10,10 +10,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from dinov2.models import load_pretrained
+from dinov2.models.run_checkpoint import RunCheckpoint
 from dinov2.recipes import distillation
 from dinov2.train import DistillConfig, ParallelConfig, PretrainConfig, pretrain
+from dinov2.train.checkpoint import CheckpointDirectory
 from dinov2.train.initial_weights import start_from_initial_weights
 from dinov2.train.processes import Processes
+from dinov2.train.saving import CheckpointSaver
 from dinov2.train.sharding import gathered
 from dinov2.train.trainer import Trainer
 from tests.train.test_processes import WORLD_SIZE, merged, micro_batches
@@ -37,7 +40,7 @@ def distill_beside_one_process(rank: int, store: str, config: DistillConfig) -> 
             trainer.step(step, mine)
         for name, tensor in gathered(trainer.objective.state_dict()).items():
             torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-9, msg=f"{sharding}: {name}")
-        check_state(trainer, Trainer(changed, processes))
+        check_state(trainer, Trainer(changed, processes), Path(f"{store}_{sharding}"))
         check_start(trainer, config)
         if sharding == "full":
             part = trainer.objective.teacher["dino_head"].last_layer.weight_v.to_local()
@@ -45,17 +48,17 @@ def distill_beside_one_process(rank: int, store: str, config: DistillConfig) -> 
     dist.destroy_process_group()
 
 
-def check_state(trainer: Trainer, other: Trainer) -> None:
+def check_state(trainer: Trainer, other: Trainer, directory: Path) -> None:
     """What a run saves is taken over; the frozen teacher is not among it."""
-    state = trainer.state_dict()
-    assert not any(name.startswith("backbone.") for role in ("student", "teacher") for name in state[role])
-    other.load_state_dict(state)
-    taken = other.state_dict()
-    for part in ("student", "teacher", "objective"):
-        assert all(torch.equal(taken[part][name], tensor) for name, tensor in state[part].items())
-    products = trainer.finished_backbones()
-    for name, backbone in products.items():
-        assert torch.equal(state["teacher"][f"{name}.backbone.cls_token"], backbone.cls_token)
+    with CheckpointSaver(CheckpointDirectory(directory, keep=1), trainer.processes) as saver:
+        saver.save(2, trainer.state_dict(), {})
+    checkpoint = RunCheckpoint(CheckpointDirectory(directory, keep=1).path(2))
+    assert not any(name.startswith(("teacher.backbone", "student.backbone")) for name in checkpoint.tensors)
+    other.restore(checkpoint)
+    state, taken = gathered(trainer.objective.state_dict()), gathered(other.objective.state_dict())
+    assert all(torch.equal(taken[name], tensor) for name, tensor in state.items())
+    for name, backbone in trainer.finished_backbones().items():
+        assert torch.equal(state[f"_average.{name}.backbone.cls_token"], backbone.cls_token)
 
 
 def check_start(trainer: Trainer, config: DistillConfig) -> None:
@@ -78,8 +81,8 @@ def test_two_processes_distil_as_one(config: PretrainConfig, tmp_path: Path) -> 
         output=tmp_path / "distilled",
         students={"a": student, "b": student},
         steps=8,
-        batch_size=4,
-        accumulation_steps=1,
+        batch_size=8,
+        accumulation_steps=2,
         precision="fp32",
         objective=config.objective,
         device="cpu",

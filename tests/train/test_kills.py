@@ -16,7 +16,7 @@ import pytest
 
 from dinov2.train import ParallelConfig, PretrainConfig, pretrain
 from dinov2.train.checkpoint import CheckpointDirectory, load_checkpoint
-from tests.train.lives import Fate, checkpoints, ends, start
+from tests.train.lives import Fate, checkpoints, ends, start, with_small_images
 from tests.train.same_run import assert_same_run
 
 
@@ -33,7 +33,7 @@ def load() -> Iterator[None]:
 @pytest.mark.parametrize(("world_size", "kills"), [(1, 14), (2, 6)])
 def test_killed_again_and_again(config: PretrainConfig, tmp_path: Path, world_size: int, kills: int) -> None:
     config = dataclasses.replace(
-        config,
+        with_small_images(config, tmp_path / "images"),
         steps=4 * kills + 1,  # a life ends at most four steps after the checkpoint that it began with
         checkpoint_every=1,
         keep_checkpoints=2,
@@ -95,9 +95,9 @@ BEFORE, WRITTEN, REPLACED = (
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nothing interrupts; it is the same for all."""
-    return tmp_path_factory.mktemp("whole") / "run"
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images, and the run on them that nothing interrupts."""
+    return tmp_path_factory.mktemp("shared")
 
 
 @pytest.mark.parametrize(
@@ -111,10 +111,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (9, REPLACED),  # the checkpoint before it is not yet deleted
     ],
 )
-def test_killed_in_mid_save(config: PretrainConfig, whole: Path, number: int, left: list[str]) -> None:
-    config = dataclasses.replace(config, keep_checkpoints=1)
+def test_killed_in_mid_save(config: PretrainConfig, shared: Path, number: int, left: list[str]) -> None:
+    config, whole = dataclasses.replace(config, keep_checkpoints=1), shared / "whole"
     if not whole.exists():
-        pretrain(dataclasses.replace(config, output=whole))
+        pretrain(dataclasses.replace(with_small_images(config, shared / "images"), output=whole))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=shared / "images"))
     assert ends(start(config, DiesBefore(number))) == [-signal.SIGKILL]
     assert checkpoints(config) == left
     assert_same_run(whole, pretrain(config, resume=True))

@@ -23,5 +23,5 @@ def test_one_line(tmp_path: Path) -> None:
         [sys.executable, "-c", KILLED, *run], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert process.returncode == 1
-    assert process.stderr.startswith("dinov2 pretrain: lost a process that prepares batches (DataLoader worker (pid ")
+    assert process.stderr.startswith("dinov2 pretrain: lost a process that prepares batches (DataLoader worker (pid")
     assert process.stderr.count("\n") == 1

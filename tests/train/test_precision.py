@@ -89,7 +89,7 @@ def test_a_skipped_step_is_no_error_and_no_part_of_mean_norms() -> None:
     for norm, skipped in ((2.0, 0.0), (float("inf"), 1.0), (4.0, 0.0)):
         row = {"total": 1.0, "grad_norm/backbone": norm, "skipped": skipped}
         scalars.append({name: torch.tensor(value) for name, value in row.items()})
-    scalars.check_finite(3, None)
+    scalars.check_finite(3, lambda: None)
     assert scalars.means() == {"total": 1.0, "grad_norm/backbone": 3.0, "skipped": 1 / 3}
 
 
@@ -98,7 +98,7 @@ def test_an_infinite_loss_or_a_gradient_of_a_step_that_counts_is_an_error() -> N
         scalars = StepScalars()
         scalars.append({name: torch.tensor(value) for name, value in row.items()})
         with pytest.raises(NonFiniteError, match="in step 1 "):
-            scalars.check_finite(1, None)
+            scalars.check_finite(1, lambda: None)
 
 
 def test_an_interval_of_skipped_steps_has_no_norms() -> None:
@@ -112,11 +112,9 @@ def test_the_loss_scale_is_logged_saved_and_continued(half: PretrainConfig) -> N
     line = read_metrics(half.output / "metrics.jsonl")[-1]
     assert line["skipped"] == 1
     assert line["loss_scale"] == 2.0**13, "halved by each of three steps that overflowed"
-    state = load_checkpoint(half.output / "checkpoints" / "step_00000003.pt")
-    assert state["loss_scale"]["scale"] == 2.0**13
-    trainer = Trainer(half)
-    trainer.load_state_dict(state)
-    assert trainer.state_dict()["loss_scale"] == state["loss_scale"]
+    assert load_checkpoint(half.output / "checkpoints" / "step_00000003")["loss_scale"]["scale"] == 2.0**13
+    pretrain(dataclasses.replace(half, steps=4), resume=True)
+    assert read_metrics(half.output / "metrics.jsonl")[-1]["loss_scale"] == 2.0**12
 
 
 def test_auto_is_bf16_on_a_gpu_and_fp32_on_a_cpu(config: PretrainConfig) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import os
@@ -21,12 +20,15 @@ import torch.multiprocessing as mp
 
 from dinov2.data import Batch, DataConfig, ImageDataset, batches, open_dataset
 from dinov2.models import load_pretrained
+from dinov2.models.run_checkpoint import RunCheckpoint
 from dinov2.objectives import ObjectiveConfig
 from dinov2.train import ParallelConfig, PretrainConfig, pretrain, read_metrics
 from dinov2.train.checkpoint import CheckpointDirectory, load_checkpoint
-from dinov2.train.processes import Processes, StopAgreement
+from dinov2.train.processes import Processes, StepAgreement
+from dinov2.train.saving import CheckpointSaver
 from dinov2.train.sharding import gathered
 from dinov2.train.trainer import Trainer, micro_batch_seed
+from tests.train.lives import ends, start
 
 WORLD_SIZE = 2
 STEPS = 5
@@ -159,14 +161,16 @@ def train_beside_one_process(rank: int, store: str, config: PretrainConfig) -> N
                 torch.testing.assert_close(actual[name], value.float(), rtol=2e-6, atol=2e-6, msg=f"{case}: {name}")
         assert_same_weights(gathered(split.objective.state_dict()), single.objective.state_dict(), tolerance, case)
         if changed.parallel.sharding == "full":
-            check_state(split, Trainer(changed), Trainer(changed, processes))
+            replicate = dataclasses.replace(changed, parallel=ParallelConfig(sharding="replicate"))
+            directory = Path(f"{store}-{case}")
+            check_state(split, Trainer(replicate, processes), Trainer(changed, processes), directory)
     for sharding in ("replicate", "full"):
         accumulated = configured(config, accumulation=2, sharding=sharding)
         check_communication(Trainer(accumulated, processes), accumulated)
     torch.set_default_dtype(torch.float32)
     check_low_precision(config, processes)
     check_overflow_of_one(config, processes)
-    check_stop(processes)
+    check_agreement(processes)
     dist.destroy_process_group()
 
 
@@ -182,16 +186,24 @@ def assert_same_weights(actual: dict, expected: dict, tolerance: float, case: st
         torch.testing.assert_close(actual[name], tensor, rtol=0, atol=tolerance, msg=f"{case}: {name}")
 
 
-def check_state(trainer: Trainer, whole: Trainer, split: Trainer) -> None:
-    """What split processes save, one process and other split processes take over."""
-    state = trainer.state_dict()
-    for other in (whole, split):
-        other.load_state_dict(copy.deepcopy(state))
-        taken = other.state_dict()
-        for part in ("student", "teacher", "objective"):
-            assert all(torch.equal(taken[part][name], tensor) for name, tensor in state[part].items())
-        for index, moments in state["optimizer"]["state"].items():
-            assert all(torch.equal(taken["optimizer"]["state"][index][name], x) for name, x in moments.items())
+def check_state(trainer: Trainer, replicated: Trainer, split: Trainer, directory: Path) -> None:
+    """What processes save, replicated and split, processes of the other sharding, and one alone, take over."""
+    processes = trainer.processes
+    state = gathered(trainer.state_dict())
+    for number, other in enumerate([replicated, split, trainer], start=1):
+        with CheckpointSaver(CheckpointDirectory(directory, keep=3), processes) as saver:
+            saver.save(number, trainer.state_dict(), {"step": number})
+        path = saver.directory.path(number)
+        assert sorted(RunCheckpoint(path).files) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
+        whole = load_checkpoint(path)
+        assert whole.pop("step") == number
+        torch.testing.assert_close(whole, state, rtol=0, atol=0)
+        other.restore(RunCheckpoint(path))
+        torch.testing.assert_close(gathered(other.state_dict()), state, rtol=0, atol=0)
+        trainer = other
+    alone = Trainer(trainer.config)
+    alone.restore(RunCheckpoint(path))
+    torch.testing.assert_close(alone.state_dict(), state, rtol=0, atol=0)
     backbone = trainer.finished_backbones()[""].state_dict()
     assert all(torch.equal(state["teacher"][f"backbone.{name}"], tensor) for name, tensor in backbone.items())
     part = split.objective.student["dino_head"].last_layer.weight_v.to_local()
@@ -234,13 +246,13 @@ def check_overflow_of_one(config: PretrainConfig, processes: Processes) -> None:
         unscale(optimizer)
 
     assert trainer.step(4, stream)["skipped"] == 0
-    before = trainer.state_dict()
+    before = gathered(trainer.state_dict())
     trainer.arithmetic.unscale = spoilt
     assert trainer.step(5, stream)["skipped"] == 1
-    after = trainer.state_dict()
-    assert after["loss_scale"]["scale"] == 2.0
-    for part in ("student", "teacher"):
-        assert all(torch.equal(after[part][name], tensor) for name, tensor in before[part].items())
+    assert trainer.arithmetic.metrics() == {"loss_scale": 2.0}
+    after = gathered(trainer.state_dict())
+    for part in ("student", "teacher", "optimizer"):
+        torch.testing.assert_close(after[part], before[part], rtol=0, atol=0)
 
 
 def check_communication(trainer: Trainer, config: PretrainConfig) -> None:
@@ -271,11 +283,11 @@ def check_communication(trainer: Trainer, config: PretrainConfig) -> None:
     assert set(exchanges) == {2}
 
 
-def check_stop(processes: Processes) -> None:
-    """One process is told to stop after step 2; both stop after step 3."""
-    stop = StopAgreement(processes)
-    answers = [stop.after_step(processes.rank == 1 and step == 2) for step in range(1, 4)]
-    assert answers == [False, False, True]
+def check_agreement(processes: Processes) -> None:
+    """What one process says after step 2, both know after step 3."""
+    agreement = StepAgreement(processes, first=(1, 0))
+    answers = [agreement.after_step(not (processes.rank == 1 and step == 2), step) for step in range(1, 4)]
+    assert answers == [(1, 0), (1, 1), (0, 2)]
 
 
 def test_two_processes_train_as_one(config: PretrainConfig, tmp_path: Path) -> None:
@@ -332,7 +344,7 @@ def test_a_split_run_is_continued_by_one_process_and_back(config: PretrainConfig
         if processes == 1:
             pretrain(longer, resume=True)
         else:
-            assert torchrun(tmp_path, longer, resume=steps > 3).wait() == 0
+            assert ends(start(longer, None, None)) == [0, 0]
     assert [line["step"] for line in read_metrics(config.output / "metrics.jsonl")] == list(range(1, 9))
     newest = CheckpointDirectory(config.output / "checkpoints", 1).latest()
     assert newest is not None
