@@ -24,7 +24,7 @@ KEPT = frozenset(
         torch.ops.dinov2_kernels.attention_forward.default,
     }
 )
-"""Operators whose results selective checkpointing keeps: nearly all arithmetic of a block, in 11 of the 18 times the
+"""Operators whose results selective checkpointing keeps: nearly all arithmetic of a block, in 11 of the 14 times the
 tokens that a block keeps otherwise. Norms, activations and gathers are made again."""
 
 
