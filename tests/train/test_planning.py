@@ -146,7 +146,13 @@ def test_dry_run_prints_and_trains_nothing(tmp_path: Path, capsys: pytest.Captur
     options = [f"--output={tmp_path}/run", "--dry_run", "--world_size=4", "--device=cpu"]
     assert main(["pretrain", "photos", *options]) == 0
     text = capsys.readouterr().out
-    for words in ("4 processes on cpu", "head of class tokens and patches", "together, at its peak", "TFLOP"):
+    for words in (
+        "4 processes on cpu",
+        "head of class tokens and patches",
+        "together, at its peak",
+        "of one image",
+        "GFLOP",
+    ):
         assert words in text
     assert not (tmp_path / "run").exists()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -50,12 +52,12 @@ def _parameters(plan: Plan) -> Table:
 
 
 def _memory(plan: Plan) -> Table:
-    table = _table("memory of a process", "GB")
+    table = _table("memory of a process", "")
     for name, size in sorted(plan.peak.bytes.items(), key=lambda item: -item[1]):
         if size >= 0.5e6:
-            table.add_row(name, f"{size / 1e9:,.3f}")
+            table.add_row(name, _scaled(size, "B"))
     table.add_section()
-    table.add_row(f"together, at its peak: {plan.peak.moment}", f"{plan.peak.total / 1e9:,.3f}")
+    table.add_row(f"together, at its peak: {plan.peak.moment}", _scaled(plan.peak.total, "B"))
     return table
 
 
@@ -68,14 +70,20 @@ def _step(plan: Plan) -> Table:
     if (kept := rows.kept(max(config.vit.drop_path_rates))) < rows.crops.total_tokens:
         table.add_row("of which stochastic depth lets through a branch", f"{kept:,}")
     table.add_row("masked patches, on average", f"{rows.masked:,.0f}")
-    table.add_row("operations of all processes", f"{plan.flops / 1e12:,.1f} TFLOP")
-    table.add_row("of one image", f"{plan.flops / config.batch_size / 1e9:,.0f} GFLOP")
+    table.add_row("operations of all processes", _scaled(plan.flops, "FLOP"))
+    table.add_row("of one image", _scaled(plan.flops / config.batch_size, "FLOP"))
     if plan.world_size > 1:
         for name, size in plan.sent.items():
             if size:
-                table.add_row(f"{name} that a process sends", f"{size / 1e9:,.3f} GB")
-    table.add_row("operations of the whole run", f"{config.steps * plan.flops / 1e18:,.3f} EFLOP")
+                table.add_row(f"{name} that a process sends", _scaled(size, "B"))
+    table.add_row("operations of the whole run", _scaled(config.steps * plan.flops, "FLOP"))
     return table
+
+
+def _scaled(value: float, unit: str) -> str:
+    """A number of millions or more, with the prefix that leaves it one to three digits before the point."""
+    power = min(max(2, int(math.log10(max(value, 1.0))) // 3), 6)
+    return f"{value / 1000**power:,.1f} {'kMGTPE'[power - 1]}{unit}"
 
 
 def _table(title: str, unit: str) -> Table:
