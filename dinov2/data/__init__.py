@@ -10,7 +10,15 @@ from dinov2.data.masking import MaskConfig, batch_masks, mask_counts, sample_blo
 from dinov2.data.patches import Patches, cut_patches
 from dinov2.data.photographs import BundledPhotographs
 from dinov2.data.recolouring import normalize
-from dinov2.data.shards import ShardImage, ShardReport, TarShards, index_shards, write_shard, write_shards
+from dinov2.data.shards import (
+    DamagedTarsError,
+    ShardImage,
+    ShardReport,
+    TarShards,
+    index_shards,
+    write_shard,
+    write_shards,
+)
 from dinov2.data.sources import open_dataset
 from dinov2.data.workers import LostWorkerError, lost_workers_explained
 
@@ -18,6 +26,7 @@ __all__ = [
     "AugmentationConfig",
     "Batch",
     "BundledPhotographs",
+    "DamagedTarsError",
     "DataConfig",
     "HuggingFaceImages",
     "ImageDataset",

@@ -41,10 +41,6 @@ def random_box(
 def resized_crop(image: Pixels, box: tuple[int, int, int, int], size: int) -> Pixels:
     """The part of an image inside ``box``, brought to ``size`` x ``size`` pixels; no pixel outside it is used.
 
-    Pillow's antialiased bicubic filter by PyTorch's uint8 kernel: as exact, and in a fifth of Pillow's time on
-    processors with AVX2. The two round differently, by one level in nearly all of the values that differ. Other types
-    go through float32; 16-bit levels are rounded and kept in their range, as the kernel does with 8-bit ones.
-
     Args:
         image: uint8, uint16 or float32 ``[H, W, C]``.
         box: left, top, right, bottom in pixels.
@@ -54,11 +50,21 @@ def resized_crop(image: Pixels, box: tuple[int, int, int, int], size: int) -> Pi
         ``[size, size, C]`` of the type of the image.
     """
     left, top, right, bottom = box
+    return resized(image[top:bottom, left:right], size, size)
+
+
+def resized(image: Pixels, height: int, width: int) -> Pixels:
+    """An image brought to ``height`` x ``width`` pixels: ``[height, width, C]`` of its type.
+
+    Pillow's antialiased bicubic filter by PyTorch's uint8 kernel: as exact, and in a fifth of Pillow's time on
+    processors with AVX2. The two round differently, by one level in nearly all of the values that differ. Other types
+    go through float32; 16-bit levels are rounded and kept in their range, as the kernel does with 8-bit ones.
+    """
     arithmetic = np.uint8 if image.dtype == np.uint8 else np.float32
-    crop = np.array(image[top:bottom, left:right], dtype=arithmetic)  # a copy: contiguous and writable, for PyTorch
-    channels_last = torch.from_numpy(crop)[None].permute(0, 3, 1, 2)  # [1, C, h, w]
-    interpolated = functional.interpolate(channels_last, (size, size), mode="bicubic", antialias=True)
-    resized: Pixels = interpolated[0].permute(1, 2, 0).numpy()  # no copy: the result is channels-last too
+    source = np.array(image, dtype=arithmetic)  # a copy: contiguous and writable, for PyTorch
+    channels_last = torch.from_numpy(source)[None].permute(0, 3, 1, 2)  # [1, C, H, W]
+    interpolated = functional.interpolate(channels_last, (height, width), mode="bicubic", antialias=True)
+    result: Pixels = interpolated[0].permute(1, 2, 0).numpy()  # no copy: the result is channels-last too
     if image.dtype == np.uint16:
-        return np.clip(np.rint(resized), 0, LEVELS[image.dtype]).astype(np.uint16)
-    return resized
+        return np.clip(np.rint(result), 0, LEVELS[image.dtype]).astype(np.uint16)
+    return result

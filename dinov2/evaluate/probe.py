@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dinov2.data import AugmentationConfig, ImageFolder, normalize
+from dinov2.data.cropping import resized
+from dinov2.data.decoding import Pixels
 from dinov2.evaluate.knn import knn_accuracy
 from dinov2.models import VisionTransformer
 
@@ -23,7 +22,7 @@ class FolderProbe:
 
     Args:
         folder: holds ``train`` and ``test``, each with one folder of images per class.
-        augmentation: what the model is trained with; gives the size and the normalisation.
+        augmentation: what the model is trained with; gives the size, the normalisation and the number of channels.
         k: neighbours that vote.
 
     Raises:
@@ -31,7 +30,7 @@ class FolderProbe:
     """
 
     def __init__(self, folder: Path, augmentation: AugmentationConfig, k: int = 20) -> None:
-        self.parts = {part: ImageFolder(folder / part) for part in ("train", "test")}
+        self.parts = {part: ImageFolder(folder / part, augmentation.channels) for part in ("train", "test")}
         self.augmentation = augmentation
         self.k = min(k, len(self.parts["train"]))
         classes = {part: [Path(path).parts[0] for path in images.paths] for part, images in self.parts.items()}
@@ -56,21 +55,23 @@ class FolderProbe:
         chunks = []
         for start in range(0, len(images), batch_size):
             rows = range(start, min(start + batch_size, len(images)))
-            batch = torch.stack([self._view(images[row]) for row in rows])  # [b, 3, size, size]
+            batch = torch.stack([self._view(images[row]) for row in rows])  # [b, C, size, size]
             chunks.append(model(batch.to(device)).float().cpu())
         return torch.cat(chunks)  # [N, D]
 
-    def _view(self, image: npt.NDArray[np.uint8]) -> Tensor:
+    def _view(self, image: Pixels) -> Tensor:
         views = self.augmentation
         return torch.from_numpy(normalize(central_crop(image, views.global_size), views.mean, views.std))
 
 
-def central_crop(image: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint8]:
-    """The centre of an image whose shorter side is first resized to ``size * 8 / 7``, uint8 ``[size, size, 3]``."""
-    height, width = image.shape[:2]
-    scale = size * 8 / 7 / min(height, width)
-    resized = Image.fromarray(image).resize(
-        (max(size, round(width * scale)), max(size, round(height * scale))), Image.Resampling.BICUBIC
-    )
-    left, top = (resized.width - size) // 2, (resized.height - size) // 2
-    return np.asarray(resized.crop((left, top, left + size, top + size)))
+def central_crop(image: Pixels, size: int) -> Pixels:
+    """The centre of an image whose shorter side is first resized to ``size * 8 / 7``: ``[size, size, C]`` of its type.
+
+    Args:
+        image: uint8, uint16 or float32 ``[H, W, C]``.
+        size: side of the result.
+    """
+    scale = size * 8 / 7 / min(image.shape[:2])
+    height, width = (max(size, round(side * scale)) for side in image.shape[:2])
+    top, left = (height - size) // 2, (width - size) // 2
+    return resized(image, height, width)[top : top + size, left : left + size]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dinov2.data import AugmentationConfig
+from dinov2.data import AugmentationConfig, UnreadableImageError
 from dinov2.evaluate import FolderProbe
 from dinov2.evaluate.probe import central_crop
 
@@ -67,3 +67,31 @@ def test_central_crop_is_central(shape: tuple[int, int]) -> None:
     crop = central_crop(image, 14)
     assert crop.shape == (14, 14, 3)
     assert crop.mean() == pytest.approx(127.5, abs=4)
+
+
+@pytest.mark.parametrize(("channels", "dtype"), [(1, np.uint16), (5, np.float32), (13, np.uint8)])
+def test_images_of_other_channels(tmp_path: Path, channels: int, dtype: type) -> None:
+    full = 1 if dtype is np.float32 else np.iinfo(dtype).max
+    for part, name, share in [
+        ("train", "low", 0.2),
+        ("train", "high", 0.8),
+        ("test", "low", 0.3),
+        ("test", "high", 0.7),
+    ]:
+        path = tmp_path / part / name / "0.npy"
+        path.parent.mkdir(parents=True)
+        np.save(path, np.full((30, 20, channels), share * full, dtype))
+    views = AugmentationConfig(global_size=14, mean=(0.5,) * channels, std=(0.25,) * channels)
+    model = MeanColour()
+    assert FolderProbe(tmp_path, views, k=1)(model) == {"knn_accuracy": 1.0}
+    assert [tuple(images.shape) for images in model.seen] == [(2, channels, 14, 14)] * 2
+    expected = torch.tensor([(0.8 - 0.5) / 0.25, (0.2 - 0.5) / 0.25])  # high comes first
+    torch.testing.assert_close(model.seen[0].mean(dim=(1, 2, 3)), expected, atol=0.02, rtol=0)  # a level is 0.016
+
+
+def test_images_of_a_wrong_number_of_channels_are_named(tmp_path: Path) -> None:
+    for part in ("train", "test"):
+        write(tmp_path / part / "a" / "1.png", 1)
+    probe = FolderProbe(tmp_path, AugmentationConfig(mean=(0.5,) * 4, std=(0.25,) * 4))
+    with pytest.raises(UnreadableImageError, match=r"1\.png'.*expected \[H, W, 4\], but it is \[16, 20, 3\]"):
+        probe(MeanColour())

@@ -1,8 +1,8 @@
 """Images in tar files with an index of where each one lies: ``images/00042.tar`` and ``index/00042.parquet``."""
 
 from dinov2.data.shards.dataset import TarShards
-from dinov2.data.shards.indexing import index_shards
+from dinov2.data.shards.indexing import DamagedTarsError, index_shards
 from dinov2.data.shards.report import ShardReport
 from dinov2.data.shards.writing import ShardImage, write_shard, write_shards
 
-__all__ = ["ShardImage", "ShardReport", "TarShards", "index_shards", "write_shard", "write_shards"]
+__all__ = ["DamagedTarsError", "ShardImage", "ShardReport", "TarShards", "index_shards", "write_shard", "write_shards"]

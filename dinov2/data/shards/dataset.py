@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -95,7 +96,7 @@ def _check_pairs(root: str, tars: dict[str, str], indices: dict[str, str]) -> No
     if unindexed := tars.keys() - indices.keys():
         raise ValueError(
             f"root must hold an index for each tar, but of the {len(tars)} shards under {root!r} {len(unindexed)} have"
-            f" none: {_some(unindexed, '.tar')}; dinov2.data.index_shards({root!r}) writes what is missing"
+            f" none: {_some(unindexed, '.tar')}; write what is missing with: dinov2 index {shlex.quote(root)}"
         )
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import tarfile
 from collections import Counter
+from collections.abc import Callable
 from typing import IO
 
 from dinov2.data.decoding import IMAGE_EXTENSIONS, UnreadableImageError, read_header
@@ -13,8 +14,19 @@ from dinov2.data.shards.report import ShardReport
 from dinov2.data.shards.rows import MAX_SIZE, Row, make_row, write_rows
 from dinov2.data.shards.storage import Storage
 
+Progress = Callable[[int, int], None]
+"""Told after each shard, and before the first: how many are done, and how many there are to do."""
 
-def index_shards(root: str | os.PathLike[str]) -> ShardReport:
+
+class DamagedTarsError(ValueError):
+    """Some tars cannot be read; ``report`` is about the others, which have got their index."""
+
+    def __init__(self, message: str, report: ShardReport) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+def index_shards(root: str | os.PathLike[str], progress: Progress = lambda done, of: None) -> ShardReport:
     """Write ``root/index/NAME.parquet`` for every ``root/images/NAME.tar`` (or ``root/NAME.tar``) that has none.
 
     Files of a tar with the same name up to the first dot belong together; the first of them that is an image counts,
@@ -24,12 +36,14 @@ def index_shards(root: str | os.PathLike[str]) -> ShardReport:
 
     Args:
         root: a folder, or a URL of fsspec.
+        progress: called as :data:`Progress` says.
 
     Returns:
         How many images there are, and what was skipped. ``print`` shows it.
 
     Raises:
-        ValueError: there is no tar, or some are damaged; the others have got their index by then.
+        ValueError: there is no tar.
+        DamagedTarsError: some cannot be read; a ValueError.
         ImportError: pyarrow or fsspec is missing (extra ``data``).
     """
     storage = Storage(root)
@@ -38,11 +52,13 @@ def index_shards(root: str | os.PathLike[str]) -> ShardReport:
         raise ValueError(f"root must hold tar shards (images/*.tar or *.tar), but {os.fspath(root)!r} has none")
     report = ShardReport(finished_before=len(tars.keys() & done.keys()))
     damaged: dict[str, str] = {}
-    for name in tars.keys() - done.keys():
+    missing = sorted(tars.keys() - done.keys())
+    for number, name in enumerate(missing):
+        progress(number, len(missing))
         try:
             with storage.filesystem.open(tars[name], "rb") as file:
                 rows, skipped = _read_rows(file)
-        except (tarfile.TarError, EOFError, ValueError) as error:
+        except (tarfile.TarError, EOFError, ValueError, OSError) as error:
             damaged[tars[name]] = str(error)
             continue
         with storage.replace(f"{storage.root}/index/{name}.parquet") as file:
@@ -50,9 +66,11 @@ def index_shards(root: str | os.PathLike[str]) -> ShardReport:
         report.shards += 1
         report.images += len(rows)
         report.skipped += skipped
+    progress(len(missing), len(missing))
     if damaged:
         details = "".join(f"\n  {path}: {reason}" for path, reason in sorted(damaged.items()))
-        raise ValueError(f"{len(damaged)} of {len(tars)} tars cannot be read, replace or remove them:{details}")
+        message = f"{len(damaged)} of {len(tars)} tars cannot be read, replace or remove them:{details}"
+        raise DamagedTarsError(message, report)
     return report
 
 
@@ -87,6 +105,9 @@ def _read_rows(file: IO[bytes]) -> tuple[list[Row], Counter[str]]:
                     rows[key] = make_row(key, member.offset_data, content, read_header(content, member.name))
                 except UnreadableImageError:
                     skipped["no image by its content"] += 1
+        file.seek(tar.offset)
+        if 0 < len(file.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:  # which tarfile takes for the end
+            raise EOFError("it ends within the header of a file")
     for key, url in urls.items():
         if key in rows:
             rows[key]["url"] = url

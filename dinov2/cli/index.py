@@ -1,0 +1,83 @@
+"""``dinov2 index``: the index that images in tars need before they can be trained on."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from dinov2.data import ShardReport
+
+DESCRIPTION = """Write ROOT/index/NAME.parquet for every tar of images ROOT/NAME.tar, or ROOT/images/NAME.tar.
+
+An index says where in its tar each image lies, so that training reads images in any order, each by one read. Tars are
+read once, from end to end, and stay as they are. Those that have an index are skipped: a call that was interrupted is
+finished by calling again. To index a tar that has changed, delete its index first."""
+
+EXAMPLES = """examples:
+  dinov2 index pool                                       a folder of tars, as img2dataset or tar wrote them
+  dinov2 index s3://bucket/pool                           any URL of fsspec, with its package for the protocol
+  dinov2 pretrain vits14_small_data --data.root pool      then train on it"""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Index, or explain how."""
+    options = parser().parse_args(arguments or ["--help"])
+    from dinov2.data import DamagedTarsError, index_shards  # after the help, which needs no PyTorch
+
+    console = Console()
+    try:
+        with progress_bar(console) as bar:
+            task = bar.add_task("", total=None)
+            report = index_shards(options.root, lambda done, of: bar.update(task, completed=done, total=of))
+    except DamagedTarsError as error:
+        console.print(table(error.report))
+        raise
+    console.print(table(report))
+
+
+def parser() -> argparse.ArgumentParser:
+    """What may follow ``dinov2 index``."""
+    result = argparse.ArgumentParser(
+        "dinov2 index",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument("root", metavar="ROOT", help="folder or URL that holds the tars")
+    return result
+
+
+def progress_bar(console: Console) -> Progress:
+    """Shards that are done, of those that had no index."""
+    return Progress(
+        TextColumn("[bold]shard"),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=None),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        expand=True,
+    )
+
+
+def table(report: ShardReport) -> Table:
+    """What became of the files in the tars."""
+    result = Table(box=SIMPLE_HEAD)
+    result.add_column("")
+    result.add_column("number", justify="right")
+    result.add_row("[bold]images indexed[/bold]", f"[bold]{report.images:,}[/bold]")
+    result.add_row("shards indexed", f"{report.shards:,}")
+    if report.finished_before:
+        result.add_row("shards that had an index", f"{report.finished_before:,}")
+    for reason, number in report.skipped.most_common():
+        result.add_row(f"files skipped: {reason}", f"{number:,}")
+    return result
