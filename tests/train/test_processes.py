@@ -169,10 +169,10 @@ def train_beside_one_process(rank: int, store: str, config: PretrainConfig) -> N
     for sharding in ("replicate", "full"):
         accumulated = configured(config, accumulation=2, sharding=sharding)
         check_communication(Trainer(accumulated, processes), accumulated)
+    check_agreement(processes)  # as in a run, others follow: an exchange in flight must not outlive the interpreter
     torch.set_default_dtype(torch.float32)
     check_low_precision(config, processes)
     check_overflow_of_one(config, processes)
-    check_agreement(processes)
     dist.destroy_process_group()
 
 
