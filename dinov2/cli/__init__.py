@@ -14,6 +14,7 @@ COMMANDS = {
     "distill": "train small ViTs to say what a large one says",
     "adapt": "let a pretrained ViT go on with larger images",
     "export": "write the weights of a run as files that anyone can read",
+    "embed": "write the features of images by any model",
     "index": "make tars of images ready to be read at any place",
     "info": "show which kernels are built and which of them will run here",
 }
