@@ -150,8 +150,7 @@ class RunConfig:
     keep_checkpoints: int = 3
     """How many of the newest checkpoints to keep."""
     keep_every: int | None = None
-    """Checkpoints whose step is a multiple of this are kept for good, too; a multiple of checkpoint_every. None: no
-    others."""
+    """Checkpoints at multiples of this many steps stay for good; a multiple of checkpoint_every. None: none does."""
 
     def __post_init__(self) -> None:
         for name in COUNTS:

@@ -90,12 +90,13 @@ class Stager:
 
 
 def non_finite_tensors(tensors: dict[str, Tensor]) -> list[str]:
-    """Names of those that hold a NaN or an infinity. Asks the device once."""
-    floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    """Names of those that hold a NaN or an infinity. Reads each tensor once and asks the device once."""
+    floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()}
     if not floating:
         return []
     device = max((tensor.device for tensor in floating.values()), key=lambda device: device.type != "cpu")
-    finite = torch.stack([torch.isfinite(tensor).all().to(device) for tensor in floating.values()])
+    bounds = (torch.stack(torch.aminmax(tensor)) for tensor in floating.values())  # NaN if there is one
+    finite = torch.stack([torch.isfinite(both).all().to(device) for both in bounds])
     return [name for name, is_finite in zip(floating, finite.tolist(), strict=True) if not is_finite]
 
 

@@ -103,9 +103,12 @@ def torchrun_environments(number: int) -> Iterator[dict[str, str]]:
 
 
 def ends(processes: list[BaseProcess]) -> list[int | None]:
-    """Wait for all, and say how each ended."""
+    """Wait for all, and say how each ended; one that does not is aborted."""
     for process in processes:
         process.join(120)
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGABRT)
+            process.join()
     return [process.exitcode for process in processes]
 
 
