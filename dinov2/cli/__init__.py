@@ -14,7 +14,8 @@ COMMANDS = {
     "distill": "train small ViTs to say what a large one says",
     "adapt": "let a pretrained ViT go on with larger images",
     "export": "write the weights of a run as files that anyone can read",
-    "index": "make tars of images ready to be read at any place",
+    "embed": "write the features that a model has for images",
+    "index": "write where each image lies in tars, so that they can be trained on",
     "info": "show which kernels are built and which of them will run here",
 }
 """Name and description; the module of a command is imported only when it is called, so that help is instant."""

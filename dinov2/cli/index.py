@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+
+from dinov2.cli.counting import counting_bar
 
 if TYPE_CHECKING:
     from dinov2.data import ShardReport
@@ -33,7 +34,7 @@ def run(arguments: Sequence[str]) -> None:
 
     console = Console()
     try:
-        with progress_bar(console) as bar:
+        with counting_bar("shard", console) as bar:
             task = bar.add_task("", total=None)
             report = index_shards(options.root, lambda done, of: bar.update(task, completed=done, total=of))
     except DamagedTarsError as error:
@@ -52,21 +53,6 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("root", metavar="ROOT", help="folder or URL that holds the tars")
     return result
-
-
-def progress_bar(console: Console) -> Progress:
-    """Shards that are done, of those that had no index."""
-    return Progress(
-        TextColumn("[bold]shard"),
-        MofNCompleteColumn(),
-        BarColumn(bar_width=None),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        expand=True,
-    )
 
 
 def table(report: ShardReport) -> Table:

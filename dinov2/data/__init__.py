@@ -19,7 +19,7 @@ from dinov2.data.shards import (
     write_shard,
     write_shards,
 )
-from dinov2.data.sources import open_dataset
+from dinov2.data.sources import image_names, open_dataset
 from dinov2.data.workers import LostWorkerError, lost_workers_explained
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "cut_patches",
     "decode_image",
     "finish",
+    "image_names",
     "index_shards",
     "lost_workers_explained",
     "mask_counts",

@@ -56,9 +56,9 @@ class DataConfig:
         root: a folder of images, of any nesting; a folder or URL of tar shards, or of a saved Hugging Face dataset;
             None stands for the bundled photographs.
         num_workers: processes that prepare batches; 0 prepares them in the training process. No effect on results.
-        photometric: where crops are flipped, coloured, blurred, solarised and normalised. ``"workers"``: where they are
-            cut, by OpenCV, in whole levels. ``"device"``: where the networks are, by the kernels, in float32; workers
-            send a quarter of the bytes. Both draw the same numbers; images are 8-bit RGB then, and blur_kernel is 9.
+        photometric: where crops are flipped, coloured, blurred, solarised and normalised. workers: where they are cut,
+            by OpenCV, in whole levels. device: where the networks are, by the kernels, in float32, for 8-bit RGB and
+            blur_kernel 9; workers send a quarter of the bytes. Both draw the same numbers.
         augmentation: the random views.
         masks: the patches that the student must predict.
     """

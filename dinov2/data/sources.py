@@ -43,3 +43,14 @@ def open_dataset(config: DataConfig) -> ImageDataset:
         if is_url or storage.shards() or storage.indices():
             return TarShards(root, channels)
     return ImageFolder(root, channels)
+
+
+def image_names(dataset: ImageDataset) -> list[str]:
+    """A name for each image: its path in a folder, ``SHARD/KEY`` in tars, a photograph's name; elsewhere its number."""
+    if isinstance(dataset, ImageFolder):
+        return dataset.paths
+    if isinstance(dataset, TarShards):
+        return dataset.names()
+    if isinstance(dataset, BundledPhotographs):
+        return list(dataset.names)
+    return [str(index) for index in range(len(dataset))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dinov2.evaluate.embedding import Embedding, embed
 from dinov2.evaluate.features import dense_features, image_features, neighbourhood_features
 from dinov2.evaluate.knn import knn_accuracy
 from dinov2.evaluate.patch_probe import PatchProbe
@@ -9,9 +10,11 @@ from dinov2.evaluate.pca import pca_colours
 from dinov2.evaluate.probe import FolderProbe
 
 __all__ = [
+    "Embedding",
     "FolderProbe",
     "PatchProbe",
     "dense_features",
+    "embed",
     "image_features",
     "knn_accuracy",
     "neighbourhood_features",

@@ -55,13 +55,17 @@ class FolderProbe:
         chunks = []
         for start in range(0, len(images), batch_size):
             rows = range(start, min(start + batch_size, len(images)))
-            batch = torch.stack([self._view(images[row]) for row in rows])  # [b, C, size, size]
+            batch = torch.stack([central_view(images[row], self.augmentation) for row in rows])  # [b, C, size, size]
             chunks.append(model(batch.to(device)).float().cpu())
         return torch.cat(chunks)  # [N, D]
 
-    def _view(self, image: Pixels) -> Tensor:
-        views = self.augmentation
-        return torch.from_numpy(normalize(central_crop(image, views.global_size), views.mean, views.std))
+
+def central_view(image: Pixels, augmentation: AugmentationConfig) -> Tensor:
+    """What a model is shown of an image to judge it: its centre, normalised, float32 ``[C, size, size]``, where size is
+    that of the global crops."""
+    return torch.from_numpy(
+        normalize(central_crop(image, augmentation.global_size), augmentation.mean, augmentation.std)
+    )
 
 
 def central_crop(image: Pixels, size: int) -> Pixels:

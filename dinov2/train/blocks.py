@@ -24,8 +24,8 @@ KEPT = frozenset(
         torch.ops.dinov2_kernels.attention_forward.default,
     }
 )
-"""Operators whose results selective checkpointing keeps: nearly all arithmetic of a block, in 11 of the 14 times the
-tokens that a block keeps otherwise. Norms, activations and gathers are made again."""
+"""Operators whose results selective checkpointing keeps: nearly all arithmetic of a block. They are 11 times its
+tokens, of the 14 that it keeps otherwise; norms, activations, gathers and scatters are made again."""
 
 
 def prepare_blocks(objective: SelfDistillation, config: RunConfig) -> None:

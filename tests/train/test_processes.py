@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
 import pickle
 import signal
@@ -29,6 +30,7 @@ from dinov2.train.saving import CheckpointSaver
 from dinov2.train.sharding import gathered
 from dinov2.train.trainer import Trainer, micro_batch_seed
 from tests.train.lives import ends, start
+from tests.train.test_synchronisation import Reads
 
 WORLD_SIZE = 2
 STEPS = 5
@@ -167,10 +169,10 @@ def train_beside_one_process(rank: int, store: str, config: PretrainConfig) -> N
     for sharding in ("replicate", "full"):
         accumulated = configured(config, accumulation=2, sharding=sharding)
         check_communication(Trainer(accumulated, processes), accumulated)
+    check_agreement(processes)  # as in a run, others follow: an exchange in flight must not outlive the interpreter
     torch.set_default_dtype(torch.float32)
     check_low_precision(config, processes)
     check_overflow_of_one(config, processes)
-    check_agreement(processes)
     dist.destroy_process_group()
 
 
@@ -256,7 +258,7 @@ def check_overflow_of_one(config: PretrainConfig, processes: Processes) -> None:
 
 
 def check_communication(trainer: Trainer, config: PretrainConfig) -> None:
-    """Gradients are exchanged in the last micro-batch alone."""
+    """Gradients are exchanged in the last micro-batch alone, and nobody asks the device for a value."""
     started, exchanges = [], []  # micro-batches begun, and how many had at each exchange
 
     def averages(state, bucket):
@@ -277,10 +279,13 @@ def check_communication(trainer: Trainer, config: PretrainConfig) -> None:
     if trainer._replicas is not None:
         trainer._replicas.register_comm_hook(None, averages)
     setattr(dist, name, scatters)
-    trainer.step(0, micro_batches(config, trainer.processes.rank))
+    of_one_step = list(itertools.islice(micro_batches(config, trainer.processes.rank), 2))
+    with Reads() as reads:
+        trainer.step(0, iter(of_one_step))
     setattr(dist, name, reduce_scatter)
     assert exchanges
     assert set(exchanges) == {2}
+    reads.check()
 
 
 def check_agreement(processes: Processes) -> None:

@@ -70,6 +70,15 @@ class TarShards:
         """The file of image ``index`` as it was stored; errors as for ``shards[index]``."""
         return self._content(range(len(self))[index])[0]
 
+    def names(self) -> list[str]:
+        """``SHARD/KEY`` of every image, or ``SHARD/OFFSET`` where an index has no keys; reads the indices again."""
+        storage = Storage(self.root)
+        return [
+            f"{shard}/{name}"
+            for shard, path in storage.indices().items()
+            for name in _read_names(storage.filesystem, path)
+        ]
+
     def _content(self, index: int) -> tuple[bytes, str]:
         """The bytes of an image and a name for it."""
         shard = int(np.searchsorted(self._ends, index, side="right"))
@@ -104,6 +113,15 @@ def _some(names: set[str], suffix: str) -> str:
     """The first few names."""
     listed = ", ".join(name + suffix for name in sorted(names)[:3])
     return listed if len(names) <= 3 else f"{listed}, ..."
+
+
+def _read_names(filesystem: Any, path: str) -> list[Any]:
+    parquet = require("pyarrow.parquet", extra="data", purpose="TarShards")
+    with filesystem.open(path, "rb") as file:
+        table = parquet.ParquetFile(file)
+        column = "key" if "key" in table.schema_arrow.names else "offset"
+        names: list[Any] = table.read([column])[column].to_pylist()
+    return names
 
 
 def _read_index(filesystem: Any, path: str) -> IndexArrays:

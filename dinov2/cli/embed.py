@@ -1,0 +1,97 @@
+"""``dinov2 embed``: features of all images of a folder or of shards."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from dinov2.cli.counting import counting_bar
+
+DESCRIPTION = """Write the class token of every image into OUTPUT/features.npy, float32, one row an image; the names of
+the rows' images into OUTPUT/images.csv; and images that cannot be read, with the reason, into OUTPUT/skipped.csv.
+
+Of each image the model sees the centre: its shorter side is resized to 8/7 of --size, then SIZE x SIZE pixels are cut
+from the middle and normalised."""
+
+EXAMPLES = """examples:
+  dinov2 embed runs/first/teacher photos features              the teacher of a run, a folder of images
+  dinov2 embed dinov2_vits14_pretrain.pth pool features        facebook's weights, tar shards with an index
+  dinov2 embed vits14 s3://bucket/pool features --size 518     larger images, from elsewhere
+  dinov2 embed runs/bands/teacher tiles features --mean 0.1 0.2 --std 0.05 0.07    a model of two channels
+
+Read it back with numpy.load("features/features.npy")."""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Embed, or explain how."""
+    options = parser().parse_args(arguments or ["--help"])
+    from dinov2.data import AugmentationConfig, DataConfig, image_names, open_dataset  # after the help: PyTorch
+    from dinov2.evaluate import embed
+    from dinov2.models import load_pretrained
+    from dinov2.train.precision import Arithmetic
+    from dinov2.train.processes import resolve_device
+
+    device = resolve_device(options.device)
+    model = load_pretrained(options.model).eval().to(device)
+    augmentation = AugmentationConfig(
+        global_size=options.size or model.config.img_size, mean=tuple(options.mean), std=tuple(options.std)
+    )
+    dataset = open_dataset(DataConfig(root=options.images, augmentation=augmentation))
+    console = Console()
+    with counting_bar("image", console) as bar, Arithmetic(options.precision, device).autocast():
+        task = bar.add_task("", total=len(dataset))
+        written = embed(
+            model,
+            dataset,
+            image_names(dataset),
+            options.output,
+            augmentation,
+            batch_size=options.batch_size,
+            num_workers=options.num_workers,
+            progress=lambda images: bar.update(task, completed=images),
+        )
+    console.print(
+        f"wrote {written.images:,} features of {written.width} numbers to {options.output}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    if written.skipped:
+        console.print(
+            f"{written.skipped:,} images cannot be read: {options.output / 'skipped.csv'}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def parser() -> argparse.ArgumentParser:
+    """What may follow ``dinov2 embed``."""
+    result = argparse.ArgumentParser(
+        "dinov2 embed",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument("model", metavar="MODEL", type=Path, help="weights of any kind that load_pretrained reads")
+    result.add_argument("images", metavar="IMAGES", help="folder of images, or folder or URL of tar shards")
+    result.add_argument("output", metavar="OUTPUT", type=Path, help="folder to write, new or empty")
+    result.add_argument("--size", type=int, help="side of what the model sees, in pixels (default: the model's own)")
+    for name, default in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
+        help_text = f"of each channel, as in training (default: {' '.join(map(str, default))})"
+        result.add_argument(f"--{name}", type=float, nargs="+", default=default, help=help_text)
+    result.add_argument("--batch-size", type=int, default=64, help="images of a forward pass (default: 64)")
+    result.add_argument(
+        "--num-workers", type=int, default=2, help="processes that read and decode; 0 is this one (default: 2)"
+    )
+    result.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    result.add_argument(
+        "--precision",
+        choices=["auto", "fp32", "bf16", "fp16"],
+        default="auto",
+        help="of the model (default: bf16 on a GPU, fp32 on the CPU)",
+    )
+    return result
