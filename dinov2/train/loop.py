@@ -30,7 +30,7 @@ from dinov2.train.trainer import Probe, Trainer
 def pretrain(
     config: RunConfig, resume: bool = False, *, dataset: ImageDataset | None = None, probe: Probe | None = None
 ) -> Path:
-    """Pretrain as ``config`` says and return the run directory, with the finished teacher in ``teacher/``.
+    """Carry out the run that ``config`` describes, and return its directory, with the finished model in it.
 
     Args:
         config: the run; see :mod:`dinov2.recipes` for complete ones.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov2.train.config import RunConfig
+from dinov2.train.config_file import read_config
 
 MAY_CHANGE = frozenset(
     {
@@ -55,7 +56,8 @@ def check_run_directory(config: RunConfig, *, resume: bool) -> None:
     if occupied:
         if not config_file.is_file():
             raise ValueError(f"cannot resume in {directory}: it holds files, but no config.json of a run")
-        refuse_changes(json.loads(config_file.read_text()), config_as_json(config), directory)
+        # Read as a configuration, so that a field which is newer than the run has its default there.
+        refuse_changes(config_as_json(read_config(directory)), config_as_json(config), directory)
 
 
 def write_config(config: RunConfig) -> None:

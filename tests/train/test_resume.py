@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import pickle
 import signal
@@ -153,3 +154,16 @@ def test_a_damaged_checkpoint_is_named(config: PretrainConfig, uninterrupted: Pa
     (last(uninterrupted) / "__0_0.distcp").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"checkpoint .*step_00000008 cannot be read"):
         pretrain(dataclasses.replace(config, output=uninterrupted), resume=True)
+
+
+def test_a_field_newer_than_the_run_has_its_default_there(config: PretrainConfig, uninterrupted: Path) -> None:
+    file = uninterrupted / "config.json"
+    values = json.loads(file.read_text())
+    del values["keep_every"], values["data"]["masks"]["same_total"]
+    file.write_text(json.dumps(values))
+    same = dataclasses.replace(config, output=uninterrupted)
+    pretrain(same, resume=True)
+    file.write_text(json.dumps(values))
+    masks = dataclasses.replace(config.data.masks, same_total=True)
+    with pytest.raises(ValueError, match=r"data\.masks\.same_total: was false, now true"):
+        pretrain(dataclasses.replace(same, data=dataclasses.replace(same.data, masks=masks)), resume=True)
