@@ -26,8 +26,8 @@ def adaptation(run: Path, image_size: int, steps: int = STEPS) -> PretrainConfig
     - ``vit.img_size`` and ``data.augmentation.global_size``: ``image_size``;
     - ``data.augmentation.local_size``: grows by the same factor, to whole patches. This is not published. It keeps what
       was learned with: local crops show things at the scale of the global ones;
-    - ``optim.base_lr``: a tenth. This is not published either. The run has ended at a rate near zero, and its full rate
-      would undo part of what it learned in the last, slow steps;
+    - ``optim.base_lr``: a tenth. This is not published either. The run has ended at a rate near zero; its full rate
+      would first undo part of what the last, slow steps learned, and 10,000 steps are few to learn it again;
     - ``output``: a new folder beside the run.
 
     Args:

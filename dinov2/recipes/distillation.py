@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import sqrt
 from pathlib import Path
 
@@ -27,7 +28,8 @@ def distillation(teacher: Path, students: Sequence[str], data: DataConfig | None
     gives learning rates as they are used: of the models trained from scratch it says 3.5e-4, which is ``base_lr`` 2e-4
     times sqrt(3072 / 1024). So ``base_lr`` here is 1e-3 / sqrt(2).
 
-    Students have the teacher's patch size, channels and registers, and heads of the same sizes as the teacher's.
+    Students have the teacher's patch size, channels and registers, and heads of the same sizes as the teacher's. Where
+    the teacher is a run, they take from it what its heads were trained with: images and views, centring, temperature.
 
     Args:
         teacher: a run, its checkpoint, an export with heads, or facebook's ``teacher_checkpoint.pth``.
@@ -42,8 +44,9 @@ def distillation(teacher: Path, students: Sequence[str], data: DataConfig | None
     weights = read_teacher(teacher)
     patch = weights.vit.patch_size
     run = run_of(teacher)
-    if data is None and run is not None:
-        data = read_config(run).data
+    before = None if run is None else read_config(run)
+    if data is None and before is not None:
+        data = before.data
     elif data is None:
         augmentation = AugmentationConfig(global_size=round(224 / patch) * patch, local_size=round(96 / patch) * patch)
         data = DataConfig(root=IMAGES, augmentation=augmentation)
@@ -64,7 +67,7 @@ def distillation(teacher: Path, students: Sequence[str], data: DataConfig | None
         frozen_teacher_sha256=digest(weights),
         dino_head=weights.head_config("dino_head"),
         ibot_head=weights.head_config("ibot_head") if "ibot_head" in weights.heads else None,
-        objective=ObjectiveConfig(centering="sinkhorn_knopp"),
+        objective=ObjectiveConfig(centering="sinkhorn_knopp") if before is None else before.objective,
         data=data,
         optim=OptimConfig(
             base_lr=PEAK_LR / sqrt(BATCH_SIZE / 1024),
@@ -73,7 +76,9 @@ def distillation(teacher: Path, students: Sequence[str], data: DataConfig | None
             layer_decay=1.0,
             freeze_last_layer_fraction=0.002,
         ),
-        teacher=TeacherConfig(momentum=0.994, temperature_warmup_fraction=0.06),
+        teacher=replace(
+            TeacherConfig(temperature_warmup_fraction=0.06) if before is None else before.teacher, momentum=0.994
+        ),
         log_every=50,
         probe_every=12_500,
         checkpoint_every=1250,

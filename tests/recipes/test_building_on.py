@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dinov2.data import AugmentationConfig
-from dinov2.models import DINOHead, VisionTransformer, ViTConfig
+from dinov2.models import DINOHead, VisionTransformer, ViTConfig, Weights
 from dinov2.recipes import adaptation, distillation, recipe
 from dinov2.train import DistillConfig, PretrainConfig
 from dinov2.train.checkpoint import CheckpointDirectory
@@ -80,6 +81,28 @@ def test_distillation_by_the_published_table(tmp_path: Path) -> None:
     shared = recipe("vitg14")
     assert (config.objective, config.teacher) == (shared.objective, shared.teacher)
     assert replace(config.optim, base_lr=0) == replace(shared.optim, base_lr=0)
+
+
+def test_a_run_teaches_as_it_was_trained(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Views, centring and temperature are those of its heads."""
+    before = recipe("vitl16_short")
+    views = replace(before.data.augmentation, global_size=112, blur="paper")
+    before = replace(
+        before,
+        output=run,
+        data=replace(before.data, augmentation=views),
+        teacher=replace(before.teacher, temperature=0.05),
+    )
+    write_config(before)
+    weights = Weights(
+        "a test", before.vit, {"cls_token": torch.zeros(1)}, {"dino_head": DINOHead(4, 9, 8, 7).state_dict()}
+    )
+    monkeypatch.setattr(importlib.import_module("dinov2.recipes.distillation"), "read_teacher", lambda path: weights)
+    config = distillation(run, ["vit_small"])
+    assert config.data == replace(before.data, root=str(before.data.root))
+    assert config.objective == before.objective
+    assert config.teacher == replace(before.teacher, momentum=0.994)
+    assert (config.students["vit_small"].img_size, config.students["vit_small"].patch_size) == (112, 16)
 
 
 def test_the_digest_is_of_every_weight(tmp_path: Path) -> None:
