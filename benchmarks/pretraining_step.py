@@ -47,12 +47,13 @@ B, LOCAL_CROPS, DROP_PATH = 16, 8, 0.3
 VIT = ViTConfig.of("vit_small", patch_size=16, drop_path_rate=DROP_PATH)
 
 
-def batch() -> dict[str, Tensor]:
+def batch(images: int = B, patch_size: int = 16) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
+    local_size = patch_size * round(96 / patch_size)
     return {
-        "global_crops": torch.randn(2 * B, 3, 224, 224, generator=generator),
-        "local_crops": torch.randn(LOCAL_CROPS * B, 3, 96, 96, generator=generator),
-        "masks": torch.rand(2 * B, 196, generator=generator) < 0.15,
+        "global_crops": torch.randn(2 * images, 3, 224, 224, generator=generator),
+        "local_crops": torch.randn(LOCAL_CROPS * images, 3, local_size, local_size, generator=generator),
+        "masks": torch.rand(2 * images, (224 // patch_size) ** 2, generator=generator) < 0.15,
     }
 
 
@@ -62,6 +63,16 @@ def drop_path(residual: Tensor, rate: float) -> Tensor:
         return residual
     kept = (torch.rand(len(residual), 1, 1, device=residual.device) >= rate).to(residual.dtype)
     return residual * kept / (1 - rate)
+
+
+Features = Callable[[VisionTransformer, list[Tensor], list["Tensor | None"], float], list[Tensor]]
+"""Normalised tokens [B, N, D] of images of each size, with their masks, at a rate of stochastic depth."""
+
+
+def features_apart(
+    vit: VisionTransformer, images: list[Tensor], masks: list[Tensor | None], rate: float
+) -> list[Tensor]:
+    return [eager_features(vit, x, mask, rate) for x, mask in zip(images, masks, strict=True)]
 
 
 def eager_features(vit: VisionTransformer, images: Tensor, masks: Tensor | None, rate: float) -> Tensor:
@@ -81,14 +92,20 @@ def eager_logits(head: DINOHead, tokens: Tensor) -> Tensor:
     return F.linear(head.features(tokens), weight)
 
 
-def eager_loss(student: nn.ModuleDict, teacher: nn.ModuleDict, given: dict[str, Tensor], rate: float) -> Tensor:
+def eager_loss(
+    student: nn.ModuleDict,
+    teacher: nn.ModuleDict,
+    given: dict[str, Tensor],
+    rate: float,
+    features: Features = features_apart,
+) -> Tensor:
     masks = given["masks"]
     with torch.no_grad():
-        tokens = eager_features(teacher["backbone"], given["global_crops"], None, 0.0)
+        (tokens,) = features(teacher["backbone"], [given["global_crops"]], [None], 0.0)
         class_targets = sinkhorn_recipe(eager_logits(teacher["dino_head"], tokens[:, 0]))
         patch_targets = sinkhorn_recipe(eager_logits(teacher["ibot_head"], tokens[:, 1:][masks]))
-    tokens = eager_features(student["backbone"], given["global_crops"], masks, rate)
-    local_tokens = eager_features(student["backbone"], given["local_crops"], None, rate)
+    crops = [given["global_crops"], given["local_crops"]]
+    tokens, local_tokens = features(student["backbone"], crops, [masks, None], rate)
     global_logits, local_logits = (
         eager_logits(student["dino_head"], tokens[:, 0]),
         eager_logits(student["dino_head"], local_tokens[:, 0]),
