@@ -3,6 +3,8 @@
 lightly 1.6: timm's ViT in its masked wrapper, global and local crops apart; its projection heads and its losses, with
 softmax centring and targets as matrices. Not compared are its data loading and its Lightning loop. It is no dependency:
 ``pip install lightly`` (into an environment of its own) makes the peer appear.
+
+Measured (results/2026-11-25, lightly 1.6.0): ours is 1.4 times as fast in float32 and 1.8 times in bfloat16.
 """
 
 from __future__ import annotations

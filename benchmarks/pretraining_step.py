@@ -16,9 +16,10 @@ Peak memory, by what :mod:`dinov2.train.planning` counts: 4.0 GB with logits sto
 keeps 18 times a token's width for all tokens of a block, and several matrices of the logits' size: ours keeps 14 times
 the width for 70 % of them. So 0.55 to 0.6 in all.
 
-Measured: peak memory 4.2 GB stored and 3.8 GB recomputed in float32, 0.60 and 0.55 of the eager step's; 3.0 GB either
-way in bfloat16, 0.57 and 0.56. In processor time of one thread, which a busy machine disturbs little, ours is 1.5 times
-as fast in float32 either way, 2.0 times stored and 1.9 times recomputed in bfloat16.
+Measured (results/2026-11-25): 9.6 s stored and 10.2 s recomputed in float32, 1.5 and 1.4 times as fast as the eager
+step; 4.9 and 5.3 s in bfloat16, 1.8 times. Peak memory 4.2 GB and 3.8 GB, 0.59 and 0.54 of the eager step's, and 3.0 GB
+either way in bfloat16, 0.57. What the prediction missed: ours runs at 92 GFLOP/s in float32, half the rate of large
+products.
 """
 
 from __future__ import annotations
