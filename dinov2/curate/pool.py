@@ -1,0 +1,114 @@
+"""Images in shards, and the columns that stages have put beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dinov2.curate.steps import digest
+from dinov2.data.shards.storage import RangeReader, Storage
+from dinov2_kernels._extras import require
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Images that a stage takes or gives: shards that never change, and which of their rows are still in.
+
+    Row i of a shard is row i of its index and of every column. Columns lie in the folder of the step that made them, in
+    files of the shard's name: tables ``SHARD.parquet``, arrays ``SHARD.npy``.
+
+    Attributes:
+        images: folder or URL of the tars (``images/*.tar`` or ``*.tar``) and of their ``index/*.parquet``.
+        decisions: folders of tables with a column ``keep`` (bool) and a column ``reason`` (text, null where kept).
+        features: folder of arrays [n, D], float16 of unit length; rows that were out when they were made, or could not
+            be embedded, are NaN. None before there are any.
+    """
+
+    images: str
+    decisions: tuple[str, ...] = ()
+    features: str | None = None
+
+    def after(self, decisions: str) -> Pool:
+        """This pool without the rows that a step decided to drop."""
+        return dataclasses.replace(self, decisions=(*self.decisions, decisions))
+
+    def shards(self) -> list[str]:
+        """Names of the shards, sorted."""
+        return list(Storage(self.images).indices())
+
+    def fingerprint(self) -> str:
+        """Stands for which shards there are and how large their indices are: for steps that depend on all of them."""
+        storage = Storage(self.images)
+        sizes = {name: storage.filesystem.size(path) for name, path in storage.indices().items()}
+        return digest([sizes, [os.path.basename(folder) for folder in self.decisions]])
+
+    def index(self, shard: str, columns: Sequence[str] | None = None) -> Any:
+        """The index of a shard, a table of pyarrow: key, offset, size, width, height, url, sha256 and what else."""
+        return read_table(f"{self.images}/index", shard, columns)
+
+    def kept(self, shard: str) -> npt.NDArray[np.bool_]:
+        """Which rows [n] are still in."""
+        if not self.decisions:
+            return np.ones(len(self.index(shard, ["size"])), dtype=bool)
+        keeps = [read_table(folder, shard, ["keep"])["keep"].to_numpy() for folder in self.decisions]
+        alive: npt.NDArray[np.bool_] = np.logical_and.reduce(keeps)
+        return alive
+
+    def read_features(self, shard: str) -> npt.NDArray[np.float16]:
+        """Features [n, D] of a shard; on a local disk a memory map.
+
+        Raises:
+            ValueError: there are none yet.
+        """
+        if self.features is None:
+            raise ValueError("pool must have features, but none have been made: embed it first")
+        return read_array(self.features, shard)
+
+    def open_images(self, shard: str) -> ShardBytes:
+        """The files of a shard's images by their row."""
+        return ShardBytes(self.images, shard)
+
+
+class ShardBytes:
+    """The bytes of each image of a shard as they were stored: ``files[row]``."""
+
+    def __init__(self, images: str, shard: str) -> None:
+        storage = Storage(images)
+        self._path = storage.shards()[shard]
+        index = read_table(f"{images}/index", shard, ["offset", "size"])
+        self._offsets = index["offset"].to_numpy()
+        self._sizes = index["size"].to_numpy()
+        self._read = RangeReader(storage.filesystem)
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def __getitem__(self, row: int) -> bytes:
+        """The file of a row, shorter where the tar is cut off."""
+        return self._read(self._path, int(self._offsets[row]), int(self._sizes[row]))
+
+
+def read_table(folder: str, shard: str, columns: Sequence[str] | None = None) -> Any:
+    """``FOLDER/SHARD.parquet`` as a table of pyarrow, of some columns or all."""
+    parquet = require("pyarrow.parquet", extra="curate", purpose="curation")
+    storage = Storage(folder)
+    with storage.filesystem.open(f"{storage.root}/{shard}.parquet", "rb") as file:
+        return parquet.read_table(file, columns=None if columns is None else list(columns), use_threads=False)
+
+
+def read_array(folder: str, shard: str) -> npt.NDArray[Any]:
+    """``FOLDER/SHARD.npy``; on a local disk a memory map."""
+    storage = Storage(folder)
+    path = f"{storage.root}/{shard}.npy"
+    if RangeReader(storage.filesystem).is_local:
+        mapped: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        return mapped
+    loaded: npt.NDArray[Any] = np.load(io.BytesIO(storage.filesystem.cat_file(path)), allow_pickle=False)
+    return loaded

@@ -1,0 +1,148 @@
+"""Runs the steps of stages in order, each until all its shards are there."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+
+from dinov2.curate.engines import Call, Engine
+from dinov2.curate.steps import Counts, Result, Step, Steps, plain
+from dinov2.data.shards.storage import Storage
+
+ABOUT = "about/step.json"
+POLL_SECONDS = 1.0
+
+
+class FailedShardsError(RuntimeError):
+    """Some shards of a step cannot be made; those that can are there, and running again tries only the others."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which tasks of every step are this process's: number ``number`` of ``count`` that share the work."""
+
+    number: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.number < self.count:
+            raise ValueError(f"shard must be i/n with 0 <= i < n, but is {self.number}/{self.count}")
+
+
+class Watcher:
+    """Is told how a curation goes on; this one keeps it to itself."""
+
+    def started(self, step: Step, done: int) -> None:
+        """Shards that were there already; ``len(step.tasks)`` is how many there will be."""
+
+    def advanced(self, step: Step) -> None:
+        """One more shard is there."""
+
+    def retrying(self, step: Step, shard: str, error: Exception) -> None:
+        """A shard could not be made and will be tried again."""
+
+    def waiting(self, step: Step, missing: int) -> None:
+        """Shards that other processes have yet to make."""
+
+    def ended(self, step: Step, counts: Counts, made: int, seconds: float) -> None:
+        """All shards are there, ``made`` of them by this process within ``seconds``."""
+
+
+ALL = Part()
+SILENT = Watcher()
+
+
+def run_steps(
+    steps: Steps[Result],
+    engine: Engine,
+    *,
+    tries: int = 3,
+    part: Part = ALL,
+    patience: float = 3600,
+    watcher: Watcher = SILENT,
+) -> Result:
+    """Run all steps of a generator.
+
+    Args:
+        steps: of one stage or of a whole curation.
+        engine: where tasks run.
+        tries: how often a shard is tried before it counts as failed; the last time with nothing beside it.
+        part: this process's share, where several run the same curation on the same storage.
+        patience: seconds to wait for shards of other processes while none appears.
+        watcher: told what happens.
+
+    Returns:
+        The generator's value.
+
+    Raises:
+        FailedShardsError: some shards of a step cannot be made; no later step has begun.
+        TimeoutError: shards of other processes did not appear.
+    """
+    while True:
+        try:
+            step = next(steps)
+        except StopIteration as end:
+            result: Result = end.value
+            return result
+        _run_step(step, engine, tries, part, patience, watcher)
+
+
+def _run_step(step: Step, engine: Engine, tries: int, part: Part, patience: float, watcher: Watcher) -> None:
+    done = step.finished()
+    watcher.started(step, len(done))
+    if not done:
+        _describe(step)
+    begun = time.monotonic()
+    own = [task for task in step.tasks[part.number :: part.count] if task.shard not in done]
+    calls = [Call(step.folder, task, step.gpu) for task in own]
+    failures: dict[str, Exception] = {}
+    for attempt in range(tries):
+        failures = {}
+        for call, error in engine.run(calls, at_once=1 if attempt == tries - 1 > 0 else None):
+            if error is None:
+                watcher.advanced(step)
+                continue
+            failures[call.task.shard] = error
+            if attempt < tries - 1:
+                watcher.retrying(step, call.task.shard, error)
+        calls = [call for call in calls if call.task.shard in failures]
+        if not calls:
+            break
+    if failures:
+        raise FailedShardsError(_message(step, failures, tries))
+    seconds = time.monotonic() - begun
+    _wait_for_others(step, patience, watcher)
+    watcher.ended(step, step.counts(), len(own), seconds)
+
+
+def _message(step: Step, failures: dict[str, Exception], tries: int) -> str:
+    lines = [f"\n  {shard}: {type(error).__name__}: {error}" for shard, error in sorted(failures.items())[:10]]
+    more = f"\n  and {len(failures) - 10} more" if len(failures) > 10 else ""
+    return (
+        f"{len(failures)} of {len(step.tasks)} shards of {step.name} failed {tries} times; the others are done, and"
+        f" running again tries these only:{''.join(lines)}{more}"
+    )
+
+
+def _wait_for_others(step: Step, patience: float, watcher: Watcher) -> None:
+    names = {task.shard for task in step.tasks}
+    missing, since = names - step.finished(), time.monotonic()
+    while missing:
+        if time.monotonic() - since > patience:
+            raise TimeoutError(
+                f"waited {patience:.0f} seconds for {len(missing)} shards of {step.name} that other processes have to"
+                f" make, {', '.join(sorted(missing)[:3])} among them: run these again, then this"
+            )
+        watcher.waiting(step, len(missing))
+        time.sleep(POLL_SECONDS)
+        now = names - step.finished()
+        missing, since = now, time.monotonic() if len(now) < len(missing) else since
+
+
+def _describe(step: Step) -> None:
+    """Leave a note in the step's folder of what its name stands for."""
+    storage = Storage(step.folder)
+    note = {"name": step.name, "settings": plain(step.settings), "inputs": list(step.inputs), "unit": step.unit}
+    with storage.replace(f"{storage.root}/{ABOUT}") as file:
+        file.write(json.dumps(note, indent=1, sort_keys=True).encode())
