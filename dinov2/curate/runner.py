@@ -7,10 +7,9 @@ import time
 from dataclasses import dataclass
 
 from dinov2.curate.engines import Call, Engine
-from dinov2.curate.steps import Counts, Result, Step, Steps, plain
+from dinov2.curate.steps import ABOUT, Result, Step, Steps, plain
 from dinov2.data.shards.storage import Storage
 
-ABOUT = "about/step.json"
 POLL_SECONDS = 1.0
 
 
@@ -45,8 +44,8 @@ class Watcher:
     def waiting(self, step: Step, missing: int) -> None:
         """Shards that other processes have yet to make."""
 
-    def ended(self, step: Step, counts: Counts, made: int, seconds: float) -> None:
-        """All shards are there, ``made`` of them by this process within ``seconds``."""
+    def ended(self, step: Step) -> None:
+        """All shards are there."""
 
 
 ALL = Part()
@@ -111,9 +110,10 @@ def _run_step(step: Step, engine: Engine, tries: int, part: Part, patience: floa
             break
     if failures:
         raise FailedShardsError(_message(step, failures, tries))
-    seconds = time.monotonic() - begun
+    if own:
+        _note_time(step, part, len(own), time.monotonic() - begun)
     _wait_for_others(step, patience, watcher)
-    watcher.ended(step, step.counts(), len(own), seconds)
+    watcher.ended(step)
 
 
 def _message(step: Step, failures: dict[str, Exception], tries: int) -> str:
@@ -144,5 +144,16 @@ def _describe(step: Step) -> None:
     """Leave a note in the step's folder of what its name stands for."""
     storage = Storage(step.folder)
     note = {"name": step.name, "settings": plain(step.settings), "inputs": list(step.inputs), "unit": step.unit}
-    with storage.replace(f"{storage.root}/{ABOUT}") as file:
+    with storage.replace(f"{storage.root}/{ABOUT}/step.json") as file:
         file.write(json.dumps(note, indent=1, sort_keys=True).encode())
+
+
+def _note_time(step: Step, part: Part, made: int, seconds: float) -> None:
+    """Add to what :meth:`Step.timing` reads."""
+    storage = Storage(step.folder)
+    path = f"{storage.root}/{ABOUT}/part-{part.number}-of-{part.count}.json"
+    if storage.filesystem.exists(path):
+        before = json.loads(storage.filesystem.cat_file(path))
+        made, seconds = made + before["shards"], seconds + before["seconds"]
+    with storage.replace(path) as file:
+        file.write(json.dumps({"shards": made, "seconds": seconds}).encode())

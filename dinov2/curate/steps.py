@@ -22,7 +22,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,9 @@ COUNTS = ".json"
 """Suffix of the file that a task writes last."""
 
 PARTIAL = ".partial"
+
+ABOUT = "about"
+"""Folder within a step's, for people and reports: what its name stands for, and how long it took; no result."""
 
 Result = TypeVar("Result")
 Steps = Generator["Step", None, Result]
@@ -108,6 +111,11 @@ class Step:
         inputs = [folder.removeprefix(f"{self.output}/") for folder in self.inputs]
         return f"{self.output}/{self.name}-{digest([plain(self.settings), inputs])}"
 
+    @property
+    def stage(self) -> str:
+        """Name of the stage."""
+        return self.name.partition("-")[0]
+
     def finished(self) -> set[str]:
         """Names of the shards that are done."""
         return set(Storage(self.folder).files("", COUNTS))
@@ -118,6 +126,22 @@ class Step:
         for path in storage.files("", COUNTS).values():
             total += Counts(**json.loads(storage.filesystem.cat_file(path)))
         return total
+
+    def timing(self) -> Timing:
+        """How long it took, over all runs that came to their end."""
+        storage, total = Storage(self.folder), Timing(0, 0.0)
+        for name, path in storage.files(ABOUT, COUNTS).items():
+            if name.startswith("part-"):
+                part = json.loads(storage.filesystem.cat_file(path))
+                total = Timing(total.shards + part["shards"], total.seconds + part["seconds"])
+        return total
+
+
+class Timing(NamedTuple):
+    """Shards that were made, and the seconds that it took, added up over processes that shared the work."""
+
+    shards: int
+    seconds: float
 
 
 class Output:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from dinov2.curate.engines import Engine, Inline, ProcessPool
-from dinov2.curate.pool import read_table
-from dinov2.curate.runner import FailedShardsError, run_steps
-from dinov2.curate.steps import Counts, Step, Steps, Task
+from dinov2.curate.engines import Engine, Inline, LostTaskError, ProcessPool, RayCluster
+from dinov2.curate.runner import FailedShardsError, Part, Watcher, run_steps
+from dinov2.curate.steps import ABOUT, Counts, Step, Steps, Task
 from tests.curate import jobs
 
 
@@ -19,22 +20,120 @@ def stage(tmp_path: Path, *tasks: Task) -> Steps[Counts]:
     return step.counts()
 
 
-@pytest.mark.parametrize("engine", [Inline(), ProcessPool(2)], ids=["inline", "processes"])
-def test_all_shards_are_made(tmp_path: Path, engine: Engine) -> None:
-    tasks = [Task(f"{number:05d}", jobs.square, (number,)) for number in range(5)]
-    assert run_steps(stage(tmp_path, *tasks), engine) == Counts(5, 5)
-    (folder,) = tmp_path.iterdir()
-    assert [read_table(str(folder), task.shard)["square"].to_pylist() for task in tasks] == [[0], [1], [4], [9], [16]]
+@pytest.fixture(scope="module")
+def ray() -> Iterator[RayCluster]:
+    """A real cluster of this machine's."""
+    engine = RayCluster(workers=2)
+    yield engine
+    pytest.importorskip("ray").shutdown()
 
 
-def test_a_killed_process_costs_nothing_but_time(tmp_path: Path) -> None:
-    tasks = [Task(f"{number:05d}", jobs.square, (number,)) for number in range(4)]
+@pytest.fixture(params=["inline", "processes", "ray"])
+def engine(request: pytest.FixtureRequest) -> Engine:
+    """Every engine there is."""
+    if request.param == "ray":
+        cluster: RayCluster = request.getfixturevalue("ray")
+        return cluster
+    return {"inline": Inline(), "processes": ProcessPool(2)}[request.param]
+
+
+@pytest.fixture(params=["processes", "ray"])
+def distributed(request: pytest.FixtureRequest) -> Engine:
+    """Engines whose tasks are in processes of their own."""
+    cluster: RayCluster = request.getfixturevalue("ray") if request.param == "ray" else None
+    return cluster or ProcessPool(2)
+
+
+def squares(count: int) -> list[Task]:
+    return [Task(f"{number:05d}", jobs.square, (number,)) for number in range(count)]
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """Every result under a root."""
+    files = [path for path in root.rglob("*") if path.is_file() and path.parent.name != ABOUT]
+    return {str(path.relative_to(root)): path.read_bytes() for path in files}
+
+
+def test_all_engines_write_the_same_bytes(tmp_path: Path, engine: Engine) -> None:
+    assert run_steps(stage(tmp_path / "this", *squares(5)), engine) == Counts(5, 5)
+    run_steps(stage(tmp_path / "inline", *squares(5)), Inline())
+    assert contents(tmp_path / "this") == contents(tmp_path / "inline")
+    assert len(contents(tmp_path / "this")) == 10
+
+
+def test_a_killed_process_costs_nothing_but_time(tmp_path: Path, distributed: Engine) -> None:
+    tasks = squares(4)
     tasks[1] = Task("00001", jobs.killed_once, (1, str(tmp_path / "marker")))
-    assert run_steps(stage(tmp_path / "out", *tasks), ProcessPool(2)) == Counts(4, 4)
+    watcher = Recorder()
+    assert run_steps(stage(tmp_path / "out", *tasks), distributed, watcher=watcher) == Counts(4, 4)
+    assert ("00001", LostTaskError) in watcher.retried
 
 
-def test_what_fails_is_tried_again_and_named(tmp_path: Path) -> None:
+def test_what_fails_is_tried_again_and_named(tmp_path: Path, distributed: Engine) -> None:
     tasks = [Task("00000", jobs.square, (0,)), Task("00001", jobs.failing), Task("00002", jobs.always_killed)]
-    with pytest.raises(FailedShardsError, match=r"2 of 3 shards of test-squares failed 3 times.*\n.*00001.*no luck"):
-        run_steps(stage(tmp_path, *tasks), ProcessPool(2))
+    with pytest.raises(FailedShardsError, match=r"2 of 3 shards of test-squares failed 2 times.*\n.*00001.*no luck"):
+        run_steps(stage(tmp_path, *tasks), distributed, tries=2)
     assert {path.stem for path in tmp_path.glob("test-squares-*/*.json")} == {"00000"}
+
+
+def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
+    run_steps(stage(tmp_path, *squares(3)), Inline())
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.parquet")}
+    watcher = Recorder()
+    assert run_steps(stage(tmp_path, *squares(5)), Inline(), watcher=watcher) == Counts(5, 5)
+    assert watcher.made == 2
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_what_a_killed_task_left_goes(tmp_path: Path) -> None:
+    steps = stage(tmp_path, *squares(2))
+    folder = Path(next(steps).folder)
+    folder.mkdir()
+    (folder / "00001.parquet.ab.partial").write_bytes(b"half")
+    (folder / "000010.parquet.ab.partial").write_bytes(b"of another task")
+    run_steps(stage(tmp_path, *squares(2)), Inline())
+    assert [path.name for path in folder.glob("*.partial")] == ["000010.parquet.ab.partial"]
+
+
+def test_processes_share_the_work(tmp_path: Path) -> None:
+    run_steps(stage(tmp_path / "one", *squares(5)), Inline())
+    with ThreadPoolExecutor(2) as threads:
+        parts = [
+            threads.submit(run_steps, stage(tmp_path / "two", *squares(5)), Inline(), part=Part(number, 2))
+            for number in range(2)
+        ]
+    assert [part.result() for part in parts] == [Counts(5, 5)] * 2
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_a_share_that_does_not_come_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TimeoutError, match=r"2 shards of test-squares .* 00001, 00003 among them"):
+        run_steps(stage(tmp_path, *squares(4)), Inline(), part=Part(0, 2), patience=0)
+
+
+@pytest.mark.parametrize("part", [(2, 2), (-1, 2), (0, 0)])
+def test_shares_are_checked(part: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="shard must be i/n with 0 <= i < n"):
+        Part(*part)
+
+
+def test_the_name_of_a_folder_follows_what_results_depend_on() -> None:
+    def folder(output: str = "out", settings: object = 1, inputs: tuple[str, ...] = ("out/a",)) -> str:
+        return Step(output, "name", settings, inputs, ()).folder.rpartition("/")[2]
+
+    assert folder() == folder("elsewhere", inputs=("elsewhere/a",))  # an output may be moved
+    assert len({folder(), folder(settings=2), folder(inputs=("out/b",)), folder(inputs=("other/a",))}) == 4
+
+
+class Recorder(Watcher):
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        self.made = 0
+        self.retried: list[tuple[str, type[Exception]]] = []
+
+    def advanced(self, step: Step) -> None:
+        self.made += 1
+
+    def retrying(self, step: Step, shard: str, error: Exception) -> None:
+        self.retried.append((shard, type(error)))

@@ -23,8 +23,6 @@ class ProcessPool:
     """
 
     def __init__(self, workers: int = 0) -> None:
-        if workers < 0:
-            raise ValueError(f"workers must be 0 or more, but is {workers}")
         self.workers = workers or len(os.sched_getaffinity(0))
 
     def run(self, calls: Sequence[Call], at_once: int | None = None) -> Iterator[Outcome]:
