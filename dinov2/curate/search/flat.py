@@ -1,0 +1,109 @@
+"""Exact search: everything is compared with everything, roughly first and exactly where that may matter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dinov2.curate.search.best import Pairs, Running, best
+from dinov2.curate.search.layout import Positions
+from dinov2.curate.search.vectors import CHUNK, Vectors, exact_cosines
+
+TILE = 2048  # queries and rows compared at once: their products stay in the cache
+
+DENSE = 1 / 32  # share of a tile's pairs from which on it costs less to compare all of them exactly
+
+# How far a product may be off, for vectors of unit length: bfloat16 rounds both factors and the sum by 2^-9 of their
+# size each, and the absolute products of a pair of vectors add up to 1 at most (Cauchy and Schwarz). The bound of
+# float32 leaves room for the TF32 of GPUs.
+ERROR = {torch.bfloat16: 2.0**-7, torch.float32: 2.0**-9}
+
+
+def rough_type(device: torch.device) -> torch.dtype:
+    """bfloat16 where a processor's matrix units make it fast, else float32; results do not depend on it."""
+    has_matrix_units = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return torch.bfloat16 if device.type == "cpu" and has_matrix_units() else torch.float32
+
+
+def search_flat(
+    queries: Vectors,
+    own: Positions | None,
+    portions: Iterable[tuple[Vectors, Positions]],
+    k: int,
+    threshold: float,
+    rough: torch.dtype | None = None,
+) -> Pairs:
+    """The k nearest of each query with a cosine above the threshold.
+
+    Args:
+        queries: [Q, D].
+        own: positions [Q] of the queries where they are rows of what is searched; none is its own neighbour.
+        portions: vectors [N, D] and positions [N] of what is searched, positions ascending from portion to portion.
+        k: neighbours of a query, at most.
+        threshold: cosines are larger than this.
+        rough: type of the first comparison, by default what is fastest here.
+
+    Returns:
+        Pairs whose query is a number in [0, Q).
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rough = rough or rough_type(device)
+    tiles = {start: Running(min(TILE, len(queries) - start), k, threshold) for start in range(0, len(queries), TILE)}
+    coarse = torch.from_numpy(queries).to(device, rough)  # [Q, D]
+    for vectors, positions in portions:
+        others = torch.from_numpy(vectors).to(device, rough)  # [N, D]
+        for start, running in tiles.items():
+            tile = slice(start, start + TILE)
+            for column in range(0, len(vectors), TILE):
+                columns = slice(column, column + TILE)
+                scores = coarse[tile] @ others[columns].T
+                pairs = _compare(scores, running.floor, queries[tile], vectors[columns], k)
+                pairs = pairs._replace(neighbour=positions[columns][pairs.neighbour])
+                if own is not None:
+                    pairs = pairs.where(own[tile][pairs.query] != pairs.neighbour)
+                running.add(pairs)
+    return best([running.result().shifted(start) for start, running in tiles.items()], k)
+
+
+def _compare(scores: torch.Tensor, floor: npt.NDArray[np.float32], queries: Vectors, others: Vectors, k: int) -> Pairs:
+    """All pairs of a tile that are above the query's floor, or in a dense tile the k + 1 best of them at least."""
+    rows, columns = _candidates(scores, floor)
+    if len(rows) > DENSE * scores.numel():
+        return _compare_all(floor, queries, others, k)
+    cosines = np.empty(len(rows), np.float32)
+    for start in range(0, len(rows), CHUNK):
+        chunk = slice(start, start + CHUNK)
+        cosines[chunk] = exact_cosines(queries[rows[chunk]], others[columns[chunk]])
+    return Pairs(rows, columns, cosines).where(cosines > floor[rows])
+
+
+def _candidates(scores: torch.Tensor, floor: npt.NDArray[np.float32]) -> tuple[Positions, Positions]:
+    """Rows and columns of the products [Q, N] that may be above the floor [Q] of their row."""
+    least = floor - np.float32(ERROR[scores.dtype])
+    if scores.is_cuda:
+        found = (scores.float() > torch.from_numpy(least).to(scores.device)[:, None]).nonzero().cpu().numpy()
+        return found[:, 0], found[:, 1]
+    if scores.dtype == torch.float32:
+        flat = np.flatnonzero(scores.numpy() > least[:, None])
+    elif least.min() <= 0:
+        flat = np.flatnonzero(scores.float().numpy() > least[:, None])
+    else:  # positive numbers are in the order of their bits, for which there are vector instructions
+        bits = (least.view(np.int32) >> 16).astype(np.int16)  # rounded down
+        flat = np.flatnonzero(scores.view(torch.int16).numpy() >= bits[:, None])
+    rows, columns = np.divmod(flat, scores.shape[1])
+    return rows, columns
+
+
+def _compare_all(floor: npt.NDArray[np.float32], queries: Vectors, others: Vectors, k: int) -> Pairs:
+    """Exact products of all pairs: a sum in float64 has no error, see :func:`exact_cosines`."""
+    products = torch.from_numpy(queries).double() @ torch.from_numpy(others).double().T
+    cosines = products.float().numpy()  # [Q, N]
+    least = floor
+    if k + 1 < len(others):  # a query may be its own neighbour, which does not count
+        kth = np.partition(cosines, len(others) - k - 1, axis=1)[:, len(others) - k - 1]
+        least = np.maximum(floor, np.nextafter(kth, np.float32(-2)))
+    rows, columns = np.nonzero(cosines > least[:, None])
+    return Pairs(rows, columns, cosines[rows, columns])
