@@ -1,4 +1,4 @@
-// NumPy-facing host code: the sampler of block masks and a record of the build.
+// NumPy-facing host code: the sampler of block masks, connected components, and a record of the build.
 //
 // The sampler follows dinov2/data/masking_reference.py draw by draw: the same seed gives the same bits in both.
 // Compile with -ffp-contract=off where the target has fused multiply-add, so that the arithmetic is the same too.
@@ -8,8 +8,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <stdexcept>
 
 #include "common/cpu_target.h"
+#include "union_find/union_find.h"
 
 namespace py = pybind11;
 
@@ -106,6 +108,38 @@ py::array_t<bool> sample_block_masks(std::int64_t height, std::int64_t width,
   return masks;
 }
 
+using Edges = py::array_t<std::int64_t, py::array::c_style | py::array::forcecast>;
+
+template <typename Node>
+void join(py::array_t<Node, py::array::c_style>& parent, const Edges& first, const Edges& second) {
+  const std::int64_t num_nodes = parent.size(), num_edges = first.size();
+  if (second.size() != num_edges) throw std::invalid_argument("first and second must be of one length");
+  Node* parents = parent.mutable_data();
+  const std::int64_t *a = first.data(), *b = second.data();
+  const py::gil_scoped_release other_threads_may_run;
+  const auto outside = [num_nodes](std::int64_t node) { return node < 0 || node >= num_nodes; };
+  if (std::any_of(a, a + num_edges, outside) || std::any_of(b, b + num_edges, outside)) {
+    throw std::out_of_range("nodes of edges must lie in [0, number of nodes)");
+  }
+  join_components(parents, a, b, num_edges);
+}
+
+template <typename Node>
+void label(py::array_t<Node, py::array::c_style>& parent) {
+  const std::int64_t num_nodes = parent.size();
+  Node* parents = parent.mutable_data();
+  const py::gil_scoped_release other_threads_may_run;
+  label_components(parents, num_nodes);
+}
+
+template <typename Node>
+void define_components(py::module_& module) {
+  module.def("join_components", &join<Node>, py::arg("parent").noconvert(), py::arg("first"), py::arg("second"),
+             "Join nodes [E] with nodes [E], in place in parent [N]; see dinov2.curate.dedup.components.");
+  module.def("label_components", &label<Node>, py::arg("parent").noconvert(),
+             "Make parent [N], in place, the lowest node of each node's component.");
+}
+
 #if defined(__clang__)
 constexpr const char* kCompiler = "clang " __clang_version__;
 #elif defined(__GNUC__)
@@ -125,10 +159,12 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_host, module) {
-  module.doc() = "Host code over NumPy arrays: block masks and build information.";
+  module.doc() = "Host code over NumPy arrays: block masks, connected components and build information.";
   module.def("sample_block_masks", &sample_block_masks, py::arg("height"), py::arg("width"), py::arg("counts"),
              py::kw_only(), py::arg("seed"), py::arg("min_patches"), py::arg("max_patches"),
              py::arg("min_log_aspect"), py::arg("max_log_aspect"),
              "Block masks, bool [len(counts), height, width]; arguments are checked by dinov2.data.sample_block_masks.");
+  define_components<std::uint32_t>(module);
+  define_components<std::int64_t>(module);
   module.def("build_info", &build_info, "Compiler, C++ standard, and the variant of the CPU kernels that runs on this processor.");
 }
