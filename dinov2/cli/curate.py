@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
 from rich.console import Console
 
 from dinov2.cli.curation_progress import Progress, table
-from dinov2.curate import STAGES, CurateConfig, Part, curate, only, plain, run_steps, save_config, write_report
-from dinov2.recipes import CURATIONS, curation
-from dinov2.train.config_file import from_json
+from dinov2.curate import STAGES, CurateConfig, curate, only, run_steps, save_config, write_report
 
 EXAMPLES = """examples:
   dinov2 curate run laptop --images photos --output curated     a folder of your own images, every stage

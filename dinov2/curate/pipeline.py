@@ -15,7 +15,7 @@ from dinov2.curate.materialize import materialize
 from dinov2.curate.pool import Pool
 from dinov2.curate.retrieve import retrieve
 from dinov2.curate.screen import screen
-from dinov2.curate.steps import Step, Steps
+from dinov2.curate.steps import Steps
 
 STAGES = ("extract", "download", "collect", "screen", "embed", "dedup", "retrieve", "materialize")
 

@@ -27,16 +27,11 @@ class EmbedConfig:
     """Images of a forward pass."""
     device: str = "auto"
     """cpu, cuda, ...; auto is a GPU if there is one."""
-    sample: int = 2000
-    """Images of the pool that the built-in copies features are fitted to."""
-    seed: int = 0
-    """Of that sample."""
 
     def __post_init__(self) -> None:
         if self.size < 0:
             raise ValueError(f"embed.size must be 0 or more, but is {self.size}")
-        for name in ("batch_size", "sample"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"embed.{name} must be positive, but is {getattr(self, name)}")
+        if self.batch_size < 1:
+            raise ValueError(f"embed.batch_size must be positive, but is {self.batch_size}")
         if not len(self.mean) == len(self.std) == 3:
             raise ValueError(f"embed.mean and std must have 3 values each, but are {self.mean} and {self.std}")

@@ -9,9 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from dinov2.curate.decisions import write_decisions
-from dinov2.curate.embed import copies
 from dinov2.curate.embed.config import EmbedConfig
-from dinov2.curate.embed.models import COPIES, Features, Model, identity, open_model
+from dinov2.curate.embed.models import Features, Model, identity, open_model
 from dinov2.curate.pool import Pool
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task
 from dinov2.data.decoding import Pixels, UnreadableImageError, decode_image
@@ -19,15 +18,13 @@ from dinov2.data.decoding import Pixels, UnreadableImageError, decode_image
 UNREADABLE, FEATURELESS = "unreadable", "without features"
 
 
-def embed(pool: Pool, config: EmbedConfig, output: str, fitted_on: Pool | None = None) -> Steps[Pool]:
+def embed(pool: Pool, config: EmbedConfig, output: str) -> Steps[Pool]:
     """Write the features of a pool's images: float16 [n, D] a shard, of unit length, NaN in rows that have none.
 
     Args:
         pool: images.
         config: which features.
         output: folder or URL of the whole curation.
-        fitted_on: what features that are fitted to a pool are fitted to, so that those of several pools can be
-            compared; by default the pool itself.
 
     Returns:
         The pool with its features, and without images that have none.
@@ -35,41 +32,16 @@ def embed(pool: Pool, config: EmbedConfig, output: str, fitted_on: Pool | None =
     Raises:
         ValueError, FileNotFoundError: there is no such model.
     """
-    model = identity(config)
-    fit: str | None = None
-    if config.model == COPIES:
-        sampled = fitted_on or pool
-        step = Step(
-            output,
-            "embed-fit",
-            [config.sample, config.seed, sampled.fingerprint()],
-            (sampled.images, *sampled.decisions),
-            [Task("all", _fit, (sampled, config))],
-        )
-        yield step
-        fit = step.folder
-    settings = dataclasses.replace(config, device="auto", model=model)
-    inputs = (pool.images, *pool.decisions, *([fit] if fit else []))
-    tasks = [Task(shard, _embed, (pool, shard, config, fit)) for shard in pool.shards()]
-    features = Step(output, "embed-features", settings, inputs, tasks, gpu=True)
+    settings = dataclasses.replace(config, device="auto", model=identity(config))
+    tasks = [Task(shard, _embed, (pool, shard, config)) for shard in pool.shards()]
+    features = Step(output, "embed-features", settings, (pool.images, *pool.decisions), tasks, gpu=True)
     yield features
     return dataclasses.replace(pool.after(features.folder), features=features.folder)
 
 
-def _fit(output: Output, pool: Pool, config: EmbedConfig) -> Counts:
-    """Task: fit to a sample of the pool."""
-    kept = {shard: np.flatnonzero(pool.kept(shard)) for shard in pool.shards()}
-    places = [(shard, row) for shard, rows in kept.items() for row in rows.tolist()]
-    rng = np.random.default_rng(config.seed)
-    chosen = np.sort(rng.choice(len(places), min(config.sample, len(places)), replace=False)).tolist() if places else []
-    images = [image for image in (_read(pool, *places[number]) for number in chosen) if image is not None]
-    copies.save(copies.fit(images, config.seed), output)
-    return Counts(len(places), len(images))
-
-
-def _embed(output: Output, pool: Pool, shard: str, config: EmbedConfig, fit: str | None) -> Counts:
+def _embed(output: Output, pool: Pool, shard: str, config: EmbedConfig) -> Counts:
     """Task: the features of a shard."""
-    model = open_model(config) if fit is None else copies.load(fit)
+    model = open_model(config)
     before = pool.kept(shard)
     reasons: list[str | None] = [None] * len(before)
     features: npt.NDArray[np.float16] | None = None
@@ -115,13 +87,7 @@ def _batches(
         yield rows, images
 
 
-def _read(pool: Pool, shard: str, row: int) -> Pixels | None:
-    try:
-        return decode_image(pool.open_images(shard)[row], f"{row} of {shard}")
-    except UnreadableImageError:
-        return None
-
-
 def _width(model: Model) -> int:
     """Numbers of a feature, from an image that is nobody's."""
-    return model([np.zeros((64, 64, 3), np.uint8)]).shape[1]
+    width: int = model([np.zeros((64, 64, 3), np.uint8)]).shape[1]
+    return width
