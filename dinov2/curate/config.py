@@ -21,7 +21,7 @@ from dinov2.curate.screen import ScreenConfig
 class CurateConfig:
     """What ``dinov2 curate`` does. Paths may be URLs of fsspec, such as ``s3://bucket/pool``."""
 
-    output: str
+    output: str = "curated"
     """Folder of everything that is written. Stages own folders in it, named after their settings."""
     pages: str | None = None
     """Folder of web pages to take images from: HTML, WARC or WAT. Or give links, or images."""
@@ -40,7 +40,7 @@ class CurateConfig:
     embed_copies: EmbedConfig = field(default_factory=EmbedConfig)
     """The features by which copies are found."""
     dedup: DedupConfig = field(default_factory=DedupConfig)
-    embed: EmbedConfig = field(default_factory=EmbedConfig)
+    embed: EmbedConfig = field(default_factory=lambda: EmbedConfig(model="colour-texture"))
     """The features by which images are retrieved."""
     retrieve: RetrieveConfig = field(default_factory=RetrieveConfig)
     materialize: MaterializeConfig = field(default_factory=MaterializeConfig)
@@ -48,8 +48,9 @@ class CurateConfig:
 
     def __post_init__(self) -> None:
         sources = {name: getattr(self, name) for name in ("pages", "links", "images")}
-        if sum(source is not None for source in sources.values()) != 1:
-            raise ValueError(f"one of pages, links and images must be given, but they are {sources}")
+        if sum(source is not None for source in sources.values()) > 1:
+            given = ", ".join(f"{name} {source}" for name, source in sources.items() if source is not None)
+            raise ValueError(f"one of pages, links and images must be given, but there are {given}")
         for name in ("evaluation_sets", "seeds"):
             set_names(getattr(self, name), name)
 

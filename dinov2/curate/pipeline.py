@@ -53,12 +53,15 @@ def curate(config: CurateConfig) -> Steps[Curated]:
 def source(config: CurateConfig) -> Steps[Pool]:
     """The pool of all images, from wherever they are."""
     if config.images is not None:
-        return (yield from collect(config.images, config.collect, config.output))
+        pool = yield from collect(config.images, config.collect, config.output)
+        return pool
     links = config.links
     if config.pages is not None:
         links = yield from extract(config.pages, config.extract, config.output)
-    assert links is not None  # CurateConfig sees to it
-    return (yield from download(links, config.download, config.output))
+    if links is None:
+        raise ValueError("one of pages, links and images must be given, but there is none of them")
+    pool = yield from download(links, config.download, config.output)
+    return pool
 
 
 def embedded_sets(config: CurateConfig, paths: Mapping[str, str], settings: EmbedConfig) -> Steps[dict[str, Pool]]:

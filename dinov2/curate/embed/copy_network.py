@@ -1,8 +1,8 @@
 """A small convolutional network that tells copies of an image from images that merely look alike.
 
-It stands in for SSCD (Pizzi et al., arXiv:2202.10261), whose weights nobody may expect offline, and was trained like it:
-two views of a patch are to be told from all other patches, and KoLeo spreads what is different. Its weights are those
-that ``examples/copy_network.py`` makes of the left halves of the bundled photographs.
+It stands in for SSCD (Pizzi et al., arXiv:2202.10261), whose weights cannot be had offline, and was trained like it:
+two views of a patch are to be told from all other patches, and KoLeo spreads what is different.
+``examples/copy_network.py`` made its weights, of the left halves of the bundled photographs.
 """
 
 from __future__ import annotations

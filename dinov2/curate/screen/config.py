@@ -16,7 +16,7 @@ class ScreenConfig:
     min_entropy: float = 3.0
     """Of the histogram of grey levels, in bits of 8: flat colours, blank pages and plain logos have less."""
     min_sharpness: float = 0.0
-    """Variance of the Laplacian of the grey image at 256 pixels, less than about 20 where it is blurred. 0 keeps all."""
+    """Variance of the Laplacian of the grey image at 256 pixels, below about 20 where it is blurred. 0 keeps all."""
     max_distance: int = 2
     """Bits of 64 in which the PCA hashes of near-duplicates differ at most; -1 looks for none."""
     hash_sample: int = 5000

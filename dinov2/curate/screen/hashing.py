@@ -1,7 +1,8 @@
 """PCA hash: 64 bits of an image that stay when it is compressed, scaled or slightly recoloured.
 
 The paper names a PCA hash without defining it. This one is the signs of the first 64 principal components of the grey
-image of 32 x 32 pixels and unit contrast, fitted to a sample of the pool. Images without contrast have no hash that means anything.
+image of 32 x 32 pixels and unit contrast, fitted to a sample of the pool. Images without
+contrast have no hash that means anything.
 """
 
 from __future__ import annotations
