@@ -32,6 +32,11 @@ MEASUREMENTS = pytest.StashKey[Measurements]()
 Compare = Callable[..., None]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--million", action="store_true", help="measure curation on a million vectors too")
+    parser.addoption("--peer-python", help="Python of an environment with peers that need their own")
+
+
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
     """Every file here but this one is a suite; by itself pytest takes test_*.py and what its command line names."""
     is_suite = file_path.suffix == ".py" and file_path.name != "conftest.py"

@@ -74,7 +74,7 @@ def _end_with_parent() -> None:
 def _context() -> multiprocessing.context.BaseContext:
     """Forks of a server that has loaded what tasks need; libraries were told of one thread when they were loaded."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([execute.__module__, "faiss"])
+    context.set_forkserver_preload([execute.__module__, "faiss", "fsspec", "pyarrow.parquet"])
     before = {name: os.environ.get(name) for name in THREADS}
     os.environ.update(dict.fromkeys(THREADS, "1"))
     try:

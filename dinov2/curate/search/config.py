@@ -14,10 +14,10 @@ class SearchConfig:
 
     Attributes:
         index: ``flat`` compares everything with everything and is exact. ``ivf_sq8``, ``ivf_rabitq`` and ``ivf_pq``
-            look into the nearest lists of an inverted file only, whose vectors take 8 bits, 1 bit a dimension, or 64
-            bytes in all; what they find is compared again exactly. ``auto`` goes by how many rows there are to search.
+            look into the nearest lists of an inverted file only, whose vectors take 8 bits a dimension, 1 bit a
+            dimension, or 64 bytes in all; what they find is compared again exactly. ``auto`` is ``flat`` or, where
+            there are many rows to search, ``ivf_rabitq``.
         exact_below: number of rows below which ``auto`` is ``flat``.
-        sq8_below: number of rows below which ``auto`` is ``ivf_sq8``, and from which on it is ``ivf_rabitq``.
         lists: of an inverted file; 0 stands for the power of two nearest to 4 sqrt(``index_rows``), or less where there
             are fewer vectors to train on.
         probes: lists looked into for each query; 0 stands for one in 32, and 16 at least.
@@ -28,7 +28,6 @@ class SearchConfig:
 
     index: str = "auto"
     exact_below: int = 1_000_000
-    sq8_below: int = 50_000_000
     lists: int = 0
     probes: int = 0
     query_rows: int = 50_000
@@ -41,7 +40,7 @@ class SearchConfig:
         for name in ("query_rows", "index_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, but is {getattr(self, name)}")
-        for name in ("exact_below", "sq8_below", "lists", "probes", "seed"):
+        for name in ("exact_below", "lists", "probes", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
 
@@ -49,9 +48,7 @@ class SearchConfig:
         """What ``auto`` is for a number of rows to search; else what was set."""
         if self.index != "auto":
             return self.index
-        if rows < self.exact_below:
-            return "flat"
-        return "ivf_sq8" if rows < self.sq8_below else "ivf_rabitq"
+        return "flat" if rows < self.exact_below else "ivf_rabitq"
 
     def number_of_lists(self, rows: int) -> int:
         """Of the inverted files over ``rows`` rows in all."""

@@ -137,7 +137,7 @@ def test_memory_as_storage(tmp_path: Path) -> None:
 
 def test_automatic_choice_of_the_index() -> None:
     config = SearchConfig()
-    assert [config.kind(rows) for rows in (999_999, 1_000_000, 50_000_000)] == ["flat", "ivf_sq8", "ivf_rabitq"]
+    assert [config.kind(rows) for rows in (0, 999_999, 1_000_000)] == ["flat", "flat", "ivf_rabitq"]
 
 
 def test_what_is_no_unit_vector_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,113 @@
+"""Deduplication of planted copies, beside SemDeDup's rule, Faiss, imagededup and fastdup, in time, memory and quality.
+
+Each method runs in a process of its own; memory is the peak of the sum over that process and its children.
+``pytest benchmarks/curate_dedup.py`` measures 10,000 and 100,000 vectors, ``--million`` a million too, and
+``--peer-python PYTHON`` names an environment that has imagededup and fastdup.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks.dedup_methods import DIMENSIONS, METHODS, plant, quality
+
+SIZES = (10_000, 100_000, 1_000_000)
+TOPICS = {"topics": 0.3, "isotropic": 0.0}
+
+# What a method is given at most: these hold all N x N cosines, and brute force would take hours.
+LIMITS = {"faiss_brute_force": 100_000, "imagededup": 10_000, "fastdup": 100_000}
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A folder of vectors, for all methods."""
+    rows, kind = request.param
+    if rows == SIZES[-1] and not request.config.getoption("--million"):
+        pytest.skip("a million vectors take half an hour: --million")
+    folder = tmp_path_factory.mktemp("vectors")
+    plant(folder, rows, TOPICS[kind])
+    return folder
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "planted", [(rows, kind) for rows in SIZES for kind in TOPICS], indirect=True, ids=lambda of: f"{of[0]}-{of[1]}"
+)
+def test_dedup(benchmark: BenchmarkFixture, planted: Path, method: str, request: pytest.FixtureRequest) -> None:
+    truth = np.load(planted / "truth.npy")
+    if len(truth) > LIMITS.get(method, SIZES[-1]):
+        pytest.skip("too slow or too large")
+    python = sys.executable
+    if method in ("imagededup", "fastdup"):
+        python = request.config.getoption("--peer-python") or pytest.skip("without --peer-python")
+    benchmark.group = f"dedup {request.node.callspec.id.rpartition('-')[0]} x {DIMENSIONS}"
+    usages: list[Usage] = []
+
+    def run() -> float:
+        command = [python, str(Path(__file__).with_name("dedup_methods.py")), method, str(planted)]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+            done = threading.Event()
+            watcher = threading.Thread(target=lambda: usages.append(_watch(process.pid, done)))
+            watcher.start()
+            output = process.communicate()[0]
+            done.set()
+            watcher.join()
+        assert process.returncode == 0
+        return float(output.split()[-1])
+
+    seconds = benchmark.pedantic(run, rounds=1)
+    benchmark.extra_info |= {"seconds": round(seconds, 2), "processor_seconds": round(usages[0].seconds, 1)}
+    benchmark.extra_info |= {"peak_MB": round(usages[0].peak / 1e6)}
+    benchmark.extra_info |= quality(np.load(planted / f"{method}.npy"), truth)
+
+
+class Usage(NamedTuple):
+    """What a process and all below it took.
+
+    Attributes:
+        peak: largest sum of resident bytes; what processes share counts for each of them.
+        seconds: of processors, those for imports and loading among them.
+    """
+
+    peak: int
+    seconds: float
+
+
+def _watch(root: int, done: threading.Event) -> Usage:
+    """Look at a process and all below it ten times a second."""
+    peak, ticks = 0, dict[int, int]()
+    while not done.wait(0.1):
+        parents, used = dict[int, int](), dict[int, int]()
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = path.read_text().rpartition(")")[2].split()
+            except OSError:  # it has ended
+                continue
+            process = int(path.parent.name)
+            parents[process], used[process] = int(fields[1]), int(fields[11]) + int(fields[12])
+        tree, level = {root}, {root}
+        while level := {process for process, parent in parents.items() if parent in level} - tree:
+            tree |= level
+        ticks |= {process: used[process] for process in tree & used.keys()}
+        peak = max(peak, sum(_resident(process) for process in tree))
+    return Usage(peak, sum(ticks.values()) / os.sysconf("SC_CLK_TCK"))
+
+
+def _resident(process: int) -> int:
+    """Bytes of a process in memory; what it shares with others counts for each of them."""
+    try:
+        return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * PAGE
+    except OSError:
+        return 0
