@@ -12,6 +12,7 @@ from rich.table import Table
 
 from dinov2.cli.counting import counting_bar
 from dinov2.curate import Step, Watcher
+from dinov2.curate.summary import summarize
 
 
 class Progress(Watcher):
@@ -72,14 +73,12 @@ class Progress(Watcher):
 
 
 def table(steps: list[Step]) -> Table:
-    """What went into each step, what came out, and why the rest did not."""
+    """What went into each stage, what came out, and why the rest did not."""
     result = Table(box=SIMPLE_HEAD)
-    for name in ("step", "rows in", "rows out", "a second"):
-        result.add_column(name, justify="left" if name == "step" else "right")
+    for name in ("stage", "in", "out", "seconds"):
+        result.add_column(name, justify="left" if name == "stage" else "right")
     result.add_column("dropped")
-    for step in steps:
-        counts, timing = step.counts(), step.timing()
-        rate = f"{counts.rows_in * timing.shards / (len(step.tasks) * timing.seconds):,.0f}" if timing.seconds else ""
-        dropped = ", ".join(f"{number:,} {reason}" for reason, number in counts.dropped.items())
-        result.add_row(step.name, f"{counts.rows_in:,}", f"{counts.rows_out:,}", rate, dropped)
+    for stage in summarize(steps):
+        dropped = "\n".join(f"{number:,} {reason}" for reason, number in stage.dropped.items())
+        result.add_row(stage.name, f"{stage.rows_in:,}", f"{stage.rows_out:,}", f"{stage.seconds:,.1f}", dropped)
     return result

@@ -18,7 +18,7 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 class ProcessPool:
-    """The default engine.
+    """The default engine. Its processes stay from one step to the next, until one of them is lost.
 
     Args:
         workers: processes; 0 is one for each core that this process may use.
@@ -26,36 +26,41 @@ class ProcessPool:
 
     def __init__(self, workers: int = 0) -> None:
         self.workers = workers or len(os.sched_getaffinity(0))
+        self._executor: ProcessPoolExecutor | None = None
 
     def run(self, calls: Sequence[Call], at_once: int | None = None) -> Iterator[Outcome]:
         """Run calls; when a process is lost, so are the tasks that were under way, and new processes do the rest."""
         remaining = iter(calls)
-        width = min(at_once or self.workers, self.workers, max(len(calls), 1))
+        width = min(at_once or self.workers, self.workers)
         while first := list(itertools.islice(remaining, width)):
-            yield from self._until_broken(first, remaining, width)
+            yield from self._until_broken(first, remaining)
 
-    def _until_broken(self, first: Sequence[Call], remaining: Iterator[Call], width: int) -> Iterator[Outcome]:
-        pool = ProcessPoolExecutor(width, _context(), initializer=_begin)
+    def _until_broken(self, first: Sequence[Call], remaining: Iterator[Call]) -> Iterator[Outcome]:
+        if self._executor is None:
+            self._executor = ProcessPoolExecutor(self.workers, _context(), initializer=_begin)
+        executor = self._executor
         under_way: dict[Future[None], Call] = {}
         try:
-            under_way = {pool.submit(execute, call): call for call in first}
-            broken = False
+            under_way = {executor.submit(execute, call): call for call in first}
             while under_way:
                 done, _ = wait(under_way, return_when=FIRST_COMPLETED)
                 for future in done:
                     call, error = under_way.pop(future), future.exception()
                     if isinstance(error, BrokenExecutor):
-                        broken = True
+                        self._executor = None
                         error = LostTaskError("the process that made it was killed; most often memory is short")
                     if error is not None and not isinstance(error, Exception):
                         raise error
                     yield Outcome(call, error)
-                    if not broken and (following := next(remaining, None)) is not None:
-                        under_way[pool.submit(execute, following)] = following
+                    if self._executor is not None and (following := next(remaining, None)) is not None:
+                        under_way[executor.submit(execute, following)] = following
         finally:
-            pool.shutdown(wait=not under_way, cancel_futures=True)
-            for process in list((pool._processes or {}).values()) if under_way else []:
-                process.terminate()
+            if under_way:  # stopped from outside
+                self._executor = None
+                for process in list((executor._processes or {}).values()):
+                    process.terminate()
+            if self._executor is None:
+                executor.shutdown(wait=not under_way, cancel_futures=True)
 
 
 def _begin() -> None:
@@ -74,7 +79,7 @@ def _end_with_parent() -> None:
 def _context() -> multiprocessing.context.BaseContext:
     """Forks of a server that has loaded what tasks need; libraries were told of one thread when they were loaded."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([execute.__module__, "faiss", "fsspec", "pyarrow.parquet"])
+    context.set_forkserver_preload(["dinov2.curate", "cv2", "faiss", "pyarrow.parquet"])
     before = {name: os.environ.get(name) for name in THREADS}
     os.environ.update(dict.fromkeys(THREADS, "1"))
     try:

@@ -23,9 +23,11 @@ h3 { font-size: 1rem; margin: 1.25rem 0 .4rem } p { margin: .3rem 0 .8rem; max-w
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100% }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
 th { font-weight: 600; color: var(--quiet) } .number { text-align: right; white-space: nowrap }
+summary { cursor: pointer; color: var(--quiet); margin: .8rem 0 .4rem }
 .track { background: var(--line); height: .55rem; width: 9rem; margin-top: .45rem }
 .track div { background: var(--bar); height: 100% }
 .row { display: flex; flex-wrap: wrap; gap: .6rem; margin: .4rem 0 1rem; align-items: flex-start }
+.groups { display: flex; flex-wrap: wrap; gap: 0 2.5rem }
 figure { margin: 0; width: 7rem } figure img { width: 100%; display: block; border: 2px solid var(--line) }
 figure.kept img { border-color: var(--kept) } figure.gone img { border-color: var(--gone) }
 figcaption { font-size: .75rem; line-height: 1.3; color: var(--quiet); overflow-wrap: anywhere; margin-top: .2rem }
@@ -82,3 +84,8 @@ def figure(image: str, caption: str, kind: str = "") -> str:
 def row(figures: Iterable[str]) -> str:
     """Pictures side by side."""
     return f'<div class="row">{"".join(figures)}</div>'
+
+
+def groups(rows: Iterable[str]) -> str:
+    """Rows of pictures beside one another where there is room."""
+    return f'<div class="groups">{"".join(rows)}</div>'

@@ -15,6 +15,7 @@ from dinov2.curate.report.charts import histogram
 from dinov2.curate.report.pictures import Pictures
 from dinov2.curate.screen.faces import Box
 from dinov2.curate.steps import Step
+from dinov2.curate.summary import summarize
 
 PER_REASON = 8
 GROUPS, PER_GROUP = 12, 8
@@ -22,29 +23,24 @@ SEEDS, PER_SEED = 8, 7
 HOSTS = 10
 
 
-def funnel(steps: Sequence[Step]) -> str:
-    """Rows into and out of every step, why the others went, and how fast it was."""
+def funnel(steps: Sequence[Step]) -> Iterator[str]:
+    """Rows into and out of every stage, why the others went, and how fast it was; then every step."""
+    yield page.heading("Funnel", "Every stage with what it took, what it gave, and why the rest did not go on.")
+    rows = []
+    for stage in summarize(steps):
+        reasons = [f"{number:,} {escape(reason)}" for reason, number in stage.dropped.items()]
+        rate = f"{stage.rows_in / stage.seconds:,.0f} {escape(stage.unit)}/s" if stage.seconds else ""
+        share = page.share_bar(stage.rows_out / stage.rows_in if stage.rows_in else 0.0)
+        rows.append([stage.name, f"{stage.rows_in:,}", f"{stage.rows_out:,}", share, "<br>".join(reasons), rate])
+    yield page.table(["stage", "in", "out", "", "dropped", "speed"], rows, frozenset({1, 2, 5}))
     rows = []
     for step in steps:
-        counts, timing = step.counts(), step.timing()
-        share = counts.rows_out / counts.rows_in if counts.rows_in else 0.0
-        reasons = [f"{number:,} {reason}" for reason, number in counts.dropped.items()]
-        figures = [f'<span class="quiet">{number:,} {escape(name)}</span>' for name, number in counts.figures.items()]
-        rate = counts.rows_in * timing.shards / len(step.tasks) / timing.seconds if timing.seconds else 0.0
-        rows.append(
-            [
-                escape(step.name),
-                f"{counts.rows_in:,}",
-                f"{counts.rows_out:,}",
-                page.share_bar(share),
-                "<br>".join([*map(escape, reasons), *figures]),
-                f"{rate:,.0f} {escape(step.unit)}/s" if rate else "",
-            ]
-        )
-    titles = ["step", "in", "out", "", "dropped, and other figures", "speed"]
-    return page.heading(
-        "Funnel", "Every step with what it took, what it gave, and why the rest did not go on."
-    ) + page.table(titles, rows, frozenset({1, 2, 5}))
+        counts = step.counts()
+        figures = [f"{number:,} {escape(name)}" for name, number in {**counts.dropped, **counts.figures}.items()]
+        seconds = f"{step.timing().seconds:,.1f}"
+        rows.append([escape(step.name), f"{counts.rows_in:,}", f"{counts.rows_out:,}", ", ".join(figures), seconds])
+    every = page.table(["step", "in", "out", "figures", "seconds"], rows, frozenset({1, 2, 4}))
+    yield f"<details><summary>All {len(steps)} steps</summary>{every}</details>"
 
 
 def downloads(step: Step) -> Iterator[str]:
@@ -137,17 +133,16 @@ def deduplicated(step: Step, pool: Pool, references: Mapping[str, Pool]) -> Iter
                 )
     yield page.heading("Copies", "Groups of near-copies: the kept image has a green frame, the dropped ones a red one.")
     largest = sorted(groups.items(), key=lambda entry: (-len(entry[1]), entry[0]))
-    for place, members in (
-        largest[: GROUPS // 2] + largest[GROUPS // 2 :][:: max(len(largest) // (GROUPS // 2), 1)][: GROUPS // 2]
-    ):
+    typical = largest[GROUPS // 2 :][:: max(len(largest) // GROUPS, 1)]
+    rows = []
+    for place, members in [*largest[: GROUPS // 2], *typical[:GROUPS]]:
         shown = sorted(members, key=lambda member: (-member[0], *member[1:]))[:PER_GROUP]
-        yield page.row(
-            [page.figure(pictures.at(*place), "kept", "kept")]
-            + [page.figure(pictures.at(shard, row), f"cosine {cosine:.2f}", "gone") for cosine, shard, row in shown]
-        )
+        copies = [page.figure(pictures.at(shard, row), f"cosine {cosine:.2f}", "gone") for cosine, shard, row in shown]
+        rows.append(page.row([page.figure(pictures.at(*place), "kept", "kept"), *copies]))
+    yield page.groups(rows)
     if near:
         yield page.subheading("Dropped with all of their component, since one of it is near an evaluation image")
-        yield page.row(figure for pair in near for figure in pair)
+        yield page.groups(page.row(pair) for pair in near)
     sizes = np.array(sorted(components.values()))
     yield (
         '<div class="charts">'

@@ -42,7 +42,7 @@ def finished_steps(config: CurateConfig) -> Iterator[Step]:
 def _parts(config: CurateConfig, steps: list[Step]) -> Iterator[str]:
     by_name = {step.name: step for step in steps}
     yield f"<h1>Curation</h1><p class=quiet>{escape(config.output)}</p>"
-    yield sections.funnel(steps)
+    yield from sections.funnel(steps)
     if "download-images" in by_name:
         yield from sections.downloads(by_name["download-images"])
     pool = Pool(_root(config, steps))

@@ -27,4 +27,4 @@ def write_hits(output: Output, found: Neighbours) -> Counts:
     output.write_table(
         arrow.table({"position": once, "times": times, "seed": seed[nearest], "cosine": cosine[nearest]})
     )
-    return Counts(len(seed), len(once), {"found before": len(seed) - len(once)})
+    return Counts(len(seed), len(once), {}, {"found more than once": int((times > 1).sum())})
