@@ -11,7 +11,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*)
 CI_CUDA := $(if $(shell command -v nvcc),DINOV2_KERNELS_CUDA=1)
 
-.PHONY: help setup demo test check format bench test-gpu bench-gpu clean
+.PHONY: help setup demo demo-curate test check format bench test-gpu bench-gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
@@ -27,6 +27,9 @@ $(VENV)/ready: pyproject.toml setup.py constraints.txt $(NATIVE)
 
 demo: setup ## pretrain a small ViT on bundled photographs: ten minutes, offline, on a laptop
 	$(BIN)/python examples/demo.py
+
+demo-curate: setup ## curate a small crawl, from web pages to a set to pretrain on: two minutes, offline
+	$(BIN)/python examples/demo_curate.py
 
 test: setup ## all tests that need no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup tests
