@@ -50,8 +50,16 @@ class Pool:
         return digest([sizes, [os.path.basename(folder) for folder in self.decisions]])
 
     def index(self, shard: str, columns: Sequence[str] | None = None) -> Any:
-        """The index of a shard, a table of pyarrow: key, offset, size, width, height, url, sha256 and what else."""
-        return read_table(f"{self.images}/index", shard, columns)
+        """The index of a shard, a table of pyarrow: key, offset, size, width, height, url, sha256 and what else.
+
+        Columns that are asked for and are not there are null.
+        """
+        table = read_table(f"{self.images}/index", shard)
+        if columns is None:
+            return table
+        arrow = require("pyarrow", extra="curate", purpose="curation")
+        nothing = arrow.nulls(len(table), arrow.string())
+        return arrow.table({name: table[name] if name in table.column_names else nothing for name in columns})
 
     def kept(self, shard: str) -> npt.NDArray[np.bool_]:
         """Which rows [n] are still in."""

@@ -25,8 +25,8 @@ def is_public(address: str) -> bool:
         return False
     if isinstance(ip, ipaddress.IPv6Address):
         inner = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
-        if ip in NAT64:
-            inner.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
+        if ip in NAT64:  # which Python counts among the reserved
+            return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
         if any(v4 is not None and not is_public(str(v4)) for v4 in inner):
             return False
     return ip.is_global and not ip.is_multicast and not ip.is_reserved

@@ -51,16 +51,21 @@ def read_html(file: IO[bytes], path: str, url: str, config: ExtractConfig, dropp
 def read_warc(file: IO[bytes], config: ExtractConfig, dropped: Counter[str]) -> Iterator[Found]:
     """The HTML pages among the responses of a WARC file; what follows damage is lost, and counted once."""
     warc = require("fastwarc.warc", extra="curate", purpose="reading WARC files")
-    records = warc.ArchiveIterator(file, record_types=warc.WarcRecordType.response, parse_http=True, quirks_mode=True)
+    records = warc.ArchiveIterator(file, record_types=warc.WarcRecordType.response, parse_http=True)
     for record in _until_damaged(records, dropped):
         headers = record.http_headers
         kind = (record.http_content_type or "").lower() if headers is not None else ""
+        if not kind and record.content_length == 0:  # where a file was cut off, nothing follows
+            dropped[DAMAGED] += 1
+            continue
         if "html" not in kind:
             dropped[NO_HTML] += 1
             continue
         content = record.reader.read(config.max_page_bytes + 1)
         if len(content) > config.max_page_bytes:
             dropped[TRUNCATED_PAGE] += 1
+        if len(content) < min(record.content_length, config.max_page_bytes):
+            dropped[DAMAGED] += 1  # cut off within the page, of which the beginning is read
         url = record.headers.get("WARC-Target-URI", "")
         page = parse_page(content[: config.max_page_bytes], url, record.http_charset)
         tags = [value for name, value in headers.astuples() if name.lower() == "x-robots-tag"]
@@ -70,7 +75,7 @@ def read_warc(file: IO[bytes], config: ExtractConfig, dropped: Counter[str]) -> 
 def read_wat(file: IO[bytes], config: ExtractConfig, dropped: Counter[str]) -> Iterator[Found]:
     """The pages that a WAT file of Common Crawl tells of: their links are listed in JSON, as ``IMG@/src``."""
     warc = require("fastwarc.warc", extra="curate", purpose="reading WAT files")
-    records = warc.ArchiveIterator(file, record_types=warc.WarcRecordType.metadata, parse_http=False, quirks_mode=True)
+    records = warc.ArchiveIterator(file, record_types=warc.WarcRecordType.metadata, parse_http=False)
     for record in _until_damaged(records, dropped):
         try:
             envelope = json.loads(record.reader.read(config.max_page_bytes))["Envelope"]

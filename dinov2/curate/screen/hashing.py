@@ -1,8 +1,7 @@
 """PCA hash: 64 bits of an image that stay when it is compressed, scaled or slightly recoloured.
 
 The paper names a PCA hash without defining it. This one is the signs of the first 64 principal components of the grey
-image of 32 x 32 pixels and unit contrast, fitted to a sample of the pool. Images without
-contrast have no hash that means anything.
+image of 32 x 32 pixels and unit contrast, fitted to a sample of the pool. Images without contrast have no hash.
 """
 
 from __future__ import annotations
@@ -12,12 +11,15 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from dinov2.data.decoding import Pixels
 from dinov2_kernels._extras import require
 
 SIDE = 32
 BITS = 64
+PRIOR_IMAGES = 20.0  # as many images of the pool have as much of a say as the prior
+PRIOR_LENGTH = 8.0  # pixels of the thumbnail over which likeness falls by e
 MIN_CONTRAST = 2.0  # standard deviation of grey levels below which there is no hash
 
 Floats = npt.NDArray[np.float32]
@@ -36,19 +38,27 @@ def thumbnail(image: Pixels) -> Floats | None:
 
 
 def fit_directions(thumbnails: Sequence[Floats]) -> Floats:
-    """Mean and principal directions of thumbnails [1024] each: float32 [1 + 64, 1024], the mean first."""
-    x = np.stack(thumbnails) if thumbnails else np.zeros((1, SIDE * SIDE), np.float32)
-    mean = x.mean(axis=0)
-    _, directions = np.linalg.eigh((x - mean).T @ (x - mean))
-    directions = directions[:, ::-1][:, :BITS].T
+    """Mean and principal directions of thumbnails [1024] each: float32 [1 + 64, 1024], the mean first.
+
+    To what the sample says is added what is true of photographs anywhere, that near pixels are alike; without it, the
+    directions of a small sample would be noise, and so would be the bits.
+    """
+    x = torch.from_numpy(np.stack(thumbnails) if thumbnails else np.zeros((1, SIDE * SIDE), np.float32)).double()
+    mean = x.mean(dim=0)
+    place = torch.cartesian_prod(torch.arange(SIDE), torch.arange(SIDE)).double()  # [1024, 2]
+    likeness = torch.exp(-torch.cdist(place, place) / PRIOR_LENGTH)
+    covariance = (x - mean).T @ (x - mean) + PRIOR_IMAGES * likeness / len(likeness)
+    directions = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :BITS].T
     # An eigenvector has no sign of its own: its largest number is made positive, so that all machines agree.
-    largest = np.take_along_axis(directions, np.abs(directions).argmax(axis=1)[:, None], axis=1)
-    return np.concatenate([mean[None], directions * np.sign(largest)]).astype(np.float32)
+    largest = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True))
+    fitted: Floats = torch.cat([mean[None], directions * largest.sign()]).float().numpy()
+    return fitted
 
 
 def pca_hash(unit: Floats, fitted: Floats) -> int:
     """64 bits of a thumbnail, as an unsigned integer."""
-    return int(np.packbits((fitted[1:] @ (unit - fitted[0])) > 0, bitorder="little").view(np.uint64)[0])
+    projections = torch.from_numpy(fitted[1:]).double() @ torch.from_numpy(unit - fitted[0]).double()
+    return int(np.packbits((projections > 0).numpy(), bitorder="little").view(np.uint64)[0])
 
 
 def near_pairs(hashes: npt.NDArray[np.uint64], distance: int) -> npt.NDArray[np.int64]:

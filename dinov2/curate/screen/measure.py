@@ -44,7 +44,7 @@ def measure(output: Output, pool: Pool, shard: str, fit: str, config: ScreenConf
     ``faces``        list of structs           x, y, width, height (int32) in pixels of the upright image
     ===============  ========================  ========================================================================
     """
-    fitted = read_array(fit, "all")
+    fitted = np.array(read_array(fit, "all"))
     detect, score = open_detector(config.faces), open_scorer(config.nsfw)
     before, files = pool.kept(shard), pool.open_images(shard)
     rows: list[dict[str, Any]] = [dict[str, Any](readable=False) for _ in before]

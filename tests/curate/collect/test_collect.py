@@ -1,0 +1,62 @@
+"""Files become a pool; tars with an index are one already."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dinov2.curate import Counts, Pool, run_steps
+from dinov2.curate.collect import CollectConfig, collect
+from dinov2.curate.engines import Inline, ProcessPool
+from dinov2.curate.runner import Watcher
+from dinov2.curate.steps import Step
+from dinov2.data import TarShards
+from tests.curate.pictures import encoded, picture, write_pool
+from tests.curate.test_runner import contents
+
+
+class Seen(Watcher):
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+
+    def ended(self, step: Step) -> None:
+        self.steps.append(step)
+
+
+def test_files_of_any_nesting(tmp_path: Path) -> None:
+    images, seen = tmp_path / "images", Seen()
+    for name in ("a.png", "b/a.png", "b/c/ümlaut @ home.JPG", ".hidden/x.png", "b/.x.png", "notes.txt"):
+        (images / name).parent.mkdir(parents=True, exist_ok=True)
+        (images / name).write_bytes(encoded(picture(len(name)), "JPEG" if name.endswith("JPG") else "PNG"))
+    (images / "empty.jpg").touch()
+    (images / "cut.jpg").write_bytes(encoded(picture(3), "JPEG")[:10])
+    (images / "huge.png").write_bytes(encoded(picture(1)) + b"\0" * 100_000)
+    config = CollectConfig(shard_size=4, max_bytes=100_000)
+    pool: Pool = run_steps(collect(str(images), config, str(tmp_path / "out")), Inline(), watcher=seen)
+    assert seen.steps[0].counts() == Counts(6, 3, {"file too large": 1, "no image by its content": 2})
+    assert pool.shards() == ["00000", "00001"]
+    paths = [path for shard in pool.shards() for path in pool.index(shard, ["path"])["path"].to_pylist()]
+    assert paths == ["a.png", "b/a.png", "b/c/ümlaut @ home.JPG"]
+    assert np.array_equal(TarShards(pool.images)[1], picture(len("b/a.png")))
+
+    again: Pool = run_steps(collect(str(images), config, str(tmp_path / "again")), ProcessPool(2))
+    assert contents(Path(again.images)) == contents(Path(pool.images))
+
+    (images / "new.png").write_bytes(encoded(picture(9)))  # other images, another pool
+    assert run_steps(collect(str(images), config, str(tmp_path / "out")), Inline()) != pool
+
+
+def test_shards_are_taken_as_they_are(tmp_path: Path) -> None:
+    pool = write_pool(tmp_path / "pool", [{"a": encoded(picture(0))}])
+    assert run_steps(collect(pool.images, CollectConfig(), str(tmp_path / "out")), Inline()) == pool
+    assert not (tmp_path / "out").exists()
+    next((tmp_path / "pool" / "index").iterdir()).unlink()
+    with pytest.raises(ValueError, match=r"1 have none: write them with dinov2 index"):
+        run_steps(collect(pool.images, CollectConfig(), str(tmp_path / "out")), Inline())
+
+
+def test_no_images(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="images must be a folder of images or of tar shards"):
+        run_steps(collect(str(tmp_path), CollectConfig(), str(tmp_path / "out")), Inline())

@@ -1,0 +1,172 @@
+"""What becomes of a link at servers that do everything wrong, and at addresses that are nobody's business."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from dinov2.curate.download import DownloadConfig
+from dinov2.curate.download.addresses import is_public
+from dinov2.curate.download.fetch import Fetched, Fetcher
+from tests.curate.download.misbehaving import Server, serving
+
+QUICK = DownloadConfig(
+    delay=0,
+    backoff=0.01,
+    max_wait=0.05,
+    timeout=1.0,
+    connect_timeout=1.0,
+    max_bytes=1_000_000,
+    allow_private_addresses=True,
+)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving() as running:
+        yield running
+
+
+def fetch(url: str, config: DownloadConfig = QUICK, resolver: Any = None) -> Fetched:
+    async def one() -> Fetched:
+        async with Fetcher(config, resolver) as fetcher:
+            return await fetcher.fetch(url)
+
+    return asyncio.run(one())
+
+
+@pytest.mark.parametrize(
+    ("path", "reason", "tries"),
+    [
+        ("/trickle", "timeout", 3),
+        ("/never", "timeout", 3),
+        ("/truncated", "truncated", 3),
+        ("/reset", "no connection", 3),
+        ("/endless", "too large", 1),
+        ("/html", "no image", 1),
+        ("/empty", "no image", 1),
+        ("/bomb", "too large", 1),
+        ("/pixels", "too many pixels", 1),
+        ("/icon", "too small", 1),
+        ("/loop", "too many redirects", 1),
+        ("/to-file", "redirect: other scheme", 1),
+        ("/gone", "HTTP 404", 1),
+        ("/always-busy", "HTTP 429", 3),
+        ("/private/photo", "robots.txt", 1),
+        ("/opt-out-all", "opted out", 1),
+    ],
+)
+def test_what_is_no_image_is_named(server: Server, path: str, reason: str, tries: int) -> None:
+    assert fetch(server.address + path) == Fetched(None, reason, tries)
+
+
+@pytest.mark.parametrize(
+    ("path", "tries"), [("/fine", 1), ("/zipped", 1), ("/moved", 1), ("/busy", 3), ("/opt-out", 1)]
+)
+def test_images_are_fetched(server: Server, path: str, tries: int) -> None:
+    content, reason, needed = fetch(server.address + path)
+    assert (reason, needed) == (None, tries)
+    assert content is not None
+    assert content.startswith(b"\xff\xd8\xff")
+
+
+def test_robots_and_opt_out_can_be_disobeyed_where_one_may(server: Server) -> None:
+    config = DownloadConfig(robots=False, honour_opt_out=False, allow_private_addresses=True)
+    assert fetch(server.address + "/private/photo", config).reason is None
+    assert fetch(server.address + "/opt-out-all", config).reason is None
+
+
+def test_nobody_answers() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    config = DownloadConfig(robots=False, tries=1, allow_private_addresses=True)
+    assert fetch(f"http://127.0.0.1:{port}/x", config) == Fetched(None, "no connection", 1)
+    # What robots.txt says of a host that does not answer is not known: nothing is asked for (RFC 9309).
+    assert fetch(f"http://127.0.0.1:{port}/x", QUICK) == Fetched(None, "robots.txt", 1)
+
+
+class Liar:
+    """A resolver whose names lead to this machine."""
+
+    def __init__(self, *addresses: str) -> None:
+        self.addresses = addresses
+
+    async def resolve(self, host: str, port: int = 0, family: int = socket.AF_INET) -> list[dict[str, Any]]:
+        return [
+            {"hostname": host, "host": address, "port": port, "family": family, "proto": 0, "flags": 0}
+            for address in self.addresses
+        ]
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+
+def test_private_addresses_are_refused_in_every_notation(server: Server) -> None:
+    port = server.address.rpartition(":")[2]
+    config = DownloadConfig(robots=False, tries=1, delay=0)
+    before = server.asked.total()
+    for host in ("127.0.0.1", "[::1]", "[::ffff:127.0.0.1]", "10.0.0.1", "169.254.169.254"):
+        assert fetch(f"http://{host}:{port}/fine", config).reason == "private address", host
+    for host in ("2130706433", "0x7f.1", "0177.0.0.1", "localhost"):  # which the system's resolver reads
+        assert fetch(f"http://{host}:{port}/fine", config).reason in ("private address", "no connection"), host
+    assert fetch(f"http://example.org:{port}/fine", config, Liar("127.0.0.1")).reason == "private address"
+    assert server.asked.total() == before
+
+
+def test_only_checked_addresses_are_connected_to(server: Server) -> None:
+    """A name with a public and a private address: the private one is never tried, whichever comes first."""
+    config = DownloadConfig(robots=False, tries=1, delay=0, connect_timeout=0.2, timeout=0.5)
+    before = server.asked.total()
+    port = server.address.rpartition(":")[2]
+    assert fetch(f"http://example.org:{port}/fine", config, Liar("127.0.0.1", "192.0.0.9")).content is None
+    assert server.asked.total() == before
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("8.8.8.8", True),
+        ("2606:4700::1", True),
+        ("127.0.0.1", False),
+        ("10.1.2.3", False),
+        ("100.64.0.1", False),
+        ("169.254.169.254", False),
+        ("0.0.0.0", False),
+        ("224.0.0.1", False),
+        ("240.0.0.1", False),
+        ("::", False),
+        ("::1", False),
+        ("fe80::1%eth0", False),
+        ("fc00::1", False),
+        ("::ffff:10.0.0.1", False),
+        ("64:ff9b::7f00:1", False),
+        ("64:ff9b::808:808", True),
+        ("2002:7f00:1::", False),
+        ("ff02::1", False),
+        ("nonsense", False),
+    ],
+)
+def test_public_addresses(address: str, public: bool) -> None:
+    assert is_public(address) == public
+
+
+def test_manners(server: Server) -> None:
+    """No more requests to a host at once than allowed, and a pause between them; robots.txt is read once."""
+    config = DownloadConfig(per_host=2, delay=0.02, allow_private_addresses=True)
+    server.most_at_once, server.asked["/robots.txt"] = 0, 0
+
+    async def many() -> float:
+        async with Fetcher(config) as fetcher:
+            started = asyncio.get_running_loop().time()
+            results = await asyncio.gather(*(fetcher.fetch(f"{server.address}/fine?{number}") for number in range(10)))
+            assert all(result.reason is None for result in results)
+            return asyncio.get_running_loop().time() - started
+
+    assert asyncio.run(many()) >= 9 * 0.02
+    assert server.most_at_once <= 2
+    assert server.asked["/robots.txt"] == 1

@@ -1,0 +1,142 @@
+"""Links in pages: where they may stand, what they are relative to, and what malformed pages do not break."""
+
+from __future__ import annotations
+
+import pytest
+
+from dinov2.curate.domains import RefusedURLError, is_blocked, normal_url, read_domains
+from dinov2.curate.extract.html import largest_candidate, parse_page
+from dinov2.curate.opt_out import opts_out
+
+
+def links(html: str, url: str = "http://site.org/a/b.html") -> list[str]:
+    page = parse_page(html.encode(), url)
+    return [normal_url(link.url, page.base) for link in page.links]
+
+
+@pytest.mark.parametrize(
+    ("html", "expected"),
+    [
+        ('<img src="x.jpg">', "http://site.org/a/x.jpg"),
+        ("<IMG SRC='/x.jpg'>", "http://site.org/x.jpg"),
+        ('<img src="//cdn.net/x.jpg#part">', "http://cdn.net/x.jpg"),
+        ('<base href="/other/"><img src="x.jpg">', "http://site.org/other/x.jpg"),
+        ('<img src="s.gif" data-src="late.jpg">', "http://site.org/a/late.jpg"),
+        ('<img data-original="late.jpg">', "http://site.org/a/late.jpg"),
+        ('<img src="s.jpg" srcset="m.jpg 640w, l.jpg 1280w, xs.jpg 64w">', "http://site.org/a/l.jpg"),
+        ('<img data-srcset="m.jpg 1x,l.jpg 2x">', "http://site.org/a/l.jpg"),
+        ('<picture><source srcset="l.webp"><img></picture>', "http://site.org/a/l.webp"),
+        ('<img src=" x y.jpg\n">', "http://site.org/a/xy.jpg"),
+        ('<div><p><img src="x.jpg"', None),
+        ('<video><source srcset="x.mp4"></video>', None),
+    ],
+)
+def test_where_links_stand(html: str, expected: str | None) -> None:
+    assert links(html) == ([] if expected is None else [expected])
+
+
+def test_each_link_once_with_its_text() -> None:
+    page = parse_page(b'<img src=x alt=" two\n words "><img src=x alt=other>', "http://s.org/")
+    assert [(link.alt, link.attribute) for link in page.links] == [("two words", "src")]
+    assert len(parse_page(f'<img src=x alt="{"a" * 10_000}">'.encode(), "").links[0].alt) == 500
+
+
+def test_pages_that_say_where_they_are_from() -> None:
+    assert links('<link rel="canonical" href="http://home.org/p/"><img src=x>', "") == ["http://home.org/p/x"]
+    assert links('<meta property="og:url" content="http://home.org/q/"><img src=x>', "") == ["http://home.org/q/x"]
+    with pytest.raises(RefusedURLError, match="relative URL of an unknown page"):
+        links("<img src=x>", "")
+
+
+@pytest.mark.parametrize("charset", ["utf-16", "nonsense", None, "latin-1"])
+def test_any_bytes_are_a_page(charset: str | None) -> None:
+    for content in (
+        b"",
+        b"\xff\xfe\x00",
+        b"<img src=" * 1000,
+        b"\0" * 100,
+        b"<div>" * 100_000,
+        "<img src='é'>".encode("latin-1"),
+    ):
+        parse_page(content, "http://s.org/", charset)
+
+
+@pytest.mark.parametrize(
+    ("srcset", "expected"),
+    [
+        ("a.jpg", "a.jpg"),
+        ("a.jpg 1x, b.jpg 3x, c.jpg 2x", "b.jpg"),
+        ("a,b.jpg 100w, c,d.jpg 200w", "c,d.jpg"),
+        ("a.jpg, b.jpg 2x", "b.jpg"),
+        ("a.jpg 1x,b.jpg 2x,c.jpg 3x", "c.jpg"),
+        ("a.jpg wide, b.jpg 2x", "b.jpg"),
+        ("  , ,", None),
+        ("", None),
+    ],
+)
+def test_srcset(srcset: str, expected: str | None) -> None:
+    assert largest_candidate(srcset) == expected
+
+
+@pytest.mark.parametrize(
+    ("link", "expected"),
+    [
+        ("HTTP://User:Pass@Example.ORG.:80/%7Ea?b=c d#e", "http://example.org/%7Ea?b=cd"),
+        ("https://münchen.de:8443", "https://xn--mnchen-3ya.de:8443/"),
+        ("http://[2001:DB8::1]/x", "http://[2001:db8::1]/x"),
+    ],
+)
+def test_normal_urls(link: str, expected: str) -> None:
+    assert normal_url(link) == expected
+    assert normal_url(expected) == expected
+
+
+@pytest.mark.parametrize(
+    ("link", "reason"),
+    [
+        ("data:image/png;base64,AAAA", "data: URL"),
+        ("javascript:alert(1)", "other scheme"),
+        ("file:///etc/passwd", "other scheme"),
+        ("http://", "malformed URL"),
+        ("http://x:port/", "malformed URL"),
+        ("http://[::1", "malformed URL"),
+        ("http://" + "é" * 70 + ".org/", "malformed URL"),
+        ("http://x.org/" + "a" * 3000, "too long URL"),
+        ("http://x.org/\x00", "malformed URL"),
+        ("relative", "relative URL of an unknown page"),
+    ],
+)
+def test_refused_urls(link: str, reason: str) -> None:
+    with pytest.raises(RefusedURLError) as refusal:
+        normal_url(link)
+    assert refusal.value.reason == reason
+
+
+def test_domains_and_those_below_them(tmp_path_factory: pytest.TempPathFactory) -> None:
+    file = tmp_path_factory.mktemp("domains") / "blocked.txt"
+    file.write_text("# unsafe\nBad.example \n\nworse.org # and below\n")
+    domains = read_domains(str(file))
+    assert domains == {"bad.example", "worse.org"}
+    assert is_blocked("http://bad.example/x", domains)
+    assert is_blocked("http://a.b.worse.org:8080/x", domains)
+    assert not is_blocked("http://notbad.example/x", domains)
+    assert not is_blocked("http://example/x", domains)
+    assert read_domains("") == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("headers", "out"),
+    [
+        (["noai"], True),
+        (["index, follow"], False),
+        (["NOINDEX, nofollow"], True),
+        (["otherbot: noai"], False),
+        (["dinov2: noai"], True),
+        (["otherbot: noindex, noai"], False),
+        (["unavailable_after: 25 Jun 2026 15:00:00 PST"], False),
+        (["otherbot: noai", "noimageai"], True),
+        ([], False),
+    ],
+)
+def test_opt_out(headers: list[str], out: bool) -> None:
+    assert opts_out(headers, ("noai", "noimageai", "noindex"), "dinov2") == out

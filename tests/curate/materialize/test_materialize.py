@@ -1,0 +1,85 @@
+"""The final set: the images that are in, byte for byte but for faces, in an order of its own, ready to train on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dinov2.curate import Pool, run_steps
+from dinov2.curate.decisions import write_decisions
+from dinov2.curate.engines import Inline, ProcessPool
+from dinov2.curate.materialize import MaterializeConfig, materialize
+from dinov2.curate.screen import ScreenConfig, screen
+from dinov2.curate.steps import Output
+from dinov2.data import TarShards
+from tests.curate.pictures import encoded, picture, write_pool
+from tests.curate.test_runner import contents
+
+
+def a_pool(tmp_path: Path) -> tuple[Pool, dict[str, bytes]]:
+    """Three shards of four images, of which the first of each is out."""
+    files = [{f"k{n}{i}": encoded(picture(10 * n + i)) for i in range(4)} for n in range(3)]
+    pool = write_pool(tmp_path / "pool", list(files))
+    for shard in pool.shards():
+        reasons = ["out", None, None, None]
+        write_decisions(Output(str(tmp_path / "d"), shard), reasons, np.ones(4, dtype=bool), {"times": [1, 2, 3, 4]})
+    kept = {key: content for part in files for key, content in list(part.items())[1:]}
+    return pool.after(str(tmp_path / "d")), kept
+
+
+def test_what_is_in_is_written(tmp_path: Path) -> None:
+    pool, kept = a_pool(tmp_path)
+    root: str = run_steps(materialize(pool, {}, MaterializeConfig(shard_size=4), str(tmp_path / "out")), Inline())
+    shards = TarShards(root)
+    written = [shards.read_bytes(number) for number in range(len(shards))]
+    assert sorted(written) == sorted(kept.values())
+    assert written != [content for content in kept.values()]  # shuffled
+    assert len({name for name in shards.names()}) == 9
+    final = Pool(root)
+    assert final.shards() == ["00000", "00001", "00002"]
+    times = [n for shard in final.shards() for n in final.index(shard, ["times"])["times"].to_pylist()]
+    assert sorted(times) == sorted([2, 3, 4] * 3)
+    sources = {s for shard in final.shards() for s in final.index(shard, ["source"])["source"].to_pylist()}
+    assert sources == {"00000", "00001", "00002"}
+    again: str = run_steps(
+        materialize(pool, {}, MaterializeConfig(shard_size=4), str(tmp_path / "two")), ProcessPool(2)
+    )
+    assert contents(Path(again)) == contents(Path(root))
+    other = MaterializeConfig(shard_size=4, seed=1)
+    third = TarShards(run_steps(materialize(pool, {}, other, str(tmp_path / "out")), Inline()))
+    assert [third.read_bytes(number) for number in range(9)] != written
+
+
+def test_sets_of_seeds_as_they_are(tmp_path: Path) -> None:
+    pool, kept = a_pool(tmp_path)
+    seeds = {name: write_pool(tmp_path / name, [{"s": encoded(picture(90 + n))}]) for n, name in enumerate("ab")}
+    for names, count in ((("a",), 1), (("*",), 2)):
+        config = MaterializeConfig(as_is=names)
+        root: str = run_steps(materialize(pool, seeds, config, str(tmp_path / "out")), Inline())
+        assert len(TarShards(root)) == len(kept) + count
+    with pytest.raises(ValueError, match=r"as_is must name sets of seeds, \['a', 'b'\], but names \['c'\]"):
+        run_steps(materialize(pool, seeds, MaterializeConfig(as_is=("c",)), str(tmp_path / "out")), Inline())
+
+
+def test_faces_are_blurred_and_other_bytes_stay(tmp_path: Path) -> None:
+    files = {"wide": encoded(picture(0, 120, 80)), "tall": encoded(picture(1, 80, 120))}
+    pool = write_pool(tmp_path / "pool", [files])
+    settings = ScreenConfig(faces="tests.curate.screen.plugged_in:corner")
+    pool = run_steps(screen(pool, settings, str(tmp_path / "out")), Inline())
+    for blur in (True, False):
+        config = MaterializeConfig(blur_faces=blur)
+        shards = TarShards(run_steps(materialize(pool, {}, config, str(tmp_path / "out")), Inline()))
+        written = {shards[number].shape[0]: shards.read_bytes(number) for number in range(2)}
+        assert written[120] == files["tall"]
+        assert (written[80] == files["wide"]) != blur
+
+
+def test_nothing_left(tmp_path: Path) -> None:
+    pool = write_pool(tmp_path / "pool", [{"a": encoded(picture(0))}])
+    write_decisions(Output(str(tmp_path / "d"), "00000"), ["out"], np.ones(1, dtype=bool))
+    with pytest.raises(ValueError, match="no image is left"):
+        run_steps(
+            materialize(pool.after(str(tmp_path / "d")), {}, MaterializeConfig(), str(tmp_path / "out")), Inline()
+        )

@@ -1,0 +1,126 @@
+"""What seeds ask for: as comparing all with all finds it, and so many of each cluster."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dinov2.curate import Pool, run_steps
+from dinov2.curate.clusters import ClusterConfig
+from dinov2.curate.engines import Inline, ProcessPool
+from dinov2.curate.pool import read_table
+from dinov2.curate.retrieve import RetrieveConfig, retrieve
+from tests.curate.test_runner import contents
+from tests.curate.vector_pools import clustered_vectors, unit_vectors, vector_pool
+
+
+def decisions(pool: Pool, seeds: dict[str, Pool], config: RetrieveConfig, output: Path) -> dict[str, list[object]]:
+    after: Pool = run_steps(retrieve(pool, seeds, config, str(output)), Inline())
+    tables = [read_table(after.decisions[-1], shard).to_pydict() for shard in pool.shards()]
+    return {name: [value for table in tables for value in table[name]] for name in tables[0]}
+
+
+@pytest.fixture
+def vectors() -> np.ndarray:
+    return clustered_vectors(300, 24, 10, 0.6, seed=0)
+
+
+def test_the_nearest_of_each_seed(tmp_path: Path, vectors: np.ndarray) -> None:
+    vectors[5] = np.nan
+    pool = vector_pool(tmp_path / "pool", vectors, [100, 100, 250])
+    seeds = {name: clustered_vectors(12, 24, 10, 0.6, seed) for seed, name in ((0, "a"), (1, "b"))}
+    pools = {name: vector_pool(tmp_path / name, rows, [7]) for name, rows in seeds.items()}
+    config = RetrieveConfig(method="sample", neighbours=3, neighbours_of=("b=5",))
+    found = decisions(pool, pools, config, tmp_path / "out")
+
+    times = np.zeros(300, int)
+    for name, k in (("a", 3), ("b", 5)):
+        cosines = seeds[name].astype(np.float64) @ np.nan_to_num(vectors.astype(np.float64)).T  # [12, 300]
+        cosines[:, 5] = -2
+        nearest = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
+        times += np.bincount(nearest.ravel(), minlength=300)
+        if name == "a":
+            best = np.where((nearest[:, :, None] == np.arange(300)).any(axis=1), cosines, -2)  # [12, 300]
+    assert found["times"] == times.tolist()
+    assert found["keep"] == (times > 0).tolist()
+    for row in np.flatnonzero(best.max(axis=0) > -2).tolist():
+        assert found["seed_set"][row] == "a"
+        assert found["seed"][row] == best[:, row].argmax()
+        assert found["cosine"][row] == pytest.approx(best[:, row].max(), abs=1e-6)
+    assert {found["seed_set"][row] for row in np.flatnonzero(times == 0).tolist()} == {None}
+    assert {found["reason"][row] for row in np.flatnonzero(times == 0).tolist()} == {"not retrieved"}
+
+
+def test_some_of_each_cluster_that_holds_enough_seeds(tmp_path: Path) -> None:
+    """Five far heaps; seeds lie in two of them, in a third too few."""
+    centres = np.eye(5, 8)
+    rng = np.random.default_rng(0)
+    heap = np.repeat(np.arange(5), [50, 40, 30, 20, 10])
+    pool = vector_pool(tmp_path / "pool", unit_vectors(centres[heap] + 0.01 * rng.standard_normal((150, 8))), [70])
+    of_seed = np.repeat([0, 3, 4], [6, 4, 3])
+    seeds = {"s": vector_pool(tmp_path / "s", unit_vectors(centres[of_seed] + 0.01 * rng.standard_normal((13, 8))))}
+    config = RetrieveConfig(per_cluster=25, clusters=ClusterConfig(clusters=5, sample=30))
+    found = decisions(pool, seeds, config, tmp_path / "out")
+    kept = np.bincount(heap[np.array(found["keep"])], minlength=5)
+    assert kept.tolist() == [25, 0, 0, 20, 0]
+    assert len(set(zip(heap.tolist(), found["cluster"], strict=True))) == 5
+    assert set(found["seed"]) == {None}
+    config = dataclasses.replace(config, cap=11)
+    assert sum(decisions(pool, seeds, config, tmp_path / "out")["keep"]) == 11
+
+
+def test_a_balanced_sample(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    heap = np.repeat(np.arange(4), [100, 50, 20, 4])
+    x = unit_vectors(np.eye(4, 6)[heap] + 0.01 * rng.standard_normal((174, 6)))
+    clusters = ClusterConfig(clusters=4, sample=50)
+    config = RetrieveConfig(method="hierarchical", total=64, clusters=clusters)
+    found = decisions(vector_pool(tmp_path / "pool", x), {}, config, tmp_path / "out")
+    assert np.bincount(heap[np.array(found["keep"])], minlength=4).tolist() == [20, 20, 20, 4]
+
+
+def test_sets_choose_their_method_by_size(tmp_path: Path, vectors: np.ndarray) -> None:
+    pool = vector_pool(tmp_path / "pool", vectors)
+    seeds = {
+        "large": vector_pool(tmp_path / "large", vectors[:40]),
+        "small": vector_pool(tmp_path / "small", vectors[50:60]),
+    }
+    config = RetrieveConfig(cluster_below=30, neighbours=1, min_seeds=1, clusters=ClusterConfig(clusters=3))
+    found = decisions(pool, seeds, config, tmp_path / "out")
+    names = {path.name.rpartition("-")[0] for path in (tmp_path / "out").iterdir()}
+    assert {"retrieve-large-neighbours", "retrieve-small-drawn"} <= names
+    assert not {"retrieve-small-neighbours", "retrieve-large-drawn"} & names
+    assert [found["seed_set"][row] for row in range(40)] == ["large"] * 40
+
+
+def test_without_seeds_everything_stays(tmp_path: Path, vectors: np.ndarray) -> None:
+    pool = vector_pool(tmp_path / "pool", vectors)
+    assert run_steps(retrieve(pool, {}, RetrieveConfig(), str(tmp_path / "out")), Inline()) == pool
+    with pytest.raises(ValueError, match="method sample needs seeds"):
+        run_steps(retrieve(pool, {}, RetrieveConfig(method="sample"), str(tmp_path / "out")), Inline())
+
+
+def test_same_bytes_on_every_engine(tmp_path: Path, vectors: np.ndarray) -> None:
+    pool = vector_pool(tmp_path / "pool", vectors, [120])
+    seeds = {"a": vector_pool(tmp_path / "a", vectors[:30]), "b": vector_pool(tmp_path / "b", vectors[40:50])}
+    config = RetrieveConfig(cluster_below=20, min_seeds=1, clusters=ClusterConfig(clusters=4, passes=1))
+    for name, engine in (("one", Inline()), ("two", ProcessPool(2))):
+        run_steps(retrieve(pool, seeds, config, str(tmp_path / "out" / name)), engine)
+    assert contents(tmp_path / "out" / "one") == contents(tmp_path / "out" / "two")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"neighbours": 0}, {"neighbours_of": ("a",)}, {"neighbours_of": ("a=0",)}, {"total": -1}]
+)
+def test_settings_are_checked(settings: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=f"retrieve.{next(iter(settings))}"):
+        RetrieveConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_names_of_sets_are_checked(tmp_path: Path, vectors: np.ndarray) -> None:
+    pool = vector_pool(tmp_path / "pool", vectors)
+    with pytest.raises(ValueError, match="seeds must be named"):
+        run_steps(retrieve(pool, {"../x": pool}, RetrieveConfig(), str(tmp_path / "out")), Inline())

@@ -1,0 +1,69 @@
+"""Faces are found where they are, and cannot be recognised afterwards; nothing else changes."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from skimage import data
+
+from dinov2.curate.screen.faces import Box, blur_faces, blurred_file, bundled_detector, open_detector
+from dinov2.data import BundledPhotographs
+from tests.curate.pictures import encoded, picture
+
+
+def test_the_astronaut_has_a_face() -> None:
+    photograph = data.astronaut()
+    (boxes,) = bundled_detector([photograph])
+    assert len(boxes) == 1
+    assert 150 < boxes[0].x < 230
+    assert 60 < boxes[0].y < 140
+    assert 60 < boxes[0].width < 160
+
+
+def test_photographs_without_people_have_none() -> None:
+    photographs = BundledPhotographs()
+    found = {
+        name: len(bundled_detector([photographs[number]])[0])
+        for number, name in enumerate(photographs.names)
+        if name in ("cat", "coffee", "china", "flower", "rocket", "hubble", "brick", "grass")
+    }
+    assert sum(found.values()) <= 1, found
+
+
+def test_blurring_changes_the_face_and_nothing_else() -> None:
+    image, box = picture(0, 200, 160), Box(60, 40, 50, 60)
+    blurred = blur_faces(image, [box])
+    assert blurred.dtype == np.uint8
+    assert np.array_equal(image, picture(0, 200, 160))
+    detail = np.abs(np.diff(image[50:90, 70:100].astype(int), axis=1)).mean()
+    assert np.abs(np.diff(blurred[50:90, 70:100].astype(int), axis=1)).mean() < 0.4 * detail
+    assert np.array_equal(blurred[:, 150:], image[:, 150:])
+    assert np.array_equal(blur_faces(image, []), image)
+
+
+@pytest.mark.parametrize("box", [Box(-20, -20, 50, 50), Box(190, 150, 60, 60), Box(0, 0, 200, 160), Box(5, 5, 0, 0)])
+def test_boxes_beyond_the_edge(box: Box) -> None:
+    assert blur_faces(picture(0, 200, 160), [box]).shape == (160, 200, 3)
+
+
+def test_files_are_blurred_upright() -> None:
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(picture(0, 120, 80)).save(file, "JPEG", exif=exif, quality=95)
+    with Image.open(io.BytesIO(blurred_file(file.getvalue(), [Box(0, 0, 30, 30)]))) as image:
+        assert (image.format, image.size) == ("JPEG", (80, 120))
+        assert not image.getexif().get(0x0112)
+    with Image.open(io.BytesIO(blurred_file(encoded(picture(1)), [Box(0, 0, 30, 30)]))) as image:
+        assert image.format == "PNG"
+
+
+def test_detectors_by_their_name() -> None:
+    assert open_detector("none") is None
+    detect = open_detector("tests.curate.screen.plugged_in:corner")
+    assert detect is not None
+    assert detect([picture(0, 100, 50), picture(0, 50, 100)]) == [[Box(0, 0, 20, 30)], []]
+    with pytest.raises(ValueError, match="MODULE:FUNCTION"):
+        open_detector("nowhere:f")

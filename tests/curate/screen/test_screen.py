@@ -1,0 +1,152 @@
+"""What is unfit goes, with the reason; what fits stays; hostile files are counted."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from PIL import Image
+
+from dinov2.curate import Pool, run_steps
+from dinov2.curate.engines import Inline, ProcessPool
+from dinov2.curate.pool import read_table
+from dinov2.curate.screen import ScreenConfig, screen
+from dinov2.curate.screen.decide import repeats_of
+from tests.curate.pictures import encoded, picture, write_pool
+from tests.curate.screen.plugged_in import redness
+from tests.curate.test_runner import contents
+
+NO_FACES = ScreenConfig(faces="none")
+
+
+def odd_files() -> dict[str, bytes]:
+    """Images in every mode, and files that are none."""
+    image, file = Image.fromarray(picture(50)), io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lying on its side
+    image.resize((96, 120)).save(file, "JPEG", exif=exif)
+    animated = io.BytesIO()
+    frames = [Image.fromarray(picture(seed)) for seed in (51, 52)]
+    frames[0].save(animated, "GIF", save_all=True, append_images=frames[1:])
+    modes = {mode: io.BytesIO() for mode in ("CMYK", "RGBA", "P", "L")}
+    for number, (mode, content) in enumerate(modes.items()):
+        Image.fromarray(picture(60 + number)).convert(mode).save(content, "TIFF")
+    deep = io.BytesIO()
+    Image.fromarray(picture(70)[..., 0].astype(np.uint16) * 256).save(deep, "PNG")
+    whole = encoded(picture(53), "JPEG")
+    return {
+        "rotated": file.getvalue(),
+        "animated": animated.getvalue(),
+        "deep": deep.getvalue(),
+        "truncated": whole[: len(whole) // 2],
+        **{mode: content.getvalue() for mode, content in modes.items()},
+    }
+
+
+def screened(tmp_path: Path, shards: list[dict[str, bytes]], config: ScreenConfig = NO_FACES) -> dict[str, str | None]:
+    pool = write_pool(tmp_path / "pool", list(shards))
+    after: Pool = run_steps(screen(pool, config, str(tmp_path / "out")), Inline())
+    result = {}
+    for shard in pool.shards():
+        keys = pool.index(shard, ["key"])["key"].to_pylist()
+        result |= dict(zip(keys, read_table(after.decisions[-1], shard)["reason"].to_pylist(), strict=True))
+    return result
+
+
+def test_every_reason(tmp_path: Path) -> None:
+    good = {f"good{seed}": encoded(picture(seed)) for seed in range(12)}
+    first = {
+        **good,
+        "small": encoded(picture(20, 40, 90)),
+        "long": encoded(picture(21, 100, 500)),
+        "flat": encoded(np.full((90, 90, 3), 200, np.uint8)),
+        "larger": encoded(picture(5, 192, 192)),  # and so it is kept in place of good5
+    }
+    second = {
+        "copy": good["good3"],
+        "jpeg": encoded(picture(4), "JPEG", quality=90),
+        "blurred": encoded(np.asarray(Image.fromarray(picture(30)).resize((8, 8)).resize((300, 300)))),
+        **odd_files(),
+    }
+    reasons = screened(tmp_path, [first, second], ScreenConfig(faces="none", min_sharpness=5.0))
+    assert reasons == {
+        **dict.fromkeys(good),
+        "good5": "near-duplicate (PCA hash)",
+        "small": "too small",
+        "long": "too long",
+        "flat": "plain",
+        "larger": None,
+        "copy": "exact duplicate",
+        "jpeg": "near-duplicate (PCA hash)",
+        "blurred": "blurred",
+        "truncated": "unreadable",
+        **dict.fromkeys(odd_files().keys() - {"truncated"}),
+    }
+
+
+def test_settings_turn_reasons_off(tmp_path: Path) -> None:
+    files = {
+        "a": encoded(picture(0)),
+        "b": encoded(picture(0), "JPEG"),
+        "flat": encoded(np.zeros((70, 70, 3), np.uint8)),
+    }
+    config = ScreenConfig(faces="none", max_distance=-1, min_entropy=0.0)
+    assert screened(tmp_path, [files], config) == dict.fromkeys(files)
+
+
+def test_flat_images_do_not_repeat_one_another(tmp_path: Path) -> None:
+    flat = {f"flat{level}": encoded(np.full((80, 80, 3), level, np.uint8)) for level in (0, 90, 91, 255)}
+    assert screened(tmp_path, [flat], ScreenConfig(faces="none", min_entropy=0.0)) == dict.fromkeys(flat)
+
+
+def test_a_scorer_by_its_name_or_as_onnx(tmp_path: Path) -> None:
+    red, blue = np.zeros((80, 80, 3), np.uint8), picture(1)
+    red[..., 0] = picture(2)[:80, :80, 0] // 4 + 190
+    files = {"red": encoded(red), "blue": encoded(blue)}
+    mean = helper.make_node("ReduceMean", ["x", "axes"], ["y"], keepdims=0)
+    graph = helper.make_graph(
+        [helper.make_node("Slice", ["images", "start", "stop", "channel"], ["x"]), mean],
+        "redness",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["b", 3, 224, 224])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["b"])],
+        [
+            helper.make_tensor(name, TensorProto.INT64, [len(values)], values)
+            for name, values in {"start": [0], "stop": [1], "channel": [1], "axes": [1, 2, 3]}.items()
+        ],
+    )
+    model = tmp_path / "redness.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), model)
+    assert redness([red, blue])[0] > 0.7 > redness([red, blue])[1]
+    for number, scorer in enumerate((f"{redness.__module__}:redness", str(model))):
+        config = ScreenConfig(faces="none", min_entropy=0.0, nsfw=scorer, nsfw_threshold=0.7)
+        assert screened(tmp_path / str(number), [files], config) == {"red": "NSFW", "blue": None}
+
+
+@pytest.mark.parametrize("name", ["nowhere:f", "tests.curate.screen.plugged_in:nothing", "nonsense"])
+def test_what_cannot_be_plugged_in(tmp_path: Path, name: str) -> None:
+    with pytest.raises((ValueError, OSError), match="MODULE:FUNCTION"):
+        screened(tmp_path, [{"a": encoded(picture(0))}], ScreenConfig(nsfw=name))
+
+
+def test_same_bytes_on_every_engine_and_one_more_shard(tmp_path: Path) -> None:
+    shards = [{f"{name}{n}": encoded(picture(10 * n + i)) for i, name in enumerate("abc")} for n in range(3)]
+    pool = write_pool(tmp_path / "pool", list(shards))
+    run_steps(screen(pool, NO_FACES, str(tmp_path / "one")), Inline())
+    run_steps(screen(pool, NO_FACES, str(tmp_path / "two")), ProcessPool(2))
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_repeats_keep_the_first_file_and_the_largest_picture() -> None:
+    digests = np.array([b"a", b"b", b"a", b"c", b"d"], "S64")
+    hashes = np.array([0, 1, 0, 3, 2**64 - 2**32], np.uint64)
+    fit, hashed = np.ones(5, dtype=bool), np.ones(5, dtype=bool)
+    exact, near, of = repeats_of(fit, digests, hashes, hashed, np.array([5, 9, 99, 9, 1]), 2)
+    assert exact.tolist() == [False, False, True, False, False]
+    assert near.tolist() == [True, False, False, True, False]
+    assert of.tolist() == [1, 1, 1, 1, 4]
+    fit[1] = False  # what is unfit stands for nothing
+    assert repeats_of(fit, digests, hashes, hashed, np.array([5, 9, 99, 9, 1]), 2).of.tolist() == [3, 1, 3, 3, 4]
