@@ -13,6 +13,7 @@ from dinov2_kernels._extras import require
 Floats = npt.NDArray[np.float32]
 
 CELLS = 2**24  # distances in memory at once
+SPREAD_BELOW = 2048  # clusters; above, k-means++ would take longer than the iterations after it
 
 
 class Nearest(NamedTuple):
@@ -60,36 +61,62 @@ def means_of(sums: npt.NDArray[np.float64], before: Floats) -> Floats:
 
 
 def k_means_in_memory(vectors: Floats, k: int, iterations: int, seed: int) -> Floats:
-    """Centroids [k, D] of vectors [N, D], N at least k, by Faiss."""
+    """Centroids [k, D] of vectors [N, D], N at least k, by Faiss; the first by k-means++ where that is affordable."""
     faiss = require("faiss", extra="curate", purpose="clustering")
     if len(vectors) == k:
         return vectors.copy()
+    vectors = np.ascontiguousarray(vectors, np.float32)
     trained = faiss.Kmeans(
         vectors.shape[1],
         k,
         niter=iterations,
         seed=seed,
         min_points_per_centroid=1,
-        max_points_per_centroid=max(len(vectors) // k + 1, 1),
+        max_points_per_centroid=len(vectors) // k + 1,
         gpu=bool(getattr(faiss, "get_num_gpus", lambda: 0)()),
     )
-    trained.train(np.ascontiguousarray(vectors, np.float32))
+    trained.train(vectors, init_centroids=spread_start(vectors, k, seed) if k <= SPREAD_BELOW else None)
     centroids: Floats = trained.centroids.reshape(k, -1)
     return centroids
 
 
-def resampled(vectors: Floats, centroids: Floats, rounds: int, nearest: int) -> Floats:
+def spread_start(vectors: Floats, k: int, seed: int) -> Floats:
+    """First centroids [k, D] by k-means++ (Arthur and Vassilvitskii, 2007): each is drawn from the vectors with a chance
+    proportional to its squared distance from those before; of several candidates the one that helps most is taken."""
+    rng = np.random.default_rng(seed)
+    X = torch.from_numpy(vectors)
+    squares = (X * X).sum(dim=1)
+
+    def distances(rows: list[int]) -> torch.Tensor:
+        cross = torch.addmm(squares[:, None], X, X[rows].T, alpha=-2)  # [N, candidates]
+        return (cross + squares[rows]).clamp_min(0).T.contiguous()
+
+    chosen = [int(rng.integers(len(vectors)))]
+    nearest = distances(chosen)[0].double()  # [N]
+    candidates = 2 + int(np.log(k))
+    while len(chosen) < k:
+        sums = nearest.cumsum(0)
+        picks = torch.searchsorted(sums, torch.from_numpy(rng.random(candidates)) * sums[-1]).clamp_max(len(X) - 1)
+        left = torch.minimum(nearest, distances(picks.tolist()).double())  # [candidates, N]
+        best = int(left.sum(dim=1).argmin())
+        chosen.append(int(picks[best]))
+        nearest = left[best]
+    return vectors[chosen]
+
+
+def resampled(vectors: Floats, centroids: Floats, rounds: int, nearest: int, iterations: int, seed: int) -> Floats:
     """Centroids after rounds of resampling-clustering, by which they spread more evenly over what the vectors span.
 
-    In each round k-means goes on from the centroids with only the ``nearest`` vectors of each cluster, so that dense
-    places count for no more than sparse ones (Vo et al., arXiv:2405.15613, section 3.3).
+    In each round k-means begins anew on only the ``nearest`` vectors of each cluster, so that dense places count for no
+    more than sparse ones (Vo et al., arXiv:2405.15613, section 3.3).
     """
-    for _ in range(rounds):
+    for number in range(rounds):
         found = nearest_centroids(vectors, centroids)
         order = np.lexsort((found.distance, found.cluster))
         cluster = found.cluster[order]
         place = np.arange(len(order)) - np.searchsorted(cluster, cluster, side="left")
         few = vectors[np.sort(order[place < nearest])]
-        again = nearest_centroids(few, centroids)
-        centroids = means_of(sums_of(few, again, len(centroids)), centroids)
+        if len(few) < len(centroids):
+            break
+        centroids = k_means_in_memory(few, len(centroids), iterations, seed + number)
     return centroids

@@ -169,7 +169,7 @@ def _levels(output: Output, centroids: str, config: ClusterConfig) -> Counts:
     for level, number in enumerate(config.levels):
         number = min(number, len(points))
         upper = k_means_in_memory(points, number, config.iterations, config.seed)
-        upper = resampled(points, upper, config.resampling, config.nearest)
+        upper = resampled(points, upper, config.resampling, config.nearest, config.iterations, config.seed)
         with output.replace(f".parents.{level}.npy") as file:
             np.save(file, nearest_centroids(points, upper).cluster)
         points = upper

@@ -12,7 +12,14 @@ from sklearn.cluster import KMeans
 from dinov2.curate import Pool, run_steps
 from dinov2.curate.clusters import ClusterConfig, Clusters, balanced_quotas, k_means, water_fill
 from dinov2.curate.clusters.choose import choose, random_keys
-from dinov2.curate.clusters.lloyd import k_means_in_memory, means_of, nearest_centroids, resampled, sums_of
+from dinov2.curate.clusters.lloyd import (
+    k_means_in_memory,
+    means_of,
+    nearest_centroids,
+    resampled,
+    spread_start,
+    sums_of,
+)
 from dinov2.curate.engines import Inline, ProcessPool
 from dinov2.curate.search.layout import layout_of, read_layout
 from dinov2.curate.steps import Output, Steps
@@ -100,15 +107,25 @@ def test_as_many_clusters_as_vectors(n: int) -> None:
 def test_resampling_spreads_over_what_is_sparse() -> None:
     """A dense heap and a sparse line: of four centroids the line gets more once every cluster has an equal say."""
     rng = np.random.default_rng(0)
-    heap = 0.05 * rng.standard_normal((2000, 2))
-    line = np.stack([np.linspace(1, 4, 60), np.zeros(60)], axis=1)
+    heap = 0.5 * rng.standard_normal((4000, 2))
+    line = np.stack([np.linspace(3, 6, 60), np.zeros(60)], axis=1)
     x = np.concatenate([heap, line]).astype(np.float32)
-    start = np.concatenate([heap[:3], line[:1]]).astype(np.float32)
-    plain = start
-    for _ in range(10):
-        plain = means_of(sums_of(x, nearest_centroids(x, plain), 4), plain)
-    spread = resampled(x, start, 10, 5)
-    assert inertia(line, spread) <= inertia(line, plain)
+    plain = k_means_in_memory(x, 4, 20, 0)
+    spread = resampled(x, plain, 10, 60, 20, 0)
+    assert (plain[:, 0] > 2.5).sum() == 1
+    assert (spread[:, 0] > 2.5).sum() >= 2
+
+
+@pytest.mark.parametrize("k", [1, 2, 7])
+def test_first_centroids_are_spread(k: int) -> None:
+    """Of seven far heaps each gets one before any gets two."""
+    rng = np.random.default_rng(k)
+    x = (100 * np.eye(7)[rng.permutation(np.repeat(np.arange(7), 20))] + rng.standard_normal((140, 7))).astype(
+        np.float32
+    )
+    start = spread_start(x, k, 0)
+    assert len(set(start.argmax(axis=1).tolist())) == k
+    assert len(spread_start(np.zeros((5, 2), np.float32), 3, 0)) == 3
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,8 @@ def test_what_is_in_is_written(tmp_path: Path) -> None:
     shards = TarShards(root)
     written = [shards.read_bytes(number) for number in range(len(shards))]
     assert sorted(written) == sorted(kept.values())
-    assert written != [content for content in kept.values()]  # shuffled
-    assert len({name for name in shards.names()}) == 9
+    assert written != list(kept.values())  # shuffled
+    assert len(set(shards.names())) == 9
     final = Pool(root)
     assert final.shards() == ["00000", "00001", "00002"]
     times = [n for shard in final.shards() for n in final.index(shard, ["times"])["times"].to_pylist()]
