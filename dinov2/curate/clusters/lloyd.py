@@ -13,6 +13,7 @@ from dinov2_kernels._extras import require
 Floats = npt.NDArray[np.float32]
 
 CELLS = 2**24  # distances in memory at once
+STARTS = 3
 SPREAD_BELOW = 2048  # clusters; above, k-means++ would take longer than the iterations after it
 
 
@@ -61,28 +62,39 @@ def means_of(sums: npt.NDArray[np.float64], before: Floats) -> Floats:
 
 
 def k_means_in_memory(vectors: Floats, k: int, iterations: int, seed: int) -> Floats:
-    """Centroids [k, D] of vectors [N, D], N at least k, by Faiss; the first by k-means++ where that is affordable."""
+    """Centroids [k, D] of vectors [N, D], N at least k, by Faiss.
+
+    The best of :data:`STARTS` runs from k-means++; of more clusters than it is affordable for, one from random vectors.
+    """
     faiss = require("faiss", extra="curate", purpose="clustering")
     if len(vectors) == k:
         return vectors.copy()
     vectors = np.ascontiguousarray(vectors, np.float32)
-    trained = faiss.Kmeans(
-        vectors.shape[1],
-        k,
-        niter=iterations,
-        seed=seed,
-        min_points_per_centroid=1,
-        max_points_per_centroid=len(vectors) // k + 1,
-        gpu=bool(getattr(faiss, "get_num_gpus", lambda: 0)()),
-    )
-    trained.train(vectors, init_centroids=spread_start(vectors, k, seed) if k <= SPREAD_BELOW else None)
-    centroids: Floats = trained.centroids.reshape(k, -1)
-    return centroids
+    best: tuple[float, Floats] | None = None
+    for start in range(STARTS if k <= SPREAD_BELOW else 1):
+        trained = faiss.Kmeans(
+            vectors.shape[1],
+            k,
+            niter=iterations,
+            seed=seed + start,
+            min_points_per_centroid=1,
+            max_points_per_centroid=len(vectors) // k + 1,
+            gpu=bool(getattr(faiss, "get_num_gpus", lambda: 0)()),
+        )
+        first = spread_start(vectors, k, seed + start) if k <= SPREAD_BELOW else None
+        trained.train(vectors, init_centroids=first)
+        if best is None or trained.obj[-1] < best[0]:
+            best = float(trained.obj[-1]), trained.centroids.reshape(k, -1).copy()
+    assert best is not None
+    return best[1]
 
 
 def spread_start(vectors: Floats, k: int, seed: int) -> Floats:
-    """First centroids [k, D] by k-means++ (Arthur and Vassilvitskii, 2007): each is drawn from the vectors with a chance
-    proportional to its squared distance from those before; of several candidates the one that helps most is taken."""
+    """First centroids [k, D] by k-means++ (Arthur and Vassilvitskii, 2007).
+
+    Each is drawn from the vectors with a chance proportional to its squared distance from those before; of several
+    candidates the one that helps most is taken.
+    """
     rng = np.random.default_rng(seed)
     X = torch.from_numpy(vectors)
     squares = (X * X).sum(dim=1)

@@ -120,9 +120,8 @@ def test_resampling_spreads_over_what_is_sparse() -> None:
 def test_first_centroids_are_spread(k: int) -> None:
     """Of seven far heaps each gets one before any gets two."""
     rng = np.random.default_rng(k)
-    x = (100 * np.eye(7)[rng.permutation(np.repeat(np.arange(7), 20))] + rng.standard_normal((140, 7))).astype(
-        np.float32
-    )
+    heap = rng.permutation(np.repeat(np.arange(7), 20))
+    x = (100 * np.eye(7)[heap] + rng.standard_normal((140, 7))).astype(np.float32)
     start = spread_start(x, k, 0)
     assert len(set(start.argmax(axis=1).tolist())) == k
     assert len(spread_start(np.zeros((5, 2), np.float32), 3, 0)) == 3
