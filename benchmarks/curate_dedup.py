@@ -40,6 +40,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     return folder
 
 
+@pytest.mark.timeout(0)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "planted", [(rows, kind) for rows in SIZES for kind in TOPICS], indirect=True, ids=lambda of: f"{of[0]}-{of[1]}"

@@ -166,6 +166,16 @@ def test_rows_without_features_and_rows_that_were_out(tmp_path: Path, originals:
     assert table["component"][:4] == [None, None, 2, None]
 
 
+def test_reference_images_without_features_are_counted(tmp_path: Path, originals: Vectors) -> None:
+    tests = originals[:6].copy()
+    tests[2:5] = np.nan
+    pool = vector_pool(tmp_path / "pool", originals)
+    table = decisions(run(tmp_path, pool, {"tests": vector_pool(tmp_path / "tests", tests, (4,))}))
+    assert [row for row, keep in enumerate(table["keep"]) if not keep] == [0, 1, 5]
+    (counts,) = (tmp_path / "out").glob("dedup-components-*/all.json")
+    assert '"reference images without features, not looked for": 3' in counts.read_text()
+
+
 @pytest.mark.parametrize("index", ["flat", "ivf_sq8"])
 def test_engines_and_shards_change_nothing(tmp_path: Path, index: str) -> None:
     random = np.random.default_rng(8)
