@@ -15,6 +15,7 @@ COMMANDS = {
     "adapt": "let a pretrained ViT go on with larger images",
     "export": "write the weights of a run as files that anyone can read",
     "embed": "write the features that a model has for images",
+    "curate": "make a set to pretrain on out of pages, links or images",
     "index": "write where each image lies in tars, so that they can be trained on",
     "info": "show which kernels are built and which of them will run here",
 }

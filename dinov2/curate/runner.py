@@ -13,7 +13,7 @@ from dinov2.data.shards.storage import Storage
 POLL_SECONDS = 1.0
 
 
-class FailedShardsError(RuntimeError):
+class FailedShardsError(OSError):
     """Some shards of a step cannot be made; those that can are there, and running again tries only the others."""
 
 

@@ -1,25 +1,33 @@
 """Recipes: each is a function that returns the complete configuration of a run.
 
 Those of :data:`RECIPES` pretrain from nothing but images; :func:`adaptation` and :func:`distillation` build on a
-network that is there already.
+network that is there already. Those of :data:`CURATIONS` make the images to pretrain on.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
+from dinov2.curate import CurateConfig
 from dinov2.recipes.adaptation import adaptation
+from dinov2.recipes.curation import laptop, lvd142m
 from dinov2.recipes.distillation import distillation
 from dinov2.recipes.photos import photos
 from dinov2.recipes.reference import vitb14, vitg14, vitl14, vitl16_short, vits14
 from dinov2.recipes.small_data import vits14_small_data
 from dinov2.train.config import PretrainConfig
 
+Function = TypeVar("Function")
+
 RECIPES: dict[str, Callable[[], PretrainConfig]] = {
     function.__name__: function
     for function in (photos, vits14_small_data, vitl16_short, vits14, vitb14, vitl14, vitg14)
 }
+
+
+CURATIONS: dict[str, Callable[[], CurateConfig]] = {function.__name__: function for function in (laptop, lvd142m)}
 
 
 def recipe(name: str) -> PretrainConfig:
@@ -28,17 +36,30 @@ def recipe(name: str) -> PretrainConfig:
     Raises:
         ValueError: there is none of this name; the message suggests the closest.
     """
-    if name in RECIPES:
-        return RECIPES[name]()
-    close = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
+    return _named(name, RECIPES, "recipe")()
+
+
+def curation(name: str) -> CurateConfig:
+    """The configuration of the curation called ``name``; errors as for :func:`recipe`."""
+    return _named(name, CURATIONS, "curation")()
+
+
+def _named(name: str, functions: Mapping[str, Function], kind: str) -> Function:
+    if name in functions:
+        return functions[name]
+    close = difflib.get_close_matches(name, functions, n=1, cutoff=0.4)
     suggestion = f"did you mean {close[0]!r}? " if close else ""
-    raise ValueError(f"unknown recipe {name!r}: {suggestion}the recipes are {', '.join(RECIPES)}")
+    raise ValueError(f"unknown {kind} {name!r}: {suggestion}the {kind}s are {', '.join(functions)}")
 
 
 __all__ = [
+    "CURATIONS",
     "RECIPES",
     "adaptation",
+    "curation",
     "distillation",
+    "laptop",
+    "lvd142m",
     "photos",
     "recipe",
     "vitb14",

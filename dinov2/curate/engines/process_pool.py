@@ -6,6 +6,8 @@ import itertools
 import multiprocessing
 import multiprocessing.context
 import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from multiprocessing import forkserver
@@ -33,7 +35,7 @@ class ProcessPool:
             yield from self._until_broken(first, remaining, width)
 
     def _until_broken(self, first: Sequence[Call], remaining: Iterator[Call], width: int) -> Iterator[Outcome]:
-        pool = ProcessPoolExecutor(width, _context())
+        pool = ProcessPoolExecutor(width, _context(), initializer=_begin)
         under_way: dict[Future[None], Call] = {}
         try:
             under_way = {pool.submit(execute, call): call for call in first}
@@ -54,6 +56,19 @@ class ProcessPool:
             pool.shutdown(wait=not under_way, cancel_futures=True)
             for process in list((pool._processes or {}).values()) if under_way else []:
                 process.terminate()
+
+
+def _begin() -> None:
+    """In a new process: Ctrl-C is for the first process, without which this one is of no use."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _context() -> multiprocessing.context.BaseContext:

@@ -1,0 +1,143 @@
+"""``dinov2 curate``: from pages, links or images to a set to pretrain on, all stages or one."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from dinov2.cli.curation_progress import Progress, table
+from dinov2.curate import STAGES, CurateConfig, Part, curate, only, run_steps
+from dinov2.curate.report import write_report
+from dinov2.curate.settings_file import save_config
+from dinov2.recipes import CURATIONS, curation
+from dinov2.train.config_file import from_json
+
+EXAMPLES = """examples:
+  dinov2 curate run laptop --images photos --output curated     a folder of your own images, every stage
+  dinov2 curate run laptop --pages crawl --output curated       from web pages: HTML, WARC or WAT files
+  dinov2 curate run laptop --images photos --seeds mine --evaluation_sets test    like mine, unlike test
+  dinov2 curate run curated/config.json                         go on after Ctrl-C, or anything worse
+  dinov2 curate dedup curated/config.json                       one stage, where those before it are done
+  dinov2 curate run curated/config.json --shard 3/64            one of 64 jobs that share the work
+  dinov2 curate run curated/config.json --engine.kind ray       on a cluster
+  dinov2 curate report curated/config.json                      write the report of what is there
+  dinov2 curate run laptop --help                               every setting, with its value
+
+What is done is not done again: results lie in folders named after their settings, and a changed setting makes anew only
+what depends on it. At the end stands where the set is, for dinov2 pretrain --data.root."""
+
+SHARE = re.compile(r"(\d+)/(\d+)", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What may follow the name of a configuration."""
+
+    config: Annotated[CurateConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+    shard: str = "0/1"
+    """I/N: make only every N-th shard of each step, from the I-th on (counted from 0), and wait for the others."""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Curate, or explain how."""
+    if len(arguments) < 2 or arguments[0] in ("-h", "--help") or arguments[1] in ("-h", "--help"):
+        print(help_text())
+        return
+    what, name, *options = arguments
+    if what not in ("run", "report", *STAGES):
+        raise ValueError(f"expected run, report or a stage ({', '.join(STAGES)}), got {what!r}")
+    parsed = parse(what, name, options)
+    config, part, console = parsed.config, share(parsed.shard), Console()
+    if what == "report":
+        say(console, f"report: {write_report(config)}")
+        return
+    save_config(config)
+    engine = config.engine.open()
+    tries, patience = config.engine.tries, config.engine.patience
+    with Progress(console) as progress:
+        if what != "run":
+            steps = only(curate(config), what)
+            run_steps(steps, engine, tries=tries, part=part, patience=patience, watcher=progress)
+        else:
+            made = run_steps(curate(config), engine, tries=tries, part=part, patience=patience, watcher=progress)
+    console.print(table(progress.steps))
+    if part.number == 0:
+        say(console, f"report: {write_report(config)}")
+    if what == "run":
+        say(console, f"train on it: dinov2 pretrain vits14_small_data --data.root {made.root}")
+
+
+def parse(what: str, name: str, options: Sequence[str]) -> Arguments:
+    """A curation by its name, or by the ``config.json`` of an earlier one, with the overrides of the command line."""
+    description = ""
+    if name in CURATIONS or not name.endswith(".json"):
+        config = curation(name)
+        description = inspect.getdoc(CURATIONS[name]) or ""
+    else:
+        config = read_config(name)
+    parsed: Arguments = tyro.cli(
+        Arguments,
+        args=list(options),
+        default=Arguments(config=config),
+        prog=f"dinov2 curate {what} {name}",
+        description=description,
+        use_underscores=True,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    return parsed
+
+
+def read_config(path: str) -> CurateConfig:
+    """The configuration in a file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no configuration of a curation.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {path}; the curations are {', '.join(CURATIONS)}")
+    try:
+        return from_json(CurateConfig, json.loads(file.read_text()))
+    except (TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not the configuration of a curation: {error}") from error
+
+
+def share(text: str) -> Part:
+    """``I/N`` as the part of the work that it names.
+
+    Raises:
+        ValueError: it is not I/N with 0 <= I < N.
+    """
+    found = SHARE.fullmatch(text)
+    if not found:
+        raise ValueError(f"shard must be I/N, such as 3/64, but is {text!r}")
+    return Part(*map(int, found.groups()))
+
+
+def say(console: Console, line: str) -> None:
+    """A line as it is, however wide the terminal."""
+    console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def help_text() -> str:
+    """What ``dinov2 curate --help`` prints."""
+    width = max(map(len, CURATIONS))
+    curations = "\n".join(
+        f"  {name:<{width}}  {(inspect.getdoc(function) or '').splitlines()[0]}" for name, function in CURATIONS.items()
+    )
+    return (
+        "usage: dinov2 curate run|report|STAGE CURATION|CONFIG.json [--FIELD VALUE ...] [--shard I/N]\n\n"
+        "Make a set to pretrain on: find, download, screen, deduplicate and retrieve images.\n\n"
+        f"stages, in order: {', '.join(STAGES)}\n\n"
+        f"curations:\n{curations}\n\n"
+        f"{EXAMPLES}"
+    )

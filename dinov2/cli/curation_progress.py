@@ -1,0 +1,85 @@
+"""How a curation goes on, for people: a bar for each step, and a table of what became of all rows."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import Progress as Bars
+from rich.progress import TaskID
+from rich.table import Table
+
+from dinov2.cli.counting import counting_bar
+from dinov2.curate import Step, Watcher
+
+
+class Progress(Watcher):
+    """Shows steps as they run, and remembers them.
+
+    Attributes:
+        steps: those that have ended.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.steps: list[Step] = []
+        self._console = console
+        self._bars: Bars | None = None
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def started(self, step: Step, done: int) -> None:
+        """Begin a bar."""
+        self._bars = counting_bar(step.name, self._console)
+        self._bars.start()
+        self._task = self._bars.add_task("", total=len(step.tasks), completed=done)
+
+    def advanced(self, step: Step) -> None:
+        """Move it."""
+        if self._bars is not None and self._task is not None:
+            self._bars.advance(self._task)
+
+    def retrying(self, step: Step, shard: str, error: Exception) -> None:
+        """Say why a shard takes longer."""
+        self._say(f"{step.name}: shard {shard} failed and will be tried again: {error}")
+
+    def waiting(self, step: Step, missing: int) -> None:
+        """Show how far the other processes are."""
+        if self._bars is not None and self._task is not None:
+            self._bars.update(self._task, completed=len(step.tasks) - missing)
+
+    def ended(self, step: Step) -> None:
+        """Leave one line for good where no bar was seen."""
+        self._stop()
+        self.steps.append(step)
+        counts = step.counts()
+        self._say(f"{step.name}: {counts.rows_out:,} of {counts.rows_in:,} {step.unit}")
+
+    def _stop(self) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+            self._bars = None
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def table(steps: list[Step]) -> Table:
+    """What went into each step, what came out, and why the rest did not."""
+    result = Table(box=SIMPLE_HEAD)
+    for name in ("step", "rows in", "rows out", "a second"):
+        result.add_column(name, justify="left" if name == "step" else "right")
+    result.add_column("dropped")
+    for step in steps:
+        counts, timing = step.counts(), step.timing()
+        rate = f"{counts.rows_in * timing.shards / (len(step.tasks) * timing.seconds):,.0f}" if timing.seconds else ""
+        dropped = ", ".join(f"{number:,} {reason}" for reason, number in counts.dropped.items())
+        result.add_row(step.name, f"{counts.rows_in:,}", f"{counts.rows_out:,}", rate, dropped)
+    return result

@@ -1,0 +1,83 @@
+"""The stage: files of images into tar shards, their bytes as they are."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+
+from dinov2.curate.collect.config import CollectConfig
+from dinov2.curate.pool import Pool
+from dinov2.curate.steps import Counts, Output, Step, Steps, Task, digest
+from dinov2.data.decoding import IMAGE_EXTENSIONS
+from dinov2.data.shards import ShardImage, write_shard
+from dinov2.data.shards.storage import Storage
+
+UNREADABLE, TOO_LARGE = "cannot be opened", "file too large"
+
+
+def collect(images: str, config: CollectConfig, output: str) -> Steps[Pool]:
+    """A pool of the images in a folder or under a URL.
+
+    Tar shards with their index (``dinov2 index`` writes one) are taken where they are, without any step. Of other
+    folders all files of any nesting go into shards whose names end as images' do, in the order of their paths; hidden
+    ones, and those in hidden folders, are left out. A file that is no image is counted and left out.
+
+    Args:
+        images: folder or URL.
+        config: the size of shards.
+        output: folder or URL of the whole curation.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    storage = Storage(images)
+    if storage.shards():
+        if missing := storage.shards().keys() - storage.indices().keys():
+            raise ValueError(
+                f"images must have an index for each tar, but under {images!r} {len(missing)} have none:"
+                f" write them with dinov2 index {images}"
+            )
+        return Pool(images)
+    paths = [path for path in sorted(storage.filesystem.find(storage.root)) if _is_image(path[len(storage.root) + 1 :])]
+    if not paths:
+        raise ValueError(f"images must be a folder of images or of tar shards, but {images!r} has neither")
+    pieces = [paths[start : start + config.shard_size] for start in range(0, len(paths), config.shard_size)]
+    tasks = [
+        Task(f"{number:05d}", _write, (images, tuple(path[len(storage.root) + 1 :] for path in piece), config))
+        for number, piece in enumerate(pieces)
+    ]
+    listing = digest([[path, storage.filesystem.size(path)] for path in paths])
+    step = Step(output, "collect-images", [config, listing], (images,), tasks, "files")
+    yield step
+    return Pool(step.folder)
+
+
+def _is_image(path: str) -> bool:
+    return path.lower().endswith(IMAGE_EXTENSIONS) and not any(part.startswith(".") for part in path.split("/"))
+
+
+def _write(output: Output, images: str, paths: tuple[str, ...], config: CollectConfig) -> Counts:
+    """Task: one shard."""
+    storage, dropped = Storage(images), Counter[str]()
+
+    def files() -> Iterator[ShardImage]:
+        for path in paths:
+            full = f"{storage.root}/{path}"
+            try:
+                if storage.filesystem.size(full) > config.max_bytes:
+                    dropped[TOO_LARGE] += 1
+                    continue
+                content = storage.filesystem.cat_file(full)
+            except OSError:
+                dropped[UNREADABLE] += 1
+                continue
+            yield ShardImage(key_of(path), content, {"path": path})
+
+    report = write_shard(files(), output.folder, int(output.shard))
+    return Counts(len(paths), report.images, dict(sorted((dropped + report.skipped).items())))
+
+
+def key_of(name: str) -> str:
+    """32 hexadecimal digits that stand for a path or a URL."""
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:32]

@@ -1,0 +1,84 @@
+"""The look of the page, and pieces of it. Everything that comes from elsewhere is escaped here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+STYLE = """
+:root { --ink: #1b1f24; --quiet: #667; --line: #d9dce1; --paper: #fff; --bar: #3867b8; --kept: #2c8a4b;
+  --gone: #b3403a }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e8eb; --quiet: #9aa3ad; --line: #3a4048; --paper: #16191d; --bar: #7fa6ea; --kept: #63c484;
+    --gone: #e5837c }
+}
+* { box-sizing: border-box }
+body { margin: 0 auto; padding: 1.5rem; max-width: 72rem; color: var(--ink); background: var(--paper);
+  font: 15px/1.5 system-ui, sans-serif }
+h1 { font-size: 1.6rem; margin: 0 0 .25rem } h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem }
+h3 { font-size: 1rem; margin: 1.25rem 0 .4rem } p { margin: .3rem 0 .8rem; max-width: 50rem }
+.quiet { color: var(--quiet) } .wide { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100% }
+th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
+th { font-weight: 600; color: var(--quiet) } .number { text-align: right; white-space: nowrap }
+.track { background: var(--line); height: .55rem; width: 9rem; margin-top: .45rem }
+.track div { background: var(--bar); height: 100% }
+.row { display: flex; flex-wrap: wrap; gap: .6rem; margin: .4rem 0 1rem; align-items: flex-start }
+figure { margin: 0; width: 7rem } figure img { width: 100%; display: block; border: 2px solid var(--line) }
+figure.kept img { border-color: var(--kept) } figure.gone img { border-color: var(--gone) }
+figcaption { font-size: .75rem; line-height: 1.3; color: var(--quiet); overflow-wrap: anywhere; margin-top: .2rem }
+.charts { display: flex; flex-wrap: wrap; gap: 1.5rem 2.5rem } svg text { fill: var(--quiet); font-size: 11px }
+svg .bar { fill: var(--bar) } svg .axis { stroke: var(--line) } pre { overflow-x: auto; font-size: .8rem }
+@media print { body { max-width: none } .row { break-inside: avoid } }
+"""
+
+
+def document(title: str, parts: Iterable[str]) -> str:
+    """A page that needs nothing from elsewhere."""
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(parts)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def heading(text: str, remark: str = "") -> str:
+    """A section's title, and what it shows."""
+    return f"<h2>{escape(text)}</h2>" + (f'<p class="quiet">{escape(remark)}</p>' if remark else "")
+
+
+def subheading(text: str) -> str:
+    """A title within a section."""
+    return f"<h3>{escape(text)}</h3>"
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], numbers: frozenset[int] = frozenset()) -> str:
+    """A table; cells are HTML already. ``numbers`` are the columns that are set to the right."""
+
+    def cells(row: Sequence[str], tag: str) -> str:
+        kinds = [' class="number"' if i in numbers else "" for i in range(len(row))]
+        return "".join(f"<{tag}{kind}>{cell}</{tag}>" for kind, cell in zip(kinds, row, strict=True))
+
+    body = "\n".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
+    return f'<div class="wide"><table>\n<tr>{cells(columns, "th")}</tr>\n{body}\n</table></div>'
+
+
+def share_bar(share: float) -> str:
+    """A bar of a part of the whole, 0 to 1."""
+    return f'<div class="track"><div style="width:{min(max(share, 0), 1):.1%}"></div></div>'
+
+
+def figure(image: str, caption: str, kind: str = "") -> str:
+    """A picture from a data URL with a line below; ``kind`` is kept, gone or nothing."""
+    name = f' class="{kind}"' if kind else ""
+    return f'<figure{name}><img src="{image}" alt="" loading="lazy"><figcaption>{escape(caption)}</figcaption></figure>'
+
+
+def row(figures: Iterable[str]) -> str:
+    """Pictures side by side."""
+    return f'<div class="row">{"".join(figures)}</div>'

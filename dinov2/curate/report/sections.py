@@ -1,0 +1,196 @@
+"""What the page shows of each stage."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from dinov2.curate.pool import Pool, read_table
+from dinov2.curate.report import page
+from dinov2.curate.report.charts import histogram
+from dinov2.curate.report.pictures import Pictures
+from dinov2.curate.screen.faces import Box
+from dinov2.curate.steps import Step
+
+PER_REASON = 8
+GROUPS, PER_GROUP = 12, 8
+SEEDS, PER_SEED = 8, 7
+HOSTS = 10
+
+
+def funnel(steps: Sequence[Step]) -> str:
+    """Rows into and out of every step, why the others went, and how fast it was."""
+    rows = []
+    for step in steps:
+        counts, timing = step.counts(), step.timing()
+        share = counts.rows_out / counts.rows_in if counts.rows_in else 0.0
+        reasons = [f"{number:,} {reason}" for reason, number in counts.dropped.items()]
+        figures = [f'<span class="quiet">{number:,} {escape(name)}</span>' for name, number in counts.figures.items()]
+        rate = counts.rows_in * timing.shards / len(step.tasks) / timing.seconds if timing.seconds else 0.0
+        rows.append(
+            [
+                escape(step.name),
+                f"{counts.rows_in:,}",
+                f"{counts.rows_out:,}",
+                page.share_bar(share),
+                "<br>".join([*map(escape, reasons), *figures]),
+                f"{rate:,.0f} {escape(step.unit)}/s" if rate else "",
+            ]
+        )
+    titles = ["step", "in", "out", "", "dropped, and other figures", "speed"]
+    return page.heading(
+        "Funnel", "Every step with what it took, what it gave, and why the rest did not go on."
+    ) + page.table(titles, rows, frozenset({1, 2, 5}))
+
+
+def downloads(step: Step) -> Iterator[str]:
+    """Failures by reason and host."""
+    hosts: dict[str, Counter[str]] = defaultdict(Counter)
+    for task in step.tasks:
+        table = read_table(step.folder, task.shard, ["host", "reason"])
+        for host, reason in zip(table["host"].to_pylist(), table["reason"].to_pylist(), strict=True):
+            hosts[host][reason or ""] += 1
+    yield page.heading("Downloads", f"The {min(HOSTS, len(hosts))} hosts with the most links, of {len(hosts):,}.")
+    rows = [
+        [
+            escape(host),
+            f"{counts.total():,}",
+            f"{counts['']:,}",
+            escape(", ".join(f"{number:,} {reason}" for reason, number in counts.most_common() if reason)),
+        ]
+        for host, counts in sorted(hosts.items(), key=lambda entry: (-entry[1].total(), entry[0]))[:HOSTS]
+    ]
+    yield page.table(["host", "links", "images", "failures"], rows, frozenset({1, 2}))
+
+
+def screened(step: Step, pool: Pool) -> Iterator[str]:
+    """Images by the reason why they were dropped, faces before and after, and the measures' distributions."""
+    pictures, by_reason, faces = Pictures(pool), defaultdict[str, list[str]](list), list[str]()
+    values: dict[str, list[Any]] = defaultdict(list)
+    for task in step.tasks:
+        table, index = read_table(step.folder, task.shard), pool.index(task.shard, ["width", "height"])
+        for name in ("entropy", "sharpness"):
+            values[name].append(table[name].drop_null().to_numpy())
+        width, height = index["width"].to_numpy(), index["height"].to_numpy()
+        values["shorter side"].append(np.minimum(width, height))
+        values["aspect"].append(np.maximum(width, height) / np.maximum(np.minimum(width, height), 1))
+        for row, reason in enumerate(table["reason"].to_pylist()):
+            if reason is not None and len(by_reason[reason]) < PER_REASON:
+                by_reason[reason].append(
+                    page.figure(pictures.at(task.shard, row), f"{width[row]} x {height[row]}", "gone")
+                )
+        for row, boxes in enumerate(table["faces"].to_pylist()):
+            if boxes and table["keep"][row].as_py() and len(faces) < PER_REASON:
+                found = [Box(**box) for box in boxes]
+                faces.append(page.figure(pictures.at(task.shard, row), "before"))
+                faces.append(page.figure(pictures.at(task.shard, row, found), f"{len(found)} blurred", "kept"))
+    yield page.heading("Screening", "What was dropped by looking at images one by one, and what repeats another.")
+    for reason, figures in sorted(by_reason.items()):
+        yield page.subheading(f"{reason}: {step.counts().dropped[reason]:,}") + page.row(figures)
+    if faces:
+        yield page.subheading("Faces, blurred in the final set") + page.row(faces)
+    joined = {name: np.concatenate(parts) for name, parts in values.items()}
+    yield (
+        '<div class="charts">'
+        + "".join(
+            [
+                histogram("shorter side, pixels", joined["shorter side"], logarithmic=True),
+                histogram("aspect", joined["aspect"]),
+                histogram("entropy of grey levels, bits", joined["entropy"]),
+                histogram(
+                    "sharpness, on images that have any", joined["sharpness"][joined["sharpness"] > 0], logarithmic=True
+                ),
+            ]
+        )
+        + "</div>"
+    )
+
+
+def deduplicated(step: Step, pool: Pool, references: Mapping[str, Pool]) -> Iterator[str]:
+    """Groups of copies, the kept one first; and what was dropped for being near an evaluation image."""
+    pictures = Pictures(pool)
+    of_sets = {name: Pictures(reference) for name, reference in references.items()}
+    groups: dict[tuple[str, int], list[tuple[float, str, int]]] = defaultdict(list)
+    near: list[list[str]] = []
+    cosines, components = [np.zeros(0)], Counter[int]()
+    for task in step.tasks:
+        table = read_table(step.folder, task.shard).to_pydict()
+        components.update(number for number in table["component"] if number is not None)
+        for row, reason in enumerate(table["reason"]):
+            if reason == "duplicate":
+                cosine = table["representative_cosine"][row]
+                place = table["representative_shard"][row], table["representative_row"][row]
+                groups[place].append((cosine, task.shard, row))
+                cosines.append(np.array([cosine]))
+            elif reason is not None and table["reference"][row] is not None and len(near) < GROUPS:
+                name, cosine = table["reference"][row], table["reference_cosine"][row]
+                there = of_sets[name].at(table["reference_shard"][row], table["reference_row"][row])
+                near.append(
+                    [
+                        page.figure(there, f"of {name}"),
+                        page.figure(pictures.at(task.shard, row), f"dropped, cosine {cosine:.2f}", "gone"),
+                    ]
+                )
+    yield page.heading("Copies", "Groups of near-copies: the kept image has a green frame, the dropped ones a red one.")
+    largest = sorted(groups.items(), key=lambda entry: (-len(entry[1]), entry[0]))
+    for place, members in (
+        largest[: GROUPS // 2] + largest[GROUPS // 2 :][:: max(len(largest) // (GROUPS // 2), 1)][: GROUPS // 2]
+    ):
+        shown = sorted(members, key=lambda member: (-member[0], *member[1:]))[:PER_GROUP]
+        yield page.row(
+            [page.figure(pictures.at(*place), "kept", "kept")]
+            + [page.figure(pictures.at(shard, row), f"cosine {cosine:.2f}", "gone") for cosine, shard, row in shown]
+        )
+    if near:
+        yield page.subheading("Dropped with all of their component, since one of it is near an evaluation image")
+        yield page.row(figure for pair in near for figure in pair)
+    sizes = np.array(sorted(components.values()))
+    yield (
+        '<div class="charts">'
+        + histogram("cosine to the image kept", np.concatenate(cosines))
+        + histogram("images of a component of two or more", sizes[sizes > 1], logarithmic=True)
+        + "</div>"
+    )
+
+
+def retrieved(step: Step, pool: Pool, seeds: Mapping[str, Pool]) -> Iterator[str]:
+    """Seeds with what was retrieved for them, samples of clusters, and how often images were asked for."""
+    pictures, of_sets = Pictures(pool), {name: Pictures(own) for name, own in seeds.items()}
+    by_seed: dict[tuple[str, int], list[tuple[float, str, int]]] = defaultdict(list)
+    by_cluster: dict[int, list[tuple[str, int]]] = defaultdict(list)
+    times, clusters = [np.zeros(0, np.int64)], Counter[int]()
+    for task in step.tasks:
+        table = read_table(step.folder, task.shard).to_pydict()
+        times.append(np.array(table["times"]))
+        clusters.update(number for number in table["cluster"] if number is not None and number >= 0)
+        for row, kept in enumerate(table["keep"]):
+            if kept and table["seed"][row] is not None:
+                place = table["seed_set"][row], table["seed"][row]
+                by_seed[place].append((table["cosine"][row], task.shard, row))
+            elif kept and table["cluster"][row] is not None:
+                by_cluster[table["cluster"][row]].append((task.shard, row))
+    yield page.heading(
+        "Retrieval", "Curated images and what was retrieved for them; clusters and what was drawn of them."
+    )
+    for (name, seed), found in sorted(by_seed.items(), key=lambda entry: (-len(entry[1]), entry[0]))[:SEEDS]:
+        shown = sorted(found, key=lambda member: (-member[0], *member[1:]))[:PER_SEED]
+        yield page.row(
+            [page.figure(of_sets[name].at_position(seed), f"seed of {name}")]
+            + [page.figure(pictures.at(shard, row), f"cosine {cosine:.2f}", "kept") for cosine, shard, row in shown]
+        )
+    for cluster, members in sorted(by_cluster.items(), key=lambda entry: (-len(entry[1]), entry[0]))[:SEEDS]:
+        title = f"cluster {cluster}: {len(members):,} of {clusters[cluster]:,} images"
+        yield page.subheading(title) + page.row(
+            page.figure(pictures.at(*place), "", "kept") for place in members[:PER_GROUP]
+        )
+    asked = np.concatenate(times)
+    yield (
+        '<div class="charts">'
+        + histogram("times an image was asked for", asked[asked > 0])
+        + histogram("images of a cluster", np.array(sorted(clusters.values())), logarithmic=True)
+        + "</div>"
+    )
