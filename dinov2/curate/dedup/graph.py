@@ -13,6 +13,7 @@ from dinov2.curate.dedup.components_reference import Labels
 from dinov2.curate.dedup.config import DedupConfig
 from dinov2.curate.pool import Pool
 from dinov2.curate.search import Layout, Neighbours
+from dinov2.curate.search.vectors import PoolVectors
 from dinov2.curate.steps import Counts, Output
 
 PART = 50_000  # members whose vectors are compared by one task
@@ -80,6 +81,8 @@ def find_components(
             {"component": component, "reference": sets, "reference_position": positions}
         )
     figures = {"components": len(starts), "members": len(members), "parts": len(parts)}
+    if unseen := sum(PoolVectors(of.pool, of.links.layout()).missing() for of in references):
+        figures["reference images without features, not looked for"] = unseen
     return Counts(layout.rows, layout.rows, {}, figures)
 
 

@@ -20,7 +20,7 @@ class SearchConfig:
         exact_below: number of rows below which ``auto`` is ``flat``.
         lists: of an inverted file; 0 stands for the power of two nearest to 4 sqrt(``index_rows``), or less where there
             are fewer vectors to train on.
-        probes: lists looked into for each query; 0 stands for one in 32, and 16 at least.
+        probes: lists looked into for each query; 0 stands for one in 64, and 16 at least.
         query_rows: rows of a portion of queries, rounded to whole shards; a task takes one portion of each side.
         index_rows: rows of a portion of what is searched. Inverted files hold one portion each.
         seed: of the sample that inverted files are trained on.
@@ -57,4 +57,4 @@ class SearchConfig:
 
     def number_of_probes(self, lists: int) -> int:
         """Lists looked into, of ``lists``."""
-        return min(self.probes or max(16, lists // 32), lists)
+        return min(self.probes or max(16, lists // 64), lists)

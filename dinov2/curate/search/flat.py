@@ -86,15 +86,13 @@ def _candidates(scores: torch.Tensor, floor: npt.NDArray[np.float32]) -> tuple[P
     if scores.is_cuda:
         found = (scores.float() > torch.from_numpy(least).to(scores.device)[:, None]).nonzero().cpu().numpy()
         return found[:, 0], found[:, 1]
-    if scores.dtype == torch.float32:
-        flat = np.flatnonzero(scores.numpy() > least[:, None])
-    elif least.min() <= 0:
-        flat = np.flatnonzero(scores.float().numpy() > least[:, None])
-    else:  # positive numbers are in the order of their bits, for which there are vector instructions
-        bits = (least.view(np.int32) >> 16).astype(np.int16)  # rounded down
-        flat = np.flatnonzero(scores.view(torch.int16).numpy() >= bits[:, None])
-    rows, columns = np.divmod(flat, scores.shape[1])
-    return rows, columns
+    if scores.dtype == torch.float32 or least.min() <= 0:
+        values = scores.float().numpy()
+    else:  # positive numbers are in the order of their bits, for which there are faster instructions
+        values, least = scores.view(torch.int16).numpy(), (least.view(np.int32) >> 16).astype(np.int16)  # rounds down
+    some = np.flatnonzero(values.max(1) >= least)  # most rows have none, and a maximum costs less than a mask
+    rows, columns = np.nonzero(values[some] >= least[some, None])
+    return some[rows], columns
 
 
 def _compare_all(floor: npt.NDArray[np.float32], queries: Vectors, others: Vectors, k: int) -> Pairs:

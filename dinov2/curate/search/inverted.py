@@ -21,6 +21,7 @@ from dinov2_kernels._extras import require
 
 SUFFIX = ".faiss"
 QUERIES = 4096  # at once
+LEAST = 32  # candidates of a query: by codes alone the nearest one may not be the first
 PER_LIST = 48  # vectors to train each list on; Faiss asks for 39 at least
 FOR_CODES = 12_288  # vectors to train codes on, the same for each of 256 values of a byte
 
@@ -104,7 +105,7 @@ def search_inverted(
         index.nprobe = config.number_of_probes(index.nlist)
         for start in range(0, len(queries), QUERIES):
             block = queries[start : start + QUERIES].astype(np.float32)
-            wanted = min(code.more * k + (own is not None), max(index.ntotal, 1))
+            wanted = min(max(code.more * k, LEAST) + (own is not None), max(index.ntotal, 1))
             rough, found = index.search(block, wanted)  # [Q, wanted] each; -1 where there are fewer
             query, slot = np.nonzero((found >= 0) & (rough > threshold - code.error))
             parts.append(Pairs(query + start, found[query, slot], rough[query, slot]))

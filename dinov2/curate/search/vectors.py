@@ -61,6 +61,14 @@ class PoolVectors:
             return np.zeros((0, 0), np.float16), np.zeros(0, np.int64)
         return np.concatenate(vectors), np.concatenate(positions)
 
+    def missing(self) -> int:
+        """How many rows that are in have no features."""
+        missing = 0
+        for number, shard in enumerate(self.layout.names):
+            rows = slice(0, int(self.layout.starts[number + 1] - self.layout.starts[number]))
+            missing += int((self.pool.kept(shard) & ~self._part(number, rows)[1]).sum())
+        return missing
+
     def gather(self, positions: Positions) -> Vectors:
         """Features [N, D] at any positions, in that order."""
         numbers, rows = self.layout.locate(positions)

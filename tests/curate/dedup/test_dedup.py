@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow
 import pytest
 
-from dinov2.curate.dedup import DedupConfig, dedup
+from dinov2.curate.dedup import DedupConfig, dedup, graph
 from dinov2.curate.engines import Engine, Inline, ProcessPool
 from dinov2.curate.pool import Pool, read_table
 from dinov2.curate.runner import run_steps
@@ -58,7 +58,11 @@ def originals() -> Vectors:
     return unit_vectors(basis)
 
 
-def test_one_of_each_group_is_kept_the_largest(tmp_path: Path, originals: Vectors) -> None:
+@pytest.mark.parametrize("part", [graph.PART, 7], ids=["one part", "components cut in parts"])
+def test_one_of_each_group_is_kept_the_largest(
+    tmp_path: Path, originals: Vectors, part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph, "PART", part)
     copies = np.concatenate([near(originals[:20], 0.9, seed) for seed in range(3)])
     vectors = np.concatenate([originals, copies])  # row 64 + 20 c + i is copy c of row i
     sizes = np.full(len(vectors), 100)
@@ -164,6 +168,16 @@ def test_rows_without_features_and_rows_that_were_out(tmp_path: Path, originals:
         "duplicate",
     ]
     assert table["component"][:4] == [None, None, 2, None]
+
+
+def test_reference_images_without_features_are_counted(tmp_path: Path, originals: Vectors) -> None:
+    tests = originals[:6].copy()
+    tests[2:5] = np.nan
+    pool = vector_pool(tmp_path / "pool", originals)
+    table = decisions(run(tmp_path, pool, {"tests": vector_pool(tmp_path / "tests", tests, (4,))}))
+    assert [row for row, keep in enumerate(table["keep"]) if not keep] == [0, 1, 5]
+    (counts,) = (tmp_path / "out").glob("dedup-components-*/all.json")
+    assert '"reference images without features, not looked for": 3' in counts.read_text()
 
 
 @pytest.mark.parametrize("index", ["flat", "ivf_sq8"])

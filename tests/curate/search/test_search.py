@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dinov2.curate.engines import Engine, Inline, ProcessPool
-from dinov2.curate.runner import run_steps
+from dinov2.curate.runner import FailedShardsError, run_steps
 from dinov2.curate.search import Neighbours, SearchConfig, search
 from dinov2.curate.search.flat import search_flat
 from tests.curate.vector_pools import clustered_vectors, unit_vectors, vector_pool
@@ -142,7 +142,7 @@ def test_automatic_choice_of_the_index() -> None:
 
 def test_what_is_no_unit_vector_is_refused(tmp_path: Path) -> None:
     pool = vector_pool(tmp_path / "pool", np.full((3, 4), 2, np.float16))
-    with pytest.raises(RuntimeError, match="features must have unit length or be NaN, but in shard 00000 3 have"):
+    with pytest.raises(FailedShardsError, match="features must have unit length or be NaN, but in shard 00000 3 have"):
         run_steps(search(pool, pool, SearchConfig(), str(tmp_path / "out"), stage="test", k=1), Inline(), tries=1)
 
 
