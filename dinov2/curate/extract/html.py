@@ -48,14 +48,15 @@ def parse_page(content: bytes, url: str, charset: str | None = None) -> Page:
         charset: as its headers say.
     """
     parser = require("resiliparse.parse.html", extra="curate", purpose="reading web pages")
-    encoding = require("resiliparse.parse.encoding", extra="curate", purpose="reading web pages")
-    name = encoding.map_encoding_to_html5(charset) if charset else encoding.detect_encoding(content)
-    text = encoding.bytes_to_str(content, name or "utf-8", errors="replace")
-    document = parser.HTMLTree.parse(text).document
+    document = parser.HTMLTree.parse(_decoded(content, charset)).document
     if document is None:
         return Page(url, [], [])
     base, robots, links = url, list[str](), dict[str, Link]()
-    for element in document.query_selector_all("meta, link, base"):
+
+    def elements(selector: str) -> Any:
+        return document.query_selector_all(selector)[:]  # iterating over what it returns would query for each element
+
+    for element in elements("meta, link, base"):
         values = _attributes(element)
         if element.tag == "meta" and values.get("name", "").lower() in ("robots", "googlebot-image"):
             robots.append(values.get("content", ""))
@@ -63,13 +64,26 @@ def parse_page(content: bytes, url: str, charset: str | None = None) -> Page:
             base = base or values.get("href", "")
         elif not url and element.tag == "meta" and values.get("property", "").lower() == "og:url":
             base = base or values.get("content", "")
-    bases = [_attributes(element).get("href") for element in document.query_selector_all("base")]
+    bases = [_attributes(element).get("href") for element in elements("base")]
     with contextlib.suppress(ValueError):
         base = next((urljoin(base, found) for found in bases if found), base)
-    for element in document.query_selector_all("img, picture source"):
+    for element in elements("img, picture source"):
         for link in _links_of(element):
             links.setdefault(link.url, link)
     return Page(base, robots, list(links.values()))
+
+
+def _decoded(content: bytes, charset: str | None) -> str:
+    """The text of a page: as its headers say, else UTF-8 if it is that, else by a guess."""
+    encoding = require("resiliparse.parse.encoding", extra="curate", purpose="reading web pages")
+    name = encoding.map_encoding_to_html5(charset) if charset else None
+    if name is None:
+        try:
+            return content.decode()
+        except UnicodeDecodeError:
+            name = encoding.detect_encoding(content)
+    text: str = encoding.bytes_to_str(content, name or "utf-8", errors="replace")
+    return text
 
 
 def _links_of(element: Any) -> Iterator[Link]:

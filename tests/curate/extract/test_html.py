@@ -48,6 +48,11 @@ def test_pages_that_say_where_they_are_from() -> None:
         links("<img src=x>", "")
 
 
+def test_pages_of_very_many_images() -> None:
+    page = parse_page("".join(f"<img src={number}.jpg>" for number in range(20_000)).encode(), "http://s.org/")
+    assert len(page.links) == 20_000
+
+
 @pytest.mark.parametrize("charset", ["utf-16", "nonsense", None, "latin-1"])
 def test_any_bytes_are_a_page(charset: str | None) -> None:
     for content in (
