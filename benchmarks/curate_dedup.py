@@ -66,7 +66,7 @@ def test_dedup(benchmark: BenchmarkFixture, planted: Path, method: str, request:
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
             done = threading.Event()
-            watcher = threading.Thread(target=lambda: usages.append(_watch(process.pid, done)))
+            watcher = threading.Thread(target=lambda: usages.append(watch(process.pid, done)))
             watcher.start()
             output = process.communicate()[0]
             done.set()
@@ -92,7 +92,7 @@ class Usage(NamedTuple):
     seconds: float
 
 
-def _watch(root: int, done: threading.Event) -> Usage:
+def watch(root: int, done: threading.Event) -> Usage:
     """Look at a process and all below it ten times a second."""
     peak, ticks = 0, dict[int, int]()
     while not done.wait(0.1):

@@ -13,7 +13,7 @@ from dinov2_kernels._extras import require
 Floats = npt.NDArray[np.float32]
 
 CELLS = 2**24  # distances in memory at once
-STARTS = 3
+STARTS, STARTS_BELOW = 3, 128  # of few clusters one start may end badly; of many, luck evens out
 SPREAD_BELOW = 2048  # clusters; above, k-means++ would take longer than the iterations after it
 
 
@@ -64,14 +64,14 @@ def means_of(sums: npt.NDArray[np.float64], before: Floats) -> Floats:
 def k_means_in_memory(vectors: Floats, k: int, iterations: int, seed: int) -> Floats:
     """Centroids [k, D] of vectors [N, D], N at least k, by Faiss.
 
-    The best of :data:`STARTS` runs from k-means++; of more clusters than it is affordable for, one from random vectors.
+    They start from k-means++, where there are not too many of them for it; of few, the best of several runs is taken.
     """
     faiss = require("faiss", extra="curate", purpose="clustering")
     if len(vectors) == k:
         return vectors.copy()
     vectors = np.ascontiguousarray(vectors, np.float32)
     best: tuple[float, Floats] | None = None
-    for start in range(STARTS if k <= SPREAD_BELOW else 1):
+    for start in range(STARTS if k < STARTS_BELOW else 1):
         trained = faiss.Kmeans(
             vectors.shape[1],
             k,

@@ -1,0 +1,70 @@
+"""Retrieval for 10,000 seeds, by neighbours and by clusters, beside Faiss, in time, memory and quality.
+
+Each method runs in a process of its own, measured as in ``curate_dedup.py``, whose vectors these are (384 dimensions,
+1,000 topics); seeds are vectors of the same kind. ``pytest benchmarks/curate_retrieve.py`` measures 10,000 and 100,000
+vectors, ``--million`` a million too.
+
+Expected on two cores: by neighbours, 10,000 x N pairs at 1 to 9 ns, so 10 to 90 s of a processor for a million, and the
+start of processes below 100,000. By clusters of a million: 20 iterations on 256,000 vectors of 1,000 clusters are
+4 x 10^12 operations, five passes and the assignment over all 5 x 10^12, at 60 to 100 GFLOP/s a core 2 to 3 minutes, and
+half as much again for k-means++; Faiss, without the passes, half of that. Memory of a few portions of 65,536 rows and of
+the sample, 256,000 x 384 x 4 bytes = 0.4 GB twice.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks.curate_dedup import SIZES, Usage, watch
+from benchmarks.dedup_methods import DIMENSIONS, plant
+from benchmarks.retrieve_methods import METHODS
+
+SEEDS = 10_000
+
+
+@pytest.fixture(scope="module")
+def vectors(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A folder of vectors and seeds, for all methods."""
+    if request.param == SIZES[-1] and not request.config.getoption("--million"):
+        pytest.skip("a million vectors take ten minutes: --million")
+    folder, seeds = tmp_path_factory.mktemp("vectors"), tmp_path_factory.mktemp("seeds")
+    plant(folder, request.param, topic=0.3)
+    plant(seeds, SEEDS, topic=0.3)  # the same topics, other images
+    (seeds / "pool").rename(folder / "seeds")
+    (seeds / "vectors.npy").rename(folder / "seeds.npy")
+    return folder
+
+
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("vectors", SIZES, indirect=True)
+def test_retrieve(benchmark: BenchmarkFixture, vectors: Path, method: str) -> None:
+    rows = len(np.load(vectors / "vectors.npy", mmap_mode="r"))
+    benchmark.group = f"retrieve for {SEEDS} seeds from {rows} x {DIMENSIONS}"
+    usages: list[Usage] = []
+    results: list[str] = []
+
+    def run() -> None:
+        command = [sys.executable, str(Path(__file__).with_name("retrieve_methods.py")), method, str(vectors)]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+            done = threading.Event()
+            watcher = threading.Thread(target=lambda: usages.append(watch(process.pid, done)))
+            watcher.start()
+            results.append(process.communicate()[0])
+            done.set()
+            watcher.join()
+        assert process.returncode == 0
+
+    benchmark.pedantic(run, rounds=1)
+    seconds, quality = map(float, results[0].split())
+    benchmark.extra_info |= {"seconds": round(seconds, 2), "processor_seconds": round(usages[0].seconds, 1)}
+    benchmark.extra_info |= {"peak_MB": round(usages[0].peak / 1e6), "quality": round(quality, 4)}
