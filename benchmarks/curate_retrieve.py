@@ -1,8 +1,8 @@
 """Retrieval for 10,000 seeds, by neighbours and by clusters, beside Faiss, in time, memory and quality.
 
 Each method runs in a process of its own, measured as in ``curate_dedup.py``, whose vectors these are (384 dimensions,
-1,000 topics); seeds are vectors of the same kind. ``pytest benchmarks/curate_retrieve.py`` measures 10,000 and 100,000
-vectors, ``--million`` a million too.
+1,000 topics); seeds are vectors of the same kind. ``pytest benchmarks/curate_retrieve.py`` measures 10,000 and
+100,000 vectors, ``--million`` a million too.
 
 Expected on two cores: by neighbours, 10,000 x N pairs at 1 to 9 ns, so 10 to 90 s of a processor for a million, and the
 start of processes below 100,000. By clusters of a million: 20 iterations on 256,000 vectors of 1,000 clusters are

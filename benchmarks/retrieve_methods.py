@@ -1,7 +1,7 @@
 """Ways to retrieve images for 10,000 seeds, one of them in a process of its own: ``retrieve_methods.py METHOD FOLDER``.
 
-The folder is that of :mod:`benchmarks.dedup_methods`, with the seeds as a pool in ``seeds``. A method prints the seconds
-that it took, without imports, and a number that says how good it is.
+The folder is that of :mod:`benchmarks.dedup_methods`, with the seeds as a pool in ``seeds``. A method prints the
+seconds that it took, without imports, and a number that says how good it is.
 """
 
 from __future__ import annotations
