@@ -7,8 +7,8 @@ Each method runs in a process of its own, measured as in ``curate_dedup.py``, wh
 Expected on two cores: by neighbours, 10,000 x N pairs at 1 to 9 ns, so 10 to 90 s of a processor for a million, and the
 start of processes below 100,000. By clusters of a million: 20 iterations on 256,000 vectors of 1,000 clusters are
 4 x 10^12 operations, five passes and the assignment over all 5 x 10^12, at 60 to 100 GFLOP/s a core 2 to 3 minutes, and
-half as much again for k-means++; Faiss, without the passes, half of that. Memory of a few portions of 65,536 rows and of
-the sample, 256,000 x 384 x 4 bytes = 0.4 GB twice.
+half as much again for k-means++; Faiss, without the passes, half of that. Memory: some portions of 65,536 rows, and
+the sample of 256,000 x 384 x 4 bytes = 0.4 GB, twice.
 """
 
 from __future__ import annotations

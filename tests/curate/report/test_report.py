@@ -163,3 +163,14 @@ def test_commands(curation: CurateConfig, tmp_path: Path, capsys: pytest.Capture
     ):
         assert main(["curate", *arguments]) == 1
         assert message in capsys.readouterr().err
+
+
+def test_any_storage_of_fsspec(curation: CurateConfig) -> None:
+    """From a local folder into the memory of this process, which is as remote as an object store: no paths, no maps."""
+    config = dataclasses.replace(curation, output="memory://curation")
+    root = run_steps(curate(config), Inline()).root
+    assert root.startswith("memory://curation/materialize-set-")
+    local = TarShards(run_steps(curate(curation), Inline()).root)
+    remote = TarShards(root)
+    assert [remote.read_bytes(n) for n in range(len(remote))] == [local.read_bytes(n) for n in range(len(local))]
+    assert write_report(config) == "memory://curation/report.html"

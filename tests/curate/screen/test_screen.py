@@ -150,3 +150,15 @@ def test_repeats_keep_the_first_file_and_the_largest_picture() -> None:
     assert of.tolist() == [1, 1, 1, 1, 4]
     fit[1] = False  # what is unfit stands for nothing
     assert repeats_of(fit, digests, hashes, hashed, np.array([5, 9, 99, 9, 1]), 2).of.tolist() == [3, 1, 3, 3, 4]
+
+
+def test_a_tar_that_is_cut_off_or_lies(tmp_path: Path) -> None:
+    """What lies behind the cut is unreadable; names in tars are but names, and those that occur twice are two rows."""
+    pool = write_pool(tmp_path / "pool", [{f"i{seed}": encoded(picture(seed)) for seed in range(4)}])
+    tar = tmp_path / "pool" / "images" / "00000.tar"
+    content = tar.read_bytes()
+    offset = int(pool.index("00000", ["offset"])["offset"][2].as_py())
+    tar.write_bytes(content.replace(b"i0.png\0\0\0\0\0\0", b"../../i0.png")[: offset + 100])
+    after: Pool = run_steps(screen(pool, NO_FACES, str(tmp_path / "out")), Inline())
+    assert read_table(after.decisions[-1], "00000")["reason"].to_pylist() == [None, None, "unreadable", "unreadable"]
+    assert not list(tmp_path.parent.glob("i0*"))
