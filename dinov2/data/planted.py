@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
+from dinov2.data.patches import Half, half_of
 from dinov2.data.photographs import BundledPhotographs
 
 Role = Literal["pool", "evaluation", "seed"]
@@ -43,7 +44,13 @@ class PlantedImage:
 
 
 def planted_images(
-    seed: int = 0, *, size: int = 128, per_photograph: int = 40, copied: float = 0.3, distractors: int = 100
+    seed: int = 0,
+    *,
+    size: int = 128,
+    per_photograph: int = 40,
+    copied: float = 0.3,
+    distractors: int = 100,
+    half: Half | None = None,
 ) -> list[PlantedImage]:
     """The crawl and the sets beside it, the same for the same arguments.
 
@@ -57,11 +64,12 @@ def planted_images(
         per_photograph: tiles of a photograph at most.
         copied: share of the pool's tiles that have copies.
         distractors: images that are no photographs: noise, gradients and flat colours.
+        half: cut from this half of each photograph only.
     """
     rng, images = np.random.default_rng(seed), list[PlantedImage]()
     photographs = BundledPhotographs()
     for photograph, pixels in zip(photographs.names, photographs, strict=True):  # type: ignore[call-overload]
-        tiles = _tiles(pixels, size)
+        tiles = _tiles(pixels if half is None else half_of(pixels, half), size)
         chosen = rng.permutation(len(tiles))[:per_photograph]
         for place, tile in enumerate(chosen.tolist()):
             role: Role = "evaluation" if place % 10 == 3 else "seed" if place % 10 == 7 else "pool"
