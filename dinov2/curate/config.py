@@ -51,6 +51,7 @@ class CurateConfig:
         if sum(source is not None for source in sources.values()) > 1:
             given = ", ".join(f"{name} {source}" for name, source in sources.items() if source is not None)
             raise ValueError(f"one of pages, links and images must be given, but there are {given}")
+        object.__setattr__(self, "output", self.output.rstrip("/") or "/")
         for name in ("evaluation_sets", "seeds"):
             set_names(getattr(self, name), name)
 

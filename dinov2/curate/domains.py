@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from urllib.parse import SplitResult, urljoin, urlsplit, urlunsplit
 
@@ -28,9 +29,10 @@ def normal_url(link: str, page: str = "") -> str:
     Raises:
         RefusedURLError: it is no such URL.
     """
-    link = "".join(link.split()) if link[:5].lower() != "data:" else "data:"
-    if link == "data:":
+    link = link.strip()
+    if link[:5].lower() == "data:":
         raise RefusedURLError("data: URL")
+    link = re.sub("[\t\r\n]", "", link).replace(" ", "%20")  # as browsers do
     try:
         parts = urlsplit(urljoin(page, link))
         host = (parts.hostname or "").rstrip(".")

@@ -13,8 +13,8 @@ class DownloadConfig:
 
     agent: str = "dinov2-curate"
     """Our name as a robot, in User-Agent and robots.txt."""
-    contact: str = "https://arxiv.org/abs/2304.07193"
-    """Where servers' owners can complain: your page or address."""
+    contact: str = ""
+    """Where the owners of servers can complain: your page or address."""
     links_per_shard: int = 10_000
     """Links of a task, which makes one tar."""
     concurrency: int = 64
@@ -66,4 +66,4 @@ class DownloadConfig:
     @property
     def user_agent(self) -> str:
         """What servers are told."""
-        return f"{self.agent}/{__version__} (+{self.contact})"
+        return f"{self.agent}/{__version__}" + (f" (+{self.contact})" if self.contact else "")

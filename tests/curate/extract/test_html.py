@@ -26,7 +26,7 @@ def links(html: str, url: str = "http://site.org/a/b.html") -> list[str]:
         ('<img src="s.jpg" srcset="m.jpg 640w, l.jpg 1280w, xs.jpg 64w">', "http://site.org/a/l.jpg"),
         ('<img data-srcset="m.jpg 1x,l.jpg 2x">', "http://site.org/a/l.jpg"),
         ('<picture><source srcset="l.webp"><img></picture>', "http://site.org/a/l.webp"),
-        ('<img src=" x y.jpg\n">', "http://site.org/a/xy.jpg"),
+        ('<img src=" x y.jpg\n">', "http://site.org/a/x%20y.jpg"),
         ('<div><p><img src="x.jpg"', None),
         ('<video><source srcset="x.mp4"></video>', None),
     ],
@@ -86,7 +86,7 @@ def test_srcset(srcset: str, expected: str | None) -> None:
 @pytest.mark.parametrize(
     ("link", "expected"),
     [
-        ("HTTP://User:Pass@Example.ORG.:80/%7Ea?b=c d#e", "http://example.org/%7Ea?b=cd"),
+        ("HTTP://User:Pass@Example.ORG.:80/%7Ea?b=c d#e", "http://example.org/%7Ea?b=c%20d"),
         ("https://münchen.de:8443", "https://xn--mnchen-3ya.de:8443/"),
         ("http://[2001:DB8::1]/x", "http://[2001:db8::1]/x"),
     ],

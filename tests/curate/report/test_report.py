@@ -174,3 +174,13 @@ def test_any_storage_of_fsspec(curation: CurateConfig) -> None:
     remote = TarShards(root)
     assert [remote.read_bytes(n) for n in range(len(remote))] == [local.read_bytes(n) for n in range(len(local))]
     assert write_report(config) == "memory://curation/report.html"
+
+
+def test_sources_and_names_are_checked() -> None:
+    assert CurateConfig(output="out/").output == "out"
+    with pytest.raises(
+        ValueError, match="one of pages, links and images must be given, but there are pages a, images b"
+    ):
+        CurateConfig(pages="a", images="b")
+    with pytest.raises(ValueError, match="seeds must end in folders of different names, but are a/x, b/x/"):
+        CurateConfig(seeds=("a/x", "b/x/"))
