@@ -75,10 +75,12 @@ class Progress(Watcher):
 def table(steps: list[Step]) -> Table:
     """What went into each stage, what came out, and why the rest did not."""
     result = Table(box=SIMPLE_HEAD)
-    for name in ("stage", "in", "out", "seconds"):
+    for name in ("stage", "in", "out", "seconds", "a second"):
         result.add_column(name, justify="left" if name == "stage" else "right")
     result.add_column("dropped")
     for stage in summarize(steps):
         dropped = "\n".join(f"{number:,} {reason}" for reason, number in stage.dropped.items())
-        result.add_row(stage.name, f"{stage.rows_in:,}", f"{stage.rows_out:,}", f"{stage.seconds:,.1f}", dropped)
+        speed = f"{stage.rows_in / stage.seconds:,.0f}" if stage.seconds else ""
+        rows = f"{stage.rows_in:,}", f"{stage.rows_out:,}"
+        result.add_row(stage.name, *rows, f"{stage.seconds:,.1f}", speed, dropped)
     return result

@@ -182,10 +182,11 @@ class Output:
             file.write(json.dumps(dataclasses.asdict(counts), indent=1, sort_keys=True).encode())
 
     def clear(self) -> None:
-        """Delete what a task that was killed has left half-written."""
-        for path in self._storage.files("", PARTIAL).values():
-            if path.rpartition("/")[2].startswith(f"{self.shard}."):
-                self._storage.filesystem.rm(path)
+        """Delete what a task that was killed has left half-written: here, or of tars and their indices."""
+        for folder in ("", "images", "index"):
+            for path in self._storage.files(folder, PARTIAL).values():
+                if path.rpartition("/")[2].startswith(f"{self.shard}."):
+                    self._storage.filesystem.rm(path)
 
 
 def run_task(folder: str, task: Task) -> None:

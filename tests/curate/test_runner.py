@@ -100,11 +100,12 @@ def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
 def test_what_a_killed_task_left_goes(tmp_path: Path) -> None:
     steps = stage(tmp_path, *squares(2))
     folder = Path(next(steps).folder)
-    folder.mkdir()
+    (folder / "images").mkdir(parents=True)
     (folder / "00001.parquet.ab.partial").write_bytes(b"half")
+    (folder / "images" / "00001.tar.ab.partial").write_bytes(b"half")
     (folder / "000010.parquet.ab.partial").write_bytes(b"of another task")
     run_steps(stage(tmp_path, *squares(2)), Inline())
-    assert [path.name for path in folder.glob("*.partial")] == ["000010.parquet.ab.partial"]
+    assert [path.name for path in folder.rglob("*.partial")] == ["000010.parquet.ab.partial"]
 
 
 def test_processes_share_the_work(tmp_path: Path) -> None:

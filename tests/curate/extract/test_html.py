@@ -108,6 +108,7 @@ def test_normal_urls(link: str, expected: str) -> None:
         ("http://" + "é" * 70 + ".org/", "malformed URL"),
         ("http://x.org/" + "a" * 3000, "too long URL"),
         ("http://x.org/\x00", "malformed URL"),
+        ("http://x.org/\udcff", "malformed URL"),  # bytes that were no UTF-8
         ("relative", "relative URL of an unknown page"),
     ],
 )
