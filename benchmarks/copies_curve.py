@@ -1,7 +1,7 @@
 """How well the built-in features tell planted copies from other images, over the threshold: ``copies_curve.py PNG``.
 
-Tiles of the right halves of the bundled photographs, which the network never saw, and the crawl of the demo, whose tiles
-are of both halves; three seeds each. As in a curation, plain images are left out. Precision and recall are of dropping:
+Tiles of the right halves of the bundled photographs, which the network never saw, and the crawl of the demo, with tiles
+of both halves; three seeds each. As in a curation, plain images are left out. Precision and recall are of dropping:
 images are linked above the threshold, of each connected component one stays; right is a drop whose component keeps an
 image of the same original. Prints a table, and draws the curve.
 """

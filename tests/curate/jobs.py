@@ -18,6 +18,7 @@ def square(output: Output, number: int) -> Counts:
 def killed_once(output: Output, number: int, marker: str) -> Counts:
     """Its process is killed the first time."""
     if not Path(marker).exists():
+        Path(marker).parent.mkdir(parents=True, exist_ok=True)
         Path(marker).touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return square(output, number)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,28 +19,10 @@ def stage(tmp_path: Path, *tasks: Task) -> Steps[Counts]:
     return step.counts()
 
 
-@pytest.fixture(scope="module")
-def ray() -> Iterator[RayCluster]:
-    """A real cluster of this machine's."""
-    engine = RayCluster(workers=2)
-    yield engine
-    pytest.importorskip("ray").shutdown()
-
-
-@pytest.fixture(params=["inline", "processes", "ray"])
+@pytest.fixture(params=["inline", "processes"])
 def engine(request: pytest.FixtureRequest) -> Engine:
-    """Every engine there is."""
-    if request.param == "ray":
-        cluster: RayCluster = request.getfixturevalue("ray")
-        return cluster
+    """The engines of this machine."""
     return {"inline": Inline(), "processes": ProcessPool(2)}[request.param]
-
-
-@pytest.fixture(params=["processes", "ray"])
-def distributed(request: pytest.FixtureRequest) -> Engine:
-    """Engines whose tasks are in processes of their own."""
-    cluster: RayCluster = request.getfixturevalue("ray") if request.param == "ray" else None
-    return cluster or ProcessPool(2)
 
 
 def squares(count: int) -> list[Task]:
@@ -61,19 +42,50 @@ def test_all_engines_write_the_same_bytes(tmp_path: Path, engine: Engine) -> Non
     assert len(contents(tmp_path / "this")) == 10
 
 
-def test_a_killed_process_costs_nothing_but_time(tmp_path: Path, distributed: Engine) -> None:
+def check_killed_process(tmp_path: Path, engine: Engine) -> None:
+    """A killed process costs nothing but time."""
     tasks = squares(4)
     tasks[1] = Task("00001", jobs.killed_once, (1, str(tmp_path / "marker")))
     watcher = Recorder()
-    assert run_steps(stage(tmp_path / "out", *tasks), distributed, watcher=watcher) == Counts(4, 4)
+    assert run_steps(stage(tmp_path / "out", *tasks), engine, watcher=watcher) == Counts(4, 4)
     assert ("00001", LostTaskError) in watcher.retried
 
 
-def test_what_fails_is_tried_again_and_named(tmp_path: Path, distributed: Engine) -> None:
+def check_failures(tmp_path: Path, engine: Engine) -> None:
+    """What fails is tried again, and named."""
     tasks = [Task("00000", jobs.square, (0,)), Task("00001", jobs.failing), Task("00002", jobs.always_killed)]
     with pytest.raises(FailedShardsError, match=r"2 of 3 shards of test-squares failed 2 times.*\n.*00001.*no luck"):
-        run_steps(stage(tmp_path, *tasks), distributed, tries=2)
+        run_steps(stage(tmp_path, *tasks), engine, tries=2)
     assert {path.stem for path in tmp_path.glob("test-squares-*/*.json")} == {"00000"}
+
+
+def test_killed_processes_and_failures(tmp_path: Path) -> None:
+    check_killed_process(tmp_path / "killed", ProcessPool(2))
+    check_failures(tmp_path / "failed", ProcessPool(2))
+
+
+def test_a_process_that_was_lost_between_two_steps(tmp_path: Path) -> None:
+    engine = ProcessPool(2)
+    run_steps(stage(tmp_path / "one", *squares(3)), engine)
+    assert engine._executor is not None
+    for process in list(engine._executor._processes.values()):
+        process.kill()
+        process.join()
+    assert run_steps(stage(tmp_path / "two", *squares(3)), engine) == Counts(3, 3)
+
+
+def test_a_real_cluster_of_ray(tmp_path: Path) -> None:
+    """All of it in one test, since a cluster takes long to start: same bytes, a killed worker, failures."""
+    ray = pytest.importorskip("ray")
+    engine = RayCluster(workers=2)
+    try:
+        assert run_steps(stage(tmp_path / "this", *squares(5)), engine) == Counts(5, 5)
+        run_steps(stage(tmp_path / "inline", *squares(5)), Inline())
+        assert contents(tmp_path / "this") == contents(tmp_path / "inline")
+        check_killed_process(tmp_path / "killed", engine)
+        check_failures(tmp_path / "failed", engine)
+    finally:
+        ray.shutdown()
 
 
 def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:

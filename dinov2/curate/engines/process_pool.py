@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import multiprocessing.context
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from multiprocessing import forkserver
@@ -30,21 +30,27 @@ class ProcessPool:
 
     def run(self, calls: Sequence[Call], at_once: int | None = None) -> Iterator[Outcome]:
         """Run calls; when a process is lost, so are the tasks that were under way, and new processes do the rest."""
-        remaining = iter(calls)
+        waiting = deque(calls)
         width = min(at_once or self.workers, self.workers)
-        while first := list(itertools.islice(remaining, width)):
-            yield from self._until_broken(first, remaining)
+        while waiting:
+            yield from self._until_broken(waiting, width)
 
-    def _until_broken(self, first: Sequence[Call], remaining: Iterator[Call]) -> Iterator[Outcome]:
+    def _until_broken(self, waiting: deque[Call], width: int) -> Iterator[Outcome]:
+        """Run what waits, ``width`` at once, until all is done or a process is lost; what waits then was not begun."""
         if self._executor is None:
             self._executor = ProcessPoolExecutor(self.workers, _context(), initializer=_begin)
         executor = self._executor
         under_way: dict[Future[None], Call] = {}
         try:
-            under_way = {executor.submit(execute, call): call for call in first}
-            while under_way:
-                done, _ = wait(under_way, return_when=FIRST_COMPLETED)
-                for future in done:
+            while under_way or (waiting and self._executor):
+                while waiting and self._executor and len(under_way) < width:
+                    try:
+                        future = executor.submit(execute, waiting[0])
+                    except BrokenExecutor:  # lost meanwhile; what was under way will say so
+                        self._executor = None
+                    else:
+                        under_way[future] = waiting.popleft()
+                for future in wait(under_way, return_when=FIRST_COMPLETED).done:
                     call, error = under_way.pop(future), future.exception()
                     if isinstance(error, BrokenExecutor):
                         self._executor = None
@@ -52,8 +58,6 @@ class ProcessPool:
                     if error is not None and not isinstance(error, Exception):
                         raise error
                     yield Outcome(call, error)
-                    if self._executor is not None and (following := next(remaining, None)) is not None:
-                        under_way[executor.submit(execute, following)] = following
         finally:
             if under_way:  # stopped from outside
                 self._executor = None

@@ -33,6 +33,7 @@ figure.kept img { border-color: var(--kept) } figure.gone img { border-color: va
 figcaption { font-size: .75rem; line-height: 1.3; color: var(--quiet); overflow-wrap: anywhere; margin-top: .2rem }
 .charts { display: flex; flex-wrap: wrap; gap: 1.5rem 2.5rem } svg text { fill: var(--quiet); font-size: 11px }
 svg .bar { fill: var(--bar) } svg .axis { stroke: var(--line) } pre { overflow-x: auto; font-size: .8rem }
+@media (max-width: 40rem) { .track { width: 3rem } }
 @media print { body { max-width: none } .row { break-inside: avoid } }
 """
 

@@ -17,7 +17,8 @@ class SearchConfig:
             look into the nearest lists of an inverted file only, whose vectors take 8 bits a dimension, 1 bit a
             dimension, or 64 bytes in all; what they find is compared again exactly. ``auto`` is ``flat`` or, where
             there are many rows to search, ``ivf_rabitq``.
-        exact_below: number of rows below which ``auto`` is ``flat``.
+        exact_below: number of rows below which ``auto`` is ``flat``; where there are fewer queries than rows to search,
+            the square root of the number of pairs.
         lists: of an inverted file; 0 stands for the power of two nearest to 4 sqrt(``index_rows``), or less where there
             are fewer vectors to train on.
         probes: lists looked into for each query; 0 stands for one in 64, and 16 at least.
@@ -45,7 +46,7 @@ class SearchConfig:
                 raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
 
     def kind(self, rows: int) -> str:
-        """What ``auto`` is for a number of rows to search; else what was set."""
+        """What ``auto`` is for a number of rows that search and are searched; else what was set."""
         if self.index != "auto":
             return self.index
         return "flat" if rows < self.exact_below else "ivf_rabitq"

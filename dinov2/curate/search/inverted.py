@@ -21,7 +21,7 @@ from dinov2_kernels._extras import require
 
 SUFFIX = ".faiss"
 QUERIES = 4096  # at once
-LEAST = 32  # candidates of a query: by codes alone the nearest one may not be the first
+LEAST = 256  # candidates of a query: by codes alone the nearest one may not be the first
 PER_LIST = 48  # vectors to train each list on; Faiss asks for 39 at least
 FOR_CODES = 12_288  # vectors to train codes on, the same for each of 256 values of a byte
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -81,7 +82,7 @@ def search(
     query_rows = yield from layout_of(queries, stage, output)
     pool_rows = query_rows if pool == queries else (yield from layout_of(pool, stage, output))
     layout, query_layout = read_layout(pool_rows), read_layout(query_rows)
-    kind = config.kind(layout.rows)
+    kind = config.kind(math.isqrt(layout.rows * query_layout.rows))
     job = _Search(queries, query_rows, pool, pool_rows, config, kind, k, threshold)
     blocks = layout.blocks(config.index_rows)
     built = None if kind == "flat" else (yield from _build(job, blocks, output, stage))
