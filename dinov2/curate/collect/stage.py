@@ -17,11 +17,13 @@ UNREADABLE, TOO_LARGE = "cannot be opened", "file too large"
 
 
 def collect(images: str, config: CollectConfig, output: str) -> Steps[Pool]:
-    """A pool of the images in a folder or under a URL.
+    r"""A pool of the images in a folder or under a URL.
 
     Tar shards with their index (``dinov2 index`` writes one) are taken where they are, without any step. Of other
     folders all files of any nesting go into shards whose names end as images' do, in the order of their paths; hidden
-    ones, and those in hidden folders, are left out. A file that is no image is counted and left out.
+    ones, and those in hidden folders, are left out. A file that is no image is counted and left out, as is what has the
+    name of an image but cannot be read as a file: broken links, pipes. Of names that are not UTF-8 the column ``path``
+    has the other bytes as ``\xNN``.
 
     Args:
         images: folder or URL.
@@ -39,7 +41,12 @@ def collect(images: str, config: CollectConfig, output: str) -> Steps[Pool]:
                 f" write them with dinov2 index {images}"
             )
         return Pool(images)
-    paths = [path for path in sorted(storage.filesystem.find(storage.root)) if _is_image(path[len(storage.root) + 1 :])]
+    sizes = {
+        path: entry["size"]
+        for path, entry in storage.filesystem.find(storage.root, detail=True).items()
+        if _is_image(path[len(storage.root) + 1 :])
+    }
+    paths = sorted(sizes)
     if not paths:
         raise ValueError(f"images must be a folder of images or of tar shards, but {images!r} has neither")
     pieces = [paths[start : start + config.shard_size] for start in range(0, len(paths), config.shard_size)]
@@ -47,7 +54,7 @@ def collect(images: str, config: CollectConfig, output: str) -> Steps[Pool]:
         Task(f"{number:05d}", _write, (images, tuple(path[len(storage.root) + 1 :] for path in piece), config))
         for number, piece in enumerate(pieces)
     ]
-    listing = digest([[path, storage.filesystem.size(path)] for path in paths])
+    listing = digest([[path, sizes[path]] for path in paths])
     step = Step(output, "collect-images", [config, listing], (images,), tasks, "files")
     yield step
     return Pool(step.folder)
@@ -65,14 +72,19 @@ def _write(output: Output, images: str, paths: tuple[str, ...], config: CollectC
         for path in paths:
             full = f"{storage.root}/{path}"
             try:
-                if storage.filesystem.size(full) > config.max_bytes:
+                entry = storage.filesystem.info(full)
+                if entry["type"] != "file":  # a pipe would be waited for, for ever
+                    dropped[UNREADABLE] += 1
+                    continue
+                if entry["size"] > config.max_bytes:
                     dropped[TOO_LARGE] += 1
                     continue
                 content = storage.filesystem.cat_file(full)
             except OSError:
                 dropped[UNREADABLE] += 1
                 continue
-            yield ShardImage(key_of(path), content, {"path": path})
+            text = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+            yield ShardImage(key_of(path), content, {"path": text})
 
     report = write_shard(files(), output.folder, int(output.shard))
     return Counts(len(paths), report.images, dict(sorted((dropped + report.skipped).items())))

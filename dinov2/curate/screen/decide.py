@@ -47,7 +47,7 @@ def find_repeats(output: Output, pool: Pool, measures: str, config: ScreenConfig
         index = pool.index(shard, ["sha256", "width", "height"])
         table = read_table(measures, shard)
         fit.append(np.array([reason is None for reason in unfit(index, table, config)]) & pool.kept(shard))
-        digests += index["sha256"].to_pylist()
+        digests += index["sha256"].fill_null("").to_pylist()
         areas.append(index["width"].to_numpy().astype(np.int64) * index["height"].to_numpy())
         hashed.append(table["pca_hash"].is_valid().to_numpy())
         hashes.append(table["pca_hash"].fill_null(0).to_numpy())
@@ -72,9 +72,10 @@ def repeats_of(
     areas: npt.NDArray[np.int64],
     distance: int,
 ) -> Repeats:
-    """Repeats among rows [N] that are fit: by digests of their files, then by hashes where there are any."""
+    """Repeats among rows [N] that are fit: by digests of their files where these are not empty, then by hashes where
+    there are any."""
     of = np.arange(len(fit))
-    rows = np.flatnonzero(fit)
+    rows = np.flatnonzero(fit & (digests != b""))
     _, first, inverse = np.unique(digests[rows], return_index=True, return_inverse=True)
     of[rows] = rows[first[inverse]]
     exact = of != np.arange(len(fit))

@@ -19,6 +19,7 @@ from dinov2.data.decoding import Pixels, UnreadableImageError, decode_image
 from dinov2_kernels._extras import require
 
 BATCH = 16
+BATCH_PIXELS = 2**25  # from which on a batch is full: 100 MB, whatever the images
 QUALITY_SIDE = 256  # pixels of the longer side that sharpness is measured at
 NSFW_SIDE = 224
 
@@ -67,7 +68,7 @@ def measure(output: Output, pool: Pool, shard: str, fit: str, config: ScreenConf
         rows[row] = {"readable": True, "pca_hash": None if small is None else pca_hash(small, fitted)}
         rows[row] |= quality(image)._asdict()
         batch.append((row, image))
-        if len(batch) == BATCH:
+        if len(batch) == BATCH or sum(held.shape[0] * held.shape[1] for _, held in batch) >= BATCH_PIXELS:
             settle()
     if batch:
         settle()

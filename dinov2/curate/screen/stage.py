@@ -59,20 +59,25 @@ def _thresholds(config: ScreenConfig) -> dict[str, Any]:
 
 def _fit(output: Output, pool: Pool, config: ScreenConfig) -> Counts:
     """Task: the directions of the PCA hash, from a sample of the pool."""
-    places = [(shard, row) for shard in pool.shards() for row in np.flatnonzero(pool.kept(shard)).tolist()]
+    shards = pool.shards()
+    ends = np.cumsum([0, *(int(pool.kept(shard).sum()) for shard in shards)])  # of each shard's kept rows among all
+    images = int(ends[-1])
     rng = np.random.default_rng(config.seed)
-    chosen = np.sort(rng.permutation(len(places))[: config.hash_sample])
-    thumbnails, opened = [], dict[str, Any]()
-    for number in chosen.tolist():
-        shard, row = places[number]
-        files = opened.setdefault(shard, pool.open_images(shard))
-        try:
-            small = thumbnail(decode_image(files[row], f"{row} of {shard}"))
-        except UnreadableImageError:
+    chosen = np.sort(rng.choice(images, min(config.hash_sample, images), replace=False, shuffle=False))
+    thumbnails = []
+    for number, shard in enumerate(shards):
+        own = chosen[(chosen >= ends[number]) & (chosen < ends[number + 1])] - ends[number]
+        if not len(own):
             continue
-        if small is not None:
-            thumbnails.append(small)
+        files = pool.open_images(shard)
+        for row in np.flatnonzero(pool.kept(shard))[own].tolist():
+            try:
+                small = thumbnail(decode_image(files[row], f"{row} of {shard}"))
+            except UnreadableImageError:
+                continue
+            if small is not None:
+                thumbnails.append(small)
     fitted = fit_directions(thumbnails)
     assert fitted.shape == (1 + BITS, SIDE * SIDE)
     output.write_array(fitted)
-    return Counts(len(places), len(thumbnails))
+    return Counts(images, len(thumbnails))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,35 @@ def test_files_of_any_nesting(tmp_path: Path) -> None:
 
     (images / "new.png").write_bytes(encoded(picture(9)))  # other images, another pool
     assert run_steps(collect(str(images), config, str(tmp_path / "out")), Inline()) != pool
+
+
+def test_what_only_looks_like_a_file(tmp_path: Path) -> None:
+    """It is counted; nothing is waited for, and nothing ends the run."""
+    images, seen = tmp_path / "images", Seen()
+    images.mkdir()
+    (images / "whole.png").write_bytes(encoded(picture(0)))
+    (images / "broken link.png").symlink_to("nowhere")
+    (images / "round link.png").symlink_to("round link.png")
+    (images / "link.png").symlink_to("whole.png")
+    (images / "folder.png").mkdir()
+    os.mkfifo(images / "pipe.png")
+    pool: Pool = run_steps(collect(str(images), CollectConfig(), str(tmp_path / "out")), Inline(), watcher=seen)
+    assert seen.steps[0].counts() == Counts(5, 2, {"cannot be opened": 3})
+    assert pool.index("00000", ["path"])["path"].to_pylist() == ["link.png", "whole.png"]
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    try:
+        for name in (b"caf\xe8.png", b"caf\xe9.png"):
+            (images / os.fsdecode(name)).write_bytes(encoded(picture(name[3])))
+    except OSError:
+        pytest.skip("this filesystem refuses such names")
+    pool: Pool = run_steps(collect(str(images), CollectConfig(), str(tmp_path / "out")), Inline())
+    index = pool.index("00000", ["key", "path"]).to_pydict()
+    assert index["path"] == [r"caf\xe8.png", r"caf\xe9.png"]
+    assert len(set(index["key"])) == 2
 
 
 def test_shards_are_taken_as_they_are(tmp_path: Path) -> None:

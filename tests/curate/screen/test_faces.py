@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 from skimage import data
 
-from dinov2.curate.screen.faces import Box, blur_faces, blurred_file, bundled_detector, open_detector
+from dinov2.curate.screen.faces import FINEST_SIGMA, Box, blur_faces, blurred_file, bundled_detector, open_detector
 from dinov2.data import BundledPhotographs
+from dinov2.data.decoding import decode_image
 from tests.curate.pictures import encoded, picture
 
 
@@ -44,7 +46,23 @@ def test_blurring_changes_the_face_and_nothing_else() -> None:
     assert np.array_equal(blur_faces(image, []), image)
 
 
-@pytest.mark.parametrize("box", [Box(-20, -20, 50, 50), Box(190, 150, 60, 60), Box(0, 0, 200, 160), Box(5, 5, 0, 0)])
+@pytest.mark.parametrize("box", [Box(420, 300, 20, 25), Box(300, 100, 520, 480), Box(-50, 400, 500, 500)])
+def test_blurring_a_part_is_blurring_the_whole_by_the_rule(box: Box) -> None:
+    image = picture(3, 1000, 800)
+    side = 0.1 * max(box.width, box.height)
+    mask = np.zeros(image.shape[:2], np.float32)
+    top, left = (max(round(start - side), 0) for start in (box.y, box.x))
+    mask[top : round(box.y + box.height + side), left : round(box.x + box.width + side)] = 1
+    mask = cv2.GaussianBlur(mask, (0, 0), side)[..., None]
+    whole = cv2.GaussianBlur(image.astype(np.float32), (0, 0), side)
+    expected = mask * whole + (1 - mask) * image
+    # Half a level is rounding; wide ones, which are blurred at a smaller size, are half a level off at most.
+    assert np.abs(blur_faces(image, [box]) - expected).max() < (0.51 if side < FINEST_SIGMA else 1.0)
+
+
+@pytest.mark.parametrize(
+    "box", [Box(-20, -20, 50, 50), Box(190, 150, 60, 60), Box(0, 0, 200, 160), Box(5, 5, 0, 0), Box(900, 9, 9, 9)]
+)
 def test_boxes_beyond_the_edge(box: Box) -> None:
     assert blur_faces(picture(0, 200, 160), [box]).shape == (160, 200, 3)
 
@@ -58,6 +76,16 @@ def test_files_are_blurred_upright() -> None:
         assert not image.getexif().get(0x0112)
     with Image.open(io.BytesIO(blurred_file(encoded(picture(1)), [Box(0, 0, 30, 30)]))) as image:
         assert image.format == "PNG"
+
+
+def test_files_of_any_depth_are_blurred_as_they_are_read() -> None:
+    deep, array = picture(0, 120, 80)[..., 0].astype(np.uint16) * 256, io.BytesIO()
+    np.save(array, picture(0, 120, 80))
+    for content in (encoded(deep), array.getvalue()):
+        whole = decode_image(content, "")
+        blurred = decode_image(blurred_file(content, [Box(0, 0, 20, 20)]), "")
+        assert np.array_equal(blurred[60:], whole[60:])
+        assert not np.array_equal(blurred[:20, :20], whole[:20, :20])
 
 
 def test_detectors_by_their_name() -> None:

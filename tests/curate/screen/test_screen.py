@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
 import onnx
+import pyarrow.parquet as parquet
 import pytest
 from onnx import TensorProto, helper
 from PIL import Image
@@ -17,6 +19,7 @@ from dinov2.curate.pool import read_table
 from dinov2.curate.screen import ScreenConfig, screen
 from dinov2.curate.screen.decide import repeats_of
 from tests.curate.pictures import encoded, picture, write_pool
+from tests.curate.screen import plugged_in
 from tests.curate.screen.plugged_in import redness
 from tests.curate.test_runner import contents
 
@@ -132,7 +135,35 @@ def test_what_cannot_be_plugged_in(tmp_path: Path, name: str) -> None:
         screened(tmp_path, [{"a": encoded(picture(0))}], ScreenConfig(nsfw=name))
 
 
-def test_same_bytes_on_every_engine_and_one_more_shard(tmp_path: Path) -> None:
+def test_large_images_are_not_held_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {f"i{seed}": encoded(picture(seed)) for seed in range(5)}
+    config = ScreenConfig(faces="none", nsfw=f"{redness.__module__}:redness", nsfw_threshold=1.0)
+    monkeypatch.setattr("dinov2.curate.screen.measure.BATCH_PIXELS", 2 * 96 * 96)
+    plugged_in.batches.clear()
+    assert screened(tmp_path, [files], config) == dict.fromkeys(files)
+    assert plugged_in.batches == [2, 2, 1]
+
+
+def test_the_hash_is_fitted_to_a_sample_of_what_is_in(tmp_path: Path) -> None:
+    shards = [{f"{n}-{seed}": encoded(picture(10 * n + seed)) for seed in range(4)} for n in range(3)]
+    pool, out = write_pool(tmp_path / "pool", list(shards)), str(tmp_path / "out")
+    drops_all = ScreenConfig(faces="none", hash_sample=5, min_side=97)
+    empty: Pool = run_steps(screen(pool, drops_all, out), Inline())
+    run_steps(screen(empty, NO_FACES, out), Inline())
+    fits = [json.loads(path.read_text()) for path in Path(out).glob("screen-fit-*/all.json")]
+    assert sorted((fit["rows_in"], fit["rows_out"]) for fit in fits) == [(0, 0), (12, 5)]
+
+
+def test_an_index_without_digests_makes_no_duplicates(tmp_path: Path) -> None:
+    files = {f"i{seed}": encoded(picture(seed)) for seed in range(4)}
+    pool = write_pool(tmp_path / "pool", [files])
+    path = tmp_path / "pool" / "index" / "00000.parquet"
+    parquet.write_table(parquet.read_table(path).drop_columns(["sha256"]), path)
+    after: Pool = run_steps(screen(pool, NO_FACES, str(tmp_path / "out")), Inline())
+    assert after.kept("00000").all()
+
+
+def test_same_bytes_on_every_engine(tmp_path: Path) -> None:
     shards = [{f"{name}{n}": encoded(picture(10 * n + i)) for i, name in enumerate("abc")} for n in range(3)]
     pool = write_pool(tmp_path / "pool", list(shards))
     run_steps(screen(pool, NO_FACES, str(tmp_path / "one")), Inline())
