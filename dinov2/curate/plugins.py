@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,20 @@ def load_function(name: str) -> Callable[..., Any]:
     if not callable(found):
         raise ValueError(f"expected MODULE:FUNCTION that can be called, but {name!r} is a {type(found).__name__}")
     return found  # type: ignore[no-any-return]
+
+
+def identity_of(name: str) -> str:
+    """What stands for a model in the name of a folder: a digest of its file, so that another one makes other results;
+    what is no file or folder stands for itself."""
+    path = Path(name)
+    if not name or is_function(name) or not path.exists():
+        return name
+    digest = hashlib.sha256()
+    for file in sorted(entry for entry in path.rglob("*") if entry.is_file()) if path.is_dir() else [path]:
+        with file.open("rb") as content:
+            while block := content.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 def open_onnx(path: str) -> Callable[[npt.NDArray[np.float32]], npt.NDArray[Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,20 +54,6 @@ def open_model(config: EmbedConfig) -> Model:
             f"embed.size must be a multiple of {network.config.patch_size}, the model's patch, but is {size}"
         )
     return _seen(lambda views: network(views.to(device)).float().cpu(), config, size)
-
-
-def identity(config: EmbedConfig) -> str:
-    """What stands for the model in a folder's name: a digest of its file, so that other weights make other features."""
-    path = Path(config.model)
-    if config.model in BUILT_IN or is_function(config.model):
-        return config.model
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as content:
-            while block := content.read(2**20):
-                digest.update(block)
-    return digest.hexdigest()[:16]
 
 
 def colour_texture(images: list[Pixels]) -> Features:

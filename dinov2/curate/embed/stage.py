@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from dinov2.curate.decisions import write_decisions
 from dinov2.curate.embed.config import EmbedConfig
-from dinov2.curate.embed.models import Features, Model, identity, open_model
+from dinov2.curate.embed.models import BUILT_IN, Features, Model, open_model
+from dinov2.curate.plugins import identity_of, is_function
 from dinov2.curate.pool import Pool
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task
 from dinov2.data.decoding import Pixels, UnreadableImageError, decode_image
@@ -32,7 +34,12 @@ def embed(pool: Pool, config: EmbedConfig, output: str) -> Steps[Pool]:
     Raises:
         ValueError, FileNotFoundError: there is no such model.
     """
-    settings = dataclasses.replace(config, device="auto", model=identity(config))
+    name = config.model
+    if not (name in BUILT_IN or is_function(name) or Path(name).exists()):
+        raise FileNotFoundError(
+            f"embed.model must be {', '.join(BUILT_IN)}, MODULE:FUNCTION or a file, but is {name!r}"
+        )
+    settings = dataclasses.replace(config, device="auto", model=name if name in BUILT_IN else identity_of(name))
     tasks = [Task(shard, _embed, (pool, shard, config)) for shard in pool.shards()]
     features = Step(output, "embed-features", settings, (pool.images, *pool.decisions), tasks, gpu=True)
     yield features

@@ -35,26 +35,27 @@ class Repeats(NamedTuple):
     of: npt.NDArray[np.int64]
 
 
-def find_repeats(output: Output, pool: Pool, measures: str, config: ScreenConfig) -> Counts:
+def find_repeats(output: Output, pool: Pool, measures: str, hashes: str, config: ScreenConfig) -> Counts:
     """Task: write ``all.parquet`` with the columns of :class:`Repeats`, of all shards one after the other.
 
     Rows that are unfit by themselves repeat nothing and are repeated by nothing. Of equal files the first is kept; of
     near-duplicates the one of most pixels, of equally large ones the first.
     """
-    fit, digests, hashes, areas = [np.zeros(0, bool)], list[str](), [np.zeros(0)], [np.zeros(0, np.int64)]
-    hashed = [np.zeros(0, bool)]
+    fit, digests, areas = [np.zeros(0, bool)], list[str](), [np.zeros(0, np.int64)]
+    bits, hashed = [np.zeros(0, np.uint64)], [np.zeros(0, bool)]
     for shard in pool.shards():
         index = pool.index(shard, ["sha256", "width", "height"])
         table = read_table(measures, shard)
         fit.append(np.array([reason is None for reason in unfit(index, table, config)]) & pool.kept(shard))
         digests += index["sha256"].fill_null("").to_pylist()
         areas.append(index["width"].to_numpy().astype(np.int64) * index["height"].to_numpy())
-        hashed.append(table["pca_hash"].is_valid().to_numpy())
-        hashes.append(table["pca_hash"].fill_null(0).to_numpy())
+        column = read_table(hashes, shard)["pca_hash"]
+        hashed.append(column.is_valid().to_numpy())
+        bits.append(column.fill_null(0).to_numpy())
     repeats = repeats_of(
         np.concatenate(fit),
         np.array(digests, dtype="S64"),
-        np.concatenate(hashes[1:] or hashes).astype(np.uint64),
+        np.concatenate(bits),
         np.concatenate(hashed),
         np.concatenate(areas),
         config.max_distance,
@@ -116,7 +117,7 @@ def unfit(index: Any, measures: Any, config: ScreenConfig) -> list[str | None]:
 
 
 def decide(
-    output: Output, pool: Pool, shard: str, start: int, measures: str, repeats: str, config: ScreenConfig
+    output: Output, pool: Pool, shard: str, start: int, measures: str, hashes: str, repeats: str, config: ScreenConfig
 ) -> Counts:
     """Task: decisions on a shard whose first row is row ``start`` of all, with the measures beside them, and in
     ``kept_row`` the row of all that stands for it."""
@@ -125,5 +126,6 @@ def decide(
     part = read_table(repeats, "all").slice(start, len(reasons))
     for row, (exact, near) in enumerate(zip(part["exact"].to_pylist(), part["near"].to_pylist(), strict=True)):
         reasons[row] = reasons[row] or (EXACT if exact else NEAR if near else None)
-    columns = {name: table[name] for name in table.column_names} | {"kept_row": part["of"]}
+    columns = {name: table[name] for name in table.column_names if name != "thumbnail"}
+    columns |= {"pca_hash": read_table(hashes, shard)["pca_hash"], "kept_row": part["of"]}
     return write_decisions(output, reasons, pool.kept(shard), columns)

@@ -7,7 +7,6 @@ image of 32 x 32 pixels and unit contrast, fitted to a sample of the pool. Image
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -25,25 +24,30 @@ MIN_CONTRAST = 2.0  # standard deviation of grey levels below which there is no 
 Floats = npt.NDArray[np.float32]
 
 
-def thumbnail(image: Pixels) -> Floats | None:
-    """Grey, 32 x 32, of mean 0 and length 1, float32 [1024]; None without contrast. The image is uint8 [H, W, 3]."""
+def thumbnail(image: Pixels) -> npt.NDArray[np.uint8]:
+    """Grey, 32 x 32 levels in rows, uint8 [1024], of an image uint8 [H, W, 3]."""
     cv2 = require("cv2", extra="curate", purpose="PCA hashes")
-    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32)
-    small = cv2.resize(grey, (SIDE, SIDE), interpolation=cv2.INTER_AREA).ravel()
-    if small.std() < MIN_CONTRAST:
-        return None
-    small -= small.mean()
-    unit: Floats = small / np.linalg.norm(small)
-    return unit
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    small: npt.NDArray[np.uint8] = cv2.resize(grey, (SIDE, SIDE), interpolation=cv2.INTER_AREA).ravel()
+    return small
 
 
-def fit_directions(thumbnails: Sequence[Floats]) -> Floats:
-    """Mean and principal directions of thumbnails [1024] each: float32 [1 + 64, 1024], the mean first.
+def standardized(thumbnails: npt.NDArray[np.uint8]) -> tuple[Floats, npt.NDArray[np.bool_]]:
+    """Thumbnails uint8 [N, 1024] at mean 0 and length 1, float32; and which have contrast, [N]: the others are 0."""
+    centred = thumbnails.astype(np.float32)
+    centred -= centred.mean(axis=1, keepdims=True)
+    lengths = np.sqrt((centred**2).sum(axis=1, keepdims=True))
+    contrast = lengths[:, 0] >= MIN_CONTRAST * SIDE  # sqrt(1024) times the standard deviation
+    return np.where(contrast[:, None], centred / np.maximum(lengths, 1e-6), 0), contrast
+
+
+def fit_directions(units: Floats) -> Floats:
+    """Mean and principal directions of standardized thumbnails [N, 1024]: float32 [1 + 64, 1024], the mean first.
 
     To what the sample says is added what is true of photographs anywhere, that near pixels are alike; without it, the
     directions of a small sample would be noise, and so would be the bits.
     """
-    x = torch.from_numpy(np.stack(thumbnails) if thumbnails else np.zeros((1, SIDE * SIDE), np.float32)).double()
+    x = torch.from_numpy(units if len(units) else np.zeros((1, SIDE * SIDE), np.float32)).double()
     mean = x.mean(dim=0)
     place = torch.cartesian_prod(torch.arange(SIDE), torch.arange(SIDE)).double()  # [1024, 2]
     likeness = torch.exp(-torch.cdist(place, place) / PRIOR_LENGTH)
@@ -55,10 +59,12 @@ def fit_directions(thumbnails: Sequence[Floats]) -> Floats:
     return fitted
 
 
-def pca_hash(unit: Floats, fitted: Floats) -> int:
-    """64 bits of a thumbnail, as an unsigned integer."""
-    projections = torch.from_numpy(fitted[1:]).double() @ torch.from_numpy(unit - fitted[0]).double()
-    return int(np.packbits((projections > 0).numpy(), bitorder="little").view(np.uint64)[0])
+def pca_hashes(units: Floats, fitted: Floats) -> npt.NDArray[np.uint64]:
+    """64 bits of each standardized thumbnail [N, 1024], as unsigned integers [N]."""
+    centred = torch.from_numpy(units).double() - torch.from_numpy(fitted[0]).double()
+    bits = (centred @ torch.from_numpy(fitted[1:]).double().T > 0).numpy()  # [N, 64]
+    hashes: npt.NDArray[np.uint64] = np.packbits(bits, axis=1, bitorder="little").view(np.uint64)[:, 0]
+    return hashes
 
 
 def near_pairs(hashes: npt.NDArray[np.uint64], distance: int) -> npt.NDArray[np.int64]:

@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dinov2.curate.plugins import load_function, open_onnx
-from dinov2.curate.pool import Pool, read_array
+from dinov2.curate.pool import Pool
 from dinov2.curate.screen.config import ScreenConfig
 from dinov2.curate.screen.faces import Box, open_detector
-from dinov2.curate.screen.hashing import pca_hash, thumbnail
+from dinov2.curate.screen.hashing import SIDE, thumbnail
 from dinov2.curate.steps import Counts, Output
 from dinov2.data.cropping import resized
 from dinov2.data.decoding import Pixels, UnreadableImageError, decode_image
@@ -33,19 +33,18 @@ class Quality(NamedTuple):
     sharpness: float
 
 
-def measure(output: Output, pool: Pool, shard: str, fit: str, config: ScreenConfig) -> Counts:
+def measure(output: Output, pool: Pool, shard: str, config: ScreenConfig) -> Counts:
     """Task: write for every row of a shard
 
     ===============  ========================  ========================================================================
     ``readable``     bool                      whether it could be decoded; else all other columns are null
-    ``pca_hash``     uint64                    null also without contrast
+    ``thumbnail``    1,024 bytes               32 x 32 grey levels, of which the PCA hash is made
     ``entropy``      float32                   of grey levels, in bits
     ``sharpness``    float32                   variance of the Laplacian of the grey image at 256 pixels
     ``nsfw``         float32                   the scorer's; null without a scorer
     ``faces``        list of structs           x, y, width, height (int32) in pixels of the upright image
     ===============  ========================  ========================================================================
     """
-    fitted = np.array(read_array(fit, "all"))
     detect, score = open_detector(config.faces), open_scorer(config.nsfw)
     before, files = pool.kept(shard), pool.open_images(shard)
     rows: list[dict[str, Any]] = [dict[str, Any](readable=False) for _ in before]
@@ -64,9 +63,7 @@ def measure(output: Output, pool: Pool, shard: str, fit: str, config: ScreenConf
             image = decode_image(files[row], f"{row} of {shard}")
         except UnreadableImageError:
             continue
-        small = thumbnail(image)
-        rows[row] = {"readable": True, "pca_hash": None if small is None else pca_hash(small, fitted)}
-        rows[row] |= quality(image)._asdict()
+        rows[row] = {"readable": True, "thumbnail": thumbnail(image).tobytes(), **quality(image)._asdict()}
         batch.append((row, image))
         if len(batch) == BATCH or sum(held.shape[0] * held.shape[1] for _, held in batch) >= BATCH_PIXELS:
             settle()
@@ -117,7 +114,7 @@ def _table(rows: list[dict[str, Any]]) -> Any:
     box = arrow.struct([(name, arrow.int32()) for name in Box._fields])
     types = {
         "readable": arrow.bool_(),
-        "pca_hash": arrow.uint64(),
+        "thumbnail": arrow.binary(SIDE * SIDE),
         "entropy": arrow.float32(),
         "sharpness": arrow.float32(),
         "nsfw": arrow.float32(),

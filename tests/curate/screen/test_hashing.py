@@ -9,15 +9,17 @@ import pytest
 from PIL import Image
 
 from dinov2.curate.dedup.components import Components
-from dinov2.curate.screen.hashing import fit_directions, near_pairs, pca_hash, thumbnail
+from dinov2.curate.screen.hashing import fit_directions, near_pairs, pca_hashes, standardized, thumbnail
 from dinov2.data.decoding import Pixels, decode_image
 from tests.curate.pictures import encoded, picture
 
 
 def hashes(images: list[Pixels], sample: list[Pixels]) -> list[int]:
-    thumbnails = [small for image in sample if (small := thumbnail(image)) is not None]
-    fitted = fit_directions(thumbnails)
-    return [pca_hash(small, fitted) for image in images if (small := thumbnail(image)) is not None]
+    fitted = fit_directions(standardized(np.stack([thumbnail(image) for image in sample]))[0])
+    units, contrast = standardized(np.stack([thumbnail(image) for image in images]))
+    assert contrast.all()
+    found: list[int] = pca_hashes(units, fitted).tolist()
+    return found
 
 
 def test_copies_are_near_and_others_are_far() -> None:
@@ -33,9 +35,12 @@ def test_copies_are_near_and_others_are_far() -> None:
 
 
 def test_no_contrast_no_hash() -> None:
-    assert thumbnail(np.full((50, 40, 3), 77, np.uint8)) is None
-    assert thumbnail(picture(0)) is not None
-    assert fit_directions([]).shape == (65, 1024)
+    flat = np.full((50, 40, 3), 77, np.uint8)
+    units, contrast = standardized(np.stack([thumbnail(flat), thumbnail(picture(0))]))
+    assert contrast.tolist() == [False, True]
+    np.testing.assert_allclose(np.linalg.norm(units, axis=1), [0, 1], atol=1e-6)
+    np.testing.assert_allclose(units.mean(axis=1), 0, atol=1e-6)
+    assert fit_directions(units[:0]).shape == (65, 1024)
 
 
 @pytest.mark.parametrize("distance", [0, 1, 2, 5])

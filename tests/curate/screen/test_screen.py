@@ -193,3 +193,19 @@ def test_a_tar_that_is_cut_off_or_lies(tmp_path: Path) -> None:
     after: Pool = run_steps(screen(pool, NO_FACES, str(tmp_path / "out")), Inline())
     assert read_table(after.decisions[-1], "00000")["reason"].to_pylist() == [None, None, "unreadable", "unreadable"]
     assert not list(tmp_path.parent.glob("i0*"))
+
+
+def test_another_shard_measures_nothing_again(tmp_path: Path) -> None:
+    def measured() -> dict[str, int]:
+        files = (tmp_path / "out").glob("screen-measures-*/*.parquet")
+        return {str(path): path.stat().st_mtime_ns for path in files}
+
+    shards = [{f"{name}{n}": encoded(picture(10 * n + i)) for i, name in enumerate("abc")} for n in range(3)]
+    pool = write_pool(tmp_path / "pool", list(shards[:2]))
+    run_steps(screen(pool, NO_FACES, str(tmp_path / "out")), Inline())
+    before = measured()
+    write_pool(tmp_path / "pool", list(shards))  # the first two as they were
+    after: Pool = run_steps(screen(pool, NO_FACES, str(tmp_path / "out")), Inline())
+    assert len(measured()) == 3
+    assert {path: at for path, at in measured().items() if path in before} == before
+    assert [after.kept(shard).tolist() for shard in after.shards()] == [[True] * 3] * 3
