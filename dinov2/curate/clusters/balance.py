@@ -51,7 +51,9 @@ def balanced_quotas(sizes: Integers, parents: Sequence[Integers], total: int) ->
     if not parents:
         return water_fill(sizes, total)
     parent = parents[0]
-    above = np.bincount(parent, sizes, minlength=int(parent.max(initial=-1)) + 1).astype(np.int64)
+    number = len(parents[1]) if len(parents) > 1 else 0  # of clusters there; the last ones may be without any of these
+    above = np.zeros(max(number, int(parent.max(initial=-1)) + 1), np.int64)
+    np.add.at(above, parent, sizes)
     shares = balanced_quotas(above, parents[1:], total)
     quotas = np.zeros_like(sizes)
     order = np.argsort(parent, kind="stable")

@@ -36,6 +36,8 @@ class ClusterConfig:
         for name in ("iterations", "sample", "nearest"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, but is {getattr(self, name)}")
+        if not 0 <= self.seed < 2**30:  # Faiss takes 31 bits, of a start or round as much more as its number
+            raise ValueError(f"seed must be from 0 to {2**30 - 1}, but is {self.seed}")
         if any(upper >= lower for lower, upper in itertools.pairwise((self.clusters or 2**31, *self.levels))):
             raise ValueError(f"levels must have fewer clusters each than the one below, but are {self.levels}")
 

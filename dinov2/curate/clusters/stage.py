@@ -69,7 +69,7 @@ def k_means(pool: Pool, layout: str, config: ClusterConfig, output: str, stage: 
     if pool.features is None:
         raise ValueError("pool must have features, but has none: embed it first")
     inputs = (layout, pool.features, *pool.decisions)
-    first = Step(output, f"{stage}-start", config, inputs, [Task("all", _start, (pool, layout, config))])
+    first = Step(output, f"{stage}-start", config, inputs, [Task("all", _start, (pool, layout, config))], gpu=True)
     yield first
     centroids = first.folder
     names = read_layout(layout).names
@@ -87,9 +87,8 @@ def k_means(pool: Pool, layout: str, config: ClusterConfig, output: str, stage: 
     yield assigned
     if not config.levels:
         return Clusters(centroids, assigned.folder, None, 0, layout)
-    upper = Step(
-        output, f"{stage}-levels", config, (centroids,), [Task("all", _levels, (centroids, config))], "clusters"
-    )
+    levels = [Task("all", _levels, (centroids, config))]
+    upper = Step(output, f"{stage}-levels", config, (centroids,), levels, "clusters", gpu=True)
     yield upper
     return Clusters(centroids, assigned.folder, upper.folder, len(config.levels), layout)
 

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 
 from dinov2.curate.clusters.choose import random_keys
 from dinov2.curate.materialize.config import MaterializeConfig
-from dinov2.curate.pool import Pool, ShardBytes, read_array, read_table
-from dinov2.curate.screen.faces import Box, blurred_file
-from dinov2.curate.search.layout import Layout, layout_of, read_layout
+from dinov2.curate.materialize.source import Source, read_images
+from dinov2.curate.pool import Pool, read_array
+from dinov2.curate.screen.faces import blurred_file
+from dinov2.curate.search.layout import layout_of, read_layout
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task
 from dinov2.data.shards import ShardImage, write_shard
-from dinov2.data.shards.rows import COLUMNS
 
 OUT = "cannot be read"
-COLUMNS_OF_STAGES = ("component", "cluster", "times", "seed_set")
-"""Columns of decisions that go into the final index, where there are any."""
 
 
 def materialize(pool: Pool, seeds: Mapping[str, Pool], config: MaterializeConfig, output: str) -> Steps[str]:
@@ -50,7 +47,8 @@ def materialize(pool: Pool, seeds: Mapping[str, Pool], config: MaterializeConfig
         layouts[name] = yield from layout_of(source, "materialize", output)
     sources = tuple((name, source, layouts[name]) for name, source in pools.items())
     inputs = tuple(folder for _, source, layout in sources for folder in (source.images, *source.decisions, layout))
-    plan = Step(output, "materialize-plan", config.seed, inputs, [Task("all", _plan, (sources, config.seed))])
+    settings = [config.seed, [name for name, _, _ in sources]]
+    plan = Step(output, "materialize-plan", settings, inputs, [Task("all", _plan, (sources, config.seed))])
     yield plan
     images = plan.counts().rows_out
     if not images:
@@ -64,10 +62,7 @@ def materialize(pool: Pool, seeds: Mapping[str, Pool], config: MaterializeConfig
     return final.folder
 
 
-Sources = tuple[tuple[str, Pool, str], ...]
-
-
-def _plan(output: Output, sources: Sources, seed: int) -> Counts:
+def _plan(output: Output, sources: tuple[Source, ...], seed: int) -> Counts:
     """Task: write ``all.npy``, [N, 2] int64: number of the source and position in it of each image, in final order."""
     parts, rows = [np.zeros((0, 2), np.int64)], 0
     for number, (_, pool, folder) in enumerate(sources):
@@ -77,21 +72,21 @@ def _plan(output: Output, sources: Sources, seed: int) -> Counts:
             kept = layout.range_of(shard)[0] + np.flatnonzero(pool.kept(shard))
             parts.append(np.stack([np.full(len(kept), number), kept], axis=1))
     entries = np.concatenate(parts)
-    keys = random_keys(entries[:, 1] + (entries[:, 0] << 48), seed)
+    keys = random_keys(entries[:, 1] + (entries[:, 0] << 48), seed, "materialize")
     output.write_array(entries[np.argsort(keys, kind="stable")])
     return Counts(rows, len(entries))
 
 
-def _write(output: Output, sources: Sources, plan: str, start: int, stop: int, config: MaterializeConfig) -> Counts:
+def _write(
+    output: Output, sources: tuple[Source, ...], plan: str, start: int, stop: int, config: MaterializeConfig
+) -> Counts:
     """Task: one shard."""
     entries = np.array(read_array(plan, "all")[start:stop])
-    opened = [_Source(name, pool, read_layout(folder)) for name, pool, folder in sources]
     dropped, blurred = Counter[str](), 0
 
     def images() -> Iterator[ShardImage]:
         nonlocal blurred
-        for place, (number, position) in enumerate(entries.tolist(), start):
-            content, columns, faces = opened[number].image(position)
+        for place, (content, columns, faces) in enumerate(read_images(sources, entries), start):
             if faces and config.blur_faces:
                 try:
                     content = blurred_file(content, faces)
@@ -103,35 +98,3 @@ def _write(output: Output, sources: Sources, plan: str, start: int, stop: int, c
 
     report = write_shard(images(), output.folder, int(output.shard))
     return Counts(len(entries), report.images, dict(sorted((dropped + report.skipped).items())), {"blurred": blurred})
-
-
-class _Source:
-    """A pool whose images are read by position, shard after shard as they are asked for."""
-
-    def __init__(self, name: str, pool: Pool, layout: Layout) -> None:
-        self.name = name
-        self.pool = pool
-        self.layout = layout
-        self._files: dict[str, ShardBytes] = {}
-        self._columns: dict[str, dict[str, list[Any]]] = {}
-
-    def image(self, position: int) -> tuple[bytes, dict[str, Any], list[Box]]:
-        """File, columns for the index, and faces."""
-        numbers, rows = self.layout.locate(np.array([position]))
-        shard, row = self.layout.names[int(numbers[0])], int(rows[0])
-        if shard not in self._files:
-            self._files[shard], self._columns[shard] = self.pool.open_images(shard), self._read(shard)
-        columns = {name: values[row] for name, values in self._columns[shard].items()}
-        faces = [Box(**box) for box in columns.pop("faces", None) or []]
-        source = f"{self.name}/{shard}" if self.name else shard
-        return self._files[shard][row], columns | {"source": source}, faces
-
-    def _read(self, shard: str) -> dict[str, list[Any]]:
-        index = self.pool.index(shard)
-        computed = COLUMNS.keys() - {"url"}
-        columns = {name: index[name].to_pylist() for name in index.column_names if name not in computed}
-        for folder in self.pool.decisions:
-            table = read_table(folder, shard)
-            for name in {*COLUMNS_OF_STAGES, "faces"} & {*table.column_names}:
-                columns[name] = table[name].to_pylist()
-        return columns

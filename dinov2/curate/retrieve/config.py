@@ -27,7 +27,7 @@ class RetrieveConfig:
     per_cluster: int = 10_000
     """Images of such a cluster at most."""
     cap: int = 1_000_000
-    """Images for a set of seeds at most."""
+    """Images for a set of seeds whose clusters are asked for, at most; neighbours are not counted."""
     total: int = 0
     """Images of a hierarchical sample; 0 is half of the pool."""
     seed: int = 0

@@ -101,7 +101,8 @@ def _hierarchical(pool: Pool, clusters: Clusters, config: RetrieveConfig, output
 
 def _draw(name: str, clusters: Clusters, quotas: str, config: RetrieveConfig, output: str) -> Steps[str]:
     inputs = (clusters.assignments, quotas)
-    drawn = Step(output, f"{name}-drawn", config.seed, inputs, [Task("all", choose, (clusters, quotas, config.seed))])
+    task = Task("all", choose, (clusters, quotas, config.seed, name))
+    drawn = Step(output, f"{name}-drawn", config.seed, inputs, [task])
     yield drawn
     hits = Step(output, f"{name}-hits", None, (drawn.folder,), [Task("all", write_drawn, (drawn.folder,))])
     yield hits

@@ -11,7 +11,7 @@ from sklearn.cluster import KMeans
 
 from dinov2.curate import Pool, run_steps
 from dinov2.curate.clusters import ClusterConfig, Clusters, balanced_quotas, k_means, water_fill
-from dinov2.curate.clusters.choose import choose, random_keys
+from dinov2.curate.clusters.choose import SmallestKeys, choose, random_keys
 from dinov2.curate.clusters.lloyd import (
     k_means_in_memory,
     means_of,
@@ -152,6 +152,8 @@ def test_balanced_quotas_by_hand() -> None:
     assert balanced_quotas(np.array([9, 9, 9]), [np.array([0, 0, 1])], 8).tolist() == [2, 2, 4]
     three = balanced_quotas(np.array([9, 9, 9, 9]), [np.array([0, 1, 2, 2]), np.array([0, 0, 1])], 8)
     assert three.tolist() == [2, 2, 2, 2]
+    nobody_in_the_last = balanced_quotas(np.array([5, 5]), [np.array([0, 0]), np.array([0, 0])], 4)
+    assert nobody_in_the_last.tolist() == [2, 2]
 
 
 def test_choosing_takes_so_many_of_each_and_does_not_care_how_shards_are_cut(tmp_path: Path) -> None:
@@ -165,7 +167,7 @@ def test_choosing_takes_so_many_of_each_and_does_not_care_how_shards_are_cut(tmp
         sizes = np.bincount(np.concatenate([found.read_clusters(shard) for shard in pool.shards()]), minlength=5)
         quotas = np.minimum(sizes, [3, 0, 1000, 7, 1])
         Output(str(tmp_path / f"q{name}"), "all").write_array(quotas)
-        choose(Output(str(tmp_path / f"d{name}"), "all"), found, str(tmp_path / f"q{name}"), 5)
+        choose(Output(str(tmp_path / f"d{name}"), "all"), found, str(tmp_path / f"q{name}"), 5, "test")
         positions = np.load(tmp_path / f"d{name}" / "all.npy")
         clusters = np.concatenate([found.read_clusters(shard) for shard in read_layout(found.layout).names])
         assert np.bincount(clusters[positions], minlength=5).tolist() == quotas.tolist()
@@ -173,17 +175,32 @@ def test_choosing_takes_so_many_of_each_and_does_not_care_how_shards_are_cut(tmp
     assert drawn[0] == drawn[1] == sorted(set(drawn[0]))
 
 
-def test_random_keys_are_uniform_and_differ_by_seed() -> None:
-    keys = random_keys(np.arange(20_000), 0)
+@pytest.mark.parametrize("waiting", [1, 40, 2**20])
+def test_the_smallest_keys_of_each_cluster_are_drawn(waiting: int) -> None:
+    """In whatever portions they come, and however many wait to be sorted in."""
+    rng = np.random.default_rng(waiting)
+    cluster, keys = rng.integers(0, 5, 2000).astype(np.int32), random_keys(np.arange(2000), 0, "test")
+    quotas = np.array([0, 1, 30, 300, 3000])
+    smallest = SmallestKeys(quotas, waiting)
+    for part in np.split(np.arange(2000), [0, 1, 500, 530, 1900]):
+        smallest.offer(cluster[part], part, keys[part])
+    members = [np.flatnonzero(cluster == k) for k in range(5)]
+    expected = np.concatenate([rows[np.argsort(keys[rows])][:n] for rows, n in zip(members, quotas, strict=True)])
+    assert smallest.drawn().tolist() == sorted(expected.tolist())
+
+
+def test_random_keys_are_uniform_and_differ_by_seed_and_purpose() -> None:
+    keys = random_keys(np.arange(20_000), 0, "test")
     assert len(np.unique(keys)) == len(keys)
     counts = np.bincount((keys >> np.uint64(60)).astype(int), minlength=16)
     assert abs(counts - 1250).max() < 5 * np.sqrt(1250)
-    other = random_keys(np.arange(20_000), 1)
-    assert not np.isin(keys, other).any()
-    assert abs(np.corrcoef(keys.astype(float), other.astype(float))[0, 1]) < 0.03
+    for seed, purpose in ((1, "test"), (-1, "test"), (0, "another")):
+        other = random_keys(np.arange(20_000), seed, purpose)
+        assert not np.isin(keys, other).any()
+        assert abs(np.corrcoef(keys.astype(float), other.astype(float))[0, 1]) < 0.03
 
 
-@pytest.mark.parametrize("settings", [{"clusters": -1}, {"clusters": 5, "levels": (5,)}, {"sample": 0}])
+@pytest.mark.parametrize("settings", [{"clusters": -1}, {"clusters": 5, "levels": (5,)}, {"sample": 0}, {"seed": -1}])
 def test_settings_are_checked(settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter({*settings} - {"clusters"} or {"clusters"}))):
         ClusterConfig(**settings)  # type: ignore[arg-type]

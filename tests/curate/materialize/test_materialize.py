@@ -8,14 +8,18 @@ import numpy as np
 import pytest
 
 from dinov2.curate import Pool, run_steps
+from dinov2.curate.clusters import ClusterConfig
 from dinov2.curate.decisions import write_decisions
 from dinov2.curate.engines import Inline, ProcessPool
 from dinov2.curate.materialize import MaterializeConfig, materialize
+from dinov2.curate.retrieve import RetrieveConfig, retrieve
 from dinov2.curate.screen import ScreenConfig, screen
 from dinov2.curate.steps import Output
 from dinov2.data import TarShards
+from dinov2.data.shards import storage
 from tests.curate.pictures import encoded, picture, write_pool
 from tests.curate.test_runner import contents
+from tests.curate.vector_pools import unit_vectors
 
 
 def a_pool(tmp_path: Path) -> tuple[Pool, dict[str, bytes]]:
@@ -52,6 +56,43 @@ def test_what_is_in_is_written(tmp_path: Path) -> None:
     assert [third.read_bytes(number) for number in range(9)] != written
 
 
+def test_what_was_drawn_is_mixed(tmp_path: Path) -> None:
+    """Of 200 images of one kind 40 are drawn, of 40 of another all: neither kind comes before the other."""
+    rng = np.random.default_rng(0)
+    kind = rng.permutation(np.repeat([0, 1], [200, 40]))
+    files = {f"k{i:03d}": encoded(np.full((8, 8, 3), i, np.uint8)) for i in range(240)}
+    pool = write_pool(tmp_path / "pool", [files])
+    vectors = unit_vectors(np.eye(2, 8)[kind] + 0.01 * rng.standard_normal((240, 8)))
+    Output(str(tmp_path / "features"), "00000").write_array(vectors)
+    pool = Pool(pool.images, features=str(tmp_path / "features"))
+    config = RetrieveConfig(method="hierarchical", total=80, clusters=ClusterConfig(clusters=2))
+    pool = run_steps(retrieve(pool, {}, config, str(tmp_path / "out")), Inline())
+    root: str = run_steps(materialize(pool, {}, MaterializeConfig(), str(tmp_path / "out")), Inline())
+    cluster = Pool(root).index("00000", ["cluster"])["cluster"].to_numpy()
+    assert np.bincount(cluster).tolist() == [40, 40]
+    assert 10 < cluster[:40].sum() < 30  # 20 and 3.2
+
+
+def test_files_of_many_shards_do_not_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "MAX_OPEN_FILES", 3)
+    opened, closed = [], []
+
+    class Watched(storage._OpenFile):
+        def __init__(self, path: str) -> None:
+            super().__init__(path)
+            opened.append(path)
+            assert len(opened) - len(closed) <= 4  # one is opened before another goes
+
+        def __del__(self) -> None:
+            super().__del__()
+            closed.append(self.descriptor)
+
+    monkeypatch.setattr(storage, "_OpenFile", Watched)
+    pool = write_pool(tmp_path / "pool", [{"k": encoded(picture(n, 8, 8))} for n in range(12)])
+    root: str = run_steps(materialize(pool, {}, MaterializeConfig(), str(tmp_path / "out")), Inline())
+    assert len(opened) == len(TarShards(root)) == 12
+
+
 def test_sets_of_seeds_as_they_are(tmp_path: Path) -> None:
     pool, kept = a_pool(tmp_path)
     seeds = {name: write_pool(tmp_path / name, [{"s": encoded(picture(90 + n))}]) for n, name in enumerate("ab")}
@@ -59,6 +100,10 @@ def test_sets_of_seeds_as_they_are(tmp_path: Path) -> None:
         config = MaterializeConfig(as_is=names)
         root: str = run_steps(materialize(pool, seeds, config, str(tmp_path / "out")), Inline())
         assert len(TarShards(root)) == len(kept) + count
+    renamed = {"z": seeds["a"]}
+    root = run_steps(materialize(pool, renamed, MaterializeConfig(as_is=("z",)), str(tmp_path / "out")), Inline())
+    sources = Pool(root).index("00000", ["source"])["source"].to_pylist()
+    assert [source for source in sources if "/" in source] == ["z/00000"]
     with pytest.raises(ValueError, match=r"as_is must name sets of seeds, \['a', 'b'\], but names \['c'\]"):
         run_steps(materialize(pool, seeds, MaterializeConfig(as_is=("c",)), str(tmp_path / "out")), Inline())
 

@@ -72,6 +72,16 @@ def test_some_of_each_cluster_that_holds_enough_seeds(tmp_path: Path) -> None:
     assert sum(decisions(pool, seeds, config, tmp_path / "out")["keep"]) == 11
 
 
+def test_sets_that_ask_for_one_cluster_draw_each_for_itself(tmp_path: Path) -> None:
+    """Two sets of seeds that are alike draw 100 of the same 400 images: 175 in all, give or take 6."""
+    x = clustered_vectors(400, 8, 1, 0.6, seed=0)
+    pool, seeds = vector_pool(tmp_path / "pool", x, [90]), vector_pool(tmp_path / "s", x[:9])
+    config = RetrieveConfig(per_cluster=100, clusters=ClusterConfig(clusters=1))
+    found = decisions(pool, {"a": seeds, "b": seeds}, config, tmp_path / "out")
+    assert sum(found["times"]) == 200  # type: ignore[arg-type]
+    assert 150 < sum(found["keep"]) < 199  # type: ignore[arg-type]
+
+
 def test_a_balanced_sample(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     heap = np.repeat(np.arange(4), [100, 50, 20, 4])
