@@ -28,15 +28,15 @@ Kept = npt.NDArray[np.bool_]
 def plant(folder: Path, rows: int, topic: float, seed: int = 0) -> npt.NDArray[np.int64]:
     """Write vectors of which 30 in 100 are copies of others, in random order; gives the original of each row [rows].
 
-    Originals share a direction with those of their topic, one of 1,000: ``topic`` is the cosine of two of them, and 0
-    makes them isotropic. A copy has a cosine between 0.8 and 0.99 to its original, so that two copies of one have at
-    least about 0.6.
+    Originals share a direction with those of their topic, one of 1,000, whatever the seed: ``topic`` is the cosine of
+    two of them, and 0 makes them isotropic. A copy has a cosine between 0.8 and 0.99 to its original, so that two
+    copies of one have at least about 0.6.
     """
     random = np.random.default_rng(seed)
     originals = rows * 7 // 10
     source = np.concatenate([np.arange(originals), random.integers(originals, size=rows - originals)])
     place = random.permutation(rows)  # of each vector in the file
-    topics = _unit(random.standard_normal((1000, DIMENSIONS), dtype=np.float32))
+    topics = _unit(np.random.default_rng(1000).standard_normal((1000, DIMENSIONS), dtype=np.float32))
     vectors = np.lib.format.open_memmap(folder / "vectors.npy", "w+", np.float16, (rows, DIMENSIONS))
     starts = [*range(0, originals, SHARD), *range(originals, rows, SHARD)]
     for start, stop in itertools.pairwise([*starts, rows]):
