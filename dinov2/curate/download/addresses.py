@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from dinov2_kernels._extras import require
 
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+UNICAST = ipaddress.IPv6Network("2000::/3")  # all that has been given out of IPv6; more than is_global asks
 
 
 class PrivateAddressError(OSError):
@@ -29,20 +30,22 @@ def is_public(address: str) -> bool:
             return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
         if any(v4 is not None and not is_public(str(v4)) for v4 in inner):
             return False
+        if ip not in UNICAST:
+            return False
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 
 def check_literal(url: str) -> None:
-    """Refuse a URL whose host is an address that is not public; names are for :func:`public_resolver`.
+    """Refuse a normal URL whose host is an address that is not public; names are for :func:`public_resolver`.
 
     Raises:
         PrivateAddressError: it is one.
     """
     host = urlsplit(url).hostname or ""
     try:
-        ipaddress.ip_address(host.partition("%")[0])
+        ipaddress.ip_address(host)
     except ValueError:
-        return  # a name, or an address in a notation that only the resolver reads
+        return  # a name
     if not is_public(host):
         raise PrivateAddressError(host)
 

@@ -88,7 +88,14 @@ def test_srcset(srcset: str, expected: str | None) -> None:
     [
         ("HTTP://User:Pass@Example.ORG.:80/%7Ea?b=c d#e", "http://example.org/%7Ea?b=c%20d"),
         ("https://münchen.de:8443", "https://xn--mnchen-3ya.de:8443/"),
-        ("http://[2001:DB8::1]/x", "http://[2001:db8::1]/x"),
+        ("http://[2001:DB8::0:1]/x", "http://[2001:db8::1]/x"),
+        ("http://x.org/caf\u00e9/%E9%zz?\u4e2d='\"<", "http://x.org/caf%C3%A9/%E9%zz?%E4%B8%AD='%22%3C"),
+        ("http:\\\\x.org\\a.jpg?b\\c", "http://x.org/a.jpg?b%5Cc"),
+        ("http://2130706433/", "http://127.0.0.1/"),
+        ("http://0x7f.1/", "http://127.0.0.1/"),
+        ("http://0177.0.0.1./", "http://127.0.0.1/"),
+        ("http://\uff11\uff12\uff17.1/", "http://127.0.0.1/"),
+        ("http://4chan.7up.org", "http://4chan.7up.org/"),
     ],
 )
 def test_normal_urls(link: str, expected: str) -> None:
@@ -108,6 +115,13 @@ def test_normal_urls(link: str, expected: str) -> None:
         ("http://" + "é" * 70 + ".org/", "malformed URL"),
         ("http://x.org/" + "a" * 3000, "too long URL"),
         ("http://x.org/\x00", "malformed URL"),
+        ("http://" + "a." * 200 + "org/", "malformed URL"),
+        ("http://a..b/", "malformed URL"),
+        ("http://1.2.3.4.5/", "malformed URL"),
+        ("http://256.0.0.1/", "malformed URL"),
+        ("http://127%2e0%2e0%2e1/", "malformed URL"),
+        ("http://127.0.0.1\x85.org/", "malformed URL"),
+        ("http://[fe80::1%25eth0]/", "malformed URL"),
         ("http://x.org/\udcff", "malformed URL"),  # bytes that were no UTF-8
         ("relative", "relative URL of an unknown page"),
     ],
@@ -120,14 +134,19 @@ def test_refused_urls(link: str, reason: str) -> None:
 
 def test_domains_and_those_below_them(tmp_path_factory: pytest.TempPathFactory) -> None:
     file = tmp_path_factory.mktemp("domains") / "blocked.txt"
-    file.write_text("# unsafe\nBad.example \n\nworse.org # and below\n")
+    file.write_text("# unsafe\nBad.example \n\n.worse.org # and below\nm\u00fcnchen.de\n")
     domains = read_domains(str(file))
-    assert domains == {"bad.example", "worse.org"}
+    assert domains == {"bad.example", "worse.org", "xn--mnchen-3ya.de"}
+    assert is_blocked(normal_url("http://www.M\u00dcNCHEN.de/"), domains)
     assert is_blocked("http://bad.example/x", domains)
     assert is_blocked("http://a.b.worse.org:8080/x", domains)
     assert not is_blocked("http://notbad.example/x", domains)
     assert not is_blocked("http://example/x", domains)
     assert read_domains("") == frozenset()
+    odd = file.with_name("odd.txt")
+    odd.write_text("fine.org\nhttp://not.a/domain\n")
+    with pytest.raises(ValueError, match="one a line, but line 2 of .* is 'http://not.a/domain'"):
+        read_domains(str(odd))
 
 
 @pytest.mark.parametrize(
@@ -140,6 +159,10 @@ def test_domains_and_those_below_them(tmp_path_factory: pytest.TempPathFactory) 
         (["dinov2: noai"], True),
         (["otherbot: noindex, noai"], False),
         (["unavailable_after: 25 Jun 2026 15:00:00 PST"], False),
+        (["unavailable_after: Wed, 25 Jun 2026 15:00:00 PST, noai"], True),
+        (["index, follow, max-image-preview:large, max-snippet:-1, noai"], True),
+        (["otherbot: nofollow, dinov2: noai"], True),
+        (["otherbot: max-snippet: 5, noai"], False),
         (["otherbot: noai", "noimageai"], True),
         ([], False),
     ],
