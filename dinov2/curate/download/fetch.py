@@ -6,6 +6,8 @@ import asyncio
 import time
 import zlib
 from collections import defaultdict
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 
 from dinov2.curate.domains import RefusedURLError, host_of, is_blocked, normal_url, read_domains
@@ -20,6 +22,7 @@ from dinov2_kernels._extras import require
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 CHUNK = 65_536
+AUTOMATIC = 47  # zlib's largest window, and its own header or that of gzip
 
 PRIVATE, LOOP, ROBOTS, OPT_OUT = "private address", "too many redirects", "robots.txt", "opted out"
 TOO_LARGE, NO_IMAGE, PIXELS, SMALL = "too large", "no image", "too many pixels", "too small"
@@ -89,9 +92,8 @@ class Fetcher:
         wait = self._config.backoff
         for tries in range(1, self._config.tries + 1):
             try:
-                async with self._slots:
-                    content = await self._follow(url)
-                    self._check_image(content)
+                content = await self._follow(url)
+                self._check_image(content)
                 return Fetched(content, None, tries)
             except _FailedError as failure:
                 if failure.wait is None or tries == self._config.tries:
@@ -106,7 +108,7 @@ class Fetcher:
             self._check_url(url)
             if self._config.robots and not await self._robots.allows(url):
                 raise _FailedError(ROBOTS)
-            answer = await self._get(url, self._config.max_bytes, self._config.honour_opt_out)
+            answer = await self._get(url, self._config.max_bytes)
             if isinstance(answer, bytes):
                 return answer
             try:
@@ -124,23 +126,27 @@ class Fetcher:
             except PrivateAddressError:
                 raise _FailedError(PRIVATE) from None
 
-    async def _get(self, url: str, limit: int, honour_opt_out: bool) -> bytes | _Redirect:
-        """One request. Its failures are told apart by whether trying again may help."""
+    async def _get(self, url: str, limit: int, is_robots: bool = False) -> bytes | _Redirect:
+        """One request. Its failures are told apart by whether trying again may help.
+
+        Of a robots.txt that is too large the beginning counts (RFC 9309), and whether it wants to be found does not.
+        """
         aiohttp = self._aiohttp
         host = host_of(url)
         try:
             async with self._hosts[host]:
                 await self._wait_for_turn(host)
-                async with self._session.get(url, allow_redirects=False) as response:
+                async with self._slots, self._session.get(url, allow_redirects=False) as response:
                     if response.status in REDIRECTS and "Location" in response.headers:
                         return _Redirect(response.headers["Location"])
                     if response.status != 200:
                         wait = _retry_after(response.headers) if response.status in PASSING else None
                         raise _FailedError(f"HTTP {response.status}", wait)
                     tags = response.headers.getall("X-Robots-Tag", [])
-                    if honour_opt_out and opts_out(tags, self._config.opt_out, self._config.agent):
+                    opt_out = self._config.honour_opt_out and not is_robots
+                    if opt_out and opts_out(tags, self._config.opt_out, self._config.agent):
                         raise _FailedError(OPT_OUT)
-                    return await _body(response, limit)
+                    return await _body(response, limit, cut=is_robots)
         except asyncio.TimeoutError:
             raise _FailedError(TIMEOUT, 0) from None
         except aiohttp.ClientPayloadError:
@@ -162,7 +168,7 @@ class Fetcher:
         try:
             for _ in range(self._config.max_redirects + 1):
                 self._check_url(url)
-                answer = await self._get(url, ROBOTS_BYTES, honour_opt_out=False)
+                answer = await self._get(url, ROBOTS_BYTES, is_robots=True)
                 if isinstance(answer, bytes):
                     return RobotsFile(200, answer)
                 url = normal_url(answer.location, url)
@@ -188,26 +194,61 @@ class _Redirect(NamedTuple):
     location: str
 
 
-async def _body(response: Any, limit: int) -> bytes:
-    """The body of a response, decompressed where a server did what was not asked of it, never more than the limit."""
-    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+async def _body(response: Any, limit: int, cut: bool) -> bytes:
+    """The body of a response, decompressed where a server did what was not asked of it.
+
+    Never more than the limit is read; what exceeds it fails, or is cut off there.
+    """
+    encoding = response.headers.get("Content-Encoding", "").strip().lower()
     if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
         raise _FailedError(f"encoding {encoding[:20]}")
-    inflate = zlib.decompressobj(47 if "gzip" in encoding else 15) if encoding not in ("", "identity") else None
-    parts, size = [], 0
+    inflate = None if encoding in ("", "identity") else _Inflater()
+    body = bytearray()
     async for chunk in response.content.iter_chunked(CHUNK):
-        if inflate is not None:
-            try:
-                chunk = inflate.decompress(chunk, limit - size + 1)
-            except zlib.error:
-                raise _FailedError(TRUNCATED, 0) from None
-        parts.append(chunk)
-        size += len(chunk)
-        if size > limit:
+        body += chunk if inflate is None else inflate(chunk, limit - len(body) + 1)
+        if len(body) > limit:
+            if cut:
+                return bytes(body[:limit])
             raise _FailedError(TOO_LARGE)
-    return b"".join(parts)
+    if inflate is not None and not inflate.complete:
+        raise _FailedError(TRUNCATED, 0)
+    return bytes(body)
+
+
+class _Inflater:
+    """Decompresses zlib's and gzip's streams bit by bit; several of gzip's may follow one another.
+
+    Attributes:
+        complete: whether what came so far ends where a stream does.
+    """
+
+    def __init__(self) -> None:
+        self._stream = zlib.decompressobj(AUTOMATIC)
+        self.complete = True
+
+    def __call__(self, chunk: bytes, limit: int) -> bytes:
+        """What a chunk holds, ``limit`` bytes at most, after which nothing may follow."""
+        body = b""
+        try:
+            while chunk and len(body) < limit:
+                if self._stream.eof:
+                    self._stream = zlib.decompressobj(AUTOMATIC)
+                body += self._stream.decompress(chunk, limit - len(body))
+                chunk = self._stream.unused_data if self._stream.eof else b""
+        except zlib.error:
+            raise _FailedError(TRUNCATED, 0) from None
+        self.complete = self._stream.eof
+        return body
 
 
 def _retry_after(headers: Any) -> float:
+    """Seconds that Retry-After asks to wait, which may be a number or a date."""
     value = headers.get("Retry-After", "")
-    return float(value) if value.isdigit() else 0.0
+    if value.isdecimal():
+        return float(value)
+    try:
+        at = parsedate_to_datetime(value)
+    except ValueError:
+        return 0.0
+    now = datetime.now(timezone.utc)
+    return max((at.replace(tzinfo=at.tzinfo or timezone.utc) - now).total_seconds(), 0.0)

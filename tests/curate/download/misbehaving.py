@@ -66,6 +66,8 @@ class Server:
         match path.partition("?")[0]:
             case "/robots.txt":
                 send(writer, b"User-agent: *\nDisallow: /private/\n", "text/plain", {"X-Robots-Tag": "noindex"})
+            case "/long-robots":
+                send(writer, b"User-agent: *\nDisallow: /private/\n" + b"# much to say\n" * 100_000, "text/plain")
             case "/never":
                 await asyncio.sleep(30)
             case "/trickle":
@@ -91,6 +93,13 @@ class Server:
                 send(writer, gzip.compress(b"\0" * 50_000_000), extra={"Content-Encoding": "gzip"})
             case "/zipped":
                 send(writer, gzip.compress(jpeg()), extra={"Content-Encoding": "gzip"})
+            case "/zipped-cut":
+                send(
+                    writer, gzip.compress(jpeg())[: len(gzip.compress(jpeg())) // 2], extra={"Content-Encoding": "gzip"}
+                )
+            case "/zipped-twice":
+                halves = jpeg()[:500], jpeg()[500:]
+                send(writer, b"".join(map(gzip.compress, halves)), extra={"Content-Encoding": "gzip"})
             case "/pixels":
                 send(writer, png_of(12_000, 12_000), "image/png")
             case "/icon":

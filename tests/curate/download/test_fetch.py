@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
 from typing import Any
 
 import pytest
 
+from dinov2.curate.domains import normal_url
 from dinov2.curate.download import DownloadConfig
 from dinov2.curate.download.addresses import is_public
-from dinov2.curate.download.fetch import Fetched, Fetcher
+from dinov2.curate.download.fetch import Fetched, Fetcher, _retry_after
 from tests.curate.download.misbehaving import Server, serving
 
 QUICK = DownloadConfig(
@@ -46,6 +49,7 @@ def fetch(url: str, config: DownloadConfig = QUICK, resolver: Any = None) -> Fet
         ("/never", "timeout", 3),
         ("/truncated", "truncated", 3),
         ("/reset", "no connection", 3),
+        ("/zipped-cut", "truncated", 3),
         ("/endless", "too large", 1),
         ("/html", "no image", 1),
         ("/empty", "no image", 1),
@@ -65,13 +69,15 @@ def test_what_is_no_image_is_named(server: Server, path: str, reason: str, tries
 
 
 @pytest.mark.parametrize(
-    ("path", "tries"), [("/fine", 1), ("/zipped", 1), ("/moved", 1), ("/busy", 3), ("/opt-out", 1)]
+    ("path", "tries"),
+    [("/fine", 1), ("/zipped", 1), ("/zipped-twice", 1), ("/moved", 1), ("/busy", 3), ("/opt-out", 1)],
 )
 def test_images_are_fetched(server: Server, path: str, tries: int) -> None:
     content, reason, needed = fetch(server.address + path)
     assert (reason, needed) == (None, tries)
     assert content is not None
     assert content.startswith(b"\xff\xd8\xff")
+    assert content.endswith(b"\xff\xd9")
 
 
 def test_robots_and_opt_out_can_be_disobeyed_where_one_may(server: Server) -> None:
@@ -112,8 +118,9 @@ def test_private_addresses_are_refused_in_every_notation(server: Server) -> None
     before = server.asked.total()
     for host in ("127.0.0.1", "[::1]", "[::ffff:127.0.0.1]", "10.0.0.1", "169.254.169.254"):
         assert fetch(f"http://{host}:{port}/fine", config).reason == "private address", host
-    for host in ("2130706433", "0x7f.1", "0177.0.0.1", "localhost"):  # which the system's resolver reads
-        assert fetch(f"http://{host}:{port}/fine", config).reason in ("private address", "no connection"), host
+    for host in ("2130706433", "0x7f.1", "0177.0.0.1", "127.1", "0", "\uff11\uff12\uff17.1"):
+        assert fetch(normal_url(f"http://{host}:{port}/fine"), config).reason == "private address", host
+    assert fetch(f"http://localhost:{port}/fine", config).reason == "private address"
     assert fetch(f"http://example.org:{port}/fine", config, Liar("127.0.0.1")).reason == "private address"
     assert server.asked.total() == before
 
@@ -170,3 +177,42 @@ def test_manners(server: Server) -> None:
     assert asyncio.run(many()) >= 9 * 0.02
     assert server.most_at_once <= 2
     assert server.asked["/robots.txt"] == 1
+
+
+def test_a_slow_host_holds_nobody_up(server: Server) -> None:
+    """Requests that wait for their turn at one host leave room for those to others."""
+    slow, other = server.address, server.address.replace("127.0.0.1", "localhost")
+    config = DownloadConfig(concurrency=2, per_host=1, delay=0.2, robots=False, allow_private_addresses=True)
+
+    async def many() -> tuple[float, float]:
+        loop = asyncio.get_running_loop()
+        async with Fetcher(config) as fetcher:
+            waiting = [asyncio.ensure_future(fetcher.fetch(f"{slow}/fine?{number}")) for number in range(6)]
+            await asyncio.sleep(0)
+            started = loop.time()
+            assert (await fetcher.fetch(f"{other}/fine")).reason is None
+            first = loop.time() - started
+            await asyncio.gather(*waiting)
+            return first, loop.time() - started
+
+    first, last = asyncio.run(many())
+    assert first < last / 2
+
+
+def test_when_to_come_again() -> None:
+    later = datetime.now(timezone.utc) + timedelta(seconds=100)
+    assert _retry_after({"Retry-After": "7"}) == 7
+    assert 90 < _retry_after({"Retry-After": format_datetime(later, usegmt=True)}) <= 100
+    for value in ("", "soon", "-5", "Wed, 21 Oct 2015 07:28:00 GMT", "\u00b2"):
+        assert _retry_after({"Retry-After": value}) == 0
+
+
+def test_of_a_long_robots_txt_the_beginning_counts(server: Server) -> None:
+    async def read() -> bytes:
+        async with Fetcher(QUICK) as fetcher:
+            answer = await fetcher._robots_file(f"{server.address}/long-robots")
+            return answer.content
+
+    content = asyncio.run(read())
+    assert content.startswith(b"User-agent: *\nDisallow: /private/\n")
+    assert len(content) == 512_000
