@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 from urllib.parse import urljoin
@@ -12,6 +13,9 @@ from dinov2_kernels._extras import require
 SOURCES = ("src", "data-src", "data-original", "data-lazy-src", "data-lazy", "data-url", "data-image")
 SETS = ("srcset", "data-srcset", "data-lazy-srcset")
 MAX_ALT = 500  # characters
+
+_CANDIDATE = re.compile(r"[\s,]*(\S+)")
+_SIZE = re.compile(r"\s*(\d{1,9}(?:\.\d{1,9})?)[wx]")
 
 
 class Link(NamedTuple):
@@ -36,8 +40,8 @@ class Page(NamedTuple):
     links: list[Link]
 
 
-def parse_page(content: bytes, url: str, charset: str | None = None) -> Page:
-    """Read a page, however malformed.
+def parse_page(content: bytes, url: str, charset: str | None = None, agent: str = "") -> Page:
+    """Read a page, however malformed, in time that grows with its length.
 
     Of each ``img`` the largest candidate of its srcset counts, else its src or one of the attributes in which scripts
     that load late keep it; of each ``picture`` the first source.
@@ -46,6 +50,7 @@ def parse_page(content: bytes, url: str, charset: str | None = None) -> Page:
         content: of the page.
         url: its address, "" if it is not known; then the page's canonical link or ``og:url`` is taken.
         charset: as its headers say.
+        agent: our name as a robot, for which there may be a meta tag of its own.
     """
     parser = require("resiliparse.parse.html", extra="curate", purpose="reading web pages")
     document = parser.HTMLTree.parse(_decoded(content, charset)).document
@@ -56,18 +61,20 @@ def parse_page(content: bytes, url: str, charset: str | None = None) -> Page:
     def elements(selector: str) -> Any:
         return document.query_selector_all(selector)[:]  # iterating over what it returns would query for each element
 
-    for element in elements("meta, link, base"):
-        values = _attributes(element)
-        if element.tag == "meta" and values.get("name", "").lower() in ("robots", "googlebot-image"):
-            robots.append(values.get("content", ""))
-        elif not url and element.tag == "link" and values.get("rel", "").lower() == "canonical":
-            base = base or values.get("href", "")
-        elif not url and element.tag == "meta" and values.get("property", "").lower() == "og:url":
-            base = base or values.get("content", "")
-    bases = [_attributes(element).get("href") for element in elements("base")]
+    for element in elements("meta"):
+        name, says = (_value(element, attribute).lower() for attribute in ("name", "property"))
+        if name and name in ("robots", "googlebot-image", agent.lower()):
+            robots.append(_value(element, "content"))
+        elif says == "og:url" and not base:
+            base = _value(element, "content")
+    canonical = (_value(link, "href") for link in elements("link") if _value(link, "rel").lower() == "canonical")
+    base = url or next(canonical, "") or base
+    bases = [_value(element, "href") for element in elements("base")]
     with contextlib.suppress(ValueError):
         base = next((urljoin(base, found) for found in bases if found), base)
-    for element in elements("img, picture source"):
+    for element in elements("img, source"):
+        if element.tag == "source" and (element.parent is None or element.parent.tag != "picture"):
+            continue  # of a video; that a selector could say, but by looking at all ancestors
         for link in _links_of(element):
             links.setdefault(link.url, link)
     return Page(base, robots, list(links.values()))
@@ -87,22 +94,22 @@ def _decoded(content: bytes, charset: str | None) -> str:
 
 
 def _links_of(element: Any) -> Iterator[Link]:
-    values = _attributes(element)
-    alt = " ".join(values.get("alt", "").split())[:MAX_ALT]
+    alt = " ".join(_value(element, "alt").split())[:MAX_ALT]
     for attribute in SETS:
-        if largest := largest_candidate(values.get(attribute, "")):
+        if largest := largest_candidate(_value(element, attribute)):
             yield Link(largest, alt, attribute)
             return
     if element.tag == "source":
         return
-    late = [name for name in SOURCES[1:] if values.get(name, "").strip()]
-    attribute = late[0] if late else "src"  # beside a late one, src is a placeholder
-    if url := values.get(attribute, "").strip():
-        yield Link(url, alt, attribute)
+    for attribute in (*SOURCES[1:], "src"):  # beside an attribute of late loading, src is a placeholder
+        if url := _value(element, attribute).strip():
+            yield Link(url, alt, attribute)
+            return
 
 
-def _attributes(element: Any) -> dict[str, str]:
-    return {name.lower(): element.getattr(name) or "" for name in element.attrs or []}
+def _value(element: Any, attribute: str) -> str:
+    """An attribute's value; by its name, as an element may have a million others."""
+    return element.getattr(attribute) or ""
 
 
 def largest_candidate(srcset: str) -> str | None:
@@ -111,23 +118,18 @@ def largest_candidate(srcset: str) -> str | None:
     A comma within a URL belongs to it, unless it is the last character; so data: URLs survive.
     """
     best: tuple[float, str] | None = None
-    words = srcset.split()
-    number = 0
-    while number < len(words):
-        url = words[number].lstrip(",")
-        number += 1
-        size = 1.0
+    position = 0
+    while candidate := _CANDIDATE.match(srcset, position):
+        url, position, size = candidate[1], candidate.end(), 1.0
         if url.endswith(","):
             url = url.rstrip(",")
-        elif number < len(words) and (descriptor := words[number].partition(",")[0]):
-            try:
-                size = float(descriptor[:-1])
-            except ValueError:
-                size = 0.0
-            rest = words[number].partition(",")[2]
-            number += 1
-            if rest:  # 1x,next.png without a space
-                words.insert(number, rest)
+        else:
+            end = srcset.find(",", position)
+            end = len(srcset) if end < 0 else end
+            if descriptor := srcset[position:end].strip():
+                known = _SIZE.match(descriptor)
+                size = float(known[1]) if known else 0.0
+            position = end
         if url and (best is None or size > best[0]):
             best = size, url
     return best[1] if best else None
