@@ -1,15 +1,17 @@
 """What a call costs the host: so few tokens that Python, the dispatcher and the allocations are all there is of it.
 
-PyTorch's own functions stand beside them. On a GPU nobody waits for a result, so that launches count and kernels do
-not. With gradients, a call also records its backward pass, which does not run.
+Sequences of 2 tokens, and of none, which leaves the kernels nothing to do. PyTorch's own functions stand beside ours.
+On a GPU nobody waits for a result, so that launches count and kernels do not. With gradients, a call also records its
+backward pass, which does not run.
 
 Predictions: an autograd function takes 5 us, an operator with its allocations 3 us, the draw of kept samples 10 us. So
-`stochastic_depth` with gradients, two autograd functions and five operators: 50 us.
+`stochastic_depth` with gradients, two autograd functions and three operators: 30 us; 20 us without.
 
-Measured (AMD EPYC with AVX-512, 2026-11-25, one thread, medians): 62 us with gradients and 33 without at drop rate 0.3,
-38 and 19 without dropping. Gradients add 19 to 29 us, where 10 were predicted for two autograd functions. The eager
-expression takes 11 and 8 us. `swiglu` takes 8.0 and 3.8 us, and its eager expression 4.6 and 3.1. Attention takes 22 to
-24 us with gradients and 14 to 16 without, of which the eight tokens themselves are 6; SDPA takes 9.0 and 7.4.
+Measured (AMD EPYC with AVX-512, 2026-11-27, one thread, empty bodies): attention 7 to 8 us, with gradients 11. The
+parts of `stochastic_depth`: draw 6, gather 7, scatter 3 us; with gradients 6, 12 and 7. Together, with the checks
+between them, they take 19 and 30 us, 13 and 22 without dropping. A result that a kernel allocates through PyTorch's
+stable C++ interface costs 0.9 us, and there are six; past the dispatcher it costs 0.6, but then escapes the filling
+with NaN by which tests find what a kernel did not write.
 """
 
 from __future__ import annotations
@@ -23,45 +25,57 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
 import dinov2_kernels as dk
+from dinov2_kernels.residual.op import gather_norm, scatter_add
+from dinov2_kernels.residual.sampling import draw_subset
 
-LAYOUT = dk.PackedLayout([(4, 2)])
-T, H, D = LAYOUT.total_tokens, 2, 64
+S, H, D = 4, 2, 64
 C = H * D
 
 
 class Inputs:
-    """What all functions take; every tensor is a leaf that wants its gradient."""
+    """What all functions take, for S sequences of N tokens; every tensor is a leaf that wants its gradient."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, N: int) -> None:
         def leaf(*shape: int) -> Tensor:
             return torch.randn(*shape, device=device, requires_grad=True)
 
+        self.layout = dk.PackedLayout([(S, N)])
+        T = self.layout.total_tokens
         self.qkv = leaf(T, 3, H, D)
         self.packed = leaf(T, H, D), leaf(T, H, D), leaf(T, H, D)  # q, k, v
-        self.dense = leaf(4, H, 2, D), leaf(4, H, 2, D), leaf(4, H, 2, D)  # the same sequences as one batch
+        self.dense = leaf(S, H, N, D), leaf(S, H, N, D), leaf(S, H, N, D)  # the same sequences as one batch
         self.x, self.gate, self.value = leaf(T, C), leaf(T, C), leaf(T, C)
         self.x12 = leaf(T, 2 * C)
         self.gamma = leaf(C)
         self.norm = nn.LayerNorm(C, device=device)
+        self.subset = draw_subset(self.x, self.layout, 0.3, None)
+        self.residual = leaf(self.subset.layout.total_tokens, C)
 
 
 def stochastic_depth(inputs: Inputs, drop_rate: float) -> Tensor:
     options = {"gamma": inputs.gamma, "norm": inputs.norm}
-    return dk.stochastic_depth(inputs.x, LAYOUT, lambda h, _: h, drop_rate=drop_rate, **options)
+    return dk.stochastic_depth(inputs.x, inputs.layout, lambda h, _: h, drop_rate=drop_rate, **options)
+
+
+def scatter(inputs: Inputs) -> Tensor:
+    return scatter_add(inputs.x, inputs.residual, inputs.subset, inputs.gamma, None)
 
 
 def layer_norm(inputs: Inputs) -> Tensor:
     return F.layer_norm(inputs.x, (C,), inputs.norm.weight, inputs.norm.bias, inputs.norm.eps)
 
 
-FUNCTIONS: dict[str, Callable[[Inputs], Tensor]] = {
+FUNCTIONS: dict[str, Callable[[Inputs], object]] = {
     "F.scaled_dot_product_attention": lambda inputs: F.scaled_dot_product_attention(*inputs.dense),
-    "varlen_attention": lambda inputs: dk.varlen_attention(*inputs.packed, LAYOUT),
-    "varlen_attention_qkvpacked": lambda inputs: dk.varlen_attention_qkvpacked(inputs.qkv, LAYOUT),
+    "varlen_attention": lambda inputs: dk.varlen_attention(*inputs.packed, inputs.layout),
+    "varlen_attention_qkvpacked": lambda inputs: dk.varlen_attention_qkvpacked(inputs.qkv, inputs.layout),
     "F.layer_norm": layer_norm,
     "x + gamma * F.layer_norm": lambda inputs: inputs.x + inputs.gamma * layer_norm(inputs),
     "stochastic_depth, drop rate 0": lambda inputs: stochastic_depth(inputs, 0.0),
     "stochastic_depth, drop rate 0.3": lambda inputs: stochastic_depth(inputs, 0.3),
+    "its draw": lambda inputs: draw_subset(inputs.x, inputs.layout, 0.3, None),
+    "its gather and LayerNorm": lambda inputs: gather_norm(inputs.x, inputs.subset, inputs.norm),
+    "its scatter": scatter,
     "F.silu * value": lambda inputs: F.silu(inputs.gate) * inputs.value,
     "swiglu": lambda inputs: dk.swiglu(inputs.x12),
 }
@@ -78,10 +92,12 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("gradient", [False, True], ids=["without gradient", "with gradient"])
+@pytest.mark.parametrize("N", [2, 0], ids=["2 tokens", "empty"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_host_overhead(benchmark: BenchmarkFixture, device: str, gradient: bool, name: str) -> None:
-    benchmark.group = f"forward of {T} tokens on {device}, {'with' if gradient else 'without'} gradient"
-    inputs = Inputs(device)
+def test_host_overhead(benchmark: BenchmarkFixture, device: str, N: int, gradient: bool, name: str) -> None:
+    body = f"{S} sequences of {N} tokens" if N else "an empty body"
+    benchmark.group = f"forward of {body} on {device}, {'with' if gradient else 'without'} gradient"
+    inputs = Inputs(device, N)
     with torch.set_grad_enabled(gradient):
         benchmark.pedantic(FUNCTIONS[name], (inputs,), rounds=31, iterations=300, warmup_rounds=3)
     benchmark.extra_info["microseconds_per_call"] = round(1e6 * benchmark.stats.stats.median, 2)

@@ -130,20 +130,10 @@ Tensor gradient(const Tensor& like, const std::vector<double>& sum) {
 
 // ---- operators
 
-std::tuple<Tensor, Tensor> residual_kept_rows(const Tensor& keys, std::vector<int64_t> runs,
-                                              std::vector<int64_t> kept) {
-  const Tensor wide_keys = to(keys, ScalarType::Double);
-  const double* key = pointer<double>(wide_keys);
-  int64_t num_rows = 0, num_tokens = 0;
-  for (size_t r = 0; r < kept.size(); ++r) {
-    num_rows += kept[r] * runs[2 * r + 1];
-    num_tokens += runs[2 * r] * runs[2 * r + 1];
-  }
-  Tensor rows = torch::stable::new_empty(keys, {num_rows}, ScalarType::Int);
-  Tensor position = torch::stable::new_empty(keys, {num_tokens}, ScalarType::Int);
-  int32_t* row = static_cast<int32_t*>(rows.mutable_data_ptr());
-  int32_t* place = static_cast<int32_t*>(position.mutable_data_ptr());
-  std::fill(place, place + num_tokens, -1);
+// Writes the rows of the kept samples, and into `place`, which is -1 throughout, where each kept token went.
+template <class Key>
+void keep_smallest(const Key* key, const std::vector<int64_t>& runs, const std::vector<int64_t>& kept, int32_t* row,
+                   int32_t* place) {
   int32_t i = 0, token = 0;
   std::vector<int64_t> sample;
   for (size_t r = 0; r < kept.size(); ++r) {
@@ -163,6 +153,26 @@ std::tuple<Tensor, Tensor> residual_kept_rows(const Tensor& keys, std::vector<in
     }
     key += count;
     token += count * length;
+  }
+}
+
+std::tuple<Tensor, Tensor> residual_kept_rows(const Tensor& keys, std::vector<int64_t> runs,
+                                              std::vector<int64_t> kept) {
+  int64_t num_rows = 0, num_tokens = 0;
+  for (size_t r = 0; r < kept.size(); ++r) {
+    num_rows += kept[r] * runs[2 * r + 1];
+    num_tokens += runs[2 * r] * runs[2 * r + 1];
+  }
+  Tensor rows = torch::stable::new_empty(keys, {num_rows}, ScalarType::Int);
+  Tensor position = torch::stable::new_empty(keys, {num_tokens}, ScalarType::Int);
+  int32_t* row = static_cast<int32_t*>(rows.mutable_data_ptr());
+  int32_t* place = static_cast<int32_t*>(position.mutable_data_ptr());
+  std::fill(place, place + num_tokens, -1);
+  if (keys.scalar_type() == ScalarType::Float) {  // as they are drawn: converting them would cost more than the rest
+    keep_smallest(pointer<float>(keys), runs, kept, row, place);
+  } else {
+    const Tensor wide_keys = to(keys, ScalarType::Double);
+    keep_smallest(pointer<double>(wide_keys), runs, kept, row, place);
   }
   return {rows, position};
 }

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from operator import index
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,7 @@ _kept_rows = define(
 ).call
 
 
-@dataclass(frozen=True)
-class Subset:
+class Subset(NamedTuple):
     """The kept samples of a packed batch of T tokens.
 
     Attributes:

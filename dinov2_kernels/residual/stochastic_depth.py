@@ -80,9 +80,11 @@ def stochastic_depth(
     else:
         kept = _gather(x, subset, inplace)
         kept = kept if norm is None else norm(kept)
+    kept_shape = kept.shape
     residual = branch(kept, subset.layout)
-    if residual.shape != kept.shape:
-        raise ValueError(f"branch: expected a residual of shape {list(kept.shape)}, got {list(residual.shape)}")
+    del kept  # where no backward pass needs it, the result of the scatter may take its memory
+    if residual.shape != kept_shape:
+        raise ValueError(f"branch: expected a residual of shape {list(kept_shape)}, got {list(residual.shape)}")
     if residual.device != x.device:
         raise ValueError(f"branch: expected a residual on the device of x, {x.device}, got {residual.device}")
     return scatter_add(x, residual, subset, gamma, bias, inplace=inplace)
@@ -122,7 +124,8 @@ def _base_of(x: Tensor) -> Tensor:
 
 def _is_plain(norm: nn.LayerNorm, x: Tensor) -> bool:
     """Whether a call of the module does nothing but its LayerNorm over the channels: no hooks, no other forward."""
-    if norm.weight is not None and norm.weight.device != x.device:
+    weight = norm.weight  # looked up once: a module takes its time over it
+    if weight is not None and weight.device != x.device:
         return False  # a call of it says so
     hooks = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
     return not hooks and type(norm).forward is nn.LayerNorm.forward and norm.normalized_shape == x.shape[1:]

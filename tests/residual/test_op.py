@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinov2_kernels import PackedLayout, stochastic_depth
 from dinov2_kernels.residual import num_kept_samples, reference
@@ -291,3 +293,27 @@ def test_bad_types_and_devices() -> None:
         stochastic_depth(x, layout, lambda h, _: h, drop_rate=0.0, gamma=torch.ones(2, device="meta"))
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):  # PyTorch's own error, of the norm's call
         stochastic_depth(x, layout, lambda h, _: h, drop_rate=0.0, norm=nn.LayerNorm(2, device="meta"))
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(8), None], ids=["fused norm", "no norm"])
+def test_branch_input_is_freed_before_the_scatter(norm: nn.LayerNorm | None) -> None:
+    """Without gradients nobody needs it any more, and the result can have its memory."""
+    inputs: list[weakref.ref[Tensor]] = []
+
+    class AtScatter(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func._opname == "residual_scatter":
+                self.seen += 1
+                assert inputs[0]() is None
+            return func(*args, **(kwargs or {}))
+
+    def branch(h: Tensor, _: PackedLayout) -> Tensor:
+        inputs.append(weakref.ref(h))
+        return h + 1
+
+    layout = PackedLayout([(4, 3)])
+    with torch.no_grad(), AtScatter() as at_scatter:
+        stochastic_depth(torch.randn(12, 8), layout, branch, drop_rate=0.5, norm=norm)
+    assert at_scatter.seen == 1
