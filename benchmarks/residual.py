@@ -101,46 +101,43 @@ class Residual:
         return step
 
 
-def recipe(x: Tensor, drop_rate: float, residual: Residual) -> Tensor:
-    """The published recipe for the crops [n, N, C] of one size."""
-    kept = torch.randperm(len(x), device=x.device)[: max(int(len(x) * (1 - drop_rate)), 1)]
-    branch = residual.gamma * residual.norm(x[kept])
-    return torch.index_add(x.flatten(1), 0, kept, branch.flatten(1), alpha=len(x) / len(kept)).view_as(x)
+def kept_samples(x: Tensor, drop_rate: float) -> Tensor:
+    return torch.randperm(len(x), device=x.device)[: max(int(len(x) * (1 - drop_rate)), 1)]
 
 
-def recipe_step(residual: Residual, drop_rate: float) -> Step:
+def add(x: Tensor, kept: Tensor, branch: Tensor) -> Tensor:
+    return torch.index_add(x.flatten(1), 0, kept, branch, alpha=len(x) / len(kept)).view_as(x)
+
+
+def recipe(runs: list[Tensor], drop_rate: float, residual: Residual) -> list[Tensor]:
+    """The published recipe for crops [n, N, C] of one size, for one size after the other."""
+    kept = [kept_samples(x, drop_rate) for x in runs]
+    return [
+        add(x, indices, (residual.gamma * residual.norm(x[indices])).flatten(1))
+        for x, indices in zip(runs, kept, strict=True)
+    ]
+
+
+def list_recipe(runs: list[Tensor], drop_rate: float, residual: Residual) -> list[Tensor]:
+    """The published recipe for crops [n, N, C] of several sizes: one branch over the kept samples of all of them."""
+    kept = [kept_samples(x, drop_rate) for x in runs]
+    subsets = [x[indices].flatten(0, 1) for x, indices in zip(runs, kept, strict=True)]
+    branch = residual.gamma * residual.norm(torch.cat(subsets))  # [t, C]
+    pieces = branch.split([len(subset) for subset in subsets])
+    return [add(x, indices, piece.view(len(indices), -1)) for x, indices, piece in zip(runs, kept, pieces, strict=True)]
+
+
+Recipe = Callable[[list[Tensor], float, Residual], list[Tensor]]
+
+
+def recipe_step(residual: Residual, drop_rate: float, recipe: Recipe = recipe) -> Step:
     runs = [run.detach().clone().requires_grad_() for run in residual.layout.unpack(residual.x)]
     grads = residual.layout.unpack(residual.grad)
 
     def step() -> None:
         for run in runs:
             run.grad = None
-        torch.autograd.backward([recipe(run, drop_rate, residual) for run in runs], grads)
-
-    return step
-
-
-def list_recipe_step(residual: Residual, drop_rate: float) -> Step:
-    """The published recipe for crops of several sizes: one branch over the kept samples of all of them."""
-    runs = [run.detach().clone().requires_grad_() for run in residual.layout.unpack(residual.x)]
-    grads = residual.layout.unpack(residual.grad)
-
-    def forward() -> list[Tensor]:
-        kept = [torch.randperm(len(run))[: max(int(len(run) * (1 - drop_rate)), 1)] for run in runs]
-        subsets = [run[indices] for run, indices in zip(runs, kept, strict=True)]
-        branch = residual.gamma * residual.norm(torch.cat([subset.flatten(0, 1) for subset in subsets]))  # [t, C]
-        pieces = branch.split([len(subset) * subset.shape[1] for subset in subsets])
-        return [
-            torch.index_add(
-                run.flatten(1), 0, indices, piece.view(len(indices), -1), alpha=len(run) / len(indices)
-            ).view_as(run)
-            for run, indices, piece in zip(runs, kept, pieces, strict=True)
-        ]
-
-    def step() -> None:
-        for run in runs:
-            run.grad = None
-        torch.autograd.backward(forward(), grads)
+        torch.autograd.backward(recipe(runs, drop_rate, residual), grads)
 
     return step
 
@@ -223,7 +220,7 @@ for _ in range(3):  # the first time starts the threads and loads the libraries
     if sys.argv[1] == "recipe":
         step = residual.recipe_step(tokens, 0.3)
     elif sys.argv[1] == "list recipe":
-        step = residual.list_recipe_step(tokens, 0.3)
+        step = residual.recipe_step(tokens, 0.3, residual.list_recipe)
     else:
         mode = residual.MODES[sys.argv[1]]
         step = tokens.training_step(lambda x: tokens.dropping(spare.pop() if spare else x, 0.3, **mode))
