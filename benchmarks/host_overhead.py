@@ -5,13 +5,14 @@ On a GPU nobody waits for a result, so that launches count and kernels do not. W
 backward pass, which does not run.
 
 Predictions: an autograd function takes 5 us, an operator with its allocations 3 us, the draw of kept samples 10 us. So
-`stochastic_depth` with gradients, two autograd functions and three operators: 30 us; 20 us without.
+`stochastic_depth` with gradients, two autograd functions and five operators: 50 us.
 
 Measured (AMD EPYC with AVX-512, 2026-11-27, one thread, empty bodies): attention 7 to 8 us, with gradients 11. The
 parts of `stochastic_depth`: draw 6, gather 7, scatter 3 us; with gradients 6, 12 and 7. Together, with the checks
-between them, they take 19 and 30 us, 13 and 22 without dropping. A result that a kernel allocates through PyTorch's
-stable C++ interface costs 0.9 us, and there are six; past the dispatcher it costs 0.6, but then escapes the filling
-with NaN by which tests find what a kernel did not write.
+between them, they take 19 and 30 us, 13 and 22 without dropping. The prediction was too high: it counted five
+operators where three are called, and the draw takes 6 us. On 2026-11-25 it took 33 and 62 us. A result
+that a kernel allocates through PyTorch's stable C++ interface costs 0.9 us, and there are six; past the dispatcher it
+costs 0.6, but then escapes the filling with NaN by which tests find what a kernel did not write.
 """
 
 from __future__ import annotations

@@ -13,15 +13,17 @@ C = 384 float32, 90 MB; m = 0.70 T C are the elements of the kept tokens.
   again for the sums over tokens. So a par forward, and 1.2 times faster in all.
 - A block of ViT-S at drop rate 0.4: 0.6 of the branches' work and all of the rest, 0.62 to 0.66 of the time.
 
-Measured (results/2026-11-27): stochastic depth 29 to 45 ms, 0.18 to 0.33 of the recipe's time in float32, and 0.23 to
-0.28 in bfloat16. Against torch.compile forward 1.08 to 1.44 times faster in float32 and 1.08 to 1.25 in bfloat16; with
-backward 1.08 to 1.51, and 0.85 to 1.28 in bfloat16. The block takes 0.54 of the time. What the predictions missed:
+Measured (results/2026-11-27, one run): stochastic depth 29 to 45 ms, 0.18 to 0.33 of the recipe's time in float32,
+and 0.23 to 0.28 in bfloat16. Against torch.compile forward 1.08 to 1.44 times faster in float32 and 1.08 to 1.25 in
+bfloat16; with backward 1.08 to 1.51, and 0.85 to 1.28 in bfloat16. The block takes 0.54 of the time. Cells scatter by
+up to 0.4 between runs; forward, one of three runs had one below 1, 0.95 at C = 384 in bfloat16. What the predictions
+missed:
 
 - Every pass reads memory that the previous one has just pushed out of the cache: 18 to 29 GB/s of the bytes counted.
 - The recipe maps less than thought, and takes 145 ms instead of 160.
 - Forward is better than a par above 32 MB, where glibc maps every tensor anew: ours in pages of 2 MB, torch.compile's
-  in pages of 4 KB. Just below, at C = 1024 in bfloat16, it was at 0.82 until the normalised tokens were given back
-  before the scatter.
+  in pages of 4 KB. Just below, at C = 1024 in bfloat16, one run was at 0.82 while the normalised tokens were held
+  during the scatter; three since were at 1.10.
 - bfloat16 with backward at C = 1024 scatters between 0.85 and 1.35: what is mapped anew of its 30 MB tensors varies.
 - The block gains a little more than its share of the work; why was not looked into.
 """
