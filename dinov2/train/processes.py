@@ -185,6 +185,7 @@ def join_processes(device: str, timeout_seconds: float) -> Iterator[Processes]:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     try:
         yield Processes(chosen, rank, world_size, dist.group.WORLD)
+        dist.barrier()  # after all earlier exchanges: one that gloo's threads hold when Python ends aborts the process
     except RuntimeError as error:
         if not is_lost_connection(error):
             raise

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from dinov2_kernels import use_backend
 from dinov2_kernels.koleo import koleo_loss, nearest_neighbors
 from tests.koleo.cases import EPS, random_rows
+from tests.process_group import in_processes
 
 
 def by_hand(x: Tensor, k: int = 1, eps: float = 1e-8) -> Tensor:
@@ -213,9 +213,7 @@ def test_the_gradient_follows_its_scale() -> None:
 # ---------------------------------------------------------------------------------------------------- several processes
 
 
-def _one_of(rank: int, world_size: int, store: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    torch.set_num_threads(1)
+def _one_of(rank: int, world_size: int) -> None:
     group = dist.group.WORLD
     B = 6
     own = slice(rank * B, (rank + 1) * B)
@@ -248,7 +246,6 @@ def _one_of(rank: int, world_size: int, store: str) -> None:
         else:
             with pytest.raises(ValueError, match="group: expected a process group to which this process belongs"):
                 koleo_loss(mine, group=first)
-    dist.destroy_process_group()
 
 
 def _gradients_of_different_scales(rank: int, world_size: int) -> None:
@@ -268,7 +265,7 @@ def _gradients_of_different_scales(rank: int, world_size: int) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_processes_are_one_batch(world_size: int, tmp_path: Path) -> None:
-    mp.spawn(_one_of, args=(world_size, f"{tmp_path}/store"), nprocs=world_size)
+    in_processes(world_size, tmp_path, _one_of)
 
 
 # --------------------------------------------------------------------------------------------------------------- errors

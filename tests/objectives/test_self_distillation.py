@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from dinov2.models import HeadConfig
@@ -28,6 +27,7 @@ from tests.objectives.textbook import (
     textbook_softmax,
     textbook_step,
 )
+from tests.process_group import in_processes
 
 
 @pytest.mark.parametrize("student_logits", ["stored", "recomputed"])
@@ -193,8 +193,7 @@ def test_collapse_statistics() -> None:
     assert_close(statistics, expected)
 
 
-def _train_in_a_group(rank: int, world_size: int, store: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+def _train_in_a_group(rank: int, world_size: int) -> None:
     whole = random_batch(images=4)
     mine = {
         name: torch.cat([crop.split(4 // world_size)[rank] for crop in tensor.split(4)])
@@ -211,12 +210,11 @@ def _train_in_a_group(rank: int, world_size: int, store: str) -> None:
                 dist.all_reduce(tensor.detach())
             assert_close({name: loss.detach() for name, loss in losses.items()}, expected, tolerance)
             assert_close(actual, gradients(expected, single.student), tolerance)
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_processes_train_as_one(world_size: int, tmp_path: Path) -> None:
-    mp.spawn(_train_in_a_group, args=(world_size, f"{tmp_path}/store"), nprocs=world_size)
+    in_processes(world_size, tmp_path, _train_in_a_group)
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 import dinov2_kernels as dk
 from dinov2_kernels.sinkhorn import reference
+from tests.process_group import in_processes
 
 
 def textbook(logits: Tensor, temperature: float, n_iterations: int = 3) -> Tensor:
@@ -164,10 +166,7 @@ def test_several_batches_are_balanced_apart() -> None:
     assert dk.sinkhorn_biases([], 0.07) == []
 
 
-def _worker(
-    rank: int, world_size: int, store: str, splits: list[int], logits: list[Tensor], results: list[Tensor]
-) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+def _worker(rank: int, world_size: int, splits: list[int], logits: list[Tensor], results: list[Tensor]) -> None:
     counts: list[int] = []
     real_all_reduce = dist.all_reduce
 
@@ -186,15 +185,14 @@ def _worker(
     if rank > 0:
         with pytest.raises(ValueError, match="group: expected a process group to which this process belongs"):
             dk.sinkhorn_bias(mine[0], 0.05, group=foreign)
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("splits", [[13], [5, 8], [0, 13], [3, 1, 0, 9]])
-def test_processes_equal_one_process_on_the_whole_batch(splits: list[int], tmp_path: object) -> None:
+def test_processes_equal_one_process_on_the_whole_batch(splits: list[int], tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(4)
     logits = [3 * torch.randn(13, K, dtype=torch.float64, generator=generator) for K in (21, 8)]
     results = [torch.full((29,), torch.nan).share_memory_() for _ in splits]
-    mp.spawn(_worker, (len(splits), f"{tmp_path}/store", splits, logits, results), nprocs=len(splits))
+    in_processes(len(splits), tmp_path, _worker, splits, logits, results)
     expected = torch.cat(dk.sinkhorn_biases(logits, 0.05))
     for biases in results:
         torch.testing.assert_close(biases, expected, atol=1e-5, rtol=1e-6)

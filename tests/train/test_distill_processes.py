@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from dinov2.models import load_pretrained
 from dinov2.models.run_checkpoint import RunCheckpoint
@@ -19,14 +18,13 @@ from dinov2.train.processes import Processes
 from dinov2.train.saving import CheckpointSaver
 from dinov2.train.sharding import gathered
 from dinov2.train.trainer import Trainer
+from tests.process_group import in_processes
 from tests.train.test_processes import WORLD_SIZE, merged, micro_batches
 
 
-def distill_beside_one_process(rank: int, store: str, config: DistillConfig) -> None:
-    torch.set_num_threads(1)
+def distill_beside_one_process(rank: int, world_size: int, directory: Path, config: DistillConfig) -> None:
     torch.set_default_dtype(torch.float64)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD_SIZE)
-    processes = Processes(torch.device("cpu"), rank, WORLD_SIZE, dist.group.WORLD)
+    processes = Processes(torch.device("cpu"), rank, world_size, dist.group.WORLD)
     single = Trainer(config)
     whole = merged(config)
     for step in range(2):
@@ -40,12 +38,11 @@ def distill_beside_one_process(rank: int, store: str, config: DistillConfig) -> 
             trainer.step(step, mine)
         for name, tensor in gathered(trainer.objective.state_dict()).items():
             torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-9, msg=f"{sharding}: {name}")
-        check_state(trainer, Trainer(changed, processes), Path(f"{store}_{sharding}"))
+        check_state(trainer, Trainer(changed, processes), directory / sharding)
         check_start(trainer, config)
         if sharding == "full":
             part = trainer.objective.teacher["dino_head"].last_layer.weight_v.to_local()
-            assert len(part) == 64 // WORLD_SIZE
-    dist.destroy_process_group()
+            assert len(part) == 64 // world_size
 
 
 def check_state(trainer: Trainer, other: Trainer, directory: Path) -> None:
@@ -87,4 +84,4 @@ def test_two_processes_distil_as_one(config: PretrainConfig, tmp_path: Path) -> 
         objective=config.objective,
         device="cpu",
     )
-    mp.spawn(distill_beside_one_process, args=(f"{tmp_path}/store", distill), nprocs=WORLD_SIZE)
+    in_processes(WORLD_SIZE, tmp_path, distill_beside_one_process, tmp_path, distill)

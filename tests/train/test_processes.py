@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from dinov2.data import Batch, DataConfig, ImageDataset, batches, open_dataset
 from dinov2.models import load_pretrained
@@ -29,6 +28,7 @@ from dinov2.train.processes import Processes, StepAgreement
 from dinov2.train.saving import CheckpointSaver
 from dinov2.train.sharding import gathered
 from dinov2.train.trainer import Trainer, micro_batch_seed
+from tests.process_group import in_processes
 from tests.train.lives import ends, start
 from tests.train.test_synchronisation import Reads
 
@@ -145,11 +145,9 @@ def configured(
     )
 
 
-def train_beside_one_process(rank: int, store: str, config: PretrainConfig) -> None:
-    torch.set_num_threads(1)
+def train_beside_one_process(rank: int, world_size: int, directory: Path, config: PretrainConfig) -> None:
     torch.set_default_dtype(torch.float64)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD_SIZE)
-    processes = Processes(torch.device("cpu"), rank, WORLD_SIZE, dist.group.WORLD)
+    processes = Processes(torch.device("cpu"), rank, world_size, dist.group.WORLD)
     for case, options in CASES.items():
         changed = configured(config, **options)
         tolerance = TOLERANCE[changed.objective.centering]
@@ -164,16 +162,14 @@ def train_beside_one_process(rank: int, store: str, config: PretrainConfig) -> N
         assert_same_weights(gathered(split.objective.state_dict()), single.objective.state_dict(), tolerance, case)
         if changed.parallel.sharding == "full":
             replicate = dataclasses.replace(changed, parallel=ParallelConfig(sharding="replicate"))
-            directory = Path(f"{store}-{case}")
-            check_state(split, Trainer(replicate, processes), Trainer(changed, processes), directory)
+            check_state(split, Trainer(replicate, processes), Trainer(changed, processes), directory / case)
     for sharding in ("replicate", "full"):
         accumulated = configured(config, accumulation=2, sharding=sharding)
         check_communication(Trainer(accumulated, processes), accumulated)
-    check_agreement(processes)  # as in a run, others follow: an exchange in flight must not outlive the interpreter
+    check_agreement(processes)
     torch.set_default_dtype(torch.float32)
     check_low_precision(config, processes)
     check_overflow_of_one(config, processes)
-    dist.destroy_process_group()
 
 
 def plain(config: PretrainConfig) -> PretrainConfig:
@@ -296,7 +292,7 @@ def check_agreement(processes: Processes) -> None:
 
 
 def test_two_processes_train_as_one(config: PretrainConfig, tmp_path: Path) -> None:
-    mp.spawn(train_beside_one_process, args=(f"{tmp_path}/store", config), nprocs=WORLD_SIZE)
+    in_processes(WORLD_SIZE, tmp_path, train_beside_one_process, tmp_path, config)
 
 
 RUN = "import pickle, sys; from dinov2.train import pretrain; pretrain(*pickle.load(open(sys.argv[1], 'rb')))"
