@@ -34,7 +34,9 @@ CPU_TARGETS = {"generic": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     avx2 = "-mavx2 -mfma -mf16c"
     avx512 = f"{avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
-    CPU_TARGETS |= {"avx2": avx2, "avx512": avx512, "avx512bf16": f"{avx512} -mavx512bf16"}
+    avx512bf16 = f"{avx512} -mavx512bf16"
+    amx = f"{avx512bf16} -mamx-tile -mamx-bf16"
+    CPU_TARGETS |= {"avx2": avx2, "avx512": avx512, "avx512bf16": avx512bf16, "amx": amx}
 
 TORCH_2_10 = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 CXX_FLAGS = "-std=c++20 -O3 -fPIC -Wall -fvisibility=hidden"

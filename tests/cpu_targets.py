@@ -8,9 +8,9 @@ import sys
 
 import torch
 
-ALL_TARGETS = ("generic", "avx2", "avx512", "avx512bf16")
+ALL_TARGETS = ("generic", "avx2", "avx512", "avx512bf16", "amx")
 
-_HAS = {"AVX2": 2, "AVX512": 4 if torch.cpu._is_avx512_bf16_supported() else 3}
+_HAS = {"AVX2": 2, "AVX512": 5 if torch.cpu._is_amx_tile_supported() else 4 if torch.cpu._is_avx512_bf16_supported() else 3}
 TARGETS = ALL_TARGETS[: _HAS.get(torch.backends.cpu.get_cpu_capability(), 1)]
 
 

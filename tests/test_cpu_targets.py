@@ -19,7 +19,7 @@ LIBRARY = Path(_library.__file__).parent / "_native_cpu.so"
 def test_unknown_target() -> None:
     call = "import torch, dinov2_kernels as dk; dk.sinkhorn_bias(torch.zeros(2, 2), 0.07)"
     run = run_python("-c", call, DINOV2_KERNELS_CPU_TARGET="avx1024")
-    names = "generic, avx2, avx512 or avx512bf16"
+    names = "generic, avx2, avx512, avx512bf16 or amx"
     assert re.search(f"DINOV2_KERNELS_CPU_TARGET: expected {names}, .* got avx1024", run.stderr)
 
 
@@ -30,16 +30,20 @@ def test_wide_instructions_stay_in_their_targets() -> None:
     functions = re.split(r"^[0-9a-f]+ <(.*)>:$", listing, flags=re.MULTILINE)[1:]
     widest: dict[str, set[str]] = {}
     bf16: set[str] = set()
+    tiles: set[str] = set()
     for name, body in zip(functions[::2], functions[1::2], strict=True):
         target = next((target for target in ALL_TARGETS if f"{target}::" in name), "common")
         widest.setdefault(target, set()).update(re.findall(r"%([yz]mm|k)\d", body))
         if re.search(r"\bv(dpbf16|cvtne)", body):
             bf16.add(target)
+        if re.search(r"%tmm|tilecfg", body):
+            tiles.add(target)
     assert widest["common"] == set()
-    assert bf16 <= {"avx512bf16"}
     if os.uname().machine == "x86_64":
-        assert bf16 == {"avx512bf16"}
+        assert bf16 == {"avx512bf16", "amx"}
+        assert tiles == {"amx"}
         assert widest["generic"] == set()
         assert widest["avx2"] == {"ymm"}
         assert "zmm" in widest["avx512"]
         assert "zmm" in widest["avx512bf16"]
+        assert "zmm" in widest["amx"]

@@ -7,9 +7,13 @@
 
 namespace CPU_TARGET {
 
-constexpr int kQueries = 24;      // of a block of the forward pass
-constexpr int kGradQueries = 48;  // of a block of the backward pass, in which sums over queries go through memory
-constexpr int kGradKeys = 384;    // of a block of the backward pass: all of theirs stays in the second-level cache
+// Queries of a block of the forward pass, and of the backward pass, in which sums over queries go through memory: whole
+// tiles of rows, and in the latter whole steps of n.
+template <class E>
+constexpr int kQueries = kTileRows<E> > 1 ? 2 * kTileRows<E> : 24;
+template <class E>
+constexpr int kGradQueries = kStep<E> > 1 ? 2 * kStepValues<E> : 48;
+constexpr int kGradKeys = 384;  // of a block of the backward pass: all of theirs stays in the second-level cache
 
 constexpr int64_t kAheadBytes = 256 << 10;  // of the next head at most: the second-level cache has room beside this one
 
@@ -43,6 +47,14 @@ ALWAYS_INLINE void store_factors(bf16_pair* row, int64_t j, vec<float> x) {
   store(reinterpret_cast<bf16*>(row) + j, x);
 }
 
+// Zeros from the n values of a row, and those up to a whole vector, to a whole step.
+template <class E>
+ALWAYS_INLINE void end_factors(E* row, int64_t n) {
+  for (int64_t j = round_up(n, lanes<float>); j < round_up(n, kStepValues<E>); j += lanes<float>) {
+    store_factors(row, j, vec<float>{});
+  }
+}
+
 template <class X>
 ALWAYS_INLINE void store_row(const float* x, float factor, int64_t D, X* out) {
   for_each_vector<float>(0, D, [&](int64_t d, auto part) { store(out + d, load(x + d) * factor, part); });
@@ -61,11 +73,11 @@ struct ForwardWorkspace {
     const int64_t row = packed_row<E>(D), keys = round_up(N, kPanel);
     rows = pieces.take<E>(keys * row);
     k_transpose = pieces.take<E>(keys * row);
-    v = kValues<E> == 1 ? rows : pieces.take<E>((N + 1) * row);
-    q = pieces.take<E>(kQueries * row);
-    scores = pieces.take<float>(kQueries * score_row(N));
-    p = kValues<E> == 1 ? reinterpret_cast<E*>(scores) : pieces.take<E>(kQueries * factor_row<E>(N));
-    out = pieces.take<float>(kQueries * kValues<E> * row);
+    v = kValues<E> == 1 ? rows : pieces.take<E>(round_up(N, kStepValues<E>) * row);
+    q = pieces.take<E>(kQueries<E> * row);
+    scores = pieces.take<float>(kQueries<E> * score_row(N));
+    p = kValues<E> == 1 ? reinterpret_cast<E*>(scores) : pieces.take<E>(kQueries<E> * factor_row<E>(N));
+    out = pieces.take<float>(kQueries<E> * kValues<E> * row);
     end = pieces.next;
   }
 };
@@ -74,7 +86,7 @@ struct RowSum {
   float max, sum;
 };
 
-// Turns a row of products into p = exp(scale * s - max), and zeros up to a whole vector.
+// Turns a row of products into p = exp(scale * s - max), and zeros up to a whole step.
 template <class E>
 ALWAYS_INLINE RowSum exp_row(const float* s, int64_t N, float scale, E* p) {
   vec<float> lane_max = broadcast(-INFINITY);
@@ -88,6 +100,7 @@ ALWAYS_INLINE RowSum exp_row(const float* s, int64_t N, float scale, E* p) {
     sum += x;
     store_factors(p, j, x);
   });
+  end_factors(p, N);
   return {max, sum_of_lanes(sum)};
 }
 
@@ -107,20 +120,21 @@ void attention_forward(HeadShape shape, Head<X> head, Head<X> next, int64_t begi
   // Q, K and V come in turns: the few lines that a core can wait for at a time then hold up no arithmetic.
   const int64_t ahead = 3 * N * D * static_cast<int64_t>(sizeof(X)) <= kAheadBytes ? D : 0;
   const ForwardWorkspace<E> w(workspace, N, D);
+  const TileUse<E> tiles;
   const int64_t row = packed_row<E>(D), s_row = score_row(N), p_row = factor_row<E>(N), out_row = kValues<E> * row;
 
   pack_rows(k.data, k.stride, N, D, w.rows, lanes<E>);
   transpose_rows(w.rows, round_up(N, lanes<E>), D, w.k_transpose);
-  pack_rows(v.data, v.stride, N, D, w.rows);
+  pack_rows(v.data, v.stride, N, D, w.rows, kStepValues<E>);
   const Right<E> k_right = transpose_as_right(w.k_transpose, D);
-  const Right<E> v_right = rows_as_right(zip_rows(w.rows, row, N, w.v), D);
+  const Right<E> v_right = rows_as_right(zip_rows(w.rows, row, round_up(N, kStepValues<E>), w.v), D);
 
-  for (; begin < end; begin += kQueries) {
-    const int64_t rows = min(kQueries, end - begin);
+  for (; begin < end; begin += kQueries<E>) {
+    const int64_t rows = min(kQueries<E>, end - begin);
     pack_rows(q.data + begin * q.stride, q.stride, rows, D, w.q);
     for (int64_t i = 0; i < rows; ++i) prefetch(next.q, begin + i, ahead);
     multiply(Left<E>{w.q, row, 1}, k_right, elements<E>(D), rows, N, w.scores, s_row, false);
-    RowSum sums[kQueries];
+    RowSum sums[kQueries<E>];
     for (int64_t i = 0; i < rows; ++i) {
       sums[i] = exp_row(w.scores + i * s_row, N, scale, w.p + i * p_row);
       prefetch(next.k, begin + i, ahead);
@@ -138,7 +152,7 @@ void attention_forward(HeadShape shape, Head<X> head, Head<X> next, int64_t begi
 
 template <class E>
 struct BackwardWorkspace {
-  E *rows, *k, *k_transpose, *v_transpose, *q, *q_zipped, *grad, *grad_zipped, *p, *p_zipped, *ds, *ds_zipped;
+  E *rows, *k, *k_transpose, *v_transpose, *q, *q_zipped, *grad, *grad_zipped, *p, *ds, *zipped, *left;
   float *delta, *scores, *dp, *dq, *dk, *dv;
   char* end;
 
@@ -146,11 +160,11 @@ struct BackwardWorkspace {
     constexpr bool zips = kValues<E> > 1;
     Pieces pieces{static_cast<char*>(memory)};
     const int64_t row = packed_row<E>(D), keys = min(N, kGradKeys), padded = round_up(keys, kPanel);
-    const int64_t sum_row = kValues<E> * row, queries = kGradQueries;
+    const int64_t sum_row = kValues<E> * row, queries = kGradQueries<E>;
     rows = pieces.take<E>(padded * row);
     k_transpose = pieces.take<E>(padded * row);
     v_transpose = pieces.take<E>(padded * row);
-    k = pieces.take<E>((padded + 1) * row);
+    k = pieces.take<E>(padded * row);
     q = pieces.take<E>(queries * row);
     grad = pieces.take<E>(queries * row);
     scores = pieces.take<float>(queries * score_row(keys));
@@ -159,12 +173,12 @@ struct BackwardWorkspace {
     ds = zips ? pieces.take<E>(queries * factor_row<E>(keys)) : reinterpret_cast<E*>(dp);
     q_zipped = zips ? pieces.take<E>(queries * row) : q;
     grad_zipped = zips ? pieces.take<E>(queries * row) : grad;
-    p_zipped = zips ? pieces.take<E>(queries * factor_row<E>(keys)) : p;
-    ds_zipped = zips ? pieces.take<E>(queries * factor_row<E>(keys)) : ds;
+    zipped = pieces.take<E>(zips ? queries * factor_row<E>(keys) : 0);
+    left = pieces.take<E>(kTileRows<E> > 1 ? padded * elements<E>(queries) : 0);
     delta = pieces.take<float>(N);
-    dq = pieces.take<float>(N * sum_row);
-    dk = pieces.take<float>(keys * sum_row);
-    dv = pieces.take<float>(keys * sum_row);
+    dq = pieces.take<float>(round_up(N, kTileRows<E>) * sum_row);
+    dk = pieces.take<float>(round_up(keys, kTileRows<E>) * sum_row);
+    dv = pieces.take<float>(round_up(keys, kTileRows<E>) * sum_row);
     end = pieces.next;
   }
 };
@@ -176,7 +190,7 @@ ALWAYS_INLINE float dot(const X* a, const X* b, int64_t D) {
   return sum_of_lanes(sum);
 }
 
-// From a row of products s and of dp: p = exp(scale * s - lse) and ds = p (dp - delta), and zeros up to a whole vector.
+// From a row of products s and of dp: p = exp(scale * s - lse) and ds = p (dp - delta), and zeros up to a whole step.
 template <class E>
 ALWAYS_INLINE void grad_row(const float* s, const float* dp, int64_t keys, float scale, float lse, float delta, E* p,
                             E* ds) {
@@ -186,6 +200,8 @@ ALWAYS_INLINE void grad_row(const float* s, const float* dp, int64_t keys, float
     store_factors(p, j, p_j);
     store_factors(ds, j, ds_j);
   });
+  end_factors(p, keys);
+  end_factors(ds, keys);
 }
 
 template <class X>
@@ -195,6 +211,7 @@ void attention_backward(HeadShape shape, Tokens<const X> grad, Tokens<const X> q
   using E = Element<X>;
   const auto [N, D, scale] = shape;
   const BackwardWorkspace<E> w(workspace, N, D);
+  const TileUse<E> tiles;
   const int64_t row = packed_row<E>(D), sum_row = kValues<E> * row;
   const Right<E> k_transpose = transpose_as_right(w.k_transpose, D), v_transpose = transpose_as_right(w.v_transpose, D);
 
@@ -205,14 +222,14 @@ void attention_backward(HeadShape shape, Tokens<const X> grad, Tokens<const X> q
     const int64_t s_row = score_row(keys), p_row = factor_row<E>(keys);
     pack_rows(v.data + first_key * v.stride, v.stride, keys, D, w.rows, lanes<E>);
     transpose_rows(w.rows, round_up(keys, lanes<E>), D, w.v_transpose);
-    pack_rows(k.data + first_key * k.stride, k.stride, keys, D, w.rows, lanes<E>);
+    pack_rows(k.data + first_key * k.stride, k.stride, keys, D, w.rows, kPanel);
     transpose_rows(w.rows, round_up(keys, lanes<E>), D, w.k_transpose);
-    const Right<E> k_right = rows_as_right(zip_rows(w.rows, row, keys, w.k), D);
+    const Right<E> k_right = rows_as_right(zip_rows(w.rows, row, round_up(keys, kStepValues<E>), w.k), D);
 
-    for (int64_t begin = 0; begin < N; begin += kGradQueries) {
-      const int64_t rows = min(kGradQueries, N - begin);
-      pack_rows(q.data + begin * q.stride, q.stride, rows, D, w.q);
-      pack_rows(grad.data + begin * grad.stride, grad.stride, rows, D, w.grad);
+    for (int64_t begin = 0; begin < N; begin += kGradQueries<E>) {
+      const int64_t rows = min(kGradQueries<E>, N - begin), step_rows = round_up(rows, kStepValues<E>);
+      pack_rows(q.data + begin * q.stride, q.stride, rows, D, w.q, kStepValues<E>);
+      pack_rows(grad.data + begin * grad.stride, grad.stride, rows, D, w.grad, kStepValues<E>);
       multiply(Left<E>{w.q, row, 1}, k_transpose, elements<E>(D), rows, keys, w.scores, s_row, false);
       multiply(Left<E>{w.grad, row, 1}, v_transpose, elements<E>(D), rows, keys, w.dp, s_row, false);
       for (int64_t i = 0; i < rows; ++i) {
@@ -221,12 +238,16 @@ void attention_backward(HeadShape shape, Tokens<const X> grad, Tokens<const X> q
       }
       multiply(Left<E>{w.ds, p_row, 1}, k_right, elements<E>(keys), rows, D, w.dq + begin * sum_row, sum_row,
                first_key > 0);
-      const Left<E> p_left{zip_rows(w.p, p_row, rows, w.p_zipped), 1, kValues<E> * p_row};
-      const Left<E> ds_left{zip_rows(w.ds, p_row, rows, w.ds_zipped), 1, kValues<E> * p_row};
-      const Right<E> q_right = rows_as_right(zip_rows(w.q, row, rows, w.q_zipped), D);
-      const Right<E> grad_right = rows_as_right(zip_rows(w.grad, row, rows, w.grad_zipped), D);
-      multiply(p_left, grad_right, elements<E>(rows), keys, D, w.dv, sum_row, begin > 0);
-      multiply(ds_left, q_right, elements<E>(rows), keys, D, w.dk, sum_row, begin > 0);
+      memset(w.p + rows * p_row, 0, (step_rows - rows) * p_row * sizeof(E));
+      memset(w.ds + rows * p_row, 0, (step_rows - rows) * p_row * sizeof(E));
+      const Right<E> grad_right = rows_as_right(zip_rows(w.grad, row, step_rows, w.grad_zipped), D);
+      const Right<E> q_right = rows_as_right(zip_rows(w.q, row, step_rows, w.q_zipped), D);
+      const auto transpose = [&](const E* x) {
+        const E* pairs = zip_rows(x, p_row, step_rows, w.zipped);
+        return transpose_as_left(pairs, kValues<E> * p_row, elements<E>(step_rows), keys, w.left);
+      };
+      multiply(transpose(w.p), grad_right, elements<E>(rows), keys, D, w.dv, sum_row, begin > 0);
+      multiply(transpose(w.ds), q_right, elements<E>(rows), keys, D, w.dk, sum_row, begin > 0);
     }
     for (int64_t j = 0; j < keys; ++j) {
       store_row(w.dk + j * sum_row, scale, D, dk.data + (first_key + j) * dk.stride);

@@ -6,20 +6,22 @@
 // FOR_EACH_CPU_TARGET and calls the right one through ON_CPU_TARGET.
 #pragma once
 
-enum class CpuTarget { generic, avx2, avx512, avx512bf16 };
+enum class CpuTarget { generic, avx2, avx512, avx512bf16, amx };
 
-// The widest target this processor runs. DINOV2_KERNELS_CPU_TARGET=generic|avx2|avx512|avx512bf16 asks for another one, for tests.
+// The widest target this processor runs. DINOV2_KERNELS_CPU_TARGET=generic|avx2|avx512|avx512bf16|amx asks for another one,
+// for tests.
 CpuTarget cpu_target();
 
 const char* name_of(CpuTarget target);
 
 #if defined(__x86_64__)
-#define FOR_EACH_CPU_TARGET(DECLARE) DECLARE(generic) DECLARE(avx2) DECLARE(avx512) DECLARE(avx512bf16)
+#define FOR_EACH_CPU_TARGET(DECLARE) DECLARE(generic) DECLARE(avx2) DECLARE(avx512) DECLARE(avx512bf16) DECLARE(amx)
 #define ON_CPU_TARGET(...) /* a function; variadic for the commas of its template arguments */ \
-  (cpu_target() == CpuTarget::avx512bf16 ? &avx512bf16::__VA_ARGS__ \
-   : cpu_target() == CpuTarget::avx512   ? &avx512::__VA_ARGS__     \
-   : cpu_target() == CpuTarget::avx2     ? &avx2::__VA_ARGS__       \
-                                         : &generic::__VA_ARGS__)
+  (cpu_target() == CpuTarget::amx          ? &amx::__VA_ARGS__        \
+   : cpu_target() == CpuTarget::avx512bf16 ? &avx512bf16::__VA_ARGS__ \
+   : cpu_target() == CpuTarget::avx512     ? &avx512::__VA_ARGS__     \
+   : cpu_target() == CpuTarget::avx2       ? &avx2::__VA_ARGS__       \
+                                           : &generic::__VA_ARGS__)
 #else
 #define FOR_EACH_CPU_TARGET(DECLARE) DECLARE(generic)
 #define ON_CPU_TARGET(...) (&generic::__VA_ARGS__)

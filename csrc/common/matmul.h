@@ -2,7 +2,7 @@
 //
 // Rows of B are whole vectors. Elements of A are broadcast from memory, at any strides, so that A may be a transpose.
 // An element is a float or, where the processor has their dot product, a pair of bf16: neighbours along n, which then
-// has half as many elements.
+// has half as many elements. Where it has whole tiles of them (AMX), amx.h has their product.
 #pragma once
 
 #include "common/simd.h"
@@ -33,6 +33,25 @@ template <class E>
 ALWAYS_INLINE int64_t elements(int64_t n) {
   return (n + kValues<E> - 1) / kValues<E>;
 }
+
+// Elements of n that a product takes in one step, and rows of C that it computes: whole ones of either. Both factors hold
+// zeros from n up to a whole step; A and C have memory for whole tiles of rows.
+template <class E>
+constexpr int kStep = 1;
+template <class E>
+constexpr int kTileRows = 1;
+#if defined(__AMX_BF16__)
+template <>
+inline constexpr int kStep<bf16_pair> = 16;
+template <>
+inline constexpr int kTileRows<bf16_pair> = 16;
+#endif
+
+// Values of n in one step.
+template <class E>
+constexpr int kStepValues = kValues<E> * kStep<E>;
+
+ALWAYS_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // A tile of C stays in registers: kHigh rows of kWide vectors, with a row of B and an element of A beside it.
 #if defined(__AVX512F__)
@@ -129,4 +148,14 @@ static void multiply(Left<E> a, Right<E> b, int64_t n, int64_t rows, int64_t col
   }
 }
 
+// What products of E need of a thread, for as long as this lives.
+template <class E>
+struct TileUse {
+  TileUse() {}  // nothing
+};
+
 }  // namespace CPU_TARGET
+
+#if defined(__AMX_BF16__)
+#include "common/amx.h"
+#endif

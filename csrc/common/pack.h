@@ -6,8 +6,6 @@
 
 namespace CPU_TARGET {
 
-ALWAYS_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 // Elements of a packed row of D values: whole vectors.
 template <class E>
 ALWAYS_INLINE int64_t packed_row(int64_t D) {
@@ -39,7 +37,7 @@ static void pack_rows(const X* x, int64_t stride, int64_t n, int64_t D, E* out, 
 
 // ---- rows as the right factor with n along them: as they are, or with each two rows of bf16 zipped into pairs
 
-// n rows of `row` elements. Returns where the result is; its rows are kValues times as long.
+// n rows of `row` elements, n a multiple of kValues. Returns where the result is; its rows are kValues times as long.
 ALWAYS_INLINE const float* zip_rows(const float* rows, int64_t, int64_t, float*) { return rows; }
 
 #if defined(__AVX512BF16__)
@@ -49,7 +47,7 @@ static inline const bf16_pair* zip_rows(const bf16_pair* rows, int64_t row, int6
   for (int64_t i = 0; i < n; i += 2) {
     for (int64_t d = 0; d < row; d += lanes<bf16_pair>) {
       const Halves a = (Halves)load(rows + i * row + d);
-      const Halves b = i + 1 < n ? (Halves)load(rows + (i + 1) * row + d) : Halves{};
+      const Halves b = (Halves)load(rows + (i + 1) * row + d);
       store(out + i * row + 2 * d, Pairs::zip_low(a, b));
       store(out + i * row + 2 * d + lanes<bf16_pair>, Pairs::zip_high(a, b));
     }
@@ -102,5 +100,30 @@ static void transpose_rows(const E* rows, int64_t n, int64_t D, E* out) {
     }
   }
 }
+
+// ---- the transpose as the left factor, with n along the zipped rows
+
+// Of n elements of `row` zipped columns each, of which `columns` become rows; `out` has memory for them in whole tiles.
+template <class E>
+ALWAYS_INLINE Left<E> transpose_as_left(const E* zipped, int64_t row, int64_t, int64_t, E*) {
+  return {zipped, 1, row};
+}
+
+#if defined(__AMX_BF16__)
+static inline Left<bf16_pair> transpose_as_left(const bf16_pair* zipped, int64_t row, int64_t n, int64_t columns,
+                                                bf16_pair* out) {
+  constexpr int L = lanes<bf16_pair>;
+  const int64_t out_row = round_up(n, L);
+  for (int64_t j = 0; j < columns; j += L) {
+    for (int64_t k = 0; k < n; k += L) {
+      vec<bf16_pair> square[L];
+      for (int i = 0; i < L; ++i) square[i] = load(zipped + (k + i) * row + j);
+      transpose_square<bf16_pair>(square);
+      for (int i = 0; i < L; ++i) store(out + (j + i) * out_row + k, square[i]);
+    }
+  }
+  return {out, out_row, 1};
+}
+#endif
 
 }  // namespace CPU_TARGET
