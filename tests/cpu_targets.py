@@ -10,7 +10,8 @@ import torch
 
 ALL_TARGETS = ("generic", "avx2", "avx512", "avx512bf16", "amx")
 
-_HAS = {"AVX2": 2, "AVX512": 5 if torch.cpu._is_amx_tile_supported() else 4 if torch.cpu._is_avx512_bf16_supported() else 3}
+_WITH_AVX512 = 3 + torch.cpu._is_avx512_bf16_supported() + torch.cpu._is_amx_tile_supported()
+_HAS = {"AVX2": 2, "AVX512": _WITH_AVX512}
 TARGETS = ALL_TARGETS[: _HAS.get(torch.backends.cpu.get_cpu_capability(), 1)]
 
 
