@@ -43,7 +43,7 @@ struct Pieces {
 };
 
 ALWAYS_INLINE void store_factors(float* row, int64_t j, vec<float> x) { store(row + j, x); }
-ALWAYS_INLINE void store_factors(bf16_pair* row, int64_t j, vec<float> x) {
+[[maybe_unused]] ALWAYS_INLINE void store_factors(bf16_pair* row, int64_t j, vec<float> x) {
   store(reinterpret_cast<bf16*>(row) + j, x);
 }
 

@@ -7,6 +7,10 @@
 
 #include "common/simd.h"
 
+#if defined(__AMX_BF16__) || defined(__AMXBF16__)  // as GCC calls it, and Clang
+#define HAS_TILES
+#endif
+
 namespace CPU_TARGET {
 
 using bf16_pair = uint32_t;
@@ -40,7 +44,7 @@ template <class E>
 constexpr int kStep = 1;
 template <class E>
 constexpr int kTileRows = 1;
-#if defined(__AMX_BF16__)
+#if defined(HAS_TILES)
 template <>
 inline constexpr int kStep<bf16_pair> = 16;
 template <>
@@ -156,6 +160,6 @@ struct TileUse {
 
 }  // namespace CPU_TARGET
 
-#if defined(__AMX_BF16__)
+#if defined(HAS_TILES)
 #include "common/amx.h"
 #endif

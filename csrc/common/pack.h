@@ -109,7 +109,7 @@ ALWAYS_INLINE Left<E> transpose_as_left(const E* zipped, int64_t row, int64_t, i
   return {zipped, 1, row};
 }
 
-#if defined(__AMX_BF16__)
+#if defined(HAS_TILES)
 static inline Left<bf16_pair> transpose_as_left(const bf16_pair* zipped, int64_t row, int64_t n, int64_t columns,
                                                 bf16_pair* out) {
   constexpr int L = lanes<bf16_pair>;
