@@ -24,7 +24,7 @@ from dinov2.models.run_checkpoint import RunCheckpoint
 from dinov2.objectives import ObjectiveConfig
 from dinov2.train import ParallelConfig, PretrainConfig, pretrain, read_metrics
 from dinov2.train.checkpoint import CheckpointDirectory, load_checkpoint
-from dinov2.train.processes import Processes, StepAgreement
+from dinov2.train.processes import Processes, StepAgreement, join_processes
 from dinov2.train.saving import CheckpointSaver
 from dinov2.train.sharding import gathered
 from dinov2.train.trainer import Trainer, micro_batch_seed
@@ -289,6 +289,18 @@ def check_agreement(processes: Processes) -> None:
     agreement = StepAgreement(processes, first=(1, 0))
     answers = [agreement.after_step(not (processes.rank == 1 and step == 2), step) for step in range(1, 4)]
     assert answers == [(1, 0), (1, 1), (0, 2)]
+
+
+def leave_with_an_exchange_in_flight(rank: int, world_size: int) -> None:
+    with join_processes("cpu", timeout_seconds=60):
+        if rank == 1:
+            time.sleep(1)
+        exchange = dist.all_reduce(torch.ones(1), async_op=True)
+    assert exchange.is_completed()
+
+
+def test_no_exchange_outlives_a_run(tmp_path: Path) -> None:
+    in_processes(WORLD_SIZE, tmp_path, leave_with_an_exchange_in_flight)
 
 
 def test_two_processes_train_as_one(config: PretrainConfig, tmp_path: Path) -> None:
