@@ -39,6 +39,8 @@ def test_wide_instructions_stay_in_their_targets() -> None:
         if re.search(r"%tmm|tilecfg", body):
             tiles.add(target)
     assert widest["common"] == set()
+    assert bf16 <= {"avx512bf16", "amx"}
+    assert tiles <= {"amx"}
     if os.uname().machine == "x86_64":
         assert bf16 == {"avx512bf16", "amx"}
         assert tiles == {"amx"}

@@ -7,7 +7,8 @@
 
 namespace CPU_TARGET {
 
-constexpr int kTile = 16;
+constexpr int kTile = kTileRows<bf16_pair>;
+static_assert(kTile == kStep<bf16_pair> && kTile == lanes<float>, "tiles are square, and a vector wide");
 
 // The thread's tiles, whole ones. Afterwards they have the shape from before: another library may have left one.
 template <>

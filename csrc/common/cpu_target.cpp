@@ -49,9 +49,9 @@ static CpuTarget widest() {
 }
 
 static CpuTarget choose() {
-  const char* name = std::getenv("DINOV2_KERNELS_CPU_TARGET");
-  if (name == nullptr) return widest();
   const CpuTarget most = widest();
+  const char* name = std::getenv("DINOV2_KERNELS_CPU_TARGET");
+  if (name == nullptr) return most;
   for (const CpuTarget target : kTargets) {
     if (target <= most && name == std::string(name_of(target))) return target;
   }
