@@ -47,9 +47,7 @@ def ours(student: Tensor, teacher: Tensor, bias: Tensor) -> Tensor:
 PEERS: dict[str, Callable[[], Loss]] = {"compiled recipe": compiled_recipe, "soft_cross_entropy": lambda: ours}
 
 
-@pytest.mark.parametrize(
-    "peer", [pytest.param("compiled recipe", marks=pytest.mark.slow_to_build), "soft_cross_entropy"]
-)
+@pytest.mark.parametrize("peer", gpu.slow_to_build(PEERS))
 @pytest.mark.parametrize("N", [128, 1024, 4900])
 def test_forward_and_backward(benchmark: BenchmarkFixture, compare: Compare, N: int, peer: str) -> None:
     benchmark.group = (

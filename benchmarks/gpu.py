@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
+import pytest
 import torch
 
 BYTES_PER_SECOND = 4.3e12
@@ -18,6 +20,11 @@ SHORTEST_ROUND = 2e-3  # seconds; a longer call is timed alone
 def floor_seconds(least_bytes: float, operations: float = 0) -> float:
     """The least time that moving these bytes, or computing so much in bfloat16, takes an H200."""
     return max(least_bytes / BYTES_PER_SECOND, operations / OPERATIONS_PER_SECOND)
+
+
+def slow_to_build(peers: Iterable[str]) -> list[Any]:
+    """Peers as parameters of a test; what is compiled comes after everything else."""
+    return [pytest.param(peer, marks=pytest.mark.slow_to_build if "compiled" in peer else ()) for peer in peers]
 
 
 def as_graph(function: Callable[[], object]) -> Callable[[], None]:

@@ -48,7 +48,7 @@ PEERS: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("peer", [pytest.param("compiled", marks=pytest.mark.slow_to_build), *list(PEERS)[1:]])
+@pytest.mark.parametrize("peer", gpu.slow_to_build(PEERS))
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("B", [64, 1024, 8192])
 def test_forward_and_backward(

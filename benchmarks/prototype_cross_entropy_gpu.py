@@ -44,9 +44,7 @@ def masked_patches() -> Head:
     return Head(4900, 4900, torch.bfloat16, None, "cuda")
 
 
-@pytest.mark.parametrize(
-    "peer", [pytest.param("compiled recipe", marks=pytest.mark.slow_to_build), "prototype_cross_entropy"]
-)
+@pytest.mark.parametrize("peer", gpu.slow_to_build(["compiled recipe", "prototype_cross_entropy"]))
 @pytest.mark.parametrize("part", [local_crops, masked_patches], ids=["local crops", "masked patches"])
 def test_prototype_cross_entropy(benchmark: BenchmarkFixture, compare: Compare, part: object, peer: str) -> None:
     head, function = part(), PEERS[peer]()  # type: ignore[operator]

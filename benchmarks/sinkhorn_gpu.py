@@ -30,7 +30,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 import dinov2_kernels as dk
-from benchmarks.gpu import as_graph
+from benchmarks import gpu
 from benchmarks.sinkhorn import N_ITERATIONS, TEMPERATURE, compiled_recipe, random_logits, recipe, sinkhorn_bias
 from dinov2_kernels._backend import Backend
 
@@ -66,7 +66,7 @@ PREDICTED = {
 }  # seconds
 
 
-@pytest.mark.parametrize("peer", [pytest.param("compiled recipe", marks=pytest.mark.slow_to_build), *BACKENDS])
+@pytest.mark.parametrize("peer", gpu.slow_to_build(PEERS))
 @pytest.mark.parametrize("B", [128, 4900])
 def test_sinkhorn_bias(benchmark: BenchmarkFixture, compare: Compare, B: int, peer: str) -> None:
     """The recipe also hands out the assignments, which the loss does not need from us."""
@@ -77,7 +77,7 @@ def test_sinkhorn_bias(benchmark: BenchmarkFixture, compare: Compare, B: int, pe
         assignments = torch.softmax(logits.float() / TEMPERATURE + function(logits), dim=1)
         torch.testing.assert_close(assignments, recipe(logits), atol=1e-4, rtol=1e-2)
 
-    own, baseline = (as_graph(lambda f=f: f(logits)) for f in (function, recipe))
+    own, baseline = (gpu.as_graph(lambda f=f: f(logits)) for f in (function, recipe))
     predicted = PREDICTED.get((peer, B))
     compare(own, baseline, least_bytes=N_ITERATIONS * logits.nbytes, rounds=ROUNDS, predicted=predicted)
 
@@ -99,5 +99,5 @@ def test_pass(benchmark: BenchmarkFixture, compare: Compare, B: int, name: str, 
     benchmark.group = f"{name} of {list(logits.shape)} bfloat16, in a CUDA graph, speedup over plain PyTorch"
     function, plain = forced(PASSES[name], BACKENDS[peer]), forced(PASSES[name], "reference")
     torch.testing.assert_close(function(logits), plain(logits), atol=1e-4, rtol=1e-4)
-    own, baseline = as_graph(lambda: function(logits)), as_graph(lambda: plain(logits))
+    own, baseline = gpu.as_graph(lambda: function(logits)), gpu.as_graph(lambda: plain(logits))
     compare(own, baseline, least_bytes=logits.nbytes, rounds=ROUNDS)

@@ -223,6 +223,17 @@ def _install_native() -> None:
     _KEPT.append(library)
     for name, operator in OPERATORS.items():
         library.impl(name, operator.call, "Meta")
+        object.__setattr__(operator, "reference", _inside(operator.reference))
+
+
+def _inside(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with the stand-in around it: PyTorch takes that away from what an operator calls."""
+
+    def call(*args: Any) -> Any:
+        with StandIn():
+            return function(*args)
+
+    return call
 
 
 _KEPT: list[torch.library.Library] = []  # registrations end with their library
