@@ -38,6 +38,7 @@ CLOCK = gpu.Clock()
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--million", action="store_true", help="measure curation on a million vectors too")
     parser.addoption("--peer-python", help="Python of an environment with peers that need their own")
+    parser.addoption("--rounds", type=int, help="rounds of every benchmark, in place of what each asks for")
     parser.addoption("--results", type=Path, help="file for the results, in place of benchmarks/results/DATE-MACHINE")
 
 
@@ -99,6 +100,7 @@ def compare(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Comp
         def timed() -> None:
             pairs.append((times[-1], time_of_peer(peer)))
 
+        rounds = request.config.getoption("rounds") or rounds
         benchmark.pedantic(timed, setup=before_round, rounds=rounds)
         median = statistics.median(own for _, own in pairs)
         benchmark.extra_info |= {

@@ -148,12 +148,16 @@ class Session:
             case "large":
                 return self._pytest(phase, tests, "-m", "gpu and large")
             case "benchmarks":
-                return self._pytest(phase, benchmarks, "-m", "gpu", f"--results={self.output / 'bench.json'}")
+                return self._pytest(phase, benchmarks, "-m", "gpu", *self._measuring())
             case "step":
                 files = ["benchmarks/pretraining_step_gpu.py"]
-                return self._pytest(phase, files, "-k", "packed and stored", f"--results={self.output / 'bench.json'}")
+                return self._pytest(phase, files, "-k", "packed and stored", *self._measuring())
             case _:
                 return self._program("gpu.profile_step", str(self.output / "profile.txt"))
+
+    def _measuring(self) -> list[str]:
+        rounds = ["--rounds=1"] if self.rehearse else []
+        return [f"--results={self.output / 'bench.json'}", *rounds]
 
     def _files(self, pattern: str, operator_of: Any) -> list[str]:
         paths = sorted(ROOT.glob(pattern))
