@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -78,15 +77,6 @@ def test_what_runs_twice(config: PretrainConfig, what: str, attentions: int, nor
     assert calls.of["dinov2_kernels::attention_forward"] == forward + attentions * depth
     assert calls.of["dinov2_kernels::residual_gather_norm"] == 2 * forward + norms * depth
     assert calls.of["aten::gelu"] >= forward + bool(norms) * depth
-
-
-@pytest.fixture
-def group(tmp_path: Path) -> Iterator[dist.ProcessGroup]:
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    assert dist.group.WORLD is not None
-    yield dist.group.WORLD
-    dist.destroy_process_group()
 
 
 @pytest.fixture

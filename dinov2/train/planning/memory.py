@@ -26,6 +26,7 @@ from dinov2.train.planning.stages import (
     prototype_stages,
 )
 from dinov2.train.precision import DTYPES, definite
+from dinov2.train.weight_copies import copied_parameters, keeps_weight_copies
 
 PROCESSES_OF_A_MACHINE = 8
 """Of a machine with GPUs, where nobody says otherwise."""
@@ -44,6 +45,7 @@ class Parameters:
         blocks: of all blocks of the student.
         block: of one block, which is gathered at a time where networks are split.
         prototypes: of the largest last layer of a head, likewise.
+        copied: of the linear layers of student and teacher, of which low precision keeps copies.
     """
 
     modules: Mapping[str, int]
@@ -51,6 +53,7 @@ class Parameters:
     blocks: int
     block: int
     prototypes: int
+    copied: int
 
     @property
     def student(self) -> int:
@@ -111,6 +114,9 @@ def _moments(
         held["gathered weights"] = max(3 * e * parameters.block, 2 * FLOAT * parameters.prototypes)
         # Gradients as they are made, and in float32 to be averaged.
         leaving = max((e + FLOAT) * parameters.block, 2 * FLOAT * parameters.prototypes)
+    keeps_copies = keeps_weight_copies(config, device_type, is_split=is_split)
+    if keeps_copies:
+        held["copies of weights"] = e * parameters.copied
     targets = teacher_logits(config, rows, e)
     held_and_gradients = held | {"gradients": whole}
     working = teacher_working(config.vit, rows, e)
@@ -119,7 +125,9 @@ def _moments(
     )
 
     kept: Bytes = {"teacher logits": targets}
-    stages = list(student_stages(config, rows, e, device_type, casts=e < FLOAT and not is_split))
+    heads_cast = e < FLOAT and not keeps_copies
+    blocks_cast = heads_cast and not is_split
+    stages = list(student_stages(config, rows, e, device_type, blocks_cast=blocks_cast, heads_cast=heads_cast))
     for stage in stages:
         kept = _sum(kept, stage.kept)
         yield Peak(f"forward pass, {stage.name}", _sum(held_and_gradients, kept, {"working memory": stage.forward}))
@@ -140,22 +148,24 @@ def _moments(
     yield Peak("update of the weights", held | {"gradients": whole / share if whole else made / share})
 
 
-def student_stages(config: PretrainConfig, rows: Rows, e: int, device_type: str, *, casts: bool) -> Iterator[Stage]:
-    """The student's forward pass, in its order; ``casts``: its blocks cast their weights."""
+def student_stages(
+    config: PretrainConfig, rows: Rows, e: int, device_type: str, *, blocks_cast: bool, heads_cast: bool
+) -> Iterator[Stage]:
+    """The student's forward pass, in its order; ``blocks_cast``, ``heads_cast``: these cast their weights."""
     vit = config.vit
-    yield from backbone_stages(vit, rows, e, checkpointing=config.activation_checkpointing, casts=casts)
+    yield from backbone_stages(vit, rows, e, checkpointing=config.activation_checkpointing, casts=blocks_cast)
     logits = (config.objective.student_logits, e, device_type)
     classes, patches = (rows.class_tokens, rows.teacher.num_sequences), (rows.masked, rows.masked)
     n = rows.class_tokens + rows.masked
     if config.ibot_head is None:
-        yield head_stage("shared head", vit.embed_dim, config.dino_head, n, e, copied=True)
+        yield head_stage("shared head", vit.embed_dim, config.dino_head, n, e, copied=True, casts=heads_cast)
         yield from prototype_stages(config.dino_head, {"class tokens": classes, "patches": patches}, *logits)
         return
     for name, head, count in (
         ("head of class tokens", config.dino_head, rows.class_tokens),
         ("head of patches", config.ibot_head, rows.masked),
     ):
-        yield head_stage(name, vit.embed_dim, head, count, e, copied=e < FLOAT)
+        yield head_stage(name, vit.embed_dim, head, count, e, copied=e < FLOAT, casts=heads_cast)
     yield from prototype_stages(config.dino_head, {"class tokens": classes}, *logits)
     yield from prototype_stages(config.ibot_head, {"patches": patches}, *logits)
 
@@ -203,6 +213,7 @@ def parameters_of(student: nn.ModuleDict, teacher: nn.ModuleDict) -> Parameters:
         blocks=_count(backbone.blocks),
         block=_count(backbone.blocks[0]),
         prototypes=max(_count(head.last_layer) for head in heads),
+        copied=sum(weight.numel() for network in (student, teacher) for _, _, weight in copied_parameters(network)),
     )
 
 

@@ -167,15 +167,18 @@ def feed_forward_widths(vit: ViTConfig) -> tuple[int, int]:
     return (gated, 2 * gated) if vit.ffn == "swiglu" else (H, H)
 
 
-def head_stage(name: str, in_dim: int, head: HeadConfig, n: float, e: int, *, copied: bool) -> Stage:
-    """A head short of its prototypes; ``copied``: its argument is a tensor of its own, by a cast or a concatenation."""
+def head_stage(name: str, in_dim: int, head: HeadConfig, n: float, e: int, *, copied: bool, casts: bool) -> Stage:
+    """A head short of its prototypes.
+
+    ``copied``: its argument is a tensor of its own, by a cast or a concatenation; ``casts``: it casts its weights.
+    """
     widths = [in_dim, *[head.hidden_dim] * (head.num_layers - 1), head.bottleneck_dim]
     hidden = sum(widths[1:-1])
     weights = sum(i * o for i, o in pairwise(widths))
     kept = e * n * ((in_dim if copied else 0) + 2 * hidden + 2 * head.bottleneck_dim)
     return Stage(
         name,
-        {"activations": kept + (e * weights if e < FLOAT else 0)},  # autocast's copies of the weights
+        {"activations": kept + (e * weights if casts else 0)},
         gradient=FLOAT * (weights + sum(widths[1:])),
         backward=(Moment(2 * e * n * max(widths[1:]), made=FLOAT * weights),),
     )
