@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from dinov2.models import VisionTransformer
 from dinov2.train.config import RunConfig
 from dinov2.train.precision import DTYPES, definite
+from dinov2_kernels._library import differentiably, needs_gradient
 
 
 def keeps_weight_copies(config: RunConfig, device_type: str, *, is_split: bool) -> bool:
@@ -96,7 +97,9 @@ class WeightCopies:
         weights = [[place.now() for place in group] for group in self._groups]
         try:
             for group, originals in zip(self._groups, weights, strict=True):
-                copies = _StandIn.apply(*(place.copy for place in group), *originals)  # type: ignore[no-untyped-call]
+                copies = [place.copy for place in group]
+                if needs_gradient(*originals):
+                    copies = differentiably(_StandIn, *copies, *originals)
                 for place, copy in zip(group, copies, strict=True):
                     place.put(copy)
             yield
