@@ -33,7 +33,7 @@ from dinov2.train.building import build_objective
 from dinov2.train.config import RunConfig
 from dinov2.train.metrics import SKIPPED
 from dinov2.train.parameter_groups import apply_settings, parameter_groups
-from dinov2.train.precision import Arithmetic
+from dinov2.train.precision import Arithmetic, with_definite_precision
 from dinov2.train.processes import Processes, resolve_device
 from dinov2.train.run_directory import flatten
 from dinov2.train.schedules import Schedules, StepSettings
@@ -53,9 +53,9 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig, processes: Processes | None = None) -> None:
-        self.config = config
         self.processes = processes = processes or Processes(resolve_device(config.device))
         self.device = processes.device
+        self.config = config = with_definite_precision(config, self.device)
         self.arithmetic = Arithmetic(config.precision, self.device)
         torch.manual_seed(config.seed)
         self._is_split = processes.group is not None and config.parallel.sharding != "replicate"

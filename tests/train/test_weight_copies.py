@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dinov2.data import batches, open_dataset
+from dinov2.data import Batch, batches, open_dataset
 from dinov2.models import HeadConfig
 from dinov2.models.run_checkpoint import RunCheckpoint
 from dinov2.objectives import ObjectiveConfig
@@ -55,20 +55,21 @@ def trainers(config: RunConfig, processes: Processes | None = None) -> tuple[Tra
     return plain, copying
 
 
+def stream_of(config: RunConfig, first: int = 0) -> Iterator[Batch]:
+    """The micro-batches of a run from a step on."""
+    return batches(
+        open_dataset(config.data),
+        config.data,
+        batch_size=config.micro_batch_size,
+        patch_size=config.patch_size,
+        seed=config.seed,
+        start_step=first * config.accumulation_steps,
+    )
+
+
 def assert_same_steps(plain: Trainer, copying: Trainer, first: int = 0, last: int = 5) -> list[dict[str, Tensor]]:
     """Both take the steps from first to last; losses, statistics of targets and all state are equal afterwards."""
-    config, steps = plain.config, []
-    streams = [
-        batches(
-            open_dataset(config.data),
-            config.data,
-            batch_size=config.micro_batch_size,
-            patch_size=config.patch_size,
-            seed=config.seed,
-            start_step=first * config.accumulation_steps,
-        )
-        for _ in range(2)
-    ]
+    steps, streams = [], [stream_of(plain.config, first) for _ in range(2)]
     for step in range(first, last):
         expected, actual = (made.step(step, stream) for made, stream in zip((plain, copying), streams, strict=True))
         assert expected.keys() == actual.keys()
@@ -156,7 +157,7 @@ def test_a_step_casts_no_weight_of_a_linear_layer(config: PretrainConfig) -> Non
     """One call casts all weights; for each block, and for the head, one call casts their gradients."""
     counts = []
     for made in trainers(config):
-        stream = batches(open_dataset(config.data), config.data, batch_size=4, patch_size=8, seed=1)
+        stream = stream_of(config)
         made.step(0, stream)
         with Calls() as calls:
             made.step(1, stream)
@@ -172,7 +173,7 @@ def test_modules_hold_their_weights_again_afterwards(config: PretrainConfig, mon
     _, copying = trainers(config)
     before = dict(copying.objective.named_parameters())
     assert before
-    stream = batches(open_dataset(config.data), config.data, batch_size=4, patch_size=8, seed=1)
+    stream = stream_of(config)
     copying.step(0, stream)
     seen: list[torch.dtype] = []
 

@@ -119,7 +119,7 @@ def _moments(
         held["copies of weights"] = e * parameters.copied
     targets = teacher_logits(config, rows, e)
     held_and_gradients = held | {"gradients": whole}
-    working = teacher_working(config.vit, rows, e)
+    working = teacher_working(config.vit, rows, e, bytes_of_tokens(config, e))
     yield Peak(
         "forward pass of the teacher", held_and_gradients | {"teacher logits": targets, "working memory": working}
     )
@@ -153,7 +153,9 @@ def student_stages(
 ) -> Iterator[Stage]:
     """The student's forward pass, in its order; ``blocks_cast``, ``heads_cast``: these cast their weights."""
     vit = config.vit
-    yield from backbone_stages(vit, rows, e, checkpointing=config.activation_checkpointing, casts=blocks_cast)
+    yield from backbone_stages(
+        vit, rows, e, bytes_of_tokens(config, e), checkpointing=config.activation_checkpointing, casts=blocks_cast
+    )
     logits = (config.objective.student_logits, e, device_type)
     classes, patches = (rows.class_tokens, rows.teacher.num_sequences), (rows.masked, rows.masked)
     n = rows.class_tokens + rows.masked
@@ -176,10 +178,10 @@ def teacher_logits(config: PretrainConfig, rows: Rows, e: int) -> float:
     return e * (rows.teacher.num_sequences * config.dino_head.out_dim + rows.masked * patch_head.out_dim)
 
 
-def teacher_working(vit: ViTConfig, rows: Rows, e: int) -> float:
+def teacher_working(vit: ViTConfig, rows: Rows, e: int, s: int) -> float:
     """What the teacher's blocks take while they run: tokens, and the argument and result of an activation."""
     width = vit.embed_dim + sum(feed_forward_widths(vit))
-    return rows.teacher.total_tokens * (FLOAT * vit.embed_dim + e * width)
+    return rows.teacher.total_tokens * (s * vit.embed_dim + e * width)
 
 
 def batch_bytes(config: PretrainConfig, rows: Rows) -> float:
@@ -192,6 +194,11 @@ def batch_bytes(config: PretrainConfig, rows: Rows) -> float:
 def bytes_of_products(config: PretrainConfig, device_type: str) -> int:
     """Bytes of an element of the result of a product."""
     return DTYPES[definite(config.precision, torch.device(device_type))].itemsize
+
+
+def bytes_of_tokens(config: PretrainConfig, e: int) -> int:
+    """Bytes of an element of the tokens between blocks, where a product's result has ``e``."""
+    return FLOAT if config.residual_in_fp32 else e
 
 
 def shards(config: PretrainConfig, world_size: int) -> int:
