@@ -127,9 +127,9 @@ class RunConfig:
     """Of matrix products and attention: fp32; bf16; fp16, with a scaled loss, for GPUs that lack bf16. Weights, their
     averages and all sums are float32. auto: bf16 on a GPU and fp32 on a CPU; a resumed run keeps what it had."""
     residual_in_fp32: bool = True
-    """Keep the tokens between blocks, and their gradients, in float32. False, with precision bf16 alone, keeps them in
-    bfloat16: less memory and fewer bytes to move, but each block's sum is rounded to 8 bits, so that branches change
-    nothing until vit.init_values has grown to about 0.004 of the tokens."""
+    """Keep the residual stream, the tokens between blocks and their gradients, in float32. False, for precision bf16
+    alone, keeps it in bfloat16: less memory and fewer bytes to move, but each block rounds its sums to 8 bits, and what
+    is below 1/512 of a token is lost, as are branches under a LayerScale of 1e-5 at first."""
     activation_checkpointing: ActivationCheckpointing = "none"
     """What the student's blocks compute again in the backward pass, for less memory and the same results: nothing; all
     but products and attention (selective); or everything (full), which takes a third more time."""

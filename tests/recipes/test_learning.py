@@ -105,7 +105,7 @@ def test_a_run_goes_on_at_a_higher_resolution(teacher: Path, pool: Patches, tmp_
 
 
 def test_tokens_in_bfloat16_learn_as_those_in_float32_do(pool: Patches, tmp_path: Path) -> None:
-    """On four seeds 12 to 15 points better after 150 steps than before the first, at most 1 from the run beside it."""
+    """On four seeds 12 to 15 points better after 150 steps than before the first, within 1.1 of the run beside it."""
     recipe = photos()
     config = replace(
         recipe,
