@@ -91,9 +91,10 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter]:
         yield counters["stats"]
 
 
-def test_compiled_blocks_are_the_same(config: PretrainConfig, captured: Counter) -> None:
+@pytest.mark.parametrize("changes", [{}, {"precision": "bf16", "residual_in_fp32": False}], ids=["fp32", "bf16"])
+def test_compiled_blocks_are_the_same(config: PretrainConfig, captured: Counter, changes: dict) -> None:
     """With a rate of stochastic depth, and so a graph, of its own for each block of the student."""
-    config = dataclasses.replace(config, vit=dataclasses.replace(config.vit, drop_path_uniform=False))
+    config = dataclasses.replace(config, vit=dataclasses.replace(config.vit, drop_path_uniform=False), **changes)
     compiled = dataclasses.replace(config, compile=True)
     assert_same_training(config, compiled)
     assert captured["unique_graphs"] == 3
