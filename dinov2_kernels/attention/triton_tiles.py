@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 
 LN2 = tl.constexpr(0.6931471805599453)
+# 1 / LN2, to multiply by: a division is off by up to 2 units in the last place, which exp2 of scores of thousands shows.
+LOG2E = tl.constexpr(1.4426950408889634)
 # Products of float32 are float32, as in PyTorch by default; narrower operands have only one precision.
 PRECISION = tl.constexpr("tf32x3")
 # Rows of the smallest block: class and register tokens, beyond the 256 patches of a crop.

@@ -8,7 +8,7 @@ import torch
 from dinov2_kernels import PackedLayout
 from dinov2_kernels.attention import reference, triton_kernel, triton_schedule
 from tests.attention.cases import CASES, Case, assert_matches_reference
-from tests.triton_interpreter import exact_bfloat16
+from tests.triton_interpreter import exact_bfloat16, ptx_arithmetic
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_outputs"),
@@ -37,6 +37,12 @@ def _bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", [*SMALL, *WIDE, LARGE], ids=str)
 def test_values(case: Case, offsets: bool) -> None:
     assert_matches_reference(*OPERATORS, case, torch.float32, offsets=offsets)
+
+
+@pytest.mark.parametrize("case", [*SMALL, *WIDE, LARGE], ids=str)
+def test_values_in_the_arithmetic_of_a_gpu(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    ptx_arithmetic(monkeypatch)
+    assert_matches_reference(*OPERATORS, case, torch.float32)
 
 
 @pytest.mark.parametrize("case", [*RESIDENT, STREAMING, LARGE_IN_PARTS], ids=str)
