@@ -30,7 +30,7 @@ EQUALLY_TILED = ("4896", "4897", "4900")  # of these sizes, no operator chooses 
 def _attention(n: int) -> None:
     from dinov2_kernels.attention import triton_kernel
 
-    runs = PackedLayout([(n % 7 + 1, 257), (n, 50), (n % 5 + 1, 300)]).flat_runs
+    runs = PackedLayout([(1, 256), (n, 50), (1, 320)]).flat_runs
     table = PackedLayout.from_lengths([*(40 + s % 3 for s in range(n)), 300, 350, 400, n % 1000 + 300]).flat_runs
     for sequences in ((None, runs), (None, table), (_empty(n + 1, dtype=torch.int32), ())):
         T = sum(c * length for c, length in zip(runs[::2], runs[1::2], strict=True))
@@ -82,8 +82,8 @@ def _prototype_cross_entropy(n: int) -> None:
 def _residual(n: int) -> None:
     from dinov2_kernels.residual import triton_kernel, triton_sampling
 
-    T, t, C = 50 * n + 257, 50 * (n - n // 3) + 257, 384
-    triton_sampling.residual_kept_rows(_empty(n + 1, dtype=torch.float32), [n, 50, 1, 257], [n - n // 3, 1])
+    T, t, C = 50 * n + 256, 50 * (n - n // 3) + 256, 384
+    triton_sampling.residual_kept_rows(_empty(n + 1, dtype=torch.float32), [n, 50, 1, 256], [n - n // 3, 1])
     x, h, vector = _empty(T, C, dtype=torch.float32), _empty(t, C), _empty(C, dtype=torch.float32)
     rows, position = _empty(t, dtype=torch.int32), _empty(T, dtype=torch.int32)
     mean = scale = _empty(t, dtype=torch.float32)
