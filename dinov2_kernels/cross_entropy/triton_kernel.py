@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from dinov2_kernels._library import accumulation_dtype
-from dinov2_kernels._triton import div_rn
 
 _LOWEST = tl.constexpr(-3.0e38)  # where a running maximum starts: -inf would give exp(-inf + inf)
 
@@ -177,9 +176,9 @@ def _backward(
     x = tl.load(student + n * K + column, mask=column < K, other=float("-inf")).to(dtype)  # [COLUMNS]
     z = _teacher_tile(teacher, bias, rows, column, K, teacher_scale, dtype)  # [JS, COLUMNS]
     maximum = tl.load(teacher_norm + 2 * rows)
-    share = div_rn(1.0, tl.load(teacher_norm + 2 * rows + 1))  # one division for a row, not one for each of its columns
-    q = tl.where(faced[:, None], tl.exp(z - maximum[:, None]) * share[:, None], 0.0)
-    p = tl.exp((x - tl.load(student_norm + 2 * n)) * student_scale) * div_rn(1.0, tl.load(student_norm + 2 * n + 1))
+    norm = tl.load(teacher_norm + 2 * rows + 1)
+    q = tl.where(faced[:, None], tl.exp(z - maximum[:, None]) / norm[:, None], 0.0)
+    p = tl.exp((x - tl.load(student_norm + 2 * n)) * student_scale) / tl.load(student_norm + 2 * n + 1)
     factor = tl.load(grad + n) * student_scale
     if weight is not None:
         factor *= tl.load(weight + n)

@@ -92,7 +92,7 @@ def _targets(teacher_logits, targets, bias, norm, stride, M, c, scale: tl.float6
     t = widen(tl.load(teacher_logits + row * stride + column, mask=inside, other=0.0))
     z = t * tl.full([], scale, dtype) + tl.load(bias + column, mask=inside, other=0.0)
     maximum, total = tl.load(norm + row), tl.load(norm + M + row)
-    tl.store(targets + row * c + column, tl.exp(z - maximum) * div_rn(1.0, total), mask=inside)
+    tl.store(targets + row * c + column, tl.exp(z - maximum) / total, mask=inside)
 
 
 @triton.jit(do_not_specialize=["N", "J"])

@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from dinov2_kernels._library import accumulation_dtype
-from dinov2_kernels._triton import div_rn
 
 MANY_ROWS = 1024  # from here on rows share a read of the bias: there are enough of them for every multiprocessor
 PROGRAMS = 264  # that own strips at once: two on each of the 132 multiprocessors of an H100 or H200
@@ -186,12 +185,11 @@ def _assign(logits, bias, out, B, K, scale: tl.float64, COLUMNS: tl.constexpr):
     dtype: tl.constexpr = out.dtype.element_ty
     row = tl.program_id(0) + tl.arange(0, 1)
     maximum, norm = _softmax_norm(logits, bias, row, B, K, scale, COLUMNS)  # [1]
-    share = div_rn(1.0, norm)
     for start in range(0, K, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         x = _load(logits, row[:, None], column[None, :], B, K, dtype)  # [1, COLUMNS]
         offset = tl.load(bias + column, mask=column < K, other=0.0)  # [COLUMNS]
-        p = tl.exp(x * tl.full([1], scale, dtype) + offset[None, :] - maximum[:, None]) * share[:, None]
+        p = tl.exp(x * tl.full([1], scale, dtype) + offset[None, :] - maximum[:, None]) / norm[:, None]
         tl.store(out + row.to(tl.int64)[:, None] * K + column[None, :], p, mask=(column < K)[None, :])
 
 
@@ -223,7 +221,7 @@ def _strip_mass(
         row = _rows(start, DEPTH, ROWS)  # [DEPTH, ROWS]
         x = _load(logits, row[:, :, None], column[None, None, :], B, K, dtype)
         maximum = tl.load(row_norm + row, mask=row < B, other=0.0)  # [DEPTH, ROWS]
-        inverse = div_rn(1.0, tl.load(row_norm + B + row, mask=row < B, other=1.0))  # [DEPTH, ROWS]
+        inverse = 1 / tl.load(row_norm + B + row, mask=row < B, other=1.0)  # [DEPTH, ROWS]
         p = tl.exp(x * scale + offset[None, None, :] - maximum[:, :, None]) * inverse[:, :, None]
         total += tl.sum(p, 0)
     return tl.sum(total, 0)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dinov2_kernels._triton import div_rn, widen
+from dinov2_kernels._triton import widen
 
 
 def swiglu(x12: Tensor) -> Tensor:
@@ -58,8 +58,12 @@ def _backward(grad, x12, dx12, R, H, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     x1 = widen(tl.load(x12 + gate, mask=inside, other=0.0))
     x2 = widen(tl.load(x12 + gate + H, mask=inside, other=0.0))
     g = widen(tl.load(grad + row * H + column, mask=inside, other=0.0))
-    s = div_rn(1.0, 1 + tl.exp(-x1))  # for large gates exactly 1: x1 (1 - s) would show the least error
-    tl.store(dx12 + gate, g * x2 * s * (1 + x1 * (1 - s)), mask=inside)
+    # A division leaves an error of its own, and 1 - s of a large gate would be nothing else: so each has a formula.
+    small = tl.exp(-tl.abs(x1))
+    larger = 1 / (1 + small)
+    s = tl.where(x1 < 0, small * larger, larger)
+    rest = tl.where(x1 < 0, larger, small * larger)  # 1 - s
+    tl.store(dx12 + gate, g * x2 * s * (1 + x1 * rest), mask=inside)
     tl.store(dx12 + gate + H, g * x1 * s, mask=inside)
 
 
