@@ -141,14 +141,16 @@ def kernels_of_steps() -> dict[str, dict[str, dict[str, list[str]]]]:
 
     found: dict[str, dict[str, dict[str, list[str]]]] = {}
 
-    def record(self: Any, key: Any, signature: Any, device: Any, constants: Any, options: Any, attrs: Any, _: Any) -> None:
+    def record(
+        self: Any, key: Any, signature: Any, device: Any, constants: Any, options: Any, attrs: Any, _: Any
+    ) -> None:
         tiles = {p.name: str(constants[p.num,]) for p in self.params if p.is_constexpr}
         pointers = {p.name: signature[p.name] for p in self.params if str(signature[p.name]).startswith("*")}
         kernel = f"{self.__name__} {tiles} {pointers} {options.num_warps} warps"
-        specialized = [str(signature), str(constants), str(attrs)]
-        of_kernel = found[operator].setdefault(kernel, {}).setdefault(str(n), [])
-        if str(specialized) not in of_kernel:
-            of_kernel.append(str(specialized))
+        version = f"{signature} {constants} {attrs}"
+        versions = found[operator].setdefault(kernel, {}).setdefault(str(n), [])
+        if version not in versions:
+            versions.append(version)
 
     aot.stand_in_for_a_gpu(90)
     triton.JITFunction._do_compile = record

@@ -77,6 +77,9 @@ def _tiles(x: Tensor, B: int, block: int, k: int) -> tuple[tuple[int, int], dict
     return (triton.cdiv(block, rows), B // block), tile
 
 
+# The rows of a batch are constant in a run; the rank of a process is not compiled in, so one kernel serves all of them.
+
+
 @triton.jit(do_not_specialize=["rank"])
 def _nearest(
     x,
