@@ -1,4 +1,4 @@
-"""In the arithmetic of a GPU, float32 of the interpreter is off by what is allowed, and exact where that is promised."""
+"""In the arithmetic of a GPU, float32 of the interpreter is off by what is allowed, and exact where promised."""
 
 from __future__ import annotations
 
