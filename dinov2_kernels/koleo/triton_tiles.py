@@ -25,7 +25,7 @@ def load_rows(x, row, inside, column, D):
 def row_divisor(x, row, inside, D, eps, DEPTH: tl.constexpr):
     """What divides each row to make it a unit row: its length, but at least eps.
 
-    A row of one number is its own length, so its unit row is 1 or -1, and nothing beside them.
+    The length is rounded to the nearest number: a row of one number then becomes exactly 1 or -1.
     """
     squares = tl.zeros([row.shape[0]], eps.dtype)
     for start in range(0, D, DEPTH):
@@ -80,10 +80,10 @@ def search(
 
 @triton.jit
 def _cosines(x, row, inside, scale, column, exists, D, eps, DEPTH: tl.constexpr):
-    """[ROWS, COLUMNS] for rows that are times `scale` unit rows.
+    """[ROWS, COLUMNS]; `scale` [ROWS] is 1 / length.
 
-    The candidates' lengths are taken from the values that are multiplied anyway. One division for each row and for each
-    candidate costs a tile two products a cosine, and those of unit rows are exact.
+    The candidates' lengths are taken from the values that are multiplied anyway. A cosine costs two more products and
+    no division; between unit rows these products are exact.
     """
     products = tl.zeros([row.shape[0], column.shape[0]], eps.dtype)
     squares = tl.zeros([column.shape[0]], eps.dtype)
