@@ -1,0 +1,126 @@
+"""A graph of operators, on any device: what a CUDA graph does with launches, it does with operators.
+
+Capturing changes no memory and draws no random number. A replay runs every operator again with the arguments that it had
+while it was captured, on the same tensors, and nothing of the Python around them. Like a CUDA graph it keeps none of the
+tensors alive that it reads and did not make; but where a CUDA graph would read freed memory, this one raises.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map
+
+
+class FreedTensorError(RuntimeError):
+    """A tensor that the graph reads is gone."""
+
+
+@dataclass
+class Call:
+    """An operator, its arguments and its results; tensors from outside the capture are weak references."""
+
+    function: Any
+    args: Any
+    kwargs: Any
+    results: list[Tensor]
+
+    @property
+    def host_arguments(self) -> list[Any]:
+        """All arguments that are no tensors, after the operator's name."""
+        leaves = tree_iter((self.args, self.kwargs))
+        return [str(self.function), *(x for x in leaves if not isinstance(x, Tensor | weakref.ref))]
+
+
+class Recorder(TorchDispatchMode):
+    """Notes every operator, and puts back at its end what these wrote into memory that was there before, if asked to."""
+
+    def __init__(self, undo: bool = False) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self._undo = undo
+        self._made: set[int] = set()  # addresses of storages, all of which are kept alive by the calls
+        self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._undo:
+            self._keep(function, args, kwargs)
+        result = function(*args, **kwargs)
+        inputs = {_address(x) for x in _tensors((args, kwargs))}
+        args, kwargs = tree_map(self._weak, (args, kwargs))
+        results = [x for x in _tensors(result) if _address(x) not in inputs]
+        self.calls.append(Call(function, args, kwargs, results))
+        self._made |= {_address(x) for x in results}
+        self._views = [*getattr(self, "_views", []), *_tensors(result)]
+        return result
+
+    def restore(self) -> None:
+        """Undo what was written."""
+        for storage, before in self._before.values():
+            storage.copy_(before)
+
+    def _weak(self, x: Any) -> Any:
+        is_outside = isinstance(x, Tensor) and _address(x) not in self._made
+        return weakref.ref(x) if is_outside else x
+
+    def _keep(self, function: Any, args: Any, kwargs: Any) -> None:
+        arguments = function._schema.arguments
+        given = {argument.name: value for argument, value in zip(arguments, args, strict=False)} | kwargs
+        for argument in arguments:
+            if argument.alias_info is not None and argument.alias_info.is_write and argument.name in given:
+                for x in _tensors(given[argument.name]):
+                    if _address(x) not in self._made and _address(x) not in self._before:
+                        storage = x.untyped_storage()
+                        self._before[_address(x)] = (storage, storage.clone())
+
+
+class RecordedGraph:
+    """A :class:`~dinov2.train.graphed_step.Graph`."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.replays = 0
+
+    def capture(self, function: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        state = torch.get_rng_state()
+        with Recorder(undo=True) as recorder:
+            results = function()
+        recorder.restore()
+        torch.set_rng_state(state)
+        self.calls = recorder.calls
+        return results
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        self.replays += 1
+        for call in self.calls:
+            args, kwargs = tree_map(_strong, (call.args, call.kwargs))
+            results = call.function(*args, **kwargs)
+            inputs = {_address(x) for x in _tensors((args, kwargs))}
+            made = [x for x in _tensors(results) if _address(x) not in inputs]
+            for place, value in zip(call.results, made, strict=True):
+                place.copy_(value)
+
+
+def _strong(x: Any) -> Any:
+    if not isinstance(x, weakref.ref):
+        return x
+    tensor = x()
+    if tensor is None:
+        raise FreedTensorError("a tensor that the graph reads is gone")
+    return tensor
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    return (x for x in tree_iter(tree) if isinstance(x, Tensor))
+
+
+def _address(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
