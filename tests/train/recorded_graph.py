@@ -11,11 +11,14 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
+
+from dinov2_kernels import _tables
 
 
 class FreedTensorError(RuntimeError):
@@ -24,12 +27,19 @@ class FreedTensorError(RuntimeError):
 
 @dataclass
 class Call:
-    """An operator, its arguments and its results; tensors from outside the capture are weak references."""
+    """An operator.
+
+    Attributes:
+        function, args, kwargs: the operator and its arguments; tensors from outside the capture are weak references.
+        results: tensors that it returned, some of which are views of its arguments, or arguments.
+        made: those among them that have memory of their own.
+    """
 
     function: Any
     args: Any
     kwargs: Any
     results: list[Tensor]
+    made: list[Tensor]
 
     @property
     def host_arguments(self) -> list[Any]:
@@ -45,20 +55,23 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.calls: list[Call] = []
         self._undo = undo
-        self._made: set[int] = set()  # addresses of storages, all of which are kept alive by the calls
+        self._inside: set[int] = set()  # identities of results, all of which the calls keep alive
+        self._made: set[int] = set()  # addresses of their storages
         self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if function.namespace == "profiler":  # marks in traces
+            return function(*args, **kwargs)
         if self._undo:
             self._keep(function, args, kwargs)
         result = function(*args, **kwargs)
-        inputs = {_address(x) for x in _tensors((args, kwargs))}
+        made = [x.detach() for x in _made((args, kwargs), result)]
         args, kwargs = tree_map(self._weak, (args, kwargs))
-        results = [x for x in _tensors(result) if _address(x) not in inputs]
-        self.calls.append(Call(function, args, kwargs, results))
-        self._made |= {_address(x) for x in results}
-        self._views = [*getattr(self, "_views", []), *_tensors(result)]
+        results = [x for x in _tensors(result) if id(x) not in self._given(args, kwargs)]
+        self.calls.append(Call(function, args, kwargs, results, made))
+        self._made |= {_address(x) for x in made}
+        self._inside |= {id(x) for x in results}
         return result
 
     def restore(self) -> None:
@@ -67,8 +80,16 @@ class Recorder(TorchDispatchMode):
             storage.copy_(before)
 
     def _weak(self, x: Any) -> Any:
-        is_outside = isinstance(x, Tensor) and _address(x) not in self._made
-        return weakref.ref(x) if is_outside else x
+        if not isinstance(x, Tensor):
+            return x
+        is_inside = id(x) in self._inside or _address(x) in self._made
+        return (
+            x.detach() if is_inside else weakref.ref(x)
+        )  # an alias, as operators like squeeze_ change shapes in place
+
+    def _given(self, args: Any, kwargs: Any) -> set[int]:
+        """Identities of the tensors from outside among the arguments, as an operator in place returns them."""
+        return {id(x()) for x in tree_iter((args, kwargs)) if isinstance(x, weakref.ref)}
 
     def _keep(self, function: Any, args: Any, kwargs: Any) -> None:
         arguments = function._schema.arguments
@@ -82,7 +103,15 @@ class Recorder(TorchDispatchMode):
 
 
 class RecordedGraph:
-    """A :class:`~dinov2.train.graphed_step.Graph`."""
+    """A :class:`~dinov2.train.graphed_step.Graph`.
+
+    Attributes:
+        calls: the captured operators.
+        replays: how often they were repeated.
+        is_known_to_caches: whether the caches of tables hear of a capture.
+    """
+
+    is_known_to_caches = True
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
@@ -90,7 +119,7 @@ class RecordedGraph:
 
     def capture(self, function: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         state = torch.get_rng_state()
-        with Recorder(undo=True) as recorder:
+        with mock.patch.object(_tables, "is_capturing", lambda: self.is_known_to_caches), Recorder(True) as recorder:
             results = function()
         recorder.restore()
         torch.set_rng_state(state)
@@ -102,20 +131,23 @@ class RecordedGraph:
         self.replays += 1
         for call in self.calls:
             args, kwargs = tree_map(_strong, (call.args, call.kwargs))
-            results = call.function(*args, **kwargs)
-            inputs = {_address(x) for x in _tensors((args, kwargs))}
-            made = [x for x in _tensors(results) if _address(x) not in inputs]
-            for place, value in zip(call.results, made, strict=True):
+            for place, value in zip(call.made, _made((args, kwargs), call.function(*args, **kwargs)), strict=True):
                 place.copy_(value)
 
 
 def _strong(x: Any) -> Any:
     if not isinstance(x, weakref.ref):
-        return x
+        return x.detach() if isinstance(x, Tensor) else x
     tensor = x()
     if tensor is None:
         raise FreedTensorError("a tensor that the graph reads is gone")
     return tensor
+
+
+def _made(arguments: Any, result: Any) -> list[Tensor]:
+    """Tensors in the result of an operator whose memory is not that of an argument."""
+    given = {_address(x) for x in _tensors(arguments)}
+    return [x for x in _tensors(result) if _address(x) not in given]
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
