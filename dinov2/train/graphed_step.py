@@ -108,7 +108,7 @@ def check_graphable(processes: Processes) -> None:
     """Raise ValueError unless these processes can replay their steps."""
     if processes.device.type != "cuda":
         raise ValueError(f"cuda_graph must be False on a device without CUDA, but the device is {processes.device}")
-    if processes.group is not None:
+    if processes.group is not None or processes.world_size > 1:
         raise ValueError(
             "cuda_graph must be False with several processes, or one that torchrun started: their exchange is not"
             f" captured, and this is process {processes.rank} of {processes.world_size}"

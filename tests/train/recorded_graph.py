@@ -1,8 +1,8 @@
 """A graph of operators, on any device: what a CUDA graph does with launches, it does with operators.
 
-Capturing changes no memory and draws no random number. A replay runs every operator again with the arguments that it had
-while it was captured, on the same tensors, and nothing of the Python around them. Like a CUDA graph it keeps none of the
-tensors alive that it reads and did not make; but where a CUDA graph would read freed memory, this one raises.
+Capturing changes no memory and draws no random number. A replay runs every operator again with the arguments that it
+had while it was captured, on the same tensors, and nothing of the Python around them. Like a CUDA graph it keeps no
+tensor alive that it reads and did not make; but where that would read freed memory, this one raises.
 """
 
 from __future__ import annotations
@@ -49,9 +49,13 @@ class Call:
 
 
 class Recorder(TorchDispatchMode):
-    """Notes every operator, and puts back at its end what these wrote into memory that was there before, if asked to."""
+    """Notes every operator.
 
-    def __init__(self, undo: bool = False) -> None:
+    Args:
+        undo: keep a copy of memory from outside that operators overwrite, for :meth:`restore`.
+    """
+
+    def __init__(self, *, undo: bool = False) -> None:
         super().__init__()
         self.calls: list[Call] = []
         self._undo = undo
@@ -119,7 +123,8 @@ class RecordedGraph:
 
     def capture(self, function: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         state = torch.get_rng_state()
-        with mock.patch.object(_tables, "is_capturing", lambda: self.is_known_to_caches), Recorder(True) as recorder:
+        known = mock.patch.object(_tables, "is_capturing", return_value=self.is_known_to_caches)
+        with known, Recorder(undo=True) as recorder:
             results = function()
         recorder.restore()
         torch.set_rng_state(state)

@@ -1,4 +1,4 @@
-"""Steps as graphs: they do what eager steps do, nothing on the host changes between them, and what cannot be is refused.
+"""Steps as graphs: they do what eager steps do, nothing on the host changes between them, and the rest is refused.
 
 A graph of operators stands in for CUDA's: see :mod:`tests.train.recorded_graph`.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from dinov2.models import HeadConfig
 from dinov2.objectives import ObjectiveConfig
 from dinov2.objectives.batch import crop_pairs
 from dinov2.train import PretrainConfig, graphed_step
-from dinov2.train.graphed_step import WARM_UP, check_graphable, first_replay
+from dinov2.train.graphed_step import WARM_UP, CudaGraph, check_graphable, first_replay
 from dinov2.train.processes import Processes
 from dinov2.train.trainer import Trainer
 from dinov2_kernels.residual.sampling import _cached_plan
@@ -192,16 +193,33 @@ def test_no_operator_has_an_argument_on_the_host_that_changes(
             assert later == calls[0], name
 
 
-def test_changing_arguments_are_seen(static: PretrainConfig) -> None:
-    """Those of eager steps: rate, decay, momentum and, at the start, temperature."""
-    trainer, seen = Trainer(static), []
-    stream = steps(trainer, draw(static), first=RESTING)
+@pytest.mark.parametrize(
+    ("warmup", "expected"),
+    [
+        (RESTING / STEPS, {"aten._fused_adamw_.default", "aten._foreach_lerp_.Scalar"}),
+        (
+            0.9,
+            {
+                "aten._fused_adamw_.default",
+                "aten._foreach_lerp_.Scalar",
+                "aten.div.Tensor",  # the centres
+                "dinov2_kernels.soft_cross_entropy.default",
+                "dinov2_kernels.soft_cross_entropy_backward_.default",
+            },
+        ),
+    ],
+    ids=["temperature at rest", "temperature rises"],
+)
+def test_changing_arguments_are_seen(static: PretrainConfig, warmup: float, expected: set[str]) -> None:
+    """Those of eager steps: learning rates and weight decay, momentum, temperature."""
+    static = replace(static, teacher=replace(static.teacher, temperature_warmup_fraction=warmup))
+    stream, seen = steps(Trainer(static), draw(static), first=RESTING), []
+    next(stream)  # the optimiser makes its moments
     for _ in range(2):
         with Recorder() as recorder:
             next(stream)
         seen.append([call.host_arguments for call in recorder.calls])
-    changed = {first[0] for first, second in zip(*seen, strict=True) if first != second}
-    assert changed == {"aten._fused_adamw_.default", "aten._foreach_lerp_.Scalar"}
+    assert {first[0] for first, second in zip(*seen, strict=True) if first != second} == expected
 
 
 def test_no_autograd_graph_outlives_a_step(static: PretrainConfig) -> None:
@@ -215,18 +233,18 @@ def test_no_autograd_graph_outlives_a_step(static: PretrainConfig) -> None:
         return function.next_functions[0][0]
 
     def mark(*_: Any) -> None:
-        self_held.extend(node(weight) for weight in weights)
-        for accumulate in self_held:
+        held.extend(node(weight) for weight in weights)
+        for accumulate in held:
             accumulate.metadata["step"] = 0
 
-    self_held: list[Any] = []
+    held: list[Any] = []
     hook = trainer.objective.student["dino_head"].last_layer.register_forward_pre_hook(mark)
     stream = steps(trainer, drawn)
     next(stream)
     hook.remove()
     mark()
     assert all("step" in node(weight).metadata for weight in weights)
-    self_held.clear()
+    held.clear()
     gc.collect()
     assert not any("step" in node(weight).metadata for weight in weights)
 
@@ -281,6 +299,28 @@ def test_where_it_cannot_be_captured(static: PretrainConfig) -> None:
     with pytest.raises(ValueError, match=r"cuda_graph must be False with several processes.*process 1 of 2"):
         check_graphable(several)
     check_graphable(Processes(torch.device("cuda")))
+
+
+def test_a_step_that_no_graph_can_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA complains once more when the capture ends; what counts is the first complaint."""
+
+    @contextmanager
+    def capture(graph: Any, *, pool: Any, capture_error_mode: str) -> Iterator[None]:
+        assert (pool, capture_error_mode) == ("pool", "thread_local")
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def waits() -> dict[str, Tensor]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    graph = CudaGraph(torch.device("cuda"), "pool")
+    with pytest.raises(RuntimeError, match=r"cuda_graph must be False for this run, .*\(operation not permitted"):
+        graph.capture(waits)
 
 
 def test_a_run_says_when_it_begins(static: PretrainConfig) -> None:

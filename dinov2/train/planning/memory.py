@@ -103,6 +103,10 @@ def _moments(
         "teacher": FLOAT * parameters.teacher / share,
         "batch": batch_bytes(config, rows),
     }
+    if config.cuda_graph:
+        # The memory of graphs is theirs: inputs are copied into it, and statistics of the targets need memory beside it.
+        statistics = teacher_working(config.vit, rows, e) + e * rows.teacher.num_sequences * config.dino_head.out_dim
+        held["beside the graphs"] = batch_bytes(config, rows) + statistics
     # Gradients of earlier micro-batches are whole; DistributedDataParallel keeps buckets for all of them at any time.
     has_gradients = config.accumulation_steps > 1 or (world_size > 1 and not is_split)
     whole = FLOAT * parameters.student if has_gradients else 0.0
