@@ -36,8 +36,8 @@ from dinov2.train.processes import Processes
 from dinov2.train.schedules import Schedules, StepSettings
 
 WARM_UP = 3
-"""Steps that launch their kernels one by one before these are captured: kernels get compiled and loaded, libraries
-get their handles, the optimiser its moments, operators their tables."""
+"""Steps before the captured one that run without a graph: they compile and load all kernels, and make what a capture
+cannot make, such as handles of libraries, the optimiser's moments, and tables of operators."""
 
 Scalars = dict[str, Tensor]
 
@@ -244,7 +244,8 @@ def decay_and_set_rates(groups: list[dict[str, Any]], numbers: Tensor) -> Tensor
     """
     *factors, momentum = numbers.unbind()
     for group, rate, left in zip(groups, factors, factors[len(groups) :], strict=False):
-        if group["weight_decay_scale"]:
-            torch._foreach_mul_([weight for weight in group["params"] if weight.grad is not None], left)
+        decayed = [weight for weight in group["params"] if weight.grad is not None and group["weight_decay_scale"]]
+        if decayed:
+            torch._foreach_mul_(decayed, left)
         group["lr"], group["weight_decay"], group["capturable"] = rate, 0.0, True
     return momentum

@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dinov2.data import MaskConfig, batches, open_dataset
+from dinov2.data import MaskConfig, batches
 from dinov2.models.run_checkpoint import RunCheckpoint
 from dinov2.train import PretrainConfig, TeacherConfig
 from dinov2.train.checkpoint import CheckpointDirectory
@@ -43,10 +44,23 @@ def with_static_shapes(config: PretrainConfig, **changes: Any) -> PretrainConfig
     )
 
 
+class Waves:
+    """Images of coloured waves, each of another length and direction; they need no package."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        frequency, phase = np.random.default_rng(index).uniform(0, 0.5, (2, 3, 1, 1))
+        y, x = np.mgrid[:64, :64]
+        waves = np.sin(frequency * x + phase * y + 9 * phase)  # [3, 64, 64]
+        return np.ascontiguousarray((127.5 + 127.5 * waves).astype(np.uint8).transpose(1, 2, 0))
+
+
 def draw(config: PretrainConfig) -> list[dict[str, Tensor]]:
-    """All micro-batches of the run."""
+    """All micro-batches of the run, of waves."""
     stream = batches(
-        open_dataset(config.data),
+        Waves(),
         config.data,
         batch_size=config.micro_batch_size,
         patch_size=config.patch_size,

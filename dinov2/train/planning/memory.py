@@ -104,7 +104,7 @@ def _moments(
         "batch": batch_bytes(config, rows),
     }
     if config.cuda_graph:
-        # The memory of graphs is theirs: inputs are copied into it, and statistics of the targets need memory beside it.
+        # Graphs keep their memory. Inputs are copied for them, and statistics of the targets take memory beside it.
         statistics = teacher_working(config.vit, rows, e) + e * rows.teacher.num_sequences * config.dino_head.out_dim
         held["beside the graphs"] = batch_bytes(config, rows) + statistics
     # Gradients of earlier micro-batches are whole; DistributedDataParallel keeps buckets for all of them at any time.
