@@ -6,6 +6,7 @@ A graph of operators stands in for CUDA's: see :mod:`tests.train.recorded_graph`
 from __future__ import annotations
 
 import gc
+import signal
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,7 +22,8 @@ from dinov2.data import DataConfig, MaskConfig
 from dinov2.models import HeadConfig
 from dinov2.objectives import ObjectiveConfig
 from dinov2.objectives.batch import crop_pairs
-from dinov2.train import PretrainConfig, graphed_step
+from dinov2.train import Interrupted, PretrainConfig, graphed_step, pretrain
+from dinov2.train import trainer as trainer_module
 from dinov2.train.graphed_step import WARM_UP, CudaGraph, check_graphable, first_replay
 from dinov2.train.processes import Processes
 from dinov2.train.trainer import Trainer
@@ -30,6 +32,7 @@ from tests.train.graphed_runs import (
     REPLAYED,
     RESTING,
     STEPS,
+    Waves,
     assert_close,
     copied_state,
     draw,
@@ -40,6 +43,8 @@ from tests.train.graphed_runs import (
     with_static_shapes,
 )
 from tests.train.recorded_graph import FreedTensorError, RecordedGraph, Recorder
+from tests.train.same_run import assert_same_run
+from tests.train.test_resume import StopsAt
 
 
 @pytest.fixture
@@ -148,6 +153,23 @@ def test_probes_and_statistics_between_replays_change_nothing(static: PretrainCo
         statistics = other.collapse_statistics(step)
         other.measure(lambda backbone: {"mean": float(backbone(torch.rand(3, 3, 24, 16)).mean())})
     assert statistics == trainer.collapse_statistics(STEPS - 1)
+
+
+def test_a_whole_run(
+    static: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says from when on steps are replayed, and goes on exactly after it was stopped."""
+    monkeypatch.setattr(trainer_module, "check_graphable", lambda processes: None)
+    monkeypatch.setattr(trainer_module, "cuda_graphs", lambda device: RecordedGraph)
+    run = replace(static, cuda_graph=True)
+    whole = pretrain(replace(run, output=tmp_path / "whole"), dataset=Waves())
+    assert f"steps are replayed from step {REPLAYED + 1} on; until then" in capsys.readouterr().out
+    with monkeypatch.context() as patched:
+        StopsAt(REPLAYED + 2, signal.SIGTERM, patched)
+        with pytest.raises(Interrupted):
+            pretrain(run, dataset=Waves())
+    assert_same_run(whole, pretrain(run, resume=True, dataset=Waves()))
+    assert f"steps are replayed from step {REPLAYED + 2 + WARM_UP + 1} on\n" in capsys.readouterr().out
 
 
 def test_scalars_of_a_step_outlive_the_next_step(static: PretrainConfig) -> None:
