@@ -34,11 +34,12 @@ from dinov2.train.config import RunConfig
 from dinov2.train.graphed_step import Graph, GraphedStep, check_graphable, cuda_graphs
 from dinov2.train.metrics import SKIPPED
 from dinov2.train.parameter_groups import apply_settings, parameter_groups
-from dinov2.train.precision import Arithmetic
+from dinov2.train.precision import Arithmetic, with_definite_precision
 from dinov2.train.processes import Processes, resolve_device
 from dinov2.train.run_directory import flatten
 from dinov2.train.schedules import Schedules
 from dinov2.train.sharding import exchange_gradients, gathered, split_objective
+from dinov2.train.weight_copies import WeightCopies, keeps_weight_copies
 
 Probe = Callable[[VisionTransformer], dict[str, float]]
 """Measures the teacher's backbone, in eval mode and without gradients, e.g. the k-NN accuracy on labelled images."""
@@ -53,11 +54,11 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig, processes: Processes | None = None) -> None:
-        self.config = config
         self.processes = processes = processes or Processes(resolve_device(config.device))
         self.device = processes.device
         if config.cuda_graph:
             check_graphable(processes)
+        self.config = config = with_definite_precision(config, self.device)
         self.arithmetic = Arithmetic(config.precision, self.device)
         torch.manual_seed(config.seed)
         self._is_split = processes.group is not None and config.parallel.sharding != "replicate"
@@ -68,6 +69,9 @@ class Trainer:
             self.objective = self._build().to(self.device)
             if processes.group is not None:
                 self._replicas = _replicated(self.objective, processes.group)
+        kept = keeps_weight_copies(config, self.device.type, is_split=self._is_split)
+        running = [*self.objective.students.values(), self.objective.teacher]
+        self._weight_copies = WeightCopies(running if kept else [], self.arithmetic.dtype)
         self.schedules = Schedules(config)
         optim = config.optim
         groups = [
@@ -112,6 +116,7 @@ class Trainer:
             self.optimizer.zero_grad()
         else:
             graphed.begin()
+        self._weight_copies.renew()  # here, whatever has changed the weights since the last step
         first = step * config.accumulation_steps
         last = first + config.accumulation_steps - 1
         terms = []
@@ -148,9 +153,10 @@ class Trainer:
 
     def _gradients(self, batch: Batch | Views, teacher_temperature: float) -> dict[str, Tensor]:
         """Add the gradient of a micro-batch; returns its loss terms."""
-        with self.arithmetic.autocast():
-            terms: dict[str, Tensor] = (self._replicas or self.objective)(batch, teacher_temperature)
-        self.arithmetic.backward(terms["total"] / self.config.accumulation_steps)
+        with self._weight_copies.in_place():
+            with self.arithmetic.autocast():
+                terms: dict[str, Tensor] = (self._replicas or self.objective)(batch, teacher_temperature)
+            self.arithmetic.backward(terms["total"] / self.config.accumulation_steps)
         return {name: term.detach().float() for name, term in terms.items()}
 
     def _update(self, momentum: float | Tensor) -> dict[str, Tensor]:
