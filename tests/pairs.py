@@ -8,18 +8,22 @@ from typing import TypeVar
 import torch
 
 Case = TypeVar("Case")
+TURNS = {torch.float32: (2, 0), torch.bfloat16: (2, 1), torch.float64: (3, 0), torch.float16: (3, 1)}
+"""A dtype's period among small cases, and its place in the period."""
 
 
-def pairs(cases: Sequence[Case], dtypes: Sequence[torch.dtype]) -> list[tuple[Case, torch.dtype]]:
-    """Every case in float32 and in bfloat16; one of three in float64 and another one in float16, if those are listed.
+def pairs(
+    cases: Sequence[Case], dtypes: Sequence[torch.dtype], large: Sequence[Case] = ()
+) -> list[tuple[Case, torch.dtype]]:
+    """Small cases in turns in float32 and bfloat16, some in float64 or float16 too; large ones in the first two.
 
-    The kernels of float16 are those of bfloat16 but for their conversions, and nobody trains in float64. The tests in
-    Triton's interpreter, which compile nothing, take many more of these two.
+    A kernel's code changes with the shape or with the dtype, hardly ever with both. The tests in Triton's interpreter,
+    which compile nothing, take all pairs. The kernels of float16 are those of bfloat16 but for their conversions.
     """
-    every_third = {torch.float64: 0, torch.float16: 1}
-    return [
-        (case, dtype)
-        for number, case in enumerate(cases)
-        for dtype in dtypes
-        if number % 3 == every_third.get(dtype, number % 3)
-    ]
+
+    def is_in_turn(number: int, dtype: torch.dtype) -> bool:
+        period, place = TURNS[dtype]
+        return number % period == place
+
+    small = [(case, dtype) for n, case in enumerate(cases) for dtype in dtypes if is_in_turn(n, dtype)]
+    return small + [(case, dtype) for case in large for dtype in (torch.float32, torch.bfloat16)]
