@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from operator import index
 from typing import NamedTuple
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_kernels._library import accumulation_dtype, define
+from dinov2_kernels._tables import table_cache
 from dinov2_kernels.packing import PackedLayout
 from dinov2_kernels.residual import reference
 
@@ -88,4 +88,4 @@ def _plan(
         return kept_layout, torch.cat(pieces)
 
 
-_cached_plan = lru_cache(maxsize=128)(_plan)
+_cached_plan = table_cache(maxsize=128)(_plan)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from itertools import accumulate
 from operator import mul
 
@@ -10,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from dinov2_kernels._tables import table_cache
 
 
 def residual_kept_rows(keys: Tensor, runs: list[int], kept: list[int]) -> tuple[Tensor, Tensor]:
@@ -33,7 +34,7 @@ def residual_kept_rows(keys: Tensor, runs: list[int], kept: list[int]) -> tuple[
     return rows, position
 
 
-@lru_cache(maxsize=128)
+@table_cache(maxsize=128)
 def _run_table(
     counts: tuple[int, ...], lengths: tuple[int, ...], kept: tuple[int, ...], device: torch.device
 ) -> Tensor:
