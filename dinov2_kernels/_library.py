@@ -72,7 +72,7 @@ class Operator:
         if self.triton is None:
             return None
         verified = _verified_on_gpu().get(self.triton.split(".")[1], {}).get("triton")
-        return verified and f"{verified['gpu']}, {verified['date']}"
+        return f"{verified['gpu']}, {verified['date']}" if verified else None
 
     def call_triton(self, *args: Any) -> Any:
         """Run the Triton implementation, importing it on the first call."""
