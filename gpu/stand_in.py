@@ -201,6 +201,7 @@ def install() -> None:
     }
     answers |= {name: lambda *_, **__: None for name in ("synchronize", "set_sync_debug_mode", "empty_cache")}
     answers |= {"memory_allocated": lambda: 0, "max_memory_allocated": lambda: 10**9}
+    answers |= {"graph_pool_handle": lambda: None, "memory_reserved": lambda: 0}
     answers |= {"reset_peak_memory_stats": lambda *_: None, "manual_seed": lambda seed: None}
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
