@@ -127,7 +127,7 @@ def feed_forward_stage(vit: ViTConfig, rows: Rows, rate: float, e: int, *, casts
     residual = tokens if vit.init_values else 0
     kept = _norm(stream, t, rate) + tokens  # the norm's result
     kept += e * t * Z  # the activation's argument; its result is made again
-    kept += residual + (e * D * Z if casts else 0)
+    kept += residual
     return Stage(
         "feed-forward layer",
         {"activations": kept},
@@ -136,6 +136,8 @@ def feed_forward_stage(vit: ViTConfig, rows: Rows, rate: float, e: int, *, casts
         backward=(
             # The tokens' gradient; that of the branch's result; those of the activation's result and argument.
             Moment(stream + tokens + e * t * (H + Z) - residual, made=FLOAT * D * H),
+            # Those of the activation's argument and of the norm's result, which takes the first layer's weights.
+            Moment(stream + 2 * tokens + e * t * Z + (e * D * Z if casts else 0) - residual, made=FLOAT * D * (Z + H)),
             # At the norm: gradients of its result, and of the tokens before and after it is added.
             Moment(2 * stream + tokens - residual - e * t * Z, made=FLOAT * D * (Z + H)),
         ),
