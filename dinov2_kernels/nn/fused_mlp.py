@@ -86,10 +86,10 @@ def fused_mlp(first: nn.Module, activation: Activation, second: nn.Module, x: Te
 def _can_fuse(first: nn.Module, second: nn.Module, x: Tensor) -> bool:
     if not (is_plain_linear(first) and is_plain_linear(second) and type(x) in (Tensor, nn.Parameter) and x.numel()):
         return False
-    weights = first.weight, second.weight
-    if not needs_gradient(x, *weights, first.bias, second.bias):  # type: ignore[arg-type]
+    parameters = [p for p in (first.weight, first.bias, second.weight, second.bias) if isinstance(p, Tensor)]
+    if not needs_gradient(x, *parameters):
         return False
-    dtypes = {x.dtype, *(weight.dtype for weight in weights)}
+    dtypes = {tensor.dtype for tensor in (x, *parameters)}
     return len(dtypes) == 1 or (torch.is_autocast_enabled(x.device.type) and torch.float64 not in dtypes)
 
 
