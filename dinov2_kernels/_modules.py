@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from dinov2_kernels._library import autocast_dtype
+
 
 def is_unwatched(module: nn.Module) -> bool:
     """Whether nobody would notice if the module were not called, or returned less: no hook, no other forward."""
@@ -21,12 +23,15 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 def separable_bias(layer: nn.Module, drop: nn.Dropout) -> Tensor | None:
-    """The bias of a layer that may be added behind ``drop``, since this does nothing now; None elsewhere."""
+    """The bias of a layer that may be added behind ``drop``, since this does nothing now; None elsewhere.
+
+    Under autocast it is cast, as a call of the layer would cast it.
+    """
     drops = drop.p and drop.training
-    if drops or not is_unwatched(drop) or not is_plain_linear(layer):
+    if drops or not is_unwatched(drop) or not is_plain_linear(layer) or layer.bias is None:
         return None
-    bias: Tensor | None = layer.bias  # type: ignore[assignment]
-    return bias
+    bias: Tensor = layer.bias  # type: ignore[assignment]
+    return bias.to(autocast_dtype(bias))
 
 
 def linear(layer: nn.Module, x: Tensor, *, bias: bool) -> Tensor:

@@ -42,3 +42,32 @@ def grid_of_sums(
     pieces = triton.cdiv(H, width)
     programs = min(triton.cdiv(rows, tile_rows), resident * num_multiprocessors(device) // max(1, pieces))
     return (pieces, max(1, programs)), {"ROWS": tile_rows, "WIDTH": width}
+
+
+# In float32, Triton's `/` and tl.sqrt become div.full and sqrt.approx, whose results may lie one or two numbers beside
+# the nearest one. That is enough for most formulas, but x / x is then not 1, nor the root of x * x the size of x.
+
+
+@triton.jit
+def div_rn(x, y):
+    """x / y rounded to the nearest number: ``tl.div_rn``, for float64 too."""
+    return tl.div_rn(x, y) if y.dtype == tl.float32 else x / y
+
+
+@triton.jit
+def sqrt_rn(x):
+    """The root rounded to the nearest number: ``tl.sqrt_rn``, for float64 too."""
+    return tl.sqrt_rn(x) if x.dtype == tl.float32 else tl.sqrt(x)
+
+
+@triton.jit
+def sigmoid(x):
+    """s = 1 / (1 + exp(-x)), and 1 - s.
+
+    A division leaves an error of its own, and a difference from 1 would be nothing else where s is near: so each has a
+    formula.
+    """
+    small = tl.exp(-tl.abs(x))
+    larger = 1 / (1 + small)
+    smaller = small * larger
+    return tl.where(x < 0, smaller, larger), tl.where(x < 0, larger, smaller)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dinov2_kernels._library import accumulation_dtype
-from dinov2_kernels._triton import grid_of_sums, widen
+from dinov2_kernels._triton import grid_of_sums, sigmoid, widen
 
 
 def gelu_backward_(grad: Tensor, z: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
@@ -61,5 +61,5 @@ def _exact(x):
 def _tanh(x):
     """P = s = 1 / (1 + exp(-2 u)) and its derivative s (1 - s) 2 u'."""
     k: tl.constexpr = 1.5957691216057308  # 2 sqrt(2 / pi)
-    s = tl.sigmoid(x * (k + 0.044715 * k * x * x))
-    return s, s * (1 - s) * (k + 3 * 0.044715 * k * x * x)
+    s, rest = sigmoid(x * (k + 0.044715 * k * x * x))
+    return s, s * rest * (k + 3 * 0.044715 * k * x * x)

@@ -124,7 +124,8 @@ class _FusedMlp(torch.autograd.Function):
             dbias2 = grad.sum(dim=0).to(bias2.dtype)
         if x_wanted or weight1_wanted or bias1_wanted:
             h, dz, dz_sum = activation.backward(grad @ weight2.to(grad.dtype), z)
-            dbias1 = dz_sum.to(bias1.dtype) if bias1_wanted else None
+            # Through the dtype of z, as under autocast: copies of weights in that dtype then have the same gradients.
+            dbias1 = dz_sum.to(z.dtype).to(bias1.dtype) if bias1_wanted else None
         elif weight2_wanted:
             h = activation.forward(z)
         if weight2_wanted:

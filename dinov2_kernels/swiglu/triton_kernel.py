@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dinov2_kernels._library import accumulation_dtype
-from dinov2_kernels._triton import grid_of_sums, widen
+from dinov2_kernels._triton import grid_of_sums, sigmoid, widen
 
 
 def swiglu(x12: Tensor) -> Tensor:
@@ -77,8 +77,8 @@ def _backward(grad, x12, dx12, R, H, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     x1 = widen(tl.load(x12 + gate, mask=inside, other=0.0))
     x2 = widen(tl.load(x12 + gate + H, mask=inside, other=0.0))
     g = widen(tl.load(grad + row * H + column, mask=inside, other=0.0))
-    s = tl.sigmoid(x1)
-    tl.store(dx12 + gate, g * x2 * s * (1 + x1 * (1 - s)), mask=inside)
+    s, rest = sigmoid(x1)
+    tl.store(dx12 + gate, g * x2 * s * (1 + x1 * rest), mask=inside)
     tl.store(dx12 + gate + H, g * x1 * s, mask=inside)
 
 
@@ -96,8 +96,8 @@ def _backward_with_sums(grad, x12, dx12, sums, R, H, ROWS: tl.constexpr, WIDTH: 
         x1 = widen(tl.load(x12 + gate, mask=inside, other=0.0))
         x2 = widen(tl.load(x12 + gate + H, mask=inside, other=0.0))
         g = widen(tl.load(grad + place, mask=inside, other=0.0))
-        s = tl.sigmoid(x1)
-        dx1, dx2 = g * x2 * s * (1 + x1 * (1 - s)), g * x1 * s
+        s, rest = sigmoid(x1)
+        dx1, dx2 = g * x2 * s * (1 + x1 * rest), g * x1 * s
         sum1 += dx1
         sum2 += dx2
         tl.store(grad + place, x1 * s * x2, mask=inside)

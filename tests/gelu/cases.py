@@ -30,8 +30,8 @@ class Case:
 
     def tensors(self, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
         """The gradient of gelu(z), and z, both [..., H]."""
-        generator = torch.Generator().manual_seed(sum(self.shape))
-        grad, z = torch.randn(2, *self.shape, dtype=torch.float64, generator=generator)
+        generator = torch.Generator(device).manual_seed(sum(self.shape))
+        grad, z = torch.randn(2, *self.shape, dtype=torch.float64, device=device, generator=generator)
         z = (z * self.spread).clamp(-3e4, 3e4)  # float16 has to hold what becomes of it
         return self._place(grad, dtype, device), self._place(z, dtype, device)
 

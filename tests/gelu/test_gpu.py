@@ -8,6 +8,7 @@ import torch
 from dinov2_kernels.gelu import gelu_backward_, reference
 from dinov2_kernels.nn import Mlp
 from tests.gelu.cases import CASES, DTYPES, Case, assert_matches_reference
+from tests.pairs import pairs
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
@@ -17,8 +18,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_outputs")]
 LARGE = (Case((32896, 4096)), Case((32896, 1536), spread=30.0, tanh=True), Case((10007, 1365)))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES + LARGE, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), pairs(CASES + LARGE, DTYPES), ids=str)
 def test_values(case: Case, dtype: torch.dtype) -> None:
     assert_matches_reference(torch.ops.dinov2_kernels.gelu_backward_, case, dtype, "cuda")
 
@@ -47,6 +47,7 @@ def test_cuda_graph() -> None:
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.large
 def test_more_than_two_to_the_31_elements() -> None:
     z = torch.randn(2**19 + 3, 4096, dtype=torch.bfloat16, device="cuda")
     grad = torch.zeros_like(z)

@@ -8,7 +8,7 @@ import torch
 from dinov2_kernels import _triton
 from dinov2_kernels.swiglu import triton_kernel
 from tests.swiglu.cases import CASES, DTYPES, Case, assert_matches_reference
-from tests.triton_interpreter import exact_bfloat16
+from tests.triton_interpreter import exact_bfloat16, ptx_arithmetic
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_outputs"),
@@ -32,3 +32,9 @@ def test_values_of_programs_that_take_rows_in_turns(monkeypatch: pytest.MonkeyPa
     """Few programs, so that each comes back for more rows, and the last time not all of them do."""
     monkeypatch.setattr(_triton, "num_multiprocessors", lambda device: 1)
     assert_matches_reference(triton_kernel, Case((157, 2 * 300)), torch.float32)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_in_the_arithmetic_of_a_gpu(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    ptx_arithmetic(monkeypatch)
+    assert_matches_reference(triton_kernel, case, torch.float32)
