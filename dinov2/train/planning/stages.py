@@ -112,7 +112,7 @@ def attention_stage(vit: ViTConfig, rows: Rows, rate: float, e: int, s: int, *, 
     kept += 3 * tokens  # queries, keys, values
     kept += tokens + FLOAT * vit.num_heads * t  # attention's result and log-sum-exps
     kept += residual  # for the gradient of LayerScale
-    kept += e * 4 * D * D if casts else 0
+    kept += e * D * (4 * D + 1) if casts else 0  # and the last bias, for the gradient of LayerScale
     return Stage(
         "attention",
         {"activations": kept},
@@ -131,7 +131,7 @@ def feed_forward_stage(vit: ViTConfig, rows: Rows, rate: float, e: int, s: int, 
     residual = tokens if vit.init_values else 0
     kept = _norm(stream, t, rate) + tokens  # the norm's result
     kept += e * t * Z  # the activation's argument; its result is made again
-    kept += residual
+    kept += residual + (e * D if casts else 0)  # and the last bias; other weights are cast again
     return Stage(
         "feed-forward layer",
         {"activations": kept},
