@@ -308,4 +308,23 @@ ALWAYS_INLINE wide<A> load_wide(const double* p) {
   return v;
 }
 
+// ---- sums over rows
+
+// Rows whose terms are added in A before they are added to a sum in double.
+constexpr int kRows = 4;
+
+// sum[c] += the N terms of column c.
+template <int N, class A>
+ALWAYS_INLINE void add_to(double* sum, const vec<A> (&terms)[N], Whole) {
+  vec<A> added = terms[0];
+  for (int i = 1; i < N; ++i) added += terms[i];
+  store(sum, load_wide<A>(sum) + widen<A>(added));
+}
+
+template <int N, class A>
+ALWAYS_INLINE void add_to(double* sum, const vec<A> (&terms)[N], Part part) {
+  for (int i = 0; i < N; ++i)
+    for (int lane = 0; lane < part.n; ++lane) sum[lane] += terms[i][lane];
+}
+
 }  // namespace CPU_TARGET

@@ -2,8 +2,7 @@
 // cpu_kernels.cpp; the definition is dinov2_kernels/residual/reference.py.
 //
 // Every operator is one pass over its tokens; a token is read from memory once and then from the cache. Gradients of
-// parameters are sums over tokens: each fixed chunk of tokens has a partial sum of its own, and these are added in
-// order, so that the result is the same for every number of threads.
+// parameters are sums over tokens that are the same for every number of threads.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -17,6 +16,7 @@
 #include <vector>
 
 #include "common/huge_pages.h"
+#include "common/sum_over_tokens.h"
 #include "residual/cpu_kernels.h"
 
 using torch::headeronly::ScalarType;
@@ -27,32 +27,20 @@ using OptionalTensor = std::optional<Tensor>;
 namespace {
 
 constexpr int64_t kGrain = 1 << 15;  // elements below which a second thread does not pay
-constexpr int64_t kChunks = 128;     // at most, of a sum over tokens
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Tokens of C elements that are worth a thread.
 int64_t token_grain(int64_t C) { return ceil_div(kGrain, std::max<int64_t>(C, 1)); }
 
-// Calls body(begin, end) for chunks of [0, tokens), and returns what body adds to its two sums [C], in the order of the
-// chunks. body(begin, end, first_sum, second_sum).
+// What body(begin, end, first_sum, second_sum) adds to its two sums [C].
 struct Sums {
   std::vector<double> first, second;  // [C]
 };
 
 template <class Body>
-Sums sum_over_tokens(int64_t tokens, int64_t C, const Body& body) {
-  const int64_t size = std::max(token_grain(C), ceil_div(tokens, kChunks)), chunks = ceil_div(tokens, size);
-  std::vector<double> partial(chunks * 2 * C);  // [chunks, 2, C]
-  parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      double* sums = partial.data() + chunk * 2 * C;
-      body(chunk * size, std::min((chunk + 1) * size, tokens), sums, sums + C);
-    }
-  });
-  std::vector<double> total(2 * C);
-  for (int64_t chunk = 0; chunk < chunks; ++chunk)
-    for (int64_t c = 0; c < 2 * C; ++c) total[c] += partial[chunk * 2 * C + c];
+Sums two_sums_over_tokens(int64_t tokens, int64_t C, const Body& body) {
+  const std::vector<double> total =
+      sum_over_tokens(tokens, token_grain(C), 2 * C,
+                      [&](int64_t begin, int64_t end, double* sums) { body(begin, end, sums, sums + C); });
   return {{total.begin(), total.begin() + C}, {total.begin() + C, total.end()}};
 }
 
@@ -236,7 +224,7 @@ std::tuple<Tensor, Tensor, Tensor> residual_gather_norm_backward(
     const auto first_from = [&](int64_t token) {
       return kept ? std::lower_bound(kept, kept + rows->numel(), token) - kept : token;
     };
-    const Sums sums = sum_over_tokens(T, C, [&](int64_t begin, int64_t end, double* first, double* second) {
+    const Sums sums = two_sums_over_tokens(T, C, [&](int64_t begin, int64_t end, double* first, double* second) {
       kernel(args, begin, end, first_from(begin), first_from(end), first, second);
     });
     dweight = gradient<A>(grad_x, sums.first);
@@ -311,7 +299,7 @@ std::tuple<Tensor, Tensor, Tensor> residual_scatter_backward(const Tensor& grad,
                                      .bias = biases.data(),
                                      .C = C,
                                      .dresidual = written<H>(dresidual)};
-    const Sums sums = sum_over_tokens(t, C, [&](int64_t begin, int64_t end, double* first, double* second) {
+    const Sums sums = two_sums_over_tokens(t, C, [&](int64_t begin, int64_t end, double* first, double* second) {
       kernel(args, begin, end, first, second);
     });
     dgamma = gradient<A>(grad, gamma ? sums.first : std::vector<double>());

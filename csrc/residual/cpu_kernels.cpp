@@ -6,9 +6,6 @@
 
 namespace CPU_TARGET {
 
-// Rows whose shares of a parameter's gradient are summed in A before they are added to the sum in double.
-constexpr int kRows = 4;
-
 ALWAYS_INLINE int64_t row_of(const int32_t* rows, int64_t i) { return rows ? rows[i] : i; }
 
 // A sum in double, in registers.
@@ -47,20 +44,6 @@ ALWAYS_INLINE double sum_over_row(int64_t C, Term term) {
   }
   for_each_vector<A>(c, C, [&](int64_t k, auto part) { sum.add(term(k, part)); });
   return sum.total();
-}
-
-// sum[c] += the N terms of column c.
-template <int N, class A>
-ALWAYS_INLINE void add_to(double* sum, const vec<A> (&terms)[N], Whole) {
-  vec<A> added = terms[0];
-  for (int i = 1; i < N; ++i) added += terms[i];
-  store(sum, load_wide<A>(sum) + widen<A>(added));
-}
-
-template <int N, class A>
-ALWAYS_INLINE void add_to(double* sum, const vec<A> (&terms)[N], Part part) {
-  for (int i = 0; i < N; ++i)
-    for (int lane = 0; lane < part.n; ++lane) sum[lane] += terms[i][lane];
 }
 
 template <class X>

@@ -8,9 +8,11 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <tuple>
 #include <vector>
 
 #include "common/huge_pages.h"
+#include "common/sum_over_tokens.h"
 #include "swiglu/cpu_kernels.h"
 
 using torch::headeronly::ScalarType;
@@ -83,9 +85,30 @@ Tensor swiglu_backward(const Tensor& grad, const Tensor& x12) {
   return dx12;
 }
 
+std::tuple<Tensor, Tensor> swiglu_backward_(Tensor grad, const Tensor& x12) {
+  const int64_t H = x12.size(-1) / 2;
+  Tensor dx12 = torch::stable::new_empty(x12, x12.sizes());  // [..., 2H]
+  const bool is_double = x12.scalar_type() == ScalarType::Double;
+  Tensor sum = torch::stable::new_empty(x12, {2 * H}, is_double ? ScalarType::Double : ScalarType::Float);
+  dispatch(x12, [&]<class X>() {
+    const auto kernel = ON_CPU_TARGET(swiglu_backward_with_sums<X>);
+    X* g = static_cast<X*>(grad.mutable_data_ptr());
+    const X* x = pointer<X>(x12);
+    X* out = written<X>(dx12);
+    const int64_t width = std::max<int64_t>(H, 1);
+    const std::vector<double> sums = sum_over_tokens(
+        grad.numel() / width, ceil_div(kGrain, width), 2 * H, [&](int64_t begin, int64_t end, double* part) {
+          kernel(g + begin * H, x + begin * 2 * H, end - begin, H, out + begin * 2 * H, part);
+        });
+    std::copy(sums.begin(), sums.end(), static_cast<accumulate_t<X>*>(sum.mutable_data_ptr()));
+  });
+  return {dx12, sum};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(dinov2_kernels, CPU, m) {
   m.impl("swiglu", TORCH_BOX(&swiglu));
   m.impl("swiglu_backward", TORCH_BOX(&swiglu_backward));
+  m.impl("swiglu_backward_", TORCH_BOX(&swiglu_backward_));
 }

@@ -14,6 +14,9 @@
   /* dx12 [rows, 2H], given the gradient of y. */                                                                    \
   template <class X>                                                                                                 \
   void swiglu_backward(const X* grad, const X* x12, int64_t rows, int64_t H, X* dx12);                               \
+  /* The same, with y in place of grad; adds the sums of dx12 over the rows to sums [2H]. */                          \
+  template <class X>                                                                                                 \
+  void swiglu_backward_with_sums(X* grad, const X* x12, int64_t rows, int64_t H, X* dx12, double* sums);             \
   }
 FOR_EACH_CPU_TARGET(DECLARE)
 #undef DECLARE

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from dinov2_kernels._modules import is_unwatched
 from dinov2_kernels.integrations.swap import Accelerated
 from dinov2_kernels.packing import PackedLayout
 from dinov2_kernels.residual import stochastic_depth
@@ -97,12 +98,6 @@ def drop_rate(drop_path: nn.Module) -> float:
 def in_use(*args: object, **kwargs: object) -> bool:
     """Whether an optional argument asks for something: a mask that is there, a switch that is on."""
     return any(argument is not None and argument is not False for argument in (*args, *kwargs.values()))
-
-
-def is_unwatched(part: nn.Module) -> bool:
-    """Whether nobody would notice if the module were not called, or returned less: no hook, no other forward."""
-    hooks = part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
-    return not hooks and "forward" not in part.__dict__
 
 
 def _is_kind(part: nn.Module, kind: str) -> bool:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from dinov2_kernels.attention import varlen_attention_qkvpacked
 from dinov2_kernels.integrations.blocks import DROPPED_IN_TRAINING, AcceleratedBlock, add_branch, gamma_of, in_use
 from dinov2_kernels.integrations.swap import Accelerated, forward_name, forward_of
+from dinov2_kernels.nn.fused_mlp import SWIGLU, fused_mlp
 from dinov2_kernels.packing import PackedLayout
 from dinov2_kernels.residual import stochastic_depth
-from dinov2_kernels.swiglu import swiglu
 
 
 class Facebook(Accelerated):
@@ -134,5 +134,4 @@ class SwiGLU(Facebook):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features]; returns [..., out_features]."""
-        result: Tensor = self.w3(swiglu(self.w12(x)))
-        return result
+        return fused_mlp(self.w12, SWIGLU, self.w3, x)

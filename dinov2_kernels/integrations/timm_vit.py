@@ -9,9 +9,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from dinov2_kernels._modules import is_unwatched
 from dinov2_kernels.integrations.blocks import DROPPED_IN_TRAINING, AcceleratedBlock, add_branch, drop_rate, in_use
 from dinov2_kernels.integrations.swap import Accelerated, forward_name
 from dinov2_kernels.nn.attention import attend
+from dinov2_kernels.nn.fused_mlp import SWIGLU, fused_mlp
 from dinov2_kernels.packing import PackedLayout
 from dinov2_kernels.swiglu import swiglu
 
@@ -130,5 +132,10 @@ class SwiGLU(Accelerated):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features]; returns [..., out_features]."""
-        result: Tensor = self.drop2(self.fc2(self.norm(self.drop1(swiglu(self.fc1(x))))))
+        drop1, norm = self.drop1, self.norm
+        is_fusable = isinstance(norm, nn.Identity) and is_unwatched(drop1) and is_unwatched(norm)
+        if is_fusable and not getattr(drop1, "p", 1):
+            result: Tensor = self.drop2(fused_mlp(self.fc1, SWIGLU, self.fc2, x))
+        else:
+            result = self.drop2(self.fc2(norm(drop1(swiglu(self.fc1(x))))))
         return result

@@ -14,18 +14,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from dinov2_kernels._modules import is_unwatched
 from dinov2_kernels.attention import varlen_attention
-from dinov2_kernels.integrations.blocks import (
-    DROPPED_IN_TRAINING,
-    AcceleratedBlock,
-    add_branch,
-    drop_rate,
-    in_use,
-    is_unwatched,
-)
+from dinov2_kernels.integrations.blocks import DROPPED_IN_TRAINING, AcceleratedBlock, add_branch, drop_rate, in_use
 from dinov2_kernels.integrations.swap import Accelerated, forward_name, forward_of
+from dinov2_kernels.nn.fused_mlp import SWIGLU, fused_mlp
 from dinov2_kernels.packing import PackedLayout
-from dinov2_kernels.swiglu import swiglu
 
 DINOV2 = {"dinov2": "Dinov2", "dinov2_with_registers": "Dinov2WithRegisters"}
 VIT = {"vit": "ViT", "deit": "DeiT", "vit_mae": "ViTMAE", "vit_msn": "ViTMSN", "ijepa": "IJepa"}
@@ -207,8 +201,7 @@ class SwiGLU(Transformers):
 
     def forward(self, hidden_state: Tensor) -> Tensor:
         """hidden_state: [..., C]; returns the same shape."""
-        result: Tensor = self.weights_out(swiglu(self.weights_in(hidden_state)))
-        return result
+        return fused_mlp(self.weights_in, SWIGLU, self.weights_out, hidden_state)
 
 
 def _has_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from dinov2_kernels._modules import linear, separable_bias
 from dinov2_kernels.attention import varlen_attention, varlen_attention_qkvpacked
 from dinov2_kernels.packing import PackedLayout
 
@@ -55,9 +56,20 @@ class Attention(nn.Module):
         """x: [T, C] packed as ``layout`` says, or [B, N, C] without one; returns the same shape."""
         if layout is None:
             return self.forward(x.flatten(0, 1), PackedLayout([(x.shape[0], x.shape[1])])).view_as(x)
-        qkv = self.qkv(x).unflatten(1, (3, self.num_heads, -1))  # [T, 3, H, D]
-        projected: Tensor = self.proj_drop(self.proj(attend(qkv, layout, self.q_norm, self.k_norm).flatten(1)))
+        projected: Tensor = self.proj_drop(self._run(x, layout, bias=True))
         return projected
+
+    def separable_bias(self) -> Tensor | None:
+        """The last bias [C], where the result is ``forward_without_bias(x, layout)`` plus it; None elsewhere."""
+        return separable_bias(self.proj, self.proj_drop)
+
+    def forward_without_bias(self, x: Tensor, layout: PackedLayout) -> Tensor:
+        """The result for packed tokens x [T, C] without the bias that :meth:`separable_bias` returns."""
+        return self._run(x, layout, bias=False)
+
+    def _run(self, x: Tensor, layout: PackedLayout, *, bias: bool) -> Tensor:
+        qkv = self.qkv(x).unflatten(1, (3, self.num_heads, -1))  # [T, 3, H, D]
+        return linear(self.proj, attend(qkv, layout, self.q_norm, self.k_norm).flatten(1), bias=bias)
 
 
 def attend(qkv: Tensor, layout: PackedLayout, q_norm: nn.Module, k_norm: nn.Module) -> Tensor:

@@ -6,11 +6,15 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from dinov2_kernels._modules import is_unwatched
 from dinov2_kernels.nn.attention import Attention
-from dinov2_kernels.nn.feed_forward import Mlp
+from dinov2_kernels.nn.feed_forward import Mlp, SwiGLUFFN
 from dinov2_kernels.nn.layer_scale import LayerScale
 from dinov2_kernels.packing import PackedLayout
 from dinov2_kernels.residual import stochastic_depth
+
+_SEPARABLE = (Attention, Mlp, SwiGLUFFN)
+"""Parts that run without their last bias, too."""
 
 
 class Block(nn.Module):
@@ -93,22 +97,36 @@ class Block(nn.Module):
         if layout is None:
             return self.forward(x.flatten(0, 1), PackedLayout([(x.shape[0], x.shape[1])])).view_as(x)
         rate = self.drop_path if self.training else 0.0
+        attend, attend_bias = _without_last_bias(self.attn)
+        feed_forward, feed_forward_bias = _without_last_bias(self.mlp)
         x = stochastic_depth(
-            x, layout, self.attn, drop_rate=rate, gamma=_gamma(self.ls1), norm=self.norm1, recompute=self.recompute
+            x,
+            layout,
+            attend,
+            drop_rate=rate,
+            gamma=_gamma(self.ls1),
+            norm=self.norm1,
+            bias=attend_bias,
+            recompute=self.recompute,
         )
         return stochastic_depth(
             x,
             layout,
-            self._feed_forward,
+            lambda tokens, _: feed_forward(tokens),  # token by token, whatever the layout
             drop_rate=rate,
             gamma=_gamma(self.ls2),
             norm=self.norm2,
+            bias=feed_forward_bias,
             inplace=self.recompute,  # which implies it; nobody else holds x
         )
 
-    def _feed_forward(self, x: Tensor, layout: PackedLayout) -> Tensor:
-        y: Tensor = self.mlp(x)  # token by token, whatever the layout
-        return y
+
+def _without_last_bias(part: nn.Module) -> tuple[Callable[..., Tensor], Tensor | None]:
+    """How to run a part, and the bias that its result then lacks; where that would be noticed, the part, and None."""
+    if not isinstance(part, _SEPARABLE) or type(part).forward not in [kind.forward for kind in _SEPARABLE]:
+        return part, None
+    bias = part.separable_bias() if is_unwatched(part) and part._compiled_call_impl is None else None
+    return (part, None) if bias is None else (part.forward_without_bias, bias)
 
 
 def _gamma(layer_scale: nn.Module) -> Tensor | None:

@@ -6,14 +6,16 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from dinov2_kernels.nn.activated_linear import SWIGLU, activated_linear, gelu
+from dinov2_kernels._modules import is_unwatched, linear, separable_bias
+from dinov2_kernels.nn.fused_mlp import SWIGLU, fused_mlp, gelu
 from dinov2_kernels.swiglu import swiglu
 
 
 class Mlp(nn.Module):
     """Linear, activation, linear.
 
-    Backward makes the result of a GELU again, in place of keeping it.
+    Backward makes the result of a GELU again, in place of keeping it, in one pass with all that lies between its
+    matrix products.
 
     Args:
         in_features: width of the input.
@@ -49,19 +51,31 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features]; returns [..., out_features]."""
-        z = self.fc1(x)  # [..., hidden_features]
-        if type(self.act) is nn.GELU and not self.drop1.p and isinstance(self.norm, nn.Identity):
-            y: Tensor = self.drop2(activated_linear(self.fc2, gelu(self.act.approximate), z))
-        else:
-            y = self.drop2(self.fc2(self.norm(self.drop1(self.act(z)))))
+        y: Tensor = self.drop2(self._run(x, bias=True))
         return y
+
+    def separable_bias(self) -> Tensor | None:
+        """The last bias [out_features], where the result is ``forward_without_bias(x)`` plus it; None elsewhere."""
+        return separable_bias(self.fc2, self.drop2)
+
+    def forward_without_bias(self, x: Tensor) -> Tensor:
+        """The result without the bias that :meth:`separable_bias` returns."""
+        return self._run(x, bias=False)
+
+    def _run(self, x: Tensor, *, bias: bool) -> Tensor:
+        act, between = self.act, (self.act, self.drop1, self.norm)
+        is_fusable = not self.drop1.p and isinstance(self.norm, nn.Identity) and all(map(is_unwatched, between))
+        if type(act) is nn.GELU and is_fusable:
+            return fused_mlp(self.fc1, gelu(act.approximate), self.fc2, x, bias=bias)
+        return linear(self.fc2, self.norm(self.drop1(act(self.fc1(x)))), bias=bias)
 
 
 class SwiGLUFFN(nn.Module):
     """SwiGLU feed-forward layer (arXiv:2002.05202) with about the parameters of an :class:`Mlp` of the same arguments.
 
     facebook's ``SwiGLUFFNFused``, the one its models have; the ``SwiGLUFFN`` there takes ``hidden_features`` as it is.
-    Backward makes the gated features again, in place of keeping them.
+    Backward makes the gated features again, in place of keeping them, in one pass with all that lies between its matrix
+    products.
 
     Args:
         in_features: width of the input.
@@ -89,9 +103,21 @@ class SwiGLUFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features]; returns [..., out_features]."""
-        z = self.w12(x)  # [..., 2 hidden_features]
-        y: Tensor = self.drop(self.w3(self.drop(swiglu(z))) if self.drop.p else activated_linear(self.w3, SWIGLU, z))
+        y: Tensor = self.drop(self._run(x, bias=True))
         return y
+
+    def separable_bias(self) -> Tensor | None:
+        """The last bias [out_features], where the result is ``forward_without_bias(x)`` plus it; None elsewhere."""
+        return separable_bias(self.w3, self.drop)
+
+    def forward_without_bias(self, x: Tensor) -> Tensor:
+        """The result without the bias that :meth:`separable_bias` returns."""
+        return self._run(x, bias=False)
+
+    def _run(self, x: Tensor, *, bias: bool) -> Tensor:
+        if not self.drop.p and is_unwatched(self.drop):
+            return fused_mlp(self.w12, SWIGLU, self.w3, x, bias=bias)
+        return linear(self.w3, self.drop(swiglu(self.w12(x))), bias=bias)
 
 
 def swiglu_hidden_features(mlp_hidden_features: int) -> int:

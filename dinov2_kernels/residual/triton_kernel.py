@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 
 from dinov2_kernels._library import accumulation_dtype
+from dinov2_kernels._triton import num_multiprocessors
 from dinov2_kernels.residual.triton_gather import gather_norm, gather_norm_backward
 from dinov2_kernels.residual.triton_scatter import scatter, scatter_backward, scatter_in_place
 
@@ -61,7 +62,7 @@ def residual_gather_norm_backward(
     dx = torch.empty_like(grad_x)  # [T, C]
     shape = _shape_of_rows(C, mean.dtype)
     warps = shape["num_warps"]
-    resident = max(1, 12 // warps) * _num_multiprocessors(grad_x.device)  # all of them at the same time
+    resident = max(1, 12 // warps) * num_multiprocessors(grad_x.device)  # all of them at the same time
     programs = max(1, min(triton.cdiv(T, shape["ROWS"]), resident))
     registers = min(168, 2048 // warps)
     sums = torch.empty(2, programs, C, dtype=mean.dtype, device=grad_x.device)  # [2, programs, C]: weight, bias
@@ -143,7 +144,7 @@ def residual_scatter_backward(
     t = grad.shape[0] if rows is None else rows.shape[0]
     dresidual = torch.empty(t, C, dtype=dtype, device=grad.device)  # [t, C]
     shape = _shape_of_pieces(C, accumulation_dtype(grad))
-    resident = 4 * _num_multiprocessors(grad.device) // shape["PIECES"]
+    resident = 4 * num_multiprocessors(grad.device) // shape["PIECES"]
     programs = max(1, min(triton.cdiv(t, shape["ROWS"]), resident))
     dgamma, dbias = (
         None if of is None else torch.empty(programs, C, dtype=accumulation_dtype(grad), device=grad.device)
@@ -191,9 +192,3 @@ def _cut(C: int) -> tuple[int, int]:
     power = max(64, triton.next_power_of_2(C))
     width = power // (8 if 5 * power >= 8 * C else 4)
     return width, triton.cdiv(C, width)
-
-
-@lru_cache
-def _num_multiprocessors(device: torch.device) -> int:
-    """Of the GPU; of an H200 where Triton's interpreter runs, or its compiler alone."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

@@ -1,4 +1,4 @@
-"""SwiGLU: two operators, their derivative, and the function that users call."""
+"""SwiGLU: its operators, their derivative, and the functions that call them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2_kernels._library import define, differentiably, needs_gradient
+from dinov2_kernels._library import accumulation_dtype, define, differentiably, needs_gradient
 from dinov2_kernels.swiglu import reference
 
 _TRITON = "dinov2_kernels.swiglu.triton_kernel"
@@ -21,6 +21,10 @@ def _fake_backward(grad: Tensor, x12: Tensor) -> Tensor:
     return torch.empty_like(x12)
 
 
+def _fake_backward_(grad: Tensor, x12: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x12), x12.new_empty(x12.shape[-1], dtype=accumulation_dtype(x12))
+
+
 _forward = define(
     "swiglu(Tensor x12) -> Tensor",
     reference=reference.swiglu,
@@ -32,6 +36,12 @@ _backward = define(
     reference=reference.swiglu_backward,
     fake=_fake_backward,
     triton=f"{_TRITON}:swiglu_backward",
+).call
+_backward_ = define(
+    "swiglu_backward_(Tensor(a!) grad, Tensor x12) -> (Tensor, Tensor)",
+    reference=reference.swiglu_backward_,
+    fake=_fake_backward_,
+    triton=f"{_TRITON}:swiglu_backward_",
 ).call
 
 
@@ -50,15 +60,52 @@ def swiglu(x12: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: x12 is not floating-point, or its last dimension is odd.
     """
-    if x12.dim() == 0 or x12.shape[-1] % 2:
-        raise ValueError(f"x12: expected a last dimension of even size, got shape {list(x12.shape)}")
-    if not x12.is_floating_point():
-        raise TypeError(f"x12: expected a floating-point tensor, got {x12.dtype}")
+    _check(x12)
     x12 = x12.contiguous()
     if needs_gradient(x12):
         return differentiably(_SwiGLU, x12)  # type: ignore[no-any-return]
     y: Tensor = _forward(x12)
     return y
+
+
+def swiglu_backward_(grad: Tensor, x12: Tensor) -> tuple[Tensor, Tensor]:
+    """The pass over the features between the matrix products of a feed-forward layer's backward.
+
+    With ``x12 = linear(x)`` and ``y = linear(swiglu(x12))``, backward needs the gradient of x12, its sum over the rows
+    for the first bias, and swiglu(x12) again for the second weight.
+
+    Bytes: reads ``grad`` and x12, writes x12's gradient and, over ``grad``, swiglu(x12). Sums have a fixed order, so
+    they do not change from run to run, nor with the number of threads.
+
+    Args:
+        grad: [..., H] contiguous, gradient of swiglu(x12); overwritten with swiglu(x12).
+        x12: [..., 2H] contiguous; any floating dtype, that of ``grad``.
+
+    Returns:
+        The gradient of x12 [..., 2H], and the sum [2H] of it over all rows in float32, or in float64 for float64.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described.
+    """
+    _check(x12)
+    if grad.dtype != x12.dtype or grad.device != x12.device:
+        got = f"{grad.dtype} on {grad.device}"
+        raise TypeError(f"grad: expected dtype and device of x12, {x12.dtype} on {x12.device}, got {got}")
+    expected = [*x12.shape[:-1], x12.shape[-1] // 2]
+    if list(grad.shape) != expected:
+        raise ValueError(f"grad: expected shape {expected}, got {list(grad.shape)}")
+    for name, tensor in (("grad", grad), ("x12", x12)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+    result: tuple[Tensor, Tensor] = _backward_(grad, x12)
+    return result
+
+
+def _check(x12: Tensor) -> None:
+    if x12.dim() == 0 or x12.shape[-1] % 2:
+        raise ValueError(f"x12: expected a last dimension of even size, got shape {list(x12.shape)}")
+    if not x12.is_floating_point():
+        raise TypeError(f"x12: expected a floating-point tensor, got {x12.dtype}")
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -71,5 +118,7 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x12,) = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return reference.swiglu_backward(grad, x12)  # which can be differentiated again
         dx12: Tensor = _backward(grad.contiguous(), x12)
         return dx12

@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dinov2_kernels._library import accumulation_dtype
+
 
 def swiglu(x12: Tensor) -> Tensor:
     """x12: [..., 2H]; returns [..., H]."""
@@ -24,3 +26,13 @@ def swiglu_backward(grad: Tensor, x12: Tensor) -> Tensor:
     x1, x2 = x12.chunk(2, dim=-1)
     s = torch.sigmoid(x1)
     return torch.cat([grad * x2 * s * (1 + x1 * (1 - s)), grad * x1 * s], dim=-1)
+
+
+def swiglu_backward_(grad: Tensor, x12: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient [..., 2H] of x12 and its sum [2H] over all rows; the result is put into ``grad`` in place of its own.
+
+    The sum is in the accumulation dtype.
+    """
+    dx12 = swiglu_backward(grad, x12)
+    grad.copy_(swiglu(x12))
+    return dx12, dx12[None].flatten(0, -2).sum(dim=0, dtype=accumulation_dtype(x12))

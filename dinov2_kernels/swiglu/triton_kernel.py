@@ -1,7 +1,8 @@
 """SwiGLU in Triton: the two operators of :mod:`dinov2_kernels.swiglu.reference` for CUDA tensors.
 
 Legend: x12 [..., 2H] contiguous, R rows of gate and value; float64, float32, bfloat16 or float16. Arithmetic is in
-float32, or in float64 for float64. A program works on a tile of 2048 gates, whose width divides H where it can.
+float32, or in float64 for float64. Without sums a program works on a tile of 2048 gates, whose width divides H where
+it can. No atomics: results do not change from run to run.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dinov2_kernels._triton import widen
+from dinov2_kernels._library import accumulation_dtype
+from dinov2_kernels._triton import grid_of_sums, sigmoid, widen
 
 
 def swiglu(x12: Tensor) -> Tensor:
@@ -30,6 +32,23 @@ def swiglu_backward(grad: Tensor, x12: Tensor) -> Tensor:
     with torch.cuda.device_of(x12):
         _backward[grid](grad, x12, dx12, **shape)
     return dx12
+
+
+def swiglu_backward_(grad: Tensor, x12: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of x12 [..., 2H] and its sum [2H] over all rows; grad [..., H] is overwritten with the result.
+
+    Moves 6 R H elements: reads both, writes the gradient and the result. Programs add up the gradient over their own
+    rows, and PyTorch adds up the programs.
+    """
+    dx12 = torch.empty_like(x12)  # [..., 2H]
+    H = grad.shape[-1]
+    rows = grad.numel() // max(1, H)
+    dtype = accumulation_dtype(x12)
+    grid, shape = grid_of_sums(rows, H, dtype, x12.device, resident=7)
+    sums = torch.empty(grid[1], 2 * H, dtype=dtype, device=x12.device)  # [programs, 2H]
+    with torch.cuda.device_of(x12):
+        _backward_with_sums[grid](grad, x12, dx12, sums, rows, H, **shape)
+    return dx12, sums.sum(dim=0)
 
 
 def _tiles(y: Tensor) -> tuple[tuple[int], dict[str, int]]:
@@ -58,13 +77,35 @@ def _backward(grad, x12, dx12, R, H, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     x1 = widen(tl.load(x12 + gate, mask=inside, other=0.0))
     x2 = widen(tl.load(x12 + gate + H, mask=inside, other=0.0))
     g = widen(tl.load(grad + row * H + column, mask=inside, other=0.0))
-    # A division leaves an error of its own, and 1 - s of a large gate would be nothing else: so each has a formula.
-    small = tl.exp(-tl.abs(x1))
-    larger = 1 / (1 + small)
-    s = tl.where(x1 < 0, small * larger, larger)
-    rest = tl.where(x1 < 0, larger, small * larger)  # 1 - s
+    s, rest = sigmoid(x1)
     tl.store(dx12 + gate, g * x2 * s * (1 + x1 * rest), mask=inside)
     tl.store(dx12 + gate + H, g * x1 * s, mask=inside)
+
+
+@triton.jit(do_not_specialize=["R"])
+def _backward_with_sums(grad, x12, dx12, sums, R, H, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    program, programs = tl.program_id(1), tl.num_programs(1)
+    sum1 = tl.zeros([ROWS, WIDTH], sums.dtype.element_ty)
+    sum2 = tl.zeros([ROWS, WIDTH], sums.dtype.element_ty)
+    for start in range(program * ROWS, R, programs * ROWS):
+        row = start + tl.arange(0, ROWS)
+        inside = (row < R)[:, None] & (column < H)[None, :]
+        row = row.to(tl.int64)[:, None]
+        gate, place = row * 2 * H + column[None, :], row * H + column[None, :]  # [ROWS, WIDTH]
+        x1 = widen(tl.load(x12 + gate, mask=inside, other=0.0))
+        x2 = widen(tl.load(x12 + gate + H, mask=inside, other=0.0))
+        g = widen(tl.load(grad + place, mask=inside, other=0.0))
+        s, rest = sigmoid(x1)
+        dx1, dx2 = g * x2 * s * (1 + x1 * rest), g * x1 * s
+        sum1 += dx1
+        sum2 += dx2
+        tl.store(grad + place, x1 * s * x2, mask=inside)
+        tl.store(dx12 + gate, dx1, mask=inside)
+        tl.store(dx12 + gate + H, dx2, mask=inside)
+    sums += program.to(tl.int64) * 2 * H + column
+    tl.store(sums, tl.sum(sum1, 0), mask=column < H)
+    tl.store(sums + H, tl.sum(sum2, 0), mask=column < H)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ import timm.models.vision_transformer as timm_vit
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinov2_kernels import PackedLayout
 from dinov2_kernels.nn import Attention, Block, DropPath, LayerScale, Mlp, SwiGLUFFN, swiglu_hidden_features
@@ -187,6 +188,82 @@ def test_block_is_two_scaled_residuals() -> None:
     assert isinstance(block.ls1, LayerScale)
     y = x + block.ls1(block.attn(block.norm1(x)))
     torch.testing.assert_close(block(x), y + block.ls2(block.mlp(block.norm2(y))))
+
+
+class Scatters(TorchDispatchMode):
+    """Records whether scatters add a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_bias: list[bool] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.dinov2_kernels.residual_scatter.default:
+            self.add_bias.append(args[-1] is not None)
+        return function(*args, **(kwargs or {}))
+
+
+class Unknown(nn.Linear):
+    """An attention that has nothing but a forward."""
+
+    def __init__(self, dim: int, **_: object) -> None:
+        super().__init__(dim, dim)
+
+    def forward(self, x: Tensor, layout: PackedLayout | None = None) -> Tensor:
+        return super().forward(x)
+
+
+def watch(part: nn.Module) -> None:
+    part.register_forward_hook(lambda _module, _inputs, _output: None)
+
+
+WATCHED = {
+    "": [True, True],
+    "attn": [False, True],
+    "attn.proj": [False, True],
+    "attn.proj_drop": [False, True],
+    "attn.qkv": [True, True],
+    "mlp": [True, False],
+    "mlp.fc1": [True, True],
+    "mlp.fc2": [True, False],
+    "mlp.drop2": [True, False],
+}
+
+
+@pytest.mark.parametrize("name", WATCHED)
+@pytest.mark.parametrize("arguments", [{}, {"init_values": None, "qkv_bias": True}], ids=str)
+def test_scatters_add_the_last_biases_where_nobody_sees_it(arguments: dict[str, object], name: str) -> None:
+    """And values and gradients are those of the parts called one by one."""
+    block = random_block(**arguments)
+    watch(block.get_submodule(name))
+    x = torch.randn(2, 5, 16, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *block.parameters()]
+    with Scatters() as scatters:
+        result = block(x)
+    y = x + block.ls1(block.attn(block.norm1(x)))
+    expected = y + block.ls2(block.mlp(block.norm2(y)))
+    torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(z.square().sum(), inputs) for z in (result, expected)))
+    assert scatters.add_bias == WATCHED[name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"ffn_layer": SwiGLUFFN}, [True, True]),
+        ({"proj_bias": False}, [False, True]),
+        ({"ffn_bias": False}, [True, False]),
+        ({"drop": 0.5}, [False, False]),
+        ({"attn_class": Unknown}, [False, True]),
+        ({"ffn_layer": timm.layers.Mlp}, [True, False]),
+        ({"ffn_layer": type("Subclass", (Mlp,), {"forward": lambda self, x: Mlp.forward(self, x)})}, [True, False]),
+    ],
+    ids=str,
+)
+def test_which_last_biases_scatters_add(arguments: dict[str, object], expected: list[bool]) -> None:
+    with Scatters() as scatters:
+        random_block(**arguments)(torch.randn(2, 5, 16, dtype=torch.float64))
+    assert scatters.add_bias == expected
 
 
 @pytest.mark.parametrize("arguments", [{}, {"init_values": None}, {"ffn_layer": SwiGLUFFN}], ids=str)

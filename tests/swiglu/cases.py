@@ -54,21 +54,39 @@ CASES = (
     Case((3, 2 * 1024), offset=1),
     Case((2, 2 * 1536), gate=1e4),
     Case((2, 2 * 4099)),
+    Case((1031, 2 * 3)),  # more rows than programs take at once
 )
 
 
 def assert_matches_reference(operators: Any, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
-    """``operators.swiglu`` and ``operators.swiglu_backward``: of ``torch.ops.dinov2_kernels``, or of a module."""
+    """``operators.swiglu`` and its derivatives: of ``torch.ops.dinov2_kernels``, or of a module."""
     grad, x12 = case.tensors(dtype, device)
     for name, arguments in {"swiglu": (x12,), "swiglu_backward": (grad, x12)}.items():
         definition = getattr(reference, name)
         plain, exact = definition(*arguments), definition(*(x.double() for x in arguments))
-        result = getattr(operators, name)(*arguments)
-        assert result.dtype == dtype, f"{name}: {result.dtype}, expected {dtype}"
-        assert not result.isnan().any(), f"{name}: NaN, or an element that was never written"
-        largest = float(exact.abs().max()) if exact.numel() else 0.0
-        floor = 8 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps * (1 + largest)
-        assert_at_most_twice_the_error(name, result, plain, exact, floor)
+        _assert_close(name, getattr(operators, name)(*arguments), plain, exact, dtype)
+    plain, exact = (
+        in_place(reference.swiglu_backward_, *tensors) for tensors in ((grad, x12), (grad.double(), x12.double()))
+    )
+    result = in_place(operators.swiglu_backward_, grad, x12)
+    dtypes = (dtype, dtype, torch.promote_types(dtype, torch.float32))
+    for name, *tensors, expected in zip(("y", "dx12", "sum"), result, plain, exact, dtypes, strict=True):
+        _assert_close(f"swiglu_backward_, {name}", *tensors, expected)
+
+
+def in_place(swiglu_backward_: Any, grad: Tensor, x12: Tensor) -> list[Tensor]:
+    """The result of SwiGLU, the gradient of x12, and its sum; ``grad`` stays as it is."""
+    y = grad.clone()
+    dx12, dx12_sum = swiglu_backward_(y, x12)
+    return [y, dx12, dx12_sum]
+
+
+def _assert_close(name: str, result: Tensor, plain: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    assert result.dtype == dtype, f"{name}: {result.dtype}, expected {dtype}"
+    assert not result.isnan().any(), f"{name}: NaN, or an element that was never written"
+    largest = float(exact.abs().max()) if exact.numel() else 0.0
+    floor = 8 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps * (1 + largest)
+    assert_at_most_twice_the_error(name, result, plain, exact, floor)
 
 
 def launches() -> Iterator[None]:
@@ -80,3 +98,4 @@ def launches() -> Iterator[None]:
             x12 = torch.empty(32896, 2 * H, dtype=dtype, device="meta")
             yield triton_kernel.swiglu(x12)
             yield triton_kernel.swiglu_backward(x12[:, :H].contiguous(), x12)
+            yield triton_kernel.swiglu_backward_(x12[:, :H].contiguous(), x12)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dinov2_kernels import _library
 from tests.cpu_targets import TARGETS, run_value_tests
-from tests.swiglu.cases import CASES, DTYPES, Case, assert_matches_reference
+from tests.swiglu.cases import CASES, DTYPES, Case, assert_matches_reference, in_place
 
 native = torch.ops.dinov2_kernels
 SHAPES = (
@@ -23,7 +23,7 @@ SHAPES = (
 def test_is_built() -> None:
     """Without this, every test below would compare the reference with itself."""
     assert _library.NATIVE_MISSING["cpu"] is None
-    assert all(_library.OPERATORS[name].has_native("cpu") for name in ("swiglu", "swiglu_backward"))
+    assert all(_library.OPERATORS[name].has_native("cpu") for name in ("swiglu", "swiglu_backward", "swiglu_backward_"))
 
 
 @pytest.mark.usefixtures("poisoned_outputs")
@@ -81,12 +81,13 @@ def test_values_are_the_same_for_every_number_of_threads(case: Case, dtype: torc
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append((native.swiglu(x12), native.swiglu_backward(grad, x12)))
+            again = in_place(native.swiglu_backward_, grad, x12)
+            results.append([native.swiglu(x12), native.swiglu_backward(grad, x12), *again])
     finally:
         torch.set_num_threads(threads)
-    for y, dx12 in results[1:]:
-        assert torch.equal(y, results[0][0])
-        assert torch.equal(dx12, results[0][1])
+    for result in results[1:]:
+        for got, expected in zip(result, results[0], strict=True):
+            assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("target", TARGETS)

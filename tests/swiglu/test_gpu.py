@@ -8,7 +8,7 @@ import torch
 from dinov2_kernels import swiglu
 from dinov2_kernels.swiglu import reference
 from tests.pairs import pairs
-from tests.swiglu.cases import CASES, DTYPES, Case, assert_matches_reference
+from tests.swiglu.cases import CASES, DTYPES, Case, assert_matches_reference, in_place
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
@@ -44,3 +44,10 @@ def test_more_than_two_to_the_31_elements() -> None:
     dx12 = torch.ops.dinov2_kernels.swiglu_backward(grad, x12)
     expected = reference.swiglu_backward(grad[-3:].float(), x12[-3:].float()).bfloat16()
     torch.testing.assert_close(dx12[-3:], expected)
+    del dx12
+    grad[:-3] = 0
+    y, dx12, dx12_sum = in_place(torch.ops.dinov2_kernels.swiglu_backward_, grad, x12)
+    torch.testing.assert_close(y[-3:], reference.swiglu(x12[-3:].float()).bfloat16())
+    torch.testing.assert_close(dx12[-3:], expected)
+    exact = reference.swiglu_backward(grad[-3:].float(), x12[-3:].float())
+    torch.testing.assert_close(dx12_sum, exact.sum(dim=0), rtol=1e-5, atol=1e-5)

@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from dinov2_kernels import swiglu
-from dinov2_kernels.swiglu import reference
+from dinov2_kernels.swiglu import reference, swiglu_backward_
 
 
 @pytest.mark.parametrize("shape", [(7, 6), (2, 3, 4), (0, 8), (10,)], ids=str)
@@ -34,7 +34,9 @@ def test_low_precision_is_at_most_twice_as_wrong_as_plain_pytorch(dtype: torch.d
 
 
 def test_gradcheck() -> None:
-    assert torch.autograd.gradcheck(swiglu, torch.randn(3, 4, dtype=torch.float64, requires_grad=True))
+    x12 = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(swiglu, x12)
+    assert torch.autograd.gradgradcheck(swiglu, x12)
 
 
 def test_strided_input_and_gradient() -> None:
@@ -52,6 +54,7 @@ def test_opcheck(shape: tuple[int, ...]) -> None:
     torch.library.opcheck(torch.ops.dinov2_kernels.swiglu.default, (x12,))
     grad = torch.randn(*shape[:-1], shape[-1] // 2)
     torch.library.opcheck(torch.ops.dinov2_kernels.swiglu_backward.default, (grad, x12))
+    torch.library.opcheck(torch.ops.dinov2_kernels.swiglu_backward_.default, (grad, x12))
 
 
 def test_compiles_into_one_graph() -> None:
@@ -106,3 +109,24 @@ def test_keeps_nothing_but_its_argument() -> None:
 def test_bad_arguments(x12: torch.Tensor, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         swiglu(x12)
+
+
+ZEROS = torch.zeros(2, 4)
+
+
+@pytest.mark.parametrize(
+    ("grad", "x12", "error", "message"),
+    [
+        (ZEROS, torch.zeros(2, 5), ValueError, r"x12: expected a last dimension of even size, got shape \[2, 5\]"),
+        (ZEROS.double(), torch.zeros(2, 8), TypeError, "grad: expected dtype and device of x12, torch.float32 on cpu"),
+        (ZEROS, ZEROS, ValueError, r"grad: expected shape \[2, 2\], got \[2, 4\]"),
+        (torch.zeros(4, 2).t(), torch.zeros(2, 8), ValueError, r"grad: expected a contiguous tensor, got strides"),
+        (ZEROS, torch.zeros(8, 2).t(), ValueError, r"x12: expected a contiguous tensor, got strides"),
+    ],
+    ids=["odd", "dtype", "shape", "strided grad", "strided x12"],
+)
+def test_bad_arguments_of_the_backward_pass(
+    grad: torch.Tensor, x12: torch.Tensor, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        swiglu_backward_(grad, x12)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dinov2_kernels import _triton
 from dinov2_kernels.swiglu import triton_kernel
 from tests.swiglu.cases import CASES, DTYPES, Case, assert_matches_reference
 from tests.triton_interpreter import exact_bfloat16, ptx_arithmetic
@@ -25,6 +26,12 @@ def _bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values(case: Case, dtype: torch.dtype) -> None:
     assert_matches_reference(triton_kernel, case, dtype)
+
+
+def test_values_of_programs_that_take_rows_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few programs, so that each comes back for more rows, and the last time not all of them do."""
+    monkeypatch.setattr(_triton, "num_multiprocessors", lambda device: 1)
+    assert_matches_reference(triton_kernel, Case((157, 2 * 300)), torch.float32)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -112,7 +112,7 @@ def attention_stage(vit: ViTConfig, rows: Rows, rate: float, e: int, s: int, *, 
     kept += 3 * tokens  # queries, keys, values
     kept += tokens + FLOAT * vit.num_heads * t  # attention's result and log-sum-exps
     kept += residual  # for the gradient of LayerScale
-    kept += e * 4 * D * D if casts else 0
+    kept += e * D * (4 * D + 1) if casts else 0  # and the last bias, for the gradient of LayerScale
     return Stage(
         "attention",
         {"activations": kept},
@@ -131,7 +131,7 @@ def feed_forward_stage(vit: ViTConfig, rows: Rows, rate: float, e: int, s: int, 
     residual = tokens if vit.init_values else 0
     kept = _norm(stream, t, rate) + tokens  # the norm's result
     kept += e * t * Z  # the activation's argument; its result is made again
-    kept += residual + (e * D * Z if casts else 0)
+    kept += residual + (e * D if casts else 0)  # and the last bias; other weights are cast again
     return Stage(
         "feed-forward layer",
         {"activations": kept},
@@ -140,6 +140,8 @@ def feed_forward_stage(vit: ViTConfig, rows: Rows, rate: float, e: int, s: int, 
         backward=(
             # The tokens' gradient; that of the branch's result; those of the activation's result and argument.
             Moment(stream + tokens + e * t * (H + Z) - residual, made=FLOAT * D * H),
+            # Those of the activation's argument and of the norm's result, which takes the first layer's weights.
+            Moment(stream + 2 * tokens + e * t * Z + (e * D * Z if casts else 0) - residual, made=FLOAT * D * (Z + H)),
             # At the norm: gradients of its result, and of the tokens before and after it is added.
             Moment(2 * stream + tokens - residual - e * t * Z, made=FLOAT * D * (Z + H)),
         ),

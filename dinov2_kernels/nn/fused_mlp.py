@@ -1,0 +1,152 @@
+"""Linear layer, activation, linear layer, with one pass over the features between the products of backward.
+
+Only the activation's argument z [T, Z] is kept of the features. The pass makes the activation's result h [T, H] again,
+which the gradient of the second weight needs, and the gradient of z with its sum over the tokens, which is that of the
+first bias. The same with one operator after the other is h again, the activation's derivative, and the sum:
+
+==========  ================================  ================================
+activation  elements moved in one pass        by one operator after the other
+==========  ================================  ================================
+GELU        4 T H                             6 T H
+SwiGLU      6 T H                             10 T H
+==========  ================================  ================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinov2_kernels._library import autocast_dtype, differentiably, needs_gradient
+from dinov2_kernels._modules import is_plain_linear, linear
+from dinov2_kernels.gelu import gelu_backward_
+from dinov2_kernels.swiglu import swiglu, swiglu_backward_
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation, and the pass over the features in backward.
+
+    Attributes:
+        forward: z [..., Z] to h [..., H].
+        backward: gradient of h [T, H], which may be overwritten, and z [T, Z] to h, the gradient of z and its sum [Z].
+    """
+
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def gelu(approximate: str) -> Activation:
+    """GELU as ``nn.GELU(approximate)`` computes it."""
+
+    def backward(grad: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h, dz_sum = gelu_backward_(grad, z, approximate=approximate)
+        return h, grad, dz_sum
+
+    return Activation(lambda z: F.gelu(z, approximate=approximate), backward)
+
+
+def _swiglu_backward(grad: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dz, dz_sum = swiglu_backward_(grad, z)
+    return grad, dz, dz_sum
+
+
+SWIGLU = Activation(swiglu, _swiglu_backward)
+
+
+def fused_mlp(first: nn.Module, activation: Activation, second: nn.Module, x: Tensor, *, bias: bool = True) -> Tensor:
+    """``second(activation(first(x)))`` with one pass between the products of backward; the same values and gradients.
+
+    It is just that expression under ``torch.compile``, which fuses by itself, and where a call of a layer does more
+    than ``F.linear``.
+
+    Args:
+        first: ``nn.Linear`` to width Z, or what stands in its place.
+        activation: from width Z to width H.
+        second: ``nn.Linear`` from width H, or what stands in its place.
+        x: [..., in_features].
+        bias: whether to add the bias of ``second``, which must be a plain ``nn.Linear`` if not.
+
+    Returns:
+        [..., out_features].
+    """
+    if torch.compiler.is_compiling() or not _can_fuse(first, second, x):
+        return linear(second, activation.forward(first(x)), bias=bias)
+    parameters = first.weight, first.bias, second.weight, second.bias if bias else None
+    tokens = x.to(autocast_dtype(x)).reshape(-1, x.shape[-1])  # [T, in_features]
+    y: Tensor = differentiably(_FusedMlp, activation, tokens, *parameters)
+    return y.view(*x.shape[:-1], -1) if x.dim() != 2 else y
+
+
+def _can_fuse(first: nn.Module, second: nn.Module, x: Tensor) -> bool:
+    if not (is_plain_linear(first) and is_plain_linear(second) and type(x) in (Tensor, nn.Parameter) and x.numel()):
+        return False
+    parameters = [p for p in (first.weight, first.bias, second.weight, second.bias) if isinstance(p, Tensor)]
+    if not needs_gradient(x, *parameters):
+        return False
+    dtypes = {tensor.dtype for tensor in (x, *parameters)}
+    return len(dtypes) == 1 or (torch.is_autocast_enabled(x.device.type) and torch.float64 not in dtypes)
+
+
+class _FusedMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        activation: Activation,
+        x: Tensor,
+        weight1: Tensor,
+        bias1: Tensor | None,
+        weight2: Tensor,
+        bias2: Tensor | None,
+    ) -> Tensor:
+        z = _linear(x, weight1, bias1)  # [T, Z]
+        ctx.save_for_backward(x, z, weight1, bias1, weight2, bias2)
+        ctx.activation = activation
+        return _linear(activation.forward(z), weight2, bias2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, z, weight1, bias1, weight2, bias2 = ctx.saved_tensors
+        activation, wanted = ctx.activation, ctx.needs_input_grad
+        if torch.is_grad_enabled():  # for derivatives of what is computed here
+            y = _linear(activation.forward(_linear(x, weight1, bias1)), weight2, bias2)
+            return _gradients(y, (None, x, weight1, bias1, weight2, bias2), wanted, grad)
+        _, x_wanted, weight1_wanted, bias1_wanted, weight2_wanted, bias2_wanted = wanted
+        dx = dweight1 = dbias1 = dweight2 = dbias2 = None
+        h: Any = None
+        dz: Any = None
+        if bias2_wanted:
+            dbias2 = grad.sum(dim=0).to(bias2.dtype)
+        if x_wanted or weight1_wanted or bias1_wanted:
+            h, dz, dz_sum = activation.backward(grad @ weight2.to(grad.dtype), z)
+            # Through the dtype of z, as under autocast: copies of weights in that dtype then have the same gradients.
+            dbias1 = dz_sum.to(z.dtype).to(bias1.dtype) if bias1_wanted else None
+        elif weight2_wanted:
+            h = activation.forward(z)
+        if weight2_wanted:
+            dweight2 = (grad.t() @ h).to(weight2.dtype)
+        del h
+        if weight1_wanted:
+            dweight1 = (dz.t() @ x).to(weight1.dtype)
+        if x_wanted:
+            dx = dz @ weight1.to(dz.dtype)
+        return None, dx, dweight1, dbias1, dweight2, dbias2
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """In the dtype of x, as under autocast."""
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _gradients(
+    y: Tensor, inputs: tuple[Tensor | None, ...], wanted: tuple[bool, ...], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the inputs for which they are wanted, which can be differentiated again."""
+    chosen = [x for x, is_wanted in zip(inputs, wanted, strict=True) if is_wanted and x is not None]
+    gradients = iter(torch.autograd.grad(y, chosen, grad, create_graph=True))
+    return tuple(next(gradients) if is_wanted else None for is_wanted in wanted)

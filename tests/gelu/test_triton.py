@@ -1,0 +1,40 @@
+"""The Triton kernel against the reference in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dinov2_kernels import _triton
+from dinov2_kernels.gelu import triton_kernel
+from tests.gelu.cases import CASES, DTYPES, Case, assert_matches_reference
+from tests.triton_interpreter import exact_bfloat16, ptx_arithmetic
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_outputs"),
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),  # exp(1e4) gives a gate of 0
+    pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, test_gpu.py runs the compiled kernels"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact_bfloat16(monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values(case: Case, dtype: torch.dtype) -> None:
+    assert_matches_reference(triton_kernel.gelu_backward_, case, dtype)
+
+
+def test_values_of_programs_that_take_rows_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few programs, so that each comes back for more rows, and the last time not all of them do."""
+    monkeypatch.setattr(_triton, "num_multiprocessors", lambda device: 1)
+    assert_matches_reference(triton_kernel.gelu_backward_, Case((157, 300)), torch.float32)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_in_the_arithmetic_of_a_gpu(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    ptx_arithmetic(monkeypatch)
+    assert_matches_reference(triton_kernel.gelu_backward_, case, torch.float32)
