@@ -28,6 +28,7 @@ namespace {
 
 constexpr int64_t kGrain = 1 << 15;  // elements below which a second thread does not pay
 constexpr int64_t kChunks = 128;     // at most, of a sum over tokens
+constexpr int64_t kAligned = 4;      // rows and positions of a draw start at a multiple of so many
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -130,13 +131,14 @@ Tensor gradient(const Tensor& like, const std::vector<double>& sum) {
 
 // ---- operators
 
-// Writes the rows of the kept samples, and into `place`, which is -1 throughout, where each kept token went.
+// One draw: writes the rows of the kept samples, kept[r] of each run, and into `place`, which is -1 throughout, where
+// each kept token went.
 template <class Key>
-void keep_smallest(const Key* key, const std::vector<int64_t>& runs, const std::vector<int64_t>& kept, int32_t* row,
+void keep_smallest(const Key* key, const std::vector<int64_t>& runs, const int64_t* kept, int32_t* row,
                    int32_t* place) {
   int32_t i = 0, token = 0;
   std::vector<int64_t> sample;
-  for (size_t r = 0; r < kept.size(); ++r) {
+  for (size_t r = 0; 2 * r < runs.size(); ++r) {
     const int64_t count = runs[2 * r], length = runs[2 * r + 1];
     sample.resize(count);
     std::iota(sample.begin(), sample.end(), 0);
@@ -158,21 +160,35 @@ void keep_smallest(const Key* key, const std::vector<int64_t>& runs, const std::
 
 std::tuple<Tensor, Tensor> residual_kept_rows(const Tensor& keys, std::vector<int64_t> runs,
                                               std::vector<int64_t> kept) {
-  int64_t num_rows = 0, num_tokens = 0;
-  for (size_t r = 0; r < kept.size(); ++r) {
-    num_rows += kept[r] * runs[2 * r + 1];
-    num_tokens += runs[2 * r] * runs[2 * r + 1];
+  const int64_t draws = keys.size(0), samples = keys.size(1), num_runs = runs.size() / 2;
+  const auto round_up = [](int64_t numbers) { return ceil_div(numbers, kAligned) * kAligned; };
+  int64_t num_tokens = 0, num_rows = 0;
+  for (int64_t r = 0; r < num_runs; ++r) num_tokens += runs[2 * r] * runs[2 * r + 1];
+  std::vector<int64_t> first_row(draws);
+  for (int64_t d = 0; d < draws; ++d) {
+    first_row[d] = num_rows = round_up(num_rows);
+    for (int64_t r = 0; r < num_runs; ++r) num_rows += kept[d * num_runs + r] * runs[2 * r + 1];
   }
+  const int64_t stride = round_up(num_tokens), num_places = (draws - 1) * stride + num_tokens;
   Tensor rows = torch::stable::new_empty(keys, {num_rows}, ScalarType::Int);
-  Tensor position = torch::stable::new_empty(keys, {num_tokens}, ScalarType::Int);
+  Tensor position = torch::stable::new_empty(keys, {num_places}, ScalarType::Int);
   int32_t* row = static_cast<int32_t*>(rows.mutable_data_ptr());
   int32_t* place = static_cast<int32_t*>(position.mutable_data_ptr());
-  std::fill(place, place + num_tokens, -1);
+  std::fill(place, place + num_places, -1);
+  for (int64_t d = 1; d < draws; ++d)  // the end of a gap is known, and what a draw writes comes after it
+    std::fill(row + std::max<int64_t>(first_row[d] - (kAligned - 1), 0), row + first_row[d], 0);
+  const auto draw_all = [&]<class Key>(const Key* key) {
+    parallel_for(0, draws, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t d = begin; d < end; ++d) {
+        keep_smallest(key + d * samples, runs, kept.data() + d * num_runs, row + first_row[d], place + d * stride);
+      }
+    });
+  };
   if (keys.scalar_type() == ScalarType::Float) {  // as they are drawn: converting them would cost more than the rest
-    keep_smallest(pointer<float>(keys), runs, kept, row, place);
+    draw_all(pointer<float>(keys));
   } else {
     const Tensor wide_keys = to(keys, ScalarType::Double);
-    keep_smallest(pointer<double>(wide_keys), runs, kept, row, place);
+    draw_all(pointer<double>(wide_keys));
   }
   return {rows, position};
 }

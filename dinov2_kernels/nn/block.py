@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -10,7 +10,7 @@ from dinov2_kernels.nn.attention import Attention
 from dinov2_kernels.nn.feed_forward import Mlp
 from dinov2_kernels.nn.layer_scale import LayerScale
 from dinov2_kernels.packing import PackedLayout
-from dinov2_kernels.residual import stochastic_depth
+from dinov2_kernels.residual import Connection, Subset, draw_subsets, residual_chain
 
 
 class Block(nn.Module):
@@ -88,23 +88,35 @@ class Block(nn.Module):
         )
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
 
-    def forward(self, x: Tensor, layout: PackedLayout | None = None) -> Tensor:
-        """x: [T, C] packed as ``layout`` says, or [B, N, C] without one; returns the same shape."""
+    def forward(
+        self, x: Tensor, layout: PackedLayout | None = None, subsets: Sequence[Subset] | None = None
+    ) -> Tensor:
+        """Tokens after both branches.
+
+        Args:
+            x: [T, C] packed as ``layout`` says, or [B, N, C] without one.
+            layout: the samples of x.
+            subsets: the samples that go through each of the two branches
+                (:func:`dinov2_kernels.residual.draw_subsets`), for a network that draws those of all its blocks at
+                once; by default the block draws its own.
+
+        Returns:
+            The shape of x.
+        """
         if layout is None:
-            return self.forward(x.flatten(0, 1), PackedLayout([(x.shape[0], x.shape[1])])).view_as(x)
+            return self.forward(x.flatten(0, 1), PackedLayout([(x.shape[0], x.shape[1])]), subsets).view_as(x)
+        of_attention, of_mlp = subsets or draw_subsets(x, layout, self.drop_rates)
+        connections = [
+            Connection(self.attn, of_attention, norm=self.norm1, gamma=_gamma(self.ls1)),
+            Connection(self._feed_forward, of_mlp, norm=self.norm2, gamma=_gamma(self.ls2)),
+        ]
+        return residual_chain(x, layout, connections, recompute=self.recompute)
+
+    @property
+    def drop_rates(self) -> tuple[float, float]:
+        """Share of the samples that each branch drops in the present mode."""
         rate = self.drop_path if self.training else 0.0
-        x = stochastic_depth(
-            x, layout, self.attn, drop_rate=rate, gamma=_gamma(self.ls1), norm=self.norm1, recompute=self.recompute
-        )
-        return stochastic_depth(
-            x,
-            layout,
-            self._feed_forward,
-            drop_rate=rate,
-            gamma=_gamma(self.ls2),
-            norm=self.norm2,
-            inplace=self.recompute,  # which implies it; nobody else holds x
-        )
+        return rate, rate
 
     def _feed_forward(self, x: Tensor, layout: PackedLayout) -> Tensor:
         y: Tensor = self.mlp(x)  # token by token, whatever the layout

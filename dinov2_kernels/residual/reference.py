@@ -11,8 +11,8 @@ operators below are their definitions: which rows are kept, gather and LayerNorm
 branch, and the scatter that adds its scaled result.
 
 Legend: T tokens of width C, of which t are kept; rows [t] int32 are the kept tokens in x; position [T] int32 is the
-place of a token among the kept ones, or -1; where rows and position are None, all tokens are kept. Statistics, sums and
-weights' gradients are float32, or float64 for float64 tokens.
+place of a token among the kept ones, or -1; where rows and position are None, all tokens are kept. S samples; every draw
+keeps some of them. Statistics, sums and weights' gradients are float32, or float64 for float64 tokens.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2_kernels._library import accumulation_dtype
@@ -51,11 +52,26 @@ def stochastic_depth(
 
 
 def residual_kept_rows(keys: Tensor, runs: Sequence[int], kept: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """rows [t] and position [T] of the kept[r] samples of each run r that have the smallest keys [S].
+    """rows [t] and position [T] of every draw, one draw after the other, from keys [draws, S].
 
-    ``runs`` are (count, length, count, length, ...). Samples stay in their order; of equal keys the first one counts as
-    smaller.
+    A draw keeps those samples of a run that have its smallest keys, in their order; of equal keys the first one counts
+    as smaller. ``runs`` are (count, length, count, length, ...), of which ``kept`` holds a number for each draw and run.
+    Every draw starts at a multiple of 4 numbers, 16 bytes: rows are filled up with 0 and positions with -1.
     """
+    num_runs = len(runs) // 2
+    draws = [
+        _kept_rows_of_a_draw(keys[d], runs, kept[d * num_runs : (d + 1) * num_runs]) for d in range(len(keys))
+    ]
+    rows, position = zip(*draws, strict=True)
+    return _join(rows, 0), _join(position, -1)
+
+
+def _join(draws: Sequence[Tensor], fill: int) -> Tensor:
+    filled_up = [F.pad(numbers, (0, -len(numbers) % 4), value=fill) for numbers in draws[:-1]]
+    return torch.cat([*filled_up, draws[-1]])
+
+
+def _kept_rows_of_a_draw(keys: Tensor, runs: Sequence[int], kept: Sequence[int]) -> tuple[Tensor, Tensor]:
     pieces, sample, token = [], 0, 0
     for count, length, num_kept in zip(runs[::2], runs[1::2], kept, strict=True):
         chosen = keys[sample : sample + count].sort(stable=True).indices[:num_kept].sort().values  # [kept]

@@ -74,6 +74,29 @@ CASES = (
 )
 
 
+DRAWS: tuple[tuple[tuple[tuple[int, int], ...], tuple[float, ...]], ...] = (
+    (((5, 7), (4, 3)), (0.3, 0.5, 0.3)),  # 47 tokens, so that every draw but the first has a gap before it
+    (((9, 4),), (0.9, 0.1)),
+    (((0, 3), (3, 1), (2, 0)), (0.5,) * 5),
+    ((), (0.5, 0.5)),
+    (((300, 1), (70, 3)), (0.2, 0.6)),
+)
+"""Runs, and the rates of several draws at once."""
+
+
+def assert_draws_match_reference(
+    operators: Any, runs: tuple[tuple[int, int], ...], rates: tuple[float, ...], device: str = "cpu"
+) -> None:
+    layout = PackedLayout(runs)
+    keys = torch.rand(len(rates), layout.num_sequences, generator=torch.Generator().manual_seed(0)).to(device)
+    arguments = keys, layout.flat_runs, [num_kept_samples(count, rate) for rate in rates for count, _ in runs]
+    for result, expected in zip(
+        operators.kept_rows(*arguments), reference.residual_kept_rows(*arguments), strict=True
+    ):
+        assert result.dtype == torch.int32
+        assert torch.equal(result, expected)
+
+
 def _vector(case: Case, generator: torch.Generator, wanted: bool, center: float) -> Tensor | None:
     values = torch.randn(case.C, dtype=torch.float64, generator=generator) * 0.3 + center
     return values if wanted else None
@@ -97,7 +120,7 @@ def assert_matches_reference(
     generator = torch.Generator().manual_seed(case.C + case.layout.total_tokens)
     T, C = case.layout.total_tokens, case.C
     wide = accumulation_dtype(torch.empty(0, dtype=dtype))
-    keys = torch.rand(case.layout.num_sequences, generator=generator).to(device)
+    keys = torch.rand(1, case.layout.num_sequences, generator=generator).to(device)
     rows = position = scale = None
     t = T
     if case.drop_rate > 0:
@@ -159,7 +182,7 @@ def launches() -> Iterator[None]:
 
     T, t = 58496, 40773
     rows, position = empty(t, dtype=torch.int32), empty(T, dtype=torch.int32)
-    yield triton_sampling.residual_kept_rows(empty(640, dtype=torch.float32), [128, 257, 512, 50], [89, 358])
+    yield triton_sampling.residual_kept_rows(empty(2, 640, dtype=torch.float32), [128, 257, 512, 50], [89, 358] * 2)
     of_autocast = [(torch.float32, torch.bfloat16, C) for C in (384, 768, 1024, 1280, 1536, 1537)]
     alike = [(dtype, dtype, 1280) for dtype in DTYPES]
     for dtype, branch_dtype, C in of_autocast + alike:

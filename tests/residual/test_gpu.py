@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from dinov2_kernels import PackedLayout, stochastic_depth
 from dinov2_kernels.residual import num_kept_samples, reference
-from tests.residual.cases import CASES, DTYPES, Case, assert_matches_reference, operators_of
+from tests.residual.cases import (
+    CASES,
+    DRAWS,
+    DTYPES,
+    Case,
+    assert_draws_match_reference,
+    assert_matches_reference,
+    operators_of,
+)
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
@@ -32,10 +40,15 @@ def test_values(case: Case, dtype: torch.dtype) -> None:
     assert_matches_reference(operators, case, dtype, "cuda")
 
 
+@pytest.mark.parametrize(("runs", "rates"), DRAWS, ids=str)
+def test_values_of_several_draws(runs: tuple[tuple[int, int], ...], rates: tuple[float, ...]) -> None:
+    assert_draws_match_reference(operators, runs, rates, "cuda")
+
+
 def test_results_do_not_change_from_run_to_run() -> None:
     layout = PackedLayout(CROPS)
     kept = [num_kept_samples(count, 0.3) for count, _ in CROPS]
-    rows, _ = operators.kept_rows(torch.rand(layout.num_sequences, device="cuda"), layout.flat_runs, kept)
+    rows, _ = operators.kept_rows(torch.rand(1, layout.num_sequences, device="cuda"), layout.flat_runs, kept)
     x, grad = torch.randn(2, layout.total_tokens, 1024, device="cuda")
     weight, bias, gamma = torch.randn(3, 1024, device="cuda")
     h, mean, rstd = operators.gather_norm(x, rows, weight, bias, 1e-6, torch.bfloat16)
@@ -117,7 +130,7 @@ def test_a_warm_call_never_waits_for_the_gpu(warm_connection: Connection) -> Non
 def test_more_than_two_to_the_31_elements() -> None:
     count, C = 2800, 1024
     layout = PackedLayout([(count, 800)])
-    rows, position = operators.kept_rows(torch.rand(count, device="cuda"), layout.flat_runs, [count // 2])
+    rows, position = operators.kept_rows(torch.rand(1, count, device="cuda"), layout.flat_runs, [count // 2])
     T, t = len(position), len(rows)
     assert T * C > 2**31
     x = torch.randn(T, C, dtype=torch.bfloat16, device="cuda")
