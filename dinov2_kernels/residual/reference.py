@@ -182,6 +182,55 @@ def residual_scatter_backward(
     return dresidual.to(dtype), dgamma, dbias
 
 
+def residual_scatter_gather_norm(
+    x: Tensor,
+    residual: Tensor,
+    position: Tensor | None,
+    scale: Tensor | None,
+    gamma: Tensor | None,
+    bias: Tensor | None,
+    next_rows: Tensor | None,
+    next_position: Tensor | None,
+    weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Result y [T, C] of :func:`residual_scatter`, and of it :func:`residual_gather_norm` for the next branch.
+
+    That branch keeps next_rows [t'], whose inverse is next_position [T].
+    """
+    y = residual_scatter(x, residual, position, scale, gamma, bias)
+    return y, *residual_gather_norm(y, next_rows, weight, norm_bias, eps, dtype)
+
+
+def residual_scatter_gather_norm_backward(
+    grad_h: Tensor,
+    grad_y: Tensor,
+    y: Tensor | None,
+    h: Tensor | None,
+    next_rows: Tensor | None,
+    next_position: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    norm_bias: Tensor | None,
+    residual: Tensor | None,
+    rows: Tensor | None,
+    position: Tensor | None,
+    scale: Tensor | None,
+    gamma: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x [T, C], weight, norm_bias [C], residual [t, C] in ``dtype``, gamma and bias [C].
+
+    Given are those of h [t', C] and of what else becomes of y [T, C].
+    """
+    dx, *of_norm = residual_gather_norm_backward(grad_h, grad_y, y, h, next_rows, mean, rstd, weight, norm_bias)
+    return dx, *of_norm, *residual_scatter_backward(dx, residual, rows, scale, gamma, bias, dtype)
+
+
 def _widen(x: Tensor, *tensors: Tensor | None) -> list[Any]:
     """The tensors, as far as they are there, in the accumulation dtype of the tokens x."""
     return [None if tensor is None else tensor.to(accumulation_dtype(x)) for tensor in tensors]

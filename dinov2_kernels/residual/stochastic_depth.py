@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from dinov2_kernels._library import needs_gradient
 from dinov2_kernels.packing import PackedLayout
-from dinov2_kernels.residual.op import gather_norm, scatter_add
+from dinov2_kernels.residual.op import gather_norm, scatter_add, scatter_gather_norm
 from dinov2_kernels.residual.reference import Branch
 from dinov2_kernels.residual.sampling import Subset, draw_subsets
 
@@ -153,10 +153,15 @@ def _run(x: Tensor, connections: Sequence[Connection], inplace: bool, recompute:
             raise ValueError(f"branch: expected a residual of shape {list(kept_shape)}, got {list(residual.shape)}")
         if residual.device != x.device:
             raise ValueError(f"branch: expected a residual on the device of x, {x.device}, got {residual.device}")
-        x = scatter_add(x, residual, subset, gamma, bias, inplace=inplace)
-        if following is not None:
-            inplace = recompute  # nobody else holds x
-            kept, x = _gather(x, following, inplace, recompute)
+        if following is not None and not inplace and _is_fusable(following.norm, x):
+            kept, x = scatter_gather_norm(
+                x, residual, subset, gamma, bias, following.subset, following.norm, recompute=recompute
+            )
+        else:
+            x = scatter_add(x, residual, subset, gamma, bias, inplace=inplace)
+            if following is not None:
+                kept, x = _gather(x, following, recompute, recompute)
+        inplace = recompute  # from here on nobody else holds x
     return x
 
 
@@ -200,8 +205,10 @@ def _base_of(x: Tensor) -> Tensor:
     return x if torch.compiler.is_compiling() or x._base is None else x._base
 
 
-def _is_plain(norm: nn.LayerNorm, x: Tensor) -> bool:
-    """Whether a call of the module does nothing but its LayerNorm over the channels: no hooks, no other forward."""
+def _is_fusable(norm: object, x: Tensor) -> TypeGuard[nn.LayerNorm]:
+    """Whether a call of the norm does nothing but a LayerNorm over the channels: no hooks, no other forward."""
+    if not isinstance(norm, nn.LayerNorm):
+        return False
     weight = norm.weight  # looked up once: a module takes its time over it
     if weight is not None and weight.device != x.device:
         return False  # a call of it says so
@@ -212,7 +219,7 @@ def _is_plain(norm: nn.LayerNorm, x: Tensor) -> bool:
 def _gather(x: Tensor, connection: Connection, inplace: bool, recompute: bool) -> tuple[Tensor, Tensor]:
     """What the branch is given, and x for the scatter."""
     subset, norm = connection.subset, connection.norm
-    if isinstance(norm, nn.LayerNorm) and _is_plain(norm, x) and not (inplace and _base_of(x) is not x):
+    if _is_fusable(norm, x) and not (inplace and _base_of(x) is not x):
         return gather_norm(x, subset, norm, inplace=inplace, recompute=recompute)
     if subset.rows is not None:
         kept = x.index_select(0, subset.rows)
