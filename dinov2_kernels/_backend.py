@@ -43,7 +43,7 @@ class use_backend(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         if self.name == "reference":
             return operator.reference(*args)
-        if operator.composite is not None and (operator.triton is None or self.name != "triton"):
+        if operator.composite is not None:
             with self:  # for the operators that it is made of
                 return operator.composite(*args)
         if self.name == "triton":
@@ -59,10 +59,10 @@ def info() -> dict[str, Any]:
 
     Returns:
         A dictionary with the versions, per device type why compiled kernels are missing (None: they are there), how
-        the extension was built, and for each operator with kernels of its own what the dispatcher will run on CPU and
-        on CUDA, "composite" being other operators. An operator whose CUDA kernels no GPU has confirmed yet says so.
+        the extension was built, and for each operator that is not made of others what the dispatcher will run on CPU
+        and on CUDA. An operator whose CUDA kernels no GPU has confirmed yet says so.
     """
-    with_kernels = {name: x for name, x in sorted(_library.OPERATORS.items()) if x.triton or x.composite is None}
+    with_kernels = {name: x for name, x in sorted(_library.OPERATORS.items()) if x.composite is None}
     return {
         "version": __version__,
         "torch": torch.__version__,
@@ -78,10 +78,9 @@ def info() -> dict[str, Any]:
 
 def _describe(operator: _library.Operator) -> dict[str, str]:
     on_triton = operator.triton is not None and _library.triton_is_installed()
-    otherwise = "composite" if operator.composite else "reference"
     return {
-        "cpu": "native" if operator.has_native("cpu") else otherwise,
-        "cuda": "triton" if on_triton else otherwise,
+        "cpu": "native" if operator.has_native("cpu") else "reference",
+        "cuda": "triton" if on_triton else "reference",
         "verified_on_gpu": operator.verified_on_gpu or "none yet",
     }
 

@@ -43,7 +43,7 @@ class Operator:
         name: name of the operator, without its namespace.
         reference: the definition, in plain PyTorch, for any device.
         triton: ``"module:function"`` of the Triton implementation, or None.
-        composite: how it is made of other operators, where it has no kernel of its own; None where it never is.
+        composite: how it is made of other operators, on every device; None for an operator with kernels of its own.
         verified_on_gpu: the GPU on which its CUDA kernels passed their tests, with the date; None where none did yet.
     """
 
@@ -93,8 +93,8 @@ def define(
         reference: the definition in plain PyTorch; serves every device that has nothing better.
         fake: allocates the result for given arguments without computing it (``torch.compile``, FakeTensor).
         triton: ``"module:function"`` of the implementation for CUDA.
-        composite: Python that calls other operators, which have kernels; it serves every device that has nothing
-            better in place of the definition, with which it is compared like any kernel.
+        composite: Python that calls other operators, which have kernels; it serves every device in place of the
+            definition, with which it is compared like any kernel.
         verified_on_gpu: e.g. ``"NVIDIA H200, 2026-11-23"`` once its CUDA kernels passed their tests there.
     """
     operator = Operator(schema.partition("(")[0], reference, triton, composite, verified_on_gpu)

@@ -126,56 +126,11 @@ _scatter_backward = define(
 ).call
 
 
-
-
-def _compose_scatter_gather_norm(
-    x: Tensor,
-    residual: Tensor,
-    position: Tensor | None,
-    scale: Tensor | None,
-    gamma: Tensor | None,
-    bias: Tensor | None,
-    next_rows: Tensor | None,
-    next_position: Tensor | None,
-    weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y = _scatter(x, residual, position, scale, gamma, bias)
-    return y, *_gather_norm(y, next_rows, weight, norm_bias, eps, dtype)
-
-
-def _compose_scatter_gather_norm_backward(
-    grad_h: Tensor,
-    grad_y: Tensor,
-    y: Tensor | None,
-    h: Tensor | None,
-    next_rows: Tensor | None,
-    next_position: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    norm_bias: Tensor | None,
-    residual: Tensor | None,
-    rows: Tensor | None,
-    position: Tensor | None,
-    scale: Tensor | None,
-    gamma: Tensor | None,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dx, *of_norm = _gather_norm_backward(grad_h, grad_y, y, h, next_rows, mean, rstd, weight, norm_bias)
-    return dx, *of_norm, *_scatter_backward(dx, residual, rows, scale, gamma, bias, dtype)
-
-
-# A GPU has a kernel for both; on a CPU that has proved no faster than one after the other.
 _scatter_gather_norm = define(
     "residual_scatter_gather_norm(Tensor x, Tensor residual, Tensor? position, Tensor? scale, Tensor? gamma, "
     "Tensor? bias, Tensor? next_rows, Tensor? next_position, Tensor? weight, Tensor? norm_bias, float eps, "
     "ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=reference.residual_scatter_gather_norm,
-    composite=_compose_scatter_gather_norm,
     fake=_fake_scatter_gather_norm,
     triton=f"{_TRITON}:residual_scatter_gather_norm",
 ).call
@@ -185,7 +140,6 @@ _scatter_gather_norm_backward = define(
     "Tensor? rows, Tensor? position, Tensor? scale, Tensor? gamma, Tensor? bias, ScalarType dtype) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.residual_scatter_gather_norm_backward,
-    composite=_compose_scatter_gather_norm_backward,
     fake=_fake_scatter_gather_norm_backward,
     triton=f"{_TRITON}:residual_scatter_gather_norm_backward",
 ).call

@@ -98,10 +98,11 @@ def draw_subsets(
     is_traced = torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter)
     plan = (_plan if is_traced else _cached_plan)(layout, rates, x.device, accumulation_dtype(x))
     rows, position = _kept_rows(keys, layout.flat_runs, plan.kept)
-    draws = zip(
-        plan.layouts, rows.split(plan.row_sizes)[::2], position.split(plan.position_sizes)[::2], plan.scales, strict=True
-    )
-    return [Subset(*next(draws)) if rate else Subset(layout) for rate in drop_rates]
+    if len(drop_rates) == 1:  # nothing to cut, which would take longer than the draw
+        return [Subset(plan.layouts[0], rows, position, plan.scales[0])]
+    pieces = rows.split_with_sizes(plan.row_sizes)[::2], position.split_with_sizes(plan.position_sizes)[::2]
+    draws = map(Subset, plan.layouts, *pieces, plan.scales)
+    return [next(draws) if rate else Subset(layout) for rate in drop_rates]
 
 
 class _Plan(NamedTuple):
