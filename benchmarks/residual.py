@@ -29,10 +29,8 @@ missed:
 - bfloat16 with backward at C = 1024 scatters between 0.85 and 1.35: what is mapped anew of its 30 MB tensors varies.
 - The block gains a little more than its share of the work; why was not looked into.
 
-One kernel for the scatter and the gather was tried on a CPU (2026-11-30, processor time of one thread of a shared AMD EPYC
-with AVX-512, medians of 38 pairs in turns, [(32, 257), (128, 50)], C = 384), tile by tile with the tokens in the cache: the
-forward pass at 0.93 to 1.04 of the speed of two kernels, below 1 in five of six cases, the backward pass at 1.02 to 1.07. The prediction
-had been 1.20 and 1.14. Smaller tiles were slower. It was left out.
+The chain (2026-11-30, a shared machine): 0.96 to 1.04 of the speed of one connection after the other. One kernel for the
+scatter and the gather was tried on a CPU, tile by tile with the tokens in the cache: docs/operators/residual.md.
 """
 
 from __future__ import annotations

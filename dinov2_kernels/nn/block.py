@@ -88,9 +88,7 @@ class Block(nn.Module):
         )
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
 
-    def forward(
-        self, x: Tensor, layout: PackedLayout | None = None, subsets: Sequence[Subset] | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, layout: PackedLayout | None = None, subsets: Sequence[Subset] | None = None) -> Tensor:
         """Tokens after both branches.
 
         Args:

@@ -11,8 +11,8 @@ operators below are their definitions: which rows are kept, gather and LayerNorm
 branch, and the scatter that adds its scaled result.
 
 Legend: T tokens of width C, of which t are kept; rows [t] int32 are the kept tokens in x; position [T] int32 is the
-place of a token among the kept ones, or -1; where rows and position are None, all tokens are kept. S samples; every draw
-keeps some of them. Statistics, sums and weights' gradients are float32, or float64 for float64 tokens.
+place of a token among the kept ones, or -1; where rows and position are None, all tokens are kept. S are all samples.
+Statistics, sums and weights' gradients are float32, or float64 for float64 tokens.
 """
 
 from __future__ import annotations
@@ -55,13 +55,11 @@ def residual_kept_rows(keys: Tensor, runs: Sequence[int], kept: Sequence[int]) -
     """rows [t] and position [T] of every draw, one draw after the other, from keys [draws, S].
 
     A draw keeps those samples of a run that have its smallest keys, in their order; of equal keys the first one counts
-    as smaller. ``runs`` are (count, length, count, length, ...), of which ``kept`` holds a number for each draw and run.
+    as smaller. ``runs`` are (count, length, count, length, ...); ``kept`` has a number for each draw and run of it.
     Every draw starts at a multiple of 4 numbers, 16 bytes: rows are filled up with 0 and positions with -1.
     """
     num_runs = len(runs) // 2
-    draws = [
-        _kept_rows_of_a_draw(keys[d], runs, kept[d * num_runs : (d + 1) * num_runs]) for d in range(len(keys))
-    ]
+    draws = [_kept_rows_of_a_draw(keys[d], runs, kept[d * num_runs : (d + 1) * num_runs]) for d in range(len(keys))]
     rows, position = zip(*draws, strict=True)
     return _join(rows, 0), _join(position, -1)
 
@@ -227,8 +225,10 @@ def residual_scatter_gather_norm_backward(
 
     Given are those of h [t', C] and of what else becomes of y [T, C].
     """
-    dx, *of_norm = residual_gather_norm_backward(grad_h, grad_y, y, h, next_rows, mean, rstd, weight, norm_bias)
-    return dx, *of_norm, *residual_scatter_backward(dx, residual, rows, scale, gamma, bias, dtype)
+    dx, dweight, dnorm_bias = residual_gather_norm_backward(
+        grad_h, grad_y, y, h, next_rows, mean, rstd, weight, norm_bias
+    )
+    return dx, dweight, dnorm_bias, *residual_scatter_backward(dx, residual, rows, scale, gamma, bias, dtype)
 
 
 def _widen(x: Tensor, *tensors: Tensor | None) -> list[Any]:

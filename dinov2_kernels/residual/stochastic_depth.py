@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from dinov2_kernels._library import needs_gradient
+from dinov2_kernels._library import accumulation_dtype, needs_gradient
 from dinov2_kernels.packing import PackedLayout
 from dinov2_kernels.residual.op import gather_norm, scatter_add, scatter_gather_norm
 from dinov2_kernels.residual.reference import Branch
@@ -77,15 +77,15 @@ def stochastic_depth(
     Raises:
         TypeError, ValueError: an argument or the residual is not as described.
     """
-    if (drop_rate is None) == (subset is None):
-        raise ValueError(f"drop_rate, subset: expected one of the two, got drop_rate {drop_rate} and subset {subset}")
-    if subset is not None and generator is not None:
-        raise ValueError("generator: expected None beside a subset, which is drawn already")
     _check(x, layout)
     if inplace:
         _check_overwritable(x)
-    if subset is None:
+    if drop_rate is not None and subset is None:
         (subset,) = draw_subsets(x, layout, [drop_rate], generator)
+    elif drop_rate is not None or subset is None:
+        raise ValueError(f"drop_rate, subset: expected one of the two, got drop_rate {drop_rate} and subset {subset}")
+    elif generator is not None:
+        raise ValueError("generator: expected None beside a subset, which is drawn already")
     connection = Connection(branch, subset, norm, gamma, bias)
     _check_connection(connection, x)
     return _run(x.contiguous(), [connection], inplace, recompute)
@@ -145,24 +145,52 @@ def residual_chain(
 
 def _run(x: Tensor, connections: Sequence[Connection], inplace: bool, recompute: bool) -> Tensor:
     kept, x = _gather(x, connections[0], inplace, recompute)
-    for (branch, subset, _, gamma, bias), following in pairwise([*connections, None]):
-        kept_shape = kept.shape
-        residual = branch(kept, subset.layout)
+    for connection, following in pairwise(connections):
+        residual = _residual(connection, kept)
         del kept  # where no backward pass needs it, the result of the scatter may take its memory
-        if residual.shape != kept_shape:
-            raise ValueError(f"branch: expected a residual of shape {list(kept_shape)}, got {list(residual.shape)}")
-        if residual.device != x.device:
-            raise ValueError(f"branch: expected a residual on the device of x, {x.device}, got {residual.device}")
-        if following is not None and not inplace and _is_fusable(following.norm, x):
-            kept, x = scatter_gather_norm(
-                x, residual, subset, gamma, bias, following.subset, following.norm, recompute=recompute
-            )
-        else:
-            x = scatter_add(x, residual, subset, gamma, bias, inplace=inplace)
-            if following is not None:
-                kept, x = _gather(x, following, recompute, recompute)
+        kept, x = _scatter_gather(x, residual, connection, following, inplace, recompute)
         inplace = recompute  # from here on nobody else holds x
-    return x
+    residual = _residual(connections[-1], kept)
+    del kept
+    _, subset, _, gamma, bias = connections[-1]
+    return scatter_add(x, residual, subset, gamma, bias, inplace=inplace)
+
+
+def _gather(x: Tensor, connection: Connection, inplace: bool, recompute: bool) -> tuple[Tensor, Tensor]:
+    """What the branch is given, and x for the scatter."""
+    subset, norm = connection.subset, connection.norm
+    if _is_fusable(norm, x) and not (inplace and _base_of(x) is not x):
+        return gather_norm(x, subset, norm, inplace=inplace, recompute=recompute)
+    kept = _kept(x, subset, inplace)
+    return kept if norm is None else norm(kept), x
+
+
+def _kept(x: Tensor, subset: Subset, inplace: bool) -> Tensor:
+    """The kept tokens, apart from x where x will be overwritten: the branch may need them in its backward."""
+    if subset.rows is not None:
+        return x.index_select(0, subset.rows)
+    return x.clone() if inplace else x
+
+
+def _residual(connection: Connection, kept: Tensor) -> Tensor:
+    residual = connection.branch(kept, connection.subset.layout)
+    if residual.shape != kept.shape:
+        raise ValueError(f"branch: expected a residual of shape {list(kept.shape)}, got {list(residual.shape)}")
+    if residual.device != kept.device:
+        raise ValueError(f"branch: expected a residual on the device of x, {kept.device}, got {residual.device}")
+    return residual
+
+
+def _scatter_gather(
+    x: Tensor, residual: Tensor, connection: Connection, following: Connection, inplace: bool, recompute: bool
+) -> tuple[Tensor, Tensor]:
+    """What the following branch is given, and x with the residual."""
+    _, subset, _, gamma, bias = connection
+    if _is_fusable(following.norm, x) and not inplace:
+        next_subset, norm = following.subset, following.norm
+        return scatter_gather_norm(x, residual, subset, gamma, bias, next_subset, norm, recompute=recompute)
+    x = scatter_add(x, residual, subset, gamma, bias, inplace=inplace)
+    return _gather(x, following, recompute, recompute)
 
 
 def _check(x: Tensor, layout: PackedLayout) -> None:
@@ -177,12 +205,14 @@ def _check(x: Tensor, layout: PackedLayout) -> None:
 
 def _check_connection(connection: Connection, x: Tensor) -> None:
     _, subset, _, gamma, bias = connection
-    position = subset.position
+    position, scale = subset.position, subset.scale
     tokens = subset.layout.total_tokens if position is None else position.shape[0]
     if tokens != x.shape[0]:
         raise ValueError(f"subset: expected one of {x.shape[0]} tokens, those of x, got one of {tokens}")
     if position is not None and position.device != x.device:
         raise ValueError(f"subset: expected the device of x, {x.device}, got {position.device}")
+    if scale is not None and scale.dtype != accumulation_dtype(x):
+        raise TypeError(f"subset: expected one drawn for tokens in {x.dtype}, got a scale in {scale.dtype}")
     for name, vector in (("gamma", gamma), ("bias", bias)):
         if vector is None:
             continue
@@ -214,15 +244,3 @@ def _is_fusable(norm: object, x: Tensor) -> TypeGuard[nn.LayerNorm]:
         return False  # a call of it says so
     hooks = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
     return not hooks and type(norm).forward is nn.LayerNorm.forward and norm.normalized_shape == x.shape[1:]
-
-
-def _gather(x: Tensor, connection: Connection, inplace: bool, recompute: bool) -> tuple[Tensor, Tensor]:
-    """What the branch is given, and x for the scatter."""
-    subset, norm = connection.subset, connection.norm
-    if _is_fusable(norm, x) and not (inplace and _base_of(x) is not x):
-        return gather_norm(x, subset, norm, inplace=inplace, recompute=recompute)
-    if subset.rows is not None:
-        kept = x.index_select(0, subset.rows)
-    else:  # apart from x where x will be overwritten: the branch may need it in its backward
-        kept = x.clone() if inplace else x
-    return kept if norm is None else norm(kept), x

@@ -99,9 +99,7 @@ def assert_draws_match_reference(
     layout = PackedLayout(runs)
     keys = torch.rand(len(rates), layout.num_sequences, generator=torch.Generator().manual_seed(0)).to(device)
     arguments = keys, layout.flat_runs, [num_kept_samples(count, rate) for rate in rates for count, _ in runs]
-    for result, expected in zip(
-        operators.kept_rows(*arguments), reference.residual_kept_rows(*arguments), strict=True
-    ):
+    for result, expected in zip(operators.kept_rows(*arguments), reference.residual_kept_rows(*arguments), strict=True):
         assert result.dtype == torch.int32
         assert torch.equal(result, expected)
 

@@ -176,7 +176,9 @@ def test_autocast(recompute: bool) -> None:
         leaf = x.to(dtype).requires_grad_()
         y = chain(leaf, connections, recompute=recompute)
         assert y.dtype == dtype
-        return y, *torch.autograd.grad(y.square().sum(), [leaf, *parts.gammas, *parts.biases, *parts.norms.parameters()])
+        return y, *torch.autograd.grad(
+            y.square().sum(), [leaf, *parts.gammas, *parts.biases, *parts.norms.parameters()]
+        )
 
     exact = results(wide, torch.float64, lambda norm: norm)
     with torch.autocast("cpu", torch.bfloat16):
@@ -201,7 +203,9 @@ def test_activation_checkpointing(recompute: bool) -> None:
 
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     expected = run(lambda x: chain(x, connections, recompute=recompute))
-    torch.testing.assert_close(run(lambda x: checkpoint(chain, x, connections, recompute=recompute, **options)), expected)
+    torch.testing.assert_close(
+        run(lambda x: checkpoint(chain, x, connections, recompute=recompute, **options)), expected
+    )
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -239,9 +243,7 @@ def test_opcheck() -> None:
         of_norm = (grad_h, grad_y, *source, following.rows, following.position, mean, rstd, p, p)
         for gamma, bias in ((p, p), (None, None)):
             of_scatter = (residual, subset.rows, subset.position, subset.scale, gamma, bias, torch.bfloat16)
-            torch.library.opcheck(
-                operators.residual_scatter_gather_norm_backward.default, (*of_norm, *of_scatter)
-            )
+            torch.library.opcheck(operators.residual_scatter_gather_norm_backward.default, (*of_norm, *of_scatter))
 
 
 def test_bad_chains() -> None:

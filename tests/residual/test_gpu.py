@@ -163,9 +163,9 @@ def test_a_chain_in_a_cuda_graph() -> None:
 
 def test_a_capture_without_a_warm_call_says_so() -> None:
     x, layout = torch.zeros(33, 8, device="cuda"), PackedLayout([(11, 3)])  # runs of no other test
-    with pytest.raises(RuntimeError, match="make the same call once before the capture"):
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):
-            draw_subsets(x, layout, [0.25])
+    message = "make the same call once before the capture"
+    with pytest.raises(RuntimeError, match=message), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        draw_subsets(x, layout, [0.25])
 
 
 @pytest.fixture

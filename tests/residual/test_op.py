@@ -249,6 +249,10 @@ def test_bad_subsets() -> None:
     for other in (others, Subset(PackedLayout([(4, 2)]))):
         with pytest.raises(ValueError, match="subset: expected one of 6 tokens, those of x, got one of 8"):
             stochastic_depth(x, layout, lambda h, _: h, subset=other)
+    with pytest.raises(
+        TypeError, match=r"subset: expected one drawn for tokens in torch.float64, got a scale in torch.float32"
+    ):
+        stochastic_depth(x.double(), layout, lambda h, _: h, subset=subset)
     with pytest.raises(ValueError, match="subset: expected the device of x, cpu, got meta"):
         stochastic_depth(x, layout, lambda h, _: h, subset=subset._replace(position=subset.position.to("meta")))
 
