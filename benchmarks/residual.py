@@ -29,8 +29,8 @@ missed:
 - bfloat16 with backward at C = 1024 scatters between 0.85 and 1.35: what is mapped anew of its 30 MB tensors varies.
 - The block gains a little more than its share of the work; why was not looked into.
 
-The chain (2026-11-30, a shared machine): 0.96 to 1.04 of the speed of one connection after the other. One kernel for the
-scatter and the gather was tried on a CPU, tile by tile with the tokens in the cache: docs/operators/residual.md.
+The chain (2026-11-30, a shared machine): 0.96 to 1.04 of the speed of one connection after the other. One kernel for
+the scatter and the gather was tried on a CPU, tile by tile with the tokens in the cache: docs/operators/residual.md.
 """
 
 from __future__ import annotations
