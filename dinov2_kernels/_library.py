@@ -128,22 +128,6 @@ def autocast_disabled(device_type: str) -> AbstractContextManager[object]:
     return nullcontext()
 
 
-def check_not_capturing(device: torch.device) -> None:
-    """Called by a cache of device tensors that is about to make one: refuse while a CUDA graph is being captured.
-
-    The memory would be the graph's, which writes to it anew with every replay, and a copy from the host cannot be
-    captured.
-
-    Raises:
-        RuntimeError: the current stream is being captured.
-    """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "a CUDA graph is being captured, and this call needs a table on the device that does not exist yet: make"
-            " the same call once before the capture"
-        )
-
-
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd must hear of a call: if not, the operator is called without it, which is cheaper."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)

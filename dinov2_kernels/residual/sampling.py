@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from operator import index
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dinov2_kernels._library import accumulation_dtype, check_not_capturing, define
+from dinov2_kernels._library import accumulation_dtype, define
+from dinov2_kernels._tables import table_cache
 from dinov2_kernels.packing import PackedLayout
 from dinov2_kernels.residual import reference
 
@@ -152,7 +152,4 @@ def _with_gaps(sizes: Sequence[int]) -> list[int]:
     return [n for size in sizes for n in (size, -size % 4)][:-1]
 
 
-@lru_cache(maxsize=128)
-def _cached_plan(layout: PackedLayout, rates: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> _Plan:
-    check_not_capturing(device)
-    return _plan(layout, rates, device, dtype)
+_cached_plan = table_cache(maxsize=128)(_plan)

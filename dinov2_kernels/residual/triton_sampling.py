@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from itertools import accumulate
 from operator import mul
 from typing import NamedTuple
@@ -12,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dinov2_kernels._library import check_not_capturing
+from dinov2_kernels._tables import table_cache
 
 
 def residual_kept_rows(keys: Tensor, runs: list[int], kept: list[int]) -> tuple[Tensor, Tensor]:
@@ -48,13 +47,12 @@ class _Table(NamedTuple):
     num_places: int
 
 
-@lru_cache(maxsize=128)
+@table_cache(maxsize=128)
 def _table(counts: tuple[int, ...], lengths: tuple[int, ...], kept: tuple[int, ...], device: torch.device) -> _Table:
     """On the device from the first call on, so that later ones copy nothing.
 
     Numbers given to Triton by value would make it compile a kernel for every pattern of ones and multiples of 16.
     """
-    check_not_capturing(device)
     num_runs, S, T = len(counts), sum(counts), sum(map(mul, counts, lengths))
     samples_before, tokens_before = _before(counts), _before(list(map(mul, counts, lengths)))
     table, end_of_rows, end_of_places = [], 0, 0

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dinov2_kernels import PackedLayout, stochastic_depth
-from dinov2_kernels.residual import Subset, draw_subsets, num_kept_samples, reference, sampling
+from dinov2_kernels import PackedLayout, _tables, stochastic_depth
+from dinov2_kernels.residual import Subset, draw_subsets, num_kept_samples, reference
 from tests.residual.cases import MODES
 
 LAYOUTS = {
@@ -257,21 +257,25 @@ def test_bad_subsets() -> None:
         stochastic_depth(x, layout, lambda h, _: h, subset=subset._replace(position=subset.position.to("meta")))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, test_gpu.py captures a graph")
 def test_no_table_is_made_while_a_cuda_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph would own its memory; what was made before the capture serves within it."""
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    layout, message = PackedLayout([(7, 11)]), "a CUDA graph is being captured.*the same call once before the capture"
-    with pytest.raises(RuntimeError, match=message):
-        sampling._cached_plan(layout, (0.5,), torch.device("cuda"), torch.float32)
     triton_sampling = pytest.importorskip("dinov2_kernels.residual.triton_sampling")
-    with pytest.raises(RuntimeError, match=message):
-        triton_sampling._table((7,), (11,), (3,), torch.device("cuda"))
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(sampling, "_plan", lambda *arguments: arguments)  # no GPU is needed to see what is cached
-    made = sampling._cached_plan(layout, (0.5,), torch.device("cuda"), torch.float32)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert sampling._cached_plan(layout, (0.5,), torch.device("cuda"), torch.float32) is made
-    sampling._cached_plan.cache_clear()
+    layout, x = PackedLayout([(7, 11), (1, 23)]), torch.zeros(100, 2)  # runs of no other test
+    draws = (
+        lambda: draw_subsets(x, layout, [0.5]),
+        lambda: triton_sampling.residual_kept_rows(torch.rand(1, 8), layout.flat_runs, [3, 1]),
+    )
+    for draw in draws:
+        monkeypatch.setattr(_tables, "is_capturing", lambda: True)
+        with pytest.raises(
+            RuntimeError, match=r"a CUDA graph is being captured.*the same call once before the capture"
+        ):
+            draw()
+        monkeypatch.setattr(_tables, "is_capturing", lambda: False)
+        draw()
+        monkeypatch.setattr(_tables, "is_capturing", lambda: True)
+        draw()
 
 
 class _DoublingNorm(nn.LayerNorm):
