@@ -1,17 +1,27 @@
 # Every target sets up what it needs by itself: a virtual environment in .venv with pinned versions and the compiled
 # extensions. On a machine without a GPU, TORCH_INDEX may name PyTorch's index of CPU wheels, which spares a download of
 # several gigabytes; targets for a GPU run with the Python that has its PyTorch (GPU_PYTHON).
+#
+# make gpu is for a GPU that is at hand for minutes: LIMIT=420 are its seconds, OUT=gpu-results its folder, PHASES=tests
+# and ONLY=koleo,sinkhorn a part of it. What it would have to build there, make gpu-kit builds beforehand, with a Python
+# of the same version (GPU_KIT_PYTHON) and the packages of gpu/kit-requirements.txt, which are that machine's.
 
 PYTHON ?= python3
 GPU_PYTHON ?= python3
 TORCH_INDEX ?=
+GPU_KIT_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python) $(shell command -v python3.12))
+LIMIT ?= 420
+OUT ?= gpu-results
+PHASES ?=
+ONLY ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
+KIT_VENV := .venv-gpu-kit
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*)
 CI_CUDA := $(if $(shell command -v nvcc),DINOV2_KERNELS_CUDA=1)
 
-.PHONY: help setup demo demo-curate test check format bench test-gpu bench-gpu clean
+.PHONY: help setup demo demo-curate test check format bench gpu gpu-kit gpu-rehearsal test-gpu bench-gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
@@ -47,14 +57,29 @@ format: setup ## apply the formatter and the lint fixes
 bench: setup ## benchmarks on this CPU, peers side by side; writes benchmarks/results
 	$(BIN)/python -m pytest -m 'not gpu' benchmarks
 
+gpu: ## all that a GPU can tell within LIMIT seconds: tests, benchmarks, a step, a profile; into OUT
+	@$(GPU_PYTHON) -m gpu --limit $(LIMIT) --output $(OUT) $(if $(PHASES),--phases $(PHASES)) $(if $(ONLY),--only $(ONLY))
+
+gpu-kit: $(KIT_VENV)/ready ## what make gpu then need not build: extensions, and Triton's kernels in its cache
+	$(KIT_VENV)/bin/python -m gpu.kit make
+
+gpu-rehearsal: setup ## make gpu without a GPU: everything but the kernels
+	$(BIN)/python -m gpu --rehearse --limit 900 --output $(OUT)
+
+$(KIT_VENV)/ready: gpu/kit-requirements.txt
+	@test -n "$(GPU_KIT_PYTHON)" || { echo 'gpu-kit: expected a Python 3.12 on PATH, or in GPU_KIT_PYTHON' && exit 1; }
+	$(GPU_KIT_PYTHON) -m venv $(KIT_VENV)
+	$(KIT_VENV)/bin/pip --disable-pip-version-check --quiet install -r gpu/kit-requirements.txt
+	touch $@
+
 test-gpu: ## tests that need a GPU, with the PyTorch of GPU_PYTHON
 	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
-	$(GPU_PYTHON) -m pytest -m gpu tests
+	$(GPU_PYTHON) -m pytest -m gpu tests/*/test_gpu.py
 
 bench-gpu: ## benchmarks on this GPU, with the PyTorch of GPU_PYTHON
 	$(GPU_PYTHON) setup.py --quiet build_ext --inplace
-	$(GPU_PYTHON) -m pytest -m gpu benchmarks
+	$(GPU_PYTHON) -m pytest -m gpu benchmarks/*_gpu.py
 
 clean: ## remove everything that is built
-	rm -rf $(VENV) build dist *.egg-info dinov2_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(KIT_VENV) .gpu-kit gpu-results build dist *.egg-info dinov2_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,8 +1,9 @@
 """What all benchmarks share: peers timed in turns, and a dated JSON of every run in ``benchmarks/results``.
 
 ``make bench`` runs all files here; ``pytest benchmarks/sinkhorn.py`` runs one. Peers carry the same group and stand
-side by side in pytest-benchmark's table. A result file is named by date and machine; a later run of the same day
-replaces the entries that it measured again.
+side by side in pytest-benchmark's table. A result file is named by date and machine, unless ``--results`` names it; a
+later run of the same day replaces the entries that it measured again. It is written after every benchmark, so a run
+that is cut short leaves what it measured.
 """
 
 from __future__ import annotations
@@ -26,15 +27,27 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from benchmarks import gpu
+
 RESULTS = Path(__file__).parent / "results"
 Measurements = dict[str, dict[str, object]]
-MEASUREMENTS = pytest.StashKey[Measurements]()
 Compare = Callable[..., None]
+CLOCK = gpu.Clock()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--million", action="store_true", help="measure curation on a million vectors too")
     parser.addoption("--peer-python", help="Python of an environment with peers that need their own")
+    parser.addoption("--rounds", type=int, help="rounds of every benchmark, in place of what each asks for")
+    parser.addoption("--results", type=Path, help="file for the results, in place of benchmarks/results/DATE-MACHINE")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a GPU pytest-benchmark reads the device's time; peers that take long to build come last."""
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+    items.sort(key=lambda item: item.get_closest_marker("slow_to_build") is not None)
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
@@ -46,25 +59,35 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Mod
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """One call, awaited on a GPU too."""
+    """One call, by the host's clock."""
     start = time.perf_counter()
     function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
 @pytest.fixture
-def compare(benchmark: BenchmarkFixture) -> Compare:
+def compare(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Compare:
     """Time a peer in turns with the baseline, so that a busy machine slows both; record bytes and the ratio.
 
     ``compare(peer, baseline, least_bytes=..., rounds=...)`` leaves in the result: ``speedup``, the median over the
-    rounds of baseline time / own time; ``least_MB``, what any implementation must move; ``GB_per_s``, that over the
-    median time; with ``flops=...``, the floating-point operations of any implementation, ``GFLOP_per_s`` likewise.
+    rounds of baseline time / own time; ``baseline_ms``; ``least_MB``, what any implementation must move; ``GB_per_s``,
+    that over the median time; with ``flops=...``, the floating-point operations of any implementation,
+    ``GFLOP_per_s`` likewise. On a GPU also ``floor_ms``, the least time of an H200 (``floor=...`` in seconds where
+    bytes and operations do not tell it), and with ``predicted=...`` in seconds ``predicted_ms``.
     """
 
+    on_gpu = request.node.get_closest_marker("gpu") is not None
+    time_of_baseline, time_of_peer = (gpu.seconds, CLOCK.time) if on_gpu else (seconds, seconds)
+
     def run(
-        peer: Callable[[], object], baseline: Callable[[], object], *, least_bytes: int, rounds: int, flops: int = 0
+        peer: Callable[[], object],
+        baseline: Callable[[], object],
+        *,
+        least_bytes: int,
+        rounds: int,
+        flops: int = 0,
+        floor: float | None = None,
+        predicted: float | None = None,
     ) -> None:
         peer()  # warm up: threads, caches, torch.compile
         baseline()
@@ -72,59 +95,68 @@ def compare(benchmark: BenchmarkFixture) -> Compare:
         times: list[float] = []
 
         def before_round() -> None:
-            times.append(seconds(baseline))
+            times.append(time_of_baseline(baseline))
 
         def timed() -> None:
-            pairs.append((times[-1], seconds(peer)))
+            pairs.append((times[-1], time_of_peer(peer)))
 
+        rounds = request.config.getoption("rounds") or rounds
         benchmark.pedantic(timed, setup=before_round, rounds=rounds)
         median = statistics.median(own for _, own in pairs)
         benchmark.extra_info |= {
             "speedup": round(statistics.median(base / own for base, own in pairs), 2),
+            "baseline_ms": round(1e3 * statistics.median(times), 4),
             "least_MB": round(least_bytes / 1e6, 1),
             "GB_per_s": round(least_bytes / median / 1e9, 2),
         }
         if flops:
             benchmark.extra_info["GFLOP_per_s"] = round(flops / median / 1e9, 1)
+        if on_gpu:
+            floor = gpu.floor_seconds(least_bytes, flops) if floor is None else floor
+            benchmark.extra_info["floor_ms"] = round(1e3 * floor, 4)
+        if predicted is not None:
+            benchmark.extra_info["predicted_ms"] = round(1e3 * predicted, 4)
 
     return run
 
 
+@pytest.fixture(scope="session")
+def machine(request: pytest.FixtureRequest) -> dict[str, object]:
+    """The machine that is measured: its GPU where the benchmarks are for one."""
+    on_gpu = any(item.get_closest_marker("gpu") for item in request.session.items)
+    return describe_machine("cuda" if on_gpu else "cpu")
+
+
 @pytest.fixture(autouse=True)
-def record(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Keep the numbers of a test for the result file."""
+def record(request: pytest.FixtureRequest, machine: dict[str, object]) -> Iterator[None]:
+    """Put the numbers of a test into the result file."""
     yield
     benchmark = request.node.funcargs.get("benchmark")
-    if benchmark is not None and benchmark.stats:
-        stats = benchmark.stats.stats
-        times = {name: round(1e3 * getattr(stats, name), 4) for name in ("min", "median", "max")}
-        request.config.stash.setdefault(MEASUREMENTS, {})[request.node.nodeid] = {
-            "group": benchmark.group,
-            "milliseconds": times,
-            "rounds": stats.rounds,
-            **benchmark.extra_info,
-        }
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    measurements = session.config.stash.get(MEASUREMENTS, {})
-    if not measurements:
+    if benchmark is None or not benchmark.stats:
         return
-    machine = describe_machine()
-    name = re.sub("[^a-z0-9]+", "-", f"{machine['processor']} {machine['threads']} threads".lower())
-    path = RESULTS / f"{date.today()}-{name}.json"
+    stats = benchmark.stats.stats
+    times = {name: round(1e3 * getattr(stats, name), 4) for name in ("min", "median", "max")}
+    measured = {"group": benchmark.group, "milliseconds": times, "rounds": stats.rounds, **benchmark.extra_info}
+    write_results({request.node.nodeid: measured}, machine, request.config.getoption("results"))
+
+
+def write_results(measurements: Measurements, machine: dict[str, object], path: Path | None) -> None:
+    """Add measurements to a result file, whose name tells date and machine where none is given."""
+    if path is None:
+        name = re.sub("[^a-z0-9]+", "-", f"{machine['processor']} {machine['threads']} threads".lower())
+        path = RESULTS / f"{date.today()}-{name}.json"
     earlier: Measurements = json.loads(path.read_text())["results"] if path.exists() else {}
-    RESULTS.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine, "results": earlier | measurements}, indent=1) + "\n")
 
 
-def describe_machine() -> dict[str, object]:
-    """The processor that was measured, and the bandwidth of its memory as large copies and sums reach it."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def describe_machine(device: str) -> dict[str, object]:
+    """The processor that is measured, and the bandwidth of its memory as large copies and sums reach it."""
+    time_of = gpu.seconds if device == "cuda" else seconds
     source = torch.ones(2**26, device=device)  # 256 MB
     target = torch.ones_like(source)
-    read = min(seconds(source.sum) for _ in range(10))
-    copy = min(seconds(lambda: target.copy_(source)) for _ in range(10))
+    read = min(time_of(source.sum) for _ in range(10))
+    copy = min(time_of(lambda: target.copy_(source)) for _ in range(10))
     return {
         "processor": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "threads": torch.get_num_threads(),

@@ -54,9 +54,10 @@ def threads() -> Iterator[None]:
     cv2.setNumThreads(before)
 
 
-def smooth_images(N: int, side: int) -> Tensor:
+def smooth_images(N: int, side: int, device: str = "cpu") -> Tensor:
     """Noise of a few pixels' grain, uint8 [N, side, side, 3]."""
-    grains = torch.randint(0, 256, (N, 3, side // 8, side // 8), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator(device).manual_seed(0)
+    grains = torch.randint(0, 256, (N, 3, side // 8, side // 8), device=device, generator=generator)
     images = torch.nn.functional.interpolate(grains.float(), (side, side), mode="bicubic").clamp(0, 255)
     return images.to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 

@@ -94,10 +94,10 @@ class Head:
     """Parameters, normalised features [N, D], and logits [M, K] of a teacher; index [N, J] of its rows, or None."""
 
     def __init__(self, N: int, M: int, dtype: torch.dtype, index: Tensor | None, device: str = "cpu") -> None:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)
 
         def random(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(device)
+            return torch.randn(shape, device=device, generator=generator)
 
         self.dtype, self.device = dtype, device
         self.features = F.normalize(random(N, D), dim=1).requires_grad_()

@@ -85,7 +85,7 @@ DTYPES = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in
 
 
 def random_logits(B: int, dtype: torch.dtype, device: str) -> Tensor:
-    return torch.randn(B, K, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    return torch.randn(B, K, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
 
 
 @pytest.mark.parametrize("peer", PEERS)

@@ -20,9 +20,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +46,12 @@ class Operator:
         reference: the definition, in plain PyTorch, for any device.
         triton: ``"module:function"`` of the Triton implementation, or None.
         composite: how it is made of other operators, on every device; None for an operator with kernels of its own.
-        verified_on_gpu: the GPU on which its CUDA kernels passed their tests, with the date; None where none did yet.
     """
 
     name: str
     reference: Implementation
     triton: str | None
     composite: Implementation | None
-    verified_on_gpu: str | None
 
     @property
     def call(self) -> Any:
@@ -65,6 +65,14 @@ class Operator:
         """Whether the compiled extension holds a kernel of this operator for ``"cpu"`` or ``"cuda"``."""
         namespace = "dinov2_kernels_cuda" if device_type == "cuda" else "dinov2_kernels"
         return torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{self.name}", device_type.upper())
+
+    @property
+    def verified_on_gpu(self) -> str | None:
+        """The GPU on which its Triton kernels passed their tests, with the date; None where none has run them."""
+        if self.triton is None:
+            return None
+        verified = _verified_on_gpu().get(self.triton.split(".")[1], {}).get("triton")
+        return verified and f"{verified['gpu']}, {verified['date']}"
 
     def call_triton(self, *args: Any) -> Any:
         """Run the Triton implementation, importing it on the first call."""
@@ -84,7 +92,6 @@ def define(
     fake: Implementation,
     triton: str | None = None,
     composite: Implementation | None = None,
-    verified_on_gpu: str | None = None,
 ) -> Operator:
     """Define ``dinov2_kernels::<op>`` and register its reference, its fake and its Triton implementation.
 
@@ -95,9 +102,8 @@ def define(
         triton: ``"module:function"`` of the implementation for CUDA.
         composite: Python that calls other operators, which have kernels; it serves every device in place of the
             definition, with which it is compared like any kernel.
-        verified_on_gpu: e.g. ``"NVIDIA H200, 2026-11-23"`` once its CUDA kernels passed their tests there.
     """
-    operator = Operator(schema.partition("(")[0], reference, triton, composite, verified_on_gpu)
+    operator = Operator(schema.partition("(")[0], reference, triton, composite)
     _LIBRARY.define(schema)
     _CUDA_LIBRARY.define(schema)
     _LIBRARY.impl(operator.name, composite or reference, "CompositeExplicitAutograd")
@@ -106,6 +112,13 @@ def define(
         _LIBRARY.impl(operator.name, operator.call_triton, "CUDA")
     OPERATORS[operator.name] = operator
     return operator
+
+
+@cache
+def _verified_on_gpu() -> dict[str, dict[str, dict[str, str]]]:
+    """By folder of the operators and kind of kernels, what ``python -m gpu.verify`` recorded."""
+    record: dict[str, dict[str, dict[str, str]]] = json.loads((_PACKAGE / "verified_on_gpu.json").read_text())
+    return record
 
 
 def accumulation_dtype(x: torch.Tensor) -> torch.dtype:

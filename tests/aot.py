@@ -118,17 +118,12 @@ def compile_triton(operator: str, target: int) -> list[Usage]:
     return [Usage(**usage) for usage in json.loads(output.splitlines()[-1])]
 
 
-def compile_launches(operator: str, target: int) -> list[Usage]:
+def stand_in_for_a_gpu(target: int) -> None:
+    """Let Triton and the kernels' launchers, in this process, believe in a GPU of sm_<target>."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    def compile_instead(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        kernel = launch(self, *args, grid=grid, warmup=True, **options)
-        compiled[kernel.hash] = kernel
-
-    compiled: dict[str, Any] = {}
-    torch.cuda.get_device_capability = lambda device=None: divmod(target, 10)  # launchers may ask for it
-    launch, triton.JITFunction.run = triton.JITFunction.run, compile_instead
+    torch.cuda.get_device_capability = lambda device=None: divmod(target, 10)
     triton.runtime.driver.set_active(
         SimpleNamespace(
             get_current_target=lambda: GPUTarget("cuda", target, 32),
@@ -136,6 +131,18 @@ def compile_launches(operator: str, target: int) -> list[Usage]:
             get_current_stream=lambda device: 0,
         )
     )
+
+
+def compile_launches(operator: str, target: int) -> list[Usage]:
+    import triton
+
+    def compile_instead(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        compiled[kernel.hash] = kernel
+
+    compiled: dict[str, Any] = {}
+    stand_in_for_a_gpu(target)
+    launch, triton.JITFunction.run = triton.JITFunction.run, compile_instead
     for _ in importlib.import_module(f"tests.{operator}.cases").launches():
         pass
     return [read_compiled(kernel) for kernel in compiled.values()]

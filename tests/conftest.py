@@ -39,7 +39,9 @@ _TORCHVISION = _make_torchvision_importable()  # its operators live as long as t
 @pytest.fixture
 def poisoned_outputs() -> Iterator[None]:
     """Fill all fresh memory with NaN, so that an element which a kernel never writes is seen."""
-    torch.use_deterministic_algorithms(True)  # fills uninitialised memory, whether Python or C++ asks for it
+    # This fills uninitialised memory, whether Python or C++ asks for it. On a GPU it would also refuse what the
+    # references are made of, cuBLAS among them, which here need not be the same bits in every run.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)

@@ -17,6 +17,7 @@ from dinov2.models.initialization import init_weights
 from dinov2.models.patch_embedding import PatchEmbed
 from dinov2.models.position_embedding import interpolate_position_embedding
 from dinov2_kernels import PackedLayout
+from dinov2_kernels._library import autocast_dtype
 from dinov2_kernels.nn import Block, Mlp, SwiGLUFFN
 from dinov2_kernels.residual import Subset, draw_subsets
 
@@ -36,11 +37,17 @@ class VisionTransformer(nn.Module):
 
     Args:
         config: the architecture.
+
+    Attributes:
+        residual_in_fp32: under autocast, keep the tokens between blocks in float32, as they are made (the default);
+            False keeps them in autocast's dtype. They are ``x_prenorm`` in the end; the last norm gives float32 anyhow.
+            A choice of how to compute, not of the architecture: no file of weights knows it.
     """
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.config = config
+        self.residual_in_fp32 = True
         dim = config.embed_dim
         norm_layer = partial(nn.LayerNorm, eps=1e-6)
         self.patch_embed = PatchEmbed(config.patch_size, config.in_chans, dim)
@@ -122,7 +129,7 @@ class VisionTransformer(nn.Module):
         if not wanted or wanted[0] < 0 or wanted[-1] >= depth:
             raise ValueError(f"n: expected 1 to {depth} blocks or indices from 0 to {depth - 1}, got {n}")
         outputs = self._block_outputs(x, wanted)
-        outputs = [self.norm(output) if norm else output for output in outputs]
+        outputs = [self._last_norm(output) if norm else output for output in outputs]
         grid = self.patch_embed.grid(x)
         patches = [output[:, 1 + self.config.num_register_tokens :] for output in outputs]
         if reshape:
@@ -164,7 +171,7 @@ class VisionTransformer(nn.Module):
         packed = layout.pack(tokens)  # [T, D]
         for block, subsets in zip(self.blocks, self._subsets(packed, layout), strict=True):
             packed = block(packed, layout, subsets)
-        return layout, packed, self.norm(packed)
+        return layout, packed, self._last_norm(packed)
 
     def _subsets(self, packed: Tensor, layout: PackedLayout) -> list[tuple[Subset, Subset]]:
         """The samples that each branch of each block keeps, drawn in one launch."""
@@ -196,7 +203,15 @@ class VisionTransformer(nn.Module):
         prefix = self.cls_token + positions[:, :1]  # [1, 1, D]
         if self.register_tokens is not None:
             prefix = torch.cat([prefix, self.register_tokens], dim=1)  # [1, 1 + R, D]
-        return torch.cat([prefix.expand(len(images), -1, -1), patches + positions[:, 1:]], dim=1)
+        tokens = torch.cat([prefix.expand(len(images), -1, -1), patches + positions[:, 1:]], dim=1)
+        return tokens if self.residual_in_fp32 else tokens.to(autocast_dtype(tokens))
+
+    def _last_norm(self, tokens: Tensor) -> Tensor:
+        """On CUDA autocast would widen them by itself, on a CPU it would not."""
+        if not self.residual_in_fp32:
+            tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+        normed: Tensor = self.norm(tokens)
+        return normed
 
 
 def _check_mask(mask: Tensor, patches: Tensor) -> None:

@@ -1,6 +1,6 @@
-"""What a run does to the blocks of its networks before it trains: recompute activations, compile.
+"""What a run does to the blocks of its networks before it trains: dtype of tokens, recomputed activations, compiling.
 
-Both replace how a block computes and nothing else: parameters keep their names, so checkpoints do not tell. The order
+Each changes how blocks compute and nothing else: parameters keep their names, so checkpoints do not tell. The order
 counts: a compiled block includes its recomputation, and FSDP gathers the weights of a compiled block around it.
 """
 
@@ -32,7 +32,12 @@ tokens, of the 14 that it keeps otherwise; norms, activations, gathers and scatt
 
 
 def prepare_blocks(objective: SelfDistillation, config: RunConfig) -> None:
-    """Apply ``activation_checkpointing`` to the students' blocks and ``compile`` to those of all networks that run."""
+    """Apply ``activation_checkpointing`` to the students' blocks and ``compile`` to those of all networks that run.
+
+    ``residual_in_fp32`` holds for all networks, those that only a probe runs among them.
+    """
+    for network in objective.networks:
+        cast(VisionTransformer, network["backbone"]).residual_in_fp32 = config.residual_in_fp32
     students = list(objective.students.values())
     for network in [*students, objective.teacher]:
         for block in cast(VisionTransformer, network["backbone"]).blocks:

@@ -126,6 +126,10 @@ class RunConfig:
     precision: Precision = "auto"
     """Of matrix products and attention: fp32; bf16; fp16, with a scaled loss, for GPUs that lack bf16. Weights, their
     averages and all sums are float32. auto: bf16 on a GPU and fp32 on a CPU; a resumed run keeps what it had."""
+    residual_in_fp32: bool = True
+    """Keep the residual stream, the tokens between blocks and their gradients, in float32. False, for precision bf16
+    alone, keeps it in bfloat16: less memory and fewer bytes to move, but each block rounds its sums to 8 bits, and what
+    is below 1/512 of a token is lost, as are branches under a LayerScale of 1e-5 at first."""
     activation_checkpointing: ActivationCheckpointing = "none"
     """What the student's blocks compute again in the backward pass, for less memory and the same results: nothing; all
     but products and attention (selective); or everything (full), which takes a third more time."""
@@ -163,6 +167,11 @@ class RunConfig:
             )
         if self.precision not in get_args(Precision):
             raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, but is {self.precision!r}")
+        if not self.residual_in_fp32 and self.precision not in ("auto", "bf16"):
+            raise ValueError(
+                "residual_in_fp32 can be False with precision bf16 alone, but precision is"
+                f" {self.precision}: fp32 has no narrower dtype, and sums over the blocks can overflow float16"
+            )
         if self.activation_checkpointing not in get_args(ActivationCheckpointing):
             raise ValueError(
                 f"activation_checkpointing must be one of {', '.join(get_args(ActivationCheckpointing))}, but is"

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from dinov2.train.config import Precision, RunConfig
 
+Config = TypeVar("Config", bound=RunConfig)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -28,7 +29,16 @@ def settle_precision(config: RunConfig, device: torch.device) -> RunConfig:
         return config
     config_file = config.output / "config.json"
     saved = json.loads(config_file.read_text()).get("precision") if config_file.is_file() else None
-    return replace(config, precision=saved or definite(config.precision, device))
+    return replace(config, precision=saved) if saved else with_definite_precision(config, device)
+
+
+def with_definite_precision(config: Config, device: torch.device) -> Config:
+    """``config`` with what its precision means on a device.
+
+    Raises:
+        ValueError: another field does not go with it.
+    """
+    return replace(config, precision=definite(config.precision, device))
 
 
 def definite(precision: Precision, device: torch.device) -> Literal["fp32", "bf16", "fp16"]:

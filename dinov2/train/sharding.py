@@ -73,8 +73,8 @@ def split_network(network: nn.ModuleDict, mesh: DeviceMesh, dtype: torch.dtype) 
     """Split a backbone and its heads over ``mesh``, block by block.
 
     Blocks are gathered in ``dtype``. Their products are computed in it anyway, and their norms and LayerScales, whose
-    arithmetic stays float32, multiply or make what is rounded to it. Their tokens are not cast: the residual stream
-    stays float32. Everything else is gathered in float32, as it enters float32 arithmetic: what the stream starts from,
+    arithmetic stays float32, multiply or make what is rounded to it. Their tokens, the residual stream,
+    are not cast. Everything else is gathered in float32, as it enters float32 arithmetic: what the stream starts from,
     the last norm, and the heads, with prototypes that are normalised and a centre that is a mean of logits. Gradients
     are averaged in float32.
     """

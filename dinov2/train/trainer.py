@@ -33,11 +33,12 @@ from dinov2.train.building import build_objective
 from dinov2.train.config import RunConfig
 from dinov2.train.metrics import SKIPPED
 from dinov2.train.parameter_groups import apply_settings, parameter_groups
-from dinov2.train.precision import Arithmetic
+from dinov2.train.precision import Arithmetic, with_definite_precision
 from dinov2.train.processes import Processes, resolve_device
 from dinov2.train.run_directory import flatten
 from dinov2.train.schedules import Schedules, StepSettings
 from dinov2.train.sharding import exchange_gradients, gathered, split_objective
+from dinov2.train.weight_copies import WeightCopies, keeps_weight_copies
 
 Probe = Callable[[VisionTransformer], dict[str, float]]
 """Measures the teacher's backbone, in eval mode and without gradients, e.g. the k-NN accuracy on labelled images."""
@@ -52,9 +53,9 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig, processes: Processes | None = None) -> None:
-        self.config = config
         self.processes = processes = processes or Processes(resolve_device(config.device))
         self.device = processes.device
+        self.config = config = with_definite_precision(config, self.device)
         self.arithmetic = Arithmetic(config.precision, self.device)
         torch.manual_seed(config.seed)
         self._is_split = processes.group is not None and config.parallel.sharding != "replicate"
@@ -65,6 +66,9 @@ class Trainer:
             self.objective = self._build().to(self.device)
             if processes.group is not None:
                 self._replicas = _replicated(self.objective, processes.group)
+        kept = keeps_weight_copies(config, self.device.type, is_split=self._is_split)
+        running = [*self.objective.students.values(), self.objective.teacher]
+        self._weight_copies = WeightCopies(running if kept else [], self.arithmetic.dtype)
         self.schedules = Schedules(config)
         optim = config.optim
         groups = [
@@ -93,6 +97,7 @@ class Trainer:
         config, settings = self.config, self.schedules(step)
         apply_settings(self.optimizer.param_groups, settings)
         self.optimizer.zero_grad()
+        self._weight_copies.renew()  # here, whatever has changed the weights since the last step
         first = step * config.accumulation_steps
         last = first + config.accumulation_steps - 1
         terms = []
@@ -128,9 +133,10 @@ class Trainer:
         on_device = finish(batch, self.config.data.augmentation, self.device)
         world_size, rank = self.processes.world_size, self.processes.rank
         torch.manual_seed(micro_batch_seed(self.config.seed, number * world_size + rank))
-        with self.arithmetic.autocast():
-            terms: dict[str, Tensor] = (self._replicas or self.objective)(on_device, settings.teacher_temperature)
-        self.arithmetic.backward(terms["total"] / self.config.accumulation_steps)
+        with self._weight_copies.in_place():
+            with self.arithmetic.autocast():
+                terms: dict[str, Tensor] = (self._replicas or self.objective)(on_device, settings.teacher_temperature)
+            self.arithmetic.backward(terms["total"] / self.config.accumulation_steps)
         self._last_crops = on_device["global_crops"]
         return {name: term.detach().float() for name, term in terms.items()}
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from dinov2_kernels.attention.triton_tiles import (
-    LN2,
+    LOG2E,
     TAIL,
     add_product,
     find_block,
@@ -25,7 +25,7 @@ from dinov2_kernels.attention.triton_tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["start", "length", "blocks"])
+@triton.jit(do_not_specialize=["start", "length", "blocks", "T"])
 def backward_short(
     grad,
     q,
@@ -69,8 +69,12 @@ def backward_short(
     norm, row_delta = _load_queries(grads, out, lse, 0, length, H * D, ROWS, D, True)
     p, ds = _probabilities(keys, queries, values, grads, norm[None, :], row_delta[None, :], scale)  # [keys, queries]
     there = (row < length)[:, None]
-    p = tl.where(there, p, 0.0).to(queries[0].dtype)
-    ds = tl.where(there, ds, 0.0).to(queries[0].dtype)
+    p = tl.where(there, p, 0.0)
+    ds = tl.where(there, ds, 0.0)
+    if q.dtype.element_ty == tl.float32:  # ds sums to 0 over the keys; of a single key, what rounding leaves is all
+        ds -= p * tl.sum(ds, 0)[None, :]
+    p = p.to(queries[0].dtype)
+    ds = ds.to(queries[0].dtype)
     store_tile(dqkv + 2 * H * D, 0, length, 3 * H * D, add_product(p, grads, zeros_like(queries, ROWS)), D)
     dk = add_product(ds, queries, zeros_like(queries, ROWS))
     store_tile(dqkv + H * D, 0, length, 3 * H * D, scale_tile(dk, scale), D)
@@ -84,19 +88,19 @@ def _load_queries(grads, out, lse, first, end, row_stride, ROWS: tl.constexpr, D
     delta = row_products(grads, load_tile(out, first, end, row_stride, ROWS, D, MASKED))
     row = first + tl.arange(0, ROWS)
     if MASKED:
-        return tl.load(lse + row, mask=row < end, other=float("inf")) / LN2, delta
+        return tl.load(lse + row, mask=row < end, other=float("inf")) * LOG2E, delta
     else:
-        return tl.load(lse + row) / LN2, delta
+        return tl.load(lse + row) * LOG2E, delta
 
 
 @triton.jit
 def _probabilities(x, y, gx, gy, norm, delta, scale):
     """p and ds, from queries and keys as x and y, or as y and x; gradients and values as gx and gy alike."""
-    p = tl.exp2(inner_products(x, y) * (scale / LN2) - norm)
+    p = tl.exp2(inner_products(x, y) * (scale * LOG2E) - norm)
     return p, p * (inner_products(gx, gy) - delta)
 
 
-@triton.jit(do_not_specialize=["start", "length", "blocks"])
+@triton.jit(do_not_specialize=["start", "length", "blocks", "T"])
 def backward_blocks(
     grad,
     q,

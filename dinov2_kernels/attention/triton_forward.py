@@ -10,6 +10,7 @@ import triton.language as tl
 
 from dinov2_kernels.attention.triton_tiles import (
     LN2,
+    LOG2E,
     TAIL,
     add_product,
     add_transposed_product,
@@ -27,7 +28,7 @@ from dinov2_kernels.attention.triton_tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["start", "length", "blocks"])
+@triton.jit(do_not_specialize=["start", "length", "blocks", "T"])
 def forward_resident(
     q,
     k,
@@ -97,7 +98,7 @@ def _attend(
     maximum = tl.full([QUERIES], float("-inf"), tl.float32)
     scores = ()
     for i in tl.static_range(len(PARTS)):
-        part = inner_products(queries, keys[i]) * (scale / LN2)  # [QUERIES, PARTS[i]]
+        part = inner_products(queries, keys[i]) * (scale * LOG2E)  # [QUERIES, PARTS[i]]
         if i == len(PARTS) - 1:
             there = total(PARTS, i) + tl.arange(0, PARTS[i]) < length
             part = tl.where(there[None, :], part, float("-inf"))
@@ -135,7 +136,7 @@ def _attend_few(
     maximum = tl.full([QUERIES], float("-inf"), tl.float32)
     scores = ()
     for i in tl.static_range(len(PARTS)):
-        part = inner_products(keys[i], queries) * (scale / LN2)  # [PARTS[i], QUERIES]
+        part = inner_products(keys[i], queries) * (scale * LOG2E)  # [PARTS[i], QUERIES]
         if i == len(PARTS) - 1:
             there = total(PARTS, i) + tl.arange(0, PARTS[i]) < length
             part = tl.where(there[:, None], part, float("-inf"))
@@ -151,7 +152,7 @@ def _attend_few(
     tl.store(lse + row, (maximum + tl.log2(norm)) * LN2, mask=row < length)
 
 
-@triton.jit(do_not_specialize=["start", "length", "blocks"])
+@triton.jit(do_not_specialize=["start", "length", "blocks", "T"])
 def forward_streaming(
     q,
     k,
@@ -220,7 +221,7 @@ def _attend_more(
 ):
     key = first_key + tl.arange(0, KEYS)
     keys = load_tile(k, first_key, length, token_stride, KEYS, D, MASKED)
-    scores = inner_products(queries, keys) * (scale / LN2)  # [QUERIES, KEYS]
+    scores = inner_products(queries, keys) * (scale * LOG2E)  # [QUERIES, KEYS]
     if MASKED:
         scores = tl.where((key < length)[None, :], scores, float("-inf"))
     larger = tl.maximum(maximum, tl.max(scores, 1))

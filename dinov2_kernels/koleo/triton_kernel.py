@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dinov2_kernels._library import accumulation_dtype
-from dinov2_kernels._triton import widen
+from dinov2_kernels._triton import div_rn, sqrt_rn, widen
 from dinov2_kernels.koleo.triton_tiles import at_least, distance, row_divisor, search, take_nearest
 
 MANY_ROWS = 8192  # from here on tiles of 64 rows are enough for every multiprocessor
@@ -77,7 +77,10 @@ def _tiles(x: Tensor, B: int, block: int, k: int) -> tuple[tuple[int, int], dict
     return (triton.cdiv(block, rows), B // block), tile
 
 
-@triton.jit
+# The rows of a batch are constant in a run; the rank of a process is not compiled in, so one kernel serves all of them.
+
+
+@triton.jit(do_not_specialize=["rank"])
 def _nearest(
     x,
     index,
@@ -105,7 +108,7 @@ def _nearest(
         tl.store(cosine + own * k + slot, tl.where(found < -2, float("nan"), found), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank"])
 def _forward(
     x,
     index,
@@ -143,7 +146,7 @@ def _own_rows(block, ROWS: tl.constexpr):
     return tl.program_id(1).to(tl.int64) * block + member, member < block
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank"])
 def _backward(grad, x, index, dx, N, D, B, k, rank, eps: tl.float64, WIDTH: tl.constexpr, ENTRIES: tl.constexpr):
     dtype: tl.constexpr = grad.dtype.element_ty
     eps = tl.full([], eps, dtype)
@@ -175,8 +178,8 @@ def _backward(grad, x, index, dx, N, D, B, k, rank, eps: tl.float64, WIDTH: tl.c
 def _unit_row(x, n, column, D, eps):
     """[WIDTH], and the length of the row."""
     values = widen(tl.load(x + n * D + column, mask=column < D, other=0.0))
-    length = tl.sqrt(tl.sum(values * values, 0))
-    return values / at_least(length, eps), length
+    length = sqrt_rn(tl.sum(values * values, 0))
+    return div_rn(values, at_least(length, eps)), length
 
 
 @triton.jit
@@ -188,4 +191,4 @@ def _pull(u, v, column, D, eps, scale, same):
     """
     difference = tl.where(column < D, u - v + eps, 0.0)
     apart = tl.sqrt(tl.sum(difference * difference, 0))
-    return tl.where(same | (apart == 0), 0.0, difference / (apart * (apart + eps) / scale))
+    return tl.where(same | (apart == 0), 0.0, div_rn(difference, apart * (apart + eps) / scale))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dinov2_kernels._triton import widen
+from dinov2_kernels._triton import div_rn, sqrt_rn, widen
 
 FARTHEST = tl.constexpr(-3.0e38)  # in place of a cosine that is NaN: a candidate, but the last
 
@@ -23,12 +23,15 @@ def load_rows(x, row, inside, column, D):
 
 @triton.jit
 def row_divisor(x, row, inside, D, eps, DEPTH: tl.constexpr):
-    """What divides each row to make it a unit row: its length, but at least eps."""
+    """What divides each row to make it a unit row: its length, but at least eps.
+
+    The length is rounded to the nearest number: a row of one number then becomes exactly 1 or -1.
+    """
     squares = tl.zeros([row.shape[0]], eps.dtype)
     for start in range(0, D, DEPTH):
         values = widen(load_rows(x, row, inside, start + tl.arange(0, DEPTH), D))
         squares += tl.sum(values * values, 1)
-    return at_least(tl.sqrt(squares), eps)
+    return at_least(sqrt_rn(squares), eps)
 
 
 @triton.jit
@@ -47,8 +50,8 @@ def distance(x, row, divisor, other, inside, D, eps, DEPTH: tl.constexpr):
     squares = tl.zeros([row.shape[0]], eps.dtype)
     for start in range(0, D, DEPTH):
         column = start + tl.arange(0, DEPTH)
-        u = widen(load_rows(x, row, inside, column, D)) / divisor[:, None]
-        v = widen(load_rows(x, other, inside, column, D)) / other_divisor[:, None]
+        u = div_rn(widen(load_rows(x, row, inside, column, D)), divisor[:, None])
+        v = div_rn(widen(load_rows(x, other, inside, column, D)), other_divisor[:, None])
         difference = tl.where((column < D)[None, :], u - v + eps, 0.0)
         squares += tl.sum(difference * difference, 1)
     return tl.sqrt(squares)
@@ -63,20 +66,25 @@ def search(
     cosine = tl.where(slot < k, float("-inf"), float("inf")).to(eps.dtype)
     index = N + slot
     first = tl.program_id(1).to(tl.int64) * block  # of the batch, among the rows of a process
+    scale = div_rn(1.0, divisor)
     for process in range(0, N // B):
         for start in range(0, block, COLUMNS):
             member = start + tl.arange(0, COLUMNS)
             column = process * B + first + member
             exists = member < block
-            tile = _cosines(x, row, inside, divisor, column, exists, D, eps, DEPTH)
+            tile = _cosines(x, row, inside, scale, column, exists, D, eps, DEPTH)
             tile = tl.where(exists[None, :] & (column[None, :] != row[:, None]), tile, float("-inf"))
             cosine, index = _insert(cosine, index, tile, column)
     return cosine, index
 
 
 @triton.jit
-def _cosines(x, row, inside, divisor, column, exists, D, eps, DEPTH: tl.constexpr):
-    """[ROWS, COLUMNS]; the candidates' lengths are taken from the values that are multiplied anyway."""
+def _cosines(x, row, inside, scale, column, exists, D, eps, DEPTH: tl.constexpr):
+    """[ROWS, COLUMNS]; `scale` [ROWS] is 1 / length.
+
+    The candidates' lengths are taken from the values that are multiplied anyway. A cosine costs two more products and
+    no division; between unit rows these products are exact.
+    """
     products = tl.zeros([row.shape[0], column.shape[0]], eps.dtype)
     squares = tl.zeros([column.shape[0]], eps.dtype)
     for start in range(0, D, DEPTH):
@@ -85,7 +93,7 @@ def _cosines(x, row, inside, divisor, column, exists, D, eps, DEPTH: tl.constexp
         b = load_rows(x, column, exists, d, D)
         products = tl.dot(a, tl.trans(b), products, input_precision="ieee", out_dtype=eps.dtype)
         squares += tl.sum(widen(b) * widen(b), 1)
-    tile = products / divisor[:, None] / at_least(tl.sqrt(squares), eps)[None, :]
+    tile = products * scale[:, None] * div_rn(1.0, at_least(sqrt_rn(squares), eps))[None, :]
     return tl.where(tile == tile, tile, FARTHEST)
 
 

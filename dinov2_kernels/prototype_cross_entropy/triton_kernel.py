@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dinov2_kernels._triton import widen
+from dinov2_kernels._triton import div_rn, widen
 
 COLUMNS = 2048  # of a tile: 16 for each thread
 _LOWEST = tl.constexpr(-3.0e38)  # where a running maximum starts: -inf would give exp(-inf + inf)
@@ -128,7 +128,7 @@ def _gradient(logits, state, targets, index, row_scale, N, J, c, scale: tl.float
     inside = column < c
     maximum, total, mass = tl.load(state + row), tl.load(state + N + row), tl.load(state + 2 * N + row)
     s = widen(tl.load(logits + row * c + column, mask=inside, other=0.0))
-    p = tl.exp((s - maximum) * tl.full([], scale, dtype)) * (mass / total)
+    p = tl.exp((s - maximum) * tl.full([], scale, dtype)) * div_rn(mass, total)  # with one prototype exactly q
     q = _sum_of_targets(targets, index, row, J, c, column)
     tl.store(logits + row * c + column, tl.load(row_scale + row) * (p - q), mask=inside)
 

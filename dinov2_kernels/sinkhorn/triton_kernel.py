@@ -43,7 +43,7 @@ def sinkhorn_bias(logits: Tensor, temperature: float, n_iterations: int) -> Tens
             is_last = i == n_iterations - 1
             _balance[(programs,)](
                 logits, bias, row_norm, partial, B, K, 1 / temperature,
-                IS_FIRST=i == 0, IS_LAST=is_last, **_strip_shape(columns),
+                IS_FIRST=i == 0, IS_LAST=is_last, **_strip_shape(columns, logits.dtype),
             )  # fmt: skip
             if not is_last and B > 0:
                 _merge_row_norms[(triton.cdiv(B, 8),)](
@@ -60,7 +60,7 @@ def column_logsumexp(logits: Tensor, temperature: float) -> Tensor:
     B, K = logits.shape
     out = torch.empty(K, dtype=accumulation_dtype(logits), device=logits.device)  # [K]
     with torch.cuda.device_of(logits):
-        _column_logsumexp[(triton.cdiv(K, 128),)](logits, out, B, K, 1 / temperature, **_strip_shape(128))
+        _column_logsumexp[(triton.cdiv(K, 128),)](logits, out, B, K, 1 / temperature, **_strip_shape(128, logits.dtype))
     return out
 
 
@@ -77,7 +77,9 @@ def column_mass(logits: Tensor, temperature: float, bias: Tensor) -> Tensor:
     shape = {"ROWS": rows, "COLUMNS": 8192 // rows, "num_warps": 8}
     with torch.cuda.device_of(logits):
         _row_norm[(triton.cdiv(B, rows),)](logits, bias, row_norm, B, K, 1 / temperature, **shape)
-        _column_mass[(triton.cdiv(K, 128),)](logits, bias, row_norm, out, B, K, 1 / temperature, **_strip_shape(128))
+        _column_mass[(triton.cdiv(K, 128),)](
+            logits, bias, row_norm, out, B, K, 1 / temperature, **_strip_shape(128, logits.dtype)
+        )
     return out
 
 
@@ -99,15 +101,21 @@ def _strip_columns(logits: Tensor) -> int:
     return min(256, max(SECTOR_BYTES // logits.element_size(), 1 << fitting.bit_length() >> 1))
 
 
-def _strip_shape(columns: int) -> dict[str, int]:
-    """A thread of 256 holds 8 neighbouring columns of 4 rows."""
-    return {"DEPTH": 4, "ROWS": 2048 // columns, "COLUMNS": columns, "num_warps": 8}
+def _strip_shape(columns: int, dtype: torch.dtype) -> dict[str, int]:
+    """A thread of 256 holds 8 neighbouring columns of 4 rows; of 2 in float64, whose exponentials take more registers.
+
+    With 4, Triton 3.6 spills 1 to 3 KB of them.
+    """
+    depth = 2 if dtype == torch.float64 else 4
+    return {"DEPTH": depth, "ROWS": 2048 // columns, "COLUMNS": columns, "num_warps": 8}
 
 
-# `scale` is 1 / T. Triton passes a Python float as float32 unless told otherwise; float64 logits need all of it.
+# `scale` is 1 / T. Triton passes a Python float as float32 unless told otherwise; float64 logits need all of it. The
+# number of masked patches, B, changes with every step: a kernel for it being 1 or a multiple of 16 would have to be
+# compiled in the middle of training.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _balance(
     logits, bias, row_norm, partial, B, K, scale: tl.float64,
     IS_FIRST: tl.constexpr, IS_LAST: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -129,7 +137,7 @@ def _balance(
             tl.debug_barrier()  # the next strip reads what other threads of this program wrote
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "programs"])
 def _merge_row_norms(partial, row_norm, B, programs, ROWS: tl.constexpr, PROGRAMS: tl.constexpr):
     """[2, P, B] to [2, B]."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -142,7 +150,7 @@ def _merge_row_norms(partial, row_norm, B, programs, ROWS: tl.constexpr, PROGRAM
     tl.store(row_norm + B + row, tl.sum(total * tl.exp(maximum - largest[None, :]), 0), mask=row < B)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _column_logsumexp(
     logits, out, B, K, scale: tl.float64, DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -152,7 +160,7 @@ def _column_logsumexp(
     tl.store(out + column, _strip_logsumexp(logits, column, B, K, scale, dtype, DEPTH, ROWS), mask=column < K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _row_norm(logits, bias, out, B, K, scale: tl.float64, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     maximum, total = _softmax_norm(logits, bias, row, B, K, scale, COLUMNS)
@@ -160,7 +168,7 @@ def _row_norm(logits, bias, out, B, K, scale: tl.float64, ROWS: tl.constexpr, CO
     tl.store(out + B + row, total, mask=row < B)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _column_mass(
     logits, bias, row_norm, out, B, K, scale: tl.float64, DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -172,7 +180,7 @@ def _column_mass(
     tl.store(out + column, mass, mask=column < K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def _assign(logits, bias, out, B, K, scale: tl.float64, COLUMNS: tl.constexpr):
     dtype: tl.constexpr = out.dtype.element_ty
     row = tl.program_id(0) + tl.arange(0, 1)

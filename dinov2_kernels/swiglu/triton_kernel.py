@@ -58,8 +58,12 @@ def _backward(grad, x12, dx12, R, H, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     x1 = widen(tl.load(x12 + gate, mask=inside, other=0.0))
     x2 = widen(tl.load(x12 + gate + H, mask=inside, other=0.0))
     g = widen(tl.load(grad + row * H + column, mask=inside, other=0.0))
-    s = tl.sigmoid(x1)
-    tl.store(dx12 + gate, g * x2 * s * (1 + x1 * (1 - s)), mask=inside)
+    # A division leaves an error of its own, and 1 - s of a large gate would be nothing else: so each has a formula.
+    small = tl.exp(-tl.abs(x1))
+    larger = 1 / (1 + small)
+    s = tl.where(x1 < 0, small * larger, larger)
+    rest = tl.where(x1 < 0, larger, small * larger)  # 1 - s
+    tl.store(dx12 + gate, g * x2 * s * (1 + x1 * rest), mask=inside)
     tl.store(dx12 + gate + H, g * x1 * s, mask=inside)
 
 

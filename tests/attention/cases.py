@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,12 +35,13 @@ class Case:
 
     def inputs(self, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
         """qkv [T, 3, H, D] and the gradient of the result [T, H, D]."""
-        generator = torch.Generator().manual_seed(self.layout.total_tokens + self.D)
         T = self.layout.total_tokens
-        qkv = torch.randn(T, 3, self.H, self.D, dtype=torch.float64, generator=generator)
+        options: Any = {"dtype": torch.float64, "device": device}
+        options["generator"] = torch.Generator(device).manual_seed(T + self.D)
+        qkv = torch.randn(T, 3, self.H, self.D, **options)
         qkv[:, :2] *= self.magnitude
-        grad = torch.randn(T, self.H, self.D, dtype=torch.float64, generator=generator)
-        return qkv.to(device, dtype), grad.to(device, dtype)
+        grad = torch.randn(T, self.H, self.D, **options)
+        return qkv.to(dtype), grad.to(dtype)
 
 
 def _ragged(lengths: list[int]) -> tuple[tuple[int, int], ...]:

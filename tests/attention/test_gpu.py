@@ -7,7 +7,8 @@ import torch
 
 from dinov2_kernels import PackedLayout, varlen_attention_qkvpacked
 from dinov2_kernels.attention import reference, triton_kernel
-from tests.attention.cases import CASES, DTYPES, LONG_CASES, WIDTHS, Case, assert_matches_reference
+from tests.attention.cases import CASES, DTYPES, LONG_CASES, Case, assert_matches_reference
+from tests.pairs import pairs
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
@@ -18,21 +19,14 @@ OPERATORS = (triton_kernel.attention_forward, triton_kernel.attention_backward)
 CROPS = PackedLayout([(8, 257), (32, 50), (2, 1374)])
 
 
-@pytest.fixture(autouse=True)
-def _float32_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plain PyTorch that errors are compared with must not round float32 to TF32."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-
-
 @pytest.mark.parametrize("offsets", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES + LONG_CASES, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), pairs(CASES, DTYPES, LONG_CASES), ids=str)
 def test_values(case: Case, dtype: torch.dtype, offsets: bool) -> None:
     assert_matches_reference(*OPERATORS, case, dtype, "cuda", offsets=offsets)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("D", [*WIDTHS, 16, 48])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("D", [32, 64, 80, 128])
 @pytest.mark.parametrize("length", [16, 32, 64, 80, 128, 144, 201, 257, 300])
 def test_every_tile(length: int, D: int, dtype: torch.dtype) -> None:
     assert_matches_reference(*OPERATORS, Case(((3, length),), D=D), dtype, "cuda")
@@ -54,7 +48,7 @@ def test_sequences_do_not_see_each_other(offsets: bool) -> None:
     result = _gradient(qkv, grad, layout, offsets)
     is_poisoned = torch.zeros(layout.total_tokens, dtype=torch.bool, device="cuda").index_fill_(0, poisoned, True)
     assert torch.equal(result[~is_poisoned], expected[~is_poisoned])
-    assert result[is_poisoned].isnan().all()
+    torch.testing.assert_close(result[is_poisoned], torch.full_like(result[is_poisoned], torch.nan), equal_nan=True)
 
 
 @pytest.mark.parametrize("offsets", [False, True])
@@ -81,6 +75,7 @@ def test_graph_capture_and_replay(offsets: bool) -> None:
     assert torch.equal(result, _gradient(qkv, grad, CROPS, offsets))
 
 
+@pytest.mark.large
 def test_compiles_in_one_graph() -> None:
     qkv, grad = Case(CROPS.runs, H=6).inputs(torch.bfloat16, "cuda")
     results = []
@@ -92,6 +87,7 @@ def test_compiles_in_one_graph() -> None:
         assert torch.equal(result, expected)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("length", [50, 257, 1374])
 def test_more_than_two_to_the_31_elements(length: int) -> None:
     H, D = 16, 64

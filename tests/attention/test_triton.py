@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from itertools import accumulate
+
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from dinov2_kernels import PackedLayout
 from dinov2_kernels.attention import reference, triton_kernel, triton_schedule
+from dinov2_kernels.attention.triton_tiles import find_block
 from tests.attention.cases import CASES, Case, assert_matches_reference
-from tests.triton_interpreter import exact_bfloat16
+from tests.triton_interpreter import exact_bfloat16, ptx_arithmetic
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_outputs"),
@@ -39,6 +45,12 @@ def test_values(case: Case, offsets: bool) -> None:
     assert_matches_reference(*OPERATORS, case, torch.float32, offsets=offsets)
 
 
+@pytest.mark.parametrize("case", [*SMALL, *WIDE, LARGE], ids=str)
+def test_values_in_the_arithmetic_of_a_gpu(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    ptx_arithmetic(monkeypatch)
+    assert_matches_reference(*OPERATORS, case, torch.float32)
+
+
 @pytest.mark.parametrize("case", [*RESIDENT, STREAMING, LARGE_IN_PARTS], ids=str)
 def test_values_in_the_tiles_of_half_precision(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """float32, whose errors are a thousand times smaller, in tiles that only narrower dtypes use on a GPU."""
@@ -67,6 +79,36 @@ def test_widths_of_a_head_in_half_precision(length: int, D: int) -> None:
 def test_half_precision_where_only_the_device_knows_lengths() -> None:
     case = Case(((1, 3), (1, 0), (2, 70), (1, 130)), H=1)
     assert_matches_reference(*OPERATORS, case, torch.bfloat16, offsets=True)
+
+
+@triton.jit
+def _find_blocks(items, offsets, found, S, BLOCK: tl.constexpr):
+    place = tl.program_id(0)
+    first, length, row = find_block(tl.load(items + place), offsets, 0, 0, S, BLOCK, True)
+    tl.store(found + 3 * place, first)
+    tl.store(found + 3 * place + 1, length)
+    tl.store(found + 3 * place + 2, row)
+
+
+@pytest.mark.parametrize("S", [1, 2, 31, 32, 33, 1000, 1025])
+def test_blocks_of_lengths_that_only_the_device_knows(S: int) -> None:
+    """32 sequences are looked at in one step, and many of them are empty."""
+    BLOCK = 16
+    lengths = torch.randint(41, (S,), generator=torch.Generator().manual_seed(S)).tolist()
+    lengths = [0 if s % 3 else length for s, length in enumerate(lengths)]
+    offsets = [0, *accumulate(lengths)]
+    begins = [offset // BLOCK + s for s, offset in enumerate(offsets[:-1])]
+    count = offsets[-1] // BLOCK + S
+    owners = [bisect_right(begins, item) - 1 for item in range(count)]
+    expected = [[offsets[s], lengths[s], (item - begins[s]) * BLOCK] for item, s in enumerate(owners)]
+    blocks = {(s, row) for (_, length, row), s in zip(expected, owners, strict=True) if row < length}
+    assert blocks == {(s, row) for s, length in enumerate(lengths) for row in range(0, length, BLOCK)}
+
+    items = sorted({*range(0, count, 1 + count // 80), count - 1})
+    found = torch.empty(len(items), 3, dtype=torch.int64)
+    tensors = torch.tensor(items, dtype=torch.int32), torch.tensor(offsets, dtype=torch.int32)
+    _find_blocks[(len(items),)](*tensors, found, S, BLOCK=BLOCK)
+    assert found.tolist() == [expected[item] for item in items]
 
 
 RAGGED = Case(((2, 5), (1, 3), (1, 9), (1, 80), (1, 0), (2, 70), (1, 75)), H=1)

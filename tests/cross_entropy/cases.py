@@ -38,18 +38,18 @@ class Case:
 
     def arguments(self, dtype: torch.dtype, device: str = "cpu", teacher_dtype: torch.dtype | None = None) -> list[Any]:
         """What the forward operator takes."""
-        generator = torch.Generator().manual_seed(self.N + 31 * self.M + self.K)
+        generator = torch.Generator(device).manual_seed(self.N + 31 * self.M + self.K)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, dtype=torch.float64, generator=generator)
+            return torch.randn(*shape, dtype=torch.float64, device=device, generator=generator)
 
         student, teacher = ((normal(rows, self.K) * self.magnitude).clamp(-1e4, 1e4) for rows in (self.N, self.M))
         narrow = accumulation_dtype(student.to(dtype))
         high = 2 if self.shared else self.M
-        index = torch.randint(high, (self.N, self.J), generator=generator).to(device) if self.J else None
-        bias, weight = normal(self.K).to(device, narrow), (normal(self.N) + 2).to(device, narrow)
+        index = torch.randint(high, (self.N, self.J), device=device, generator=generator) if self.J else None
+        bias, weight = normal(self.K).to(narrow), (normal(self.N) + 2).to(narrow)
         optional = [None, None] if self.plain else [bias, weight]
-        logits = [student.to(device, dtype), teacher.to(device, teacher_dtype or dtype)]
+        logits = [student.to(dtype), teacher.to(teacher_dtype or dtype)]
         return [*logits, index, *optional, 0.1, self.teacher_temperature]
 
 

@@ -7,7 +7,7 @@ import torch
 
 from dinov2_kernels.cross_entropy import triton_kernel
 from tests.cross_entropy.cases import CASES, DTYPES, Case, assert_matches_reference
-from tests.triton_interpreter import exact_bfloat16
+from tests.triton_interpreter import exact_bfloat16, ptx_arithmetic
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_outputs"),
@@ -25,6 +25,12 @@ def _bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values(case: Case, dtype: torch.dtype) -> None:
     assert_matches_reference(triton_kernel, case, dtype)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_in_the_arithmetic_of_a_gpu(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    ptx_arithmetic(monkeypatch)
+    assert_matches_reference(triton_kernel, case, torch.float32)
 
 
 def test_values_of_two_dtypes() -> None:

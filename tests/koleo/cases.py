@@ -31,8 +31,9 @@ def operators_of(namespace: Any) -> SimpleNamespace:
     return SimpleNamespace(**{name: getattr(namespace, f"koleo_{name}") for name in names})
 
 
-def random_rows(B: int, D: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(B, D, dtype=torch.float64, generator=torch.Generator().manual_seed(B * D)).to(dtype)
+def random_rows(B: int, D: int, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Tensor:
+    generator = torch.Generator(device).manual_seed(B * D)
+    return torch.randn(B, D, dtype=torch.float64, device=device, generator=generator).to(dtype)
 
 
 def _normal(x: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ def _zeros(x: Tensor) -> Tensor:
 
 
 def _uneven(x: Tensor) -> Tensor:
-    return x * torch.logspace(-3, 3, len(x), dtype=x.dtype)[:, None]
+    return x * torch.logspace(-3, 3, len(x), dtype=x.dtype, device=x.device)[:, None]
 
 
 def _large(x: Tensor) -> Tensor:
@@ -76,7 +77,8 @@ class Case:
         return f"{self.B}x{self.D}-k{self.k}-groups{self.n_groups}-rank{self.rank}of{self.world_size}-{kind}"
 
     def rows(self, dtype: torch.dtype, device: str = "cpu") -> Tensor:
-        return self.kind(random_rows(self.world_size * self.B, self.D)).to(device, dtype)  # type: ignore[no-any-return]
+        rows = random_rows(self.world_size * self.B, self.D, device=device)
+        return self.kind(rows).to(dtype)  # type: ignore[no-any-return]
 
     @property
     def arguments(self) -> tuple[int, int, int, int, float]:
@@ -174,7 +176,7 @@ def assert_ties_go_to_the_lowest(operators: Any, dtype: torch.dtype, device: str
 
 
 def assert_a_nan_is_farthest(operators: Any, dtype: torch.dtype, device: str = "cpu") -> None:
-    x = random_rows(70, 12, dtype).to(device)
+    x = random_rows(70, 12, dtype, device)
     x[[0, 7, 69]] = torch.nan
     for k in (1, 67, 69):
         index, cosine = operators.nearest(x, k, 1, 1, 0, EPS)

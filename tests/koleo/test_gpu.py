@@ -19,6 +19,7 @@ from tests.koleo.cases import (
     operators_of,
     random_rows,
 )
+from tests.pairs import pairs
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
@@ -39,8 +40,7 @@ def operators(request: pytest.FixtureRequest) -> SimpleNamespace:
     return operators_of(ops)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES + LARGE, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), pairs(CASES, DTYPES, LARGE), ids=str)
 def test_values(case: Case, dtype: torch.dtype, operators: SimpleNamespace) -> None:
     assert_matches_reference(operators, case, dtype, "cuda")
 
@@ -89,6 +89,7 @@ def test_a_cuda_graph_replays() -> None:
     torch.testing.assert_close(gradient, torch.autograd.grad(koleo_loss(x), x)[0])
 
 
+@pytest.mark.large
 def test_rows_past_two_to_the_31_elements(operators: SimpleNamespace) -> None:
     rows, D = 1026, 2**21  # of random numbers the last rows are everybody's last candidates
     x = torch.randn(rows, D, device="cuda", dtype=torch.bfloat16)

@@ -15,7 +15,7 @@ from tests.koleo.cases import (
     assert_ties_go_to_the_lowest,
     operators_of,
 )
-from tests.triton_interpreter import exact_bfloat16
+from tests.triton_interpreter import exact_bfloat16, ptx_arithmetic
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_outputs"),
@@ -37,7 +37,18 @@ def test_values(case: Case, dtype: torch.dtype) -> None:
     assert_matches_reference(triton, case, dtype)
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_in_the_arithmetic_of_a_gpu(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    ptx_arithmetic(monkeypatch)
+    assert_matches_reference(triton, case, torch.float32)
+
+
 def test_ties() -> None:
+    assert_ties_go_to_the_lowest(triton, torch.float32)
+
+
+def test_ties_in_the_arithmetic_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    ptx_arithmetic(monkeypatch)
     assert_ties_go_to_the_lowest(triton, torch.float32)
 
 

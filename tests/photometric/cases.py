@@ -61,15 +61,16 @@ class Case:
     def tensors(self, device: str = "cpu") -> tuple[Tensor, Tensor]:
         """uint8 images [N, H, W, 3] and the table of their plan [N, 12]."""
         N, shape = len(self.plans), (self.H, self.W, 3)
-        generator = torch.Generator().manual_seed(self.H * 1000 + self.W)
-        noise = torch.randint(0, 256, (N, *shape), dtype=torch.uint8, generator=generator)
-        ramp = (torch.arange(self.H * self.W) % 256).to(torch.uint8).view(self.H, self.W, 1).expand(shape)
-        colour = torch.tensor([200, 100, 30], dtype=torch.uint8).expand(shape)
+        generator = torch.Generator(device).manual_seed(self.H * 1000 + self.W)
+        noise = torch.randint(0, 256, (N, *shape), dtype=torch.uint8, device=device, generator=generator)
+        ramp = (torch.arange(self.H * self.W, device=device) % 256).to(torch.uint8).view(self.H, self.W, 1)
+        ramp = ramp.expand(shape)
+        colour = torch.tensor([200, 100, 30], dtype=torch.uint8, device=device).expand(shape)
         others = [ramp, colour, torch.zeros_like(colour), torch.full_like(colour, 255)]
         for n in range(N):
             if n % 2:
                 noise[n] = others[n // 2 % len(others)]
-        return noise.to(device), PhotometricPlan.of(self.plans).table.to(device)
+        return noise, PhotometricPlan.of(self.plans).table.to(device)
 
 
 SMALL = (

@@ -8,6 +8,7 @@ import torch
 
 from dinov2_kernels import PhotometricDistribution, PhotometricPlan, draw_plan, photometric
 from dinov2_kernels.photometric import reference
+from tests.pairs import pairs
 from tests.photometric.cases import (
     DTYPES,
     EXTREMES,
@@ -33,8 +34,7 @@ LARGE = (
 )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", SMALL + LARGE, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), pairs(SMALL, DTYPES, LARGE), ids=str)
 def test_values(case: Case, dtype: torch.dtype) -> None:
     assert_matches_reference(torch.ops.dinov2_kernels.photometric, case, dtype, "cuda")
 
@@ -63,6 +63,7 @@ def test_cuda_graph_takes_new_plans() -> None:
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.large
 def test_more_than_two_to_the_31_bytes() -> None:
     plans = random_plans(3)
     images = torch.randint(0, 256, (15003, 224, 224, 3), dtype=torch.uint8, device="cuda")

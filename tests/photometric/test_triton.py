@@ -7,7 +7,7 @@ import torch
 
 from dinov2_kernels.photometric import triton_kernel
 from tests.photometric.cases import DTYPES, SMALL, Case, assert_matches_reference
-from tests.triton_interpreter import exact_bfloat16
+from tests.triton_interpreter import exact_bfloat16, ptx_arithmetic
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_outputs"),
@@ -24,3 +24,9 @@ def _bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_values(case: Case, dtype: torch.dtype) -> None:
     assert_matches_reference(triton_kernel.photometric, case, dtype)
+
+
+@pytest.mark.parametrize("case", SMALL, ids=str)
+def test_values_in_the_arithmetic_of_a_gpu(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    ptx_arithmetic(monkeypatch)
+    assert_matches_reference(triton_kernel.photometric, case, torch.float32)

@@ -38,33 +38,37 @@ class Case:
         shape = f"{self.N}x{self.M}x{self.K}x{self.D}-J{self.J}"
         return shape + f"-{self.magnitude:g}" * (self.magnitude != 1) + "-unaligned" * (self.offset > 0)
 
-    def random(self, *shape: int, seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed + 31 * self.N + self.K)
-        return torch.randn(shape, dtype=torch.float64, generator=generator)
+    def random(self, *shape: int, seed: int, device: str) -> Tensor:
+        generator = torch.Generator(device).manual_seed(seed + 31 * self.N + self.K)
+        return torch.randn(shape, dtype=torch.float64, device=device, generator=generator)
 
     def index(self, device: str = "cpu") -> Tensor | None:
         if self.J == 0:
             return None
-        generator = torch.Generator().manual_seed(self.N)
-        return torch.randint(max(self.M, 1), (self.N, self.J), generator=generator).to(device)
+        generator = torch.Generator(device).manual_seed(self.N)
+        return torch.randint(max(self.M, 1), (self.N, self.J), device=device, generator=generator)
 
     def logits(self, rows: int, dtype: torch.dtype, device: str, seed: int) -> Tensor:
-        values = (self.random(rows, self.K, seed=seed) * self.magnitude).clamp(-1e4, 1e4).to(dtype)
+        values = (self.random(rows, self.K, seed=seed, device=device) * self.magnitude).clamp(-1e4, 1e4).to(dtype)
         storage = torch.empty(self.offset + values.numel(), dtype=dtype, device=device)
         return storage[self.offset :].view(values.shape).copy_(values)
 
     def loss_arguments(self, dtype: torch.dtype, device: str = "cpu", gain: bool = False) -> dict[str, Any]:
         """Arguments of the public function. A row of unit features and one of weight have a product of |weight|."""
-        features = F.normalize(self.random(self.N, self.D, seed=1), dim=1)
-        weight, factor = self.random(self.K, self.D, seed=2), self.random(self.K, 1, seed=3)
+
+        def random(*shape: int, seed: int) -> Tensor:
+            return self.random(*shape, seed=seed, device=device)
+
+        features = F.normalize(random(self.N, self.D, seed=1), dim=1)
+        weight, factor = random(self.K, self.D, seed=2), random(self.K, 1, seed=3)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         return {
-            "features": features.to(device, dtype).requires_grad_(),
-            "weight": (weight if gain else weight * self.magnitude).to(device, dtype).requires_grad_(),
-            "weight_gain": (factor * self.magnitude).to(device, dtype).requires_grad_() if gain else None,
+            "features": features.to(dtype).requires_grad_(),
+            "weight": (weight if gain else weight * self.magnitude).to(dtype).requires_grad_(),
+            "weight_gain": (factor * self.magnitude).to(dtype).requires_grad_() if gain else None,
             "teacher_logits": self.logits(self.M, dtype, device, seed=4),
-            "teacher_bias": self.random(self.K, seed=5).to(device, wide),
-            "row_weight": self.random(self.N, seed=6).to(device, wide),
+            "teacher_bias": random(self.K, seed=5).to(wide),
+            "row_weight": random(self.N, seed=6).to(wide),
             "teacher_index": self.index(device),
             "student_temperature": STUDENT_TEMPERATURE,
             "teacher_temperature": TEACHER_TEMPERATURE,
@@ -126,11 +130,11 @@ def chunk_arguments(case: Case, dtype: torch.dtype, device: str = "cpu") -> dict
     wide = accumulation_dtype(teacher)
     # The teacher's columns are a part of longer rows, as in a loop over chunks.
     teacher = torch.cat([teacher, teacher[:, :3]], dim=1)[:, : case.K]
-    bias = case.random(case.K, seed=3).to(device, wide)
+    bias = case.random(case.K, seed=3, device=device).to(wide)
     norm = reference.prototype_target_norm(teacher.double(), bias.double(), TEACHER_TEMPERATURE).to(wide)
     targets = torch.empty(case.M, case.K, dtype=wide, device=device)
     reference.prototype_targets_(targets, teacher, bias, norm, TEACHER_TEMPERATURE)
-    index, scale = case.index(device), case.random(case.N, seed=4).to(device, wide)
+    index, scale = case.index(device), case.random(case.N, seed=4, device=device).to(wide)
     state, earlier, complete = (reference.initial_state(case.N, student) for _ in range(3))
     reference.prototype_accumulate_(earlier, student.flip(1) / 2, targets, index, STUDENT_TEMPERATURE)
     reference.prototype_accumulate_(complete, student, targets, index, STUDENT_TEMPERATURE)

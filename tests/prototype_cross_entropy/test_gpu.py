@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dinov2_kernels import prototype_cross_entropy
+from tests.pairs import pairs
 from tests.prototype_cross_entropy.cases import (
     CASES,
     DTYPES,
@@ -25,8 +26,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_outputs")]
 LARGE = (Case(1024, 128, 8192, J=2), Case(128, 128, 65536, J=0, magnitude=1e4), Case(1031, 1031, 7001, J=0))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES + LARGE, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), pairs(CASES, DTYPES, LARGE), ids=str)
 def test_values(case: Case, dtype: torch.dtype) -> None:
     assert_matches_reference(torch.ops.dinov2_kernels, case, dtype, "cuda")
 

@@ -15,7 +15,7 @@ from tests.prototype_cross_entropy.cases import (
     gradients_of,
     with_logits_in_memory,
 )
-from tests.triton_interpreter import exact_bfloat16
+from tests.triton_interpreter import exact_bfloat16, ptx_arithmetic
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_outputs"),
@@ -34,6 +34,12 @@ def _bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values(case: Case, dtype: torch.dtype) -> None:
     assert_matches_reference(triton_kernel, case, dtype)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_in_the_arithmetic_of_a_gpu(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    ptx_arithmetic(monkeypatch)
+    assert_matches_reference(triton_kernel, case, torch.float32)
 
 
 @pytest.mark.parametrize("case", [Case(4, 4, 100, J=0), Case(5, 3, 100, J=2)], ids=str)

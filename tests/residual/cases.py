@@ -105,7 +105,7 @@ def assert_draws_match_reference(
 
 
 def _vector(case: Case, generator: torch.Generator, wanted: bool, center: float) -> Tensor | None:
-    values = torch.randn(case.C, dtype=torch.float64, generator=generator) * 0.3 + center
+    values = torch.randn(case.C, dtype=torch.float64, device=generator.device, generator=generator) * 0.3 + center
     return values if wanted else None
 
 
@@ -124,10 +124,10 @@ def assert_matches_reference(
     are in ``parameter_dtype``, by default float32 (float64 for float64).
     """
     branch_dtype = branch_dtype or dtype
-    generator = torch.Generator().manual_seed(case.C + case.layout.total_tokens)
+    generator = torch.Generator(device).manual_seed(case.C + case.layout.total_tokens)
     T, C = case.layout.total_tokens, case.C
     wide = accumulation_dtype(torch.empty(0, dtype=dtype))
-    keys = torch.rand(2, 1, case.layout.num_sequences, generator=generator).to(device)
+    keys = torch.rand(2, 1, case.layout.num_sequences, device=device, generator=generator)
     rows = position = next_rows = next_position = scale = None
     t = T
     if case.drop_rate > 0:
@@ -137,14 +137,14 @@ def assert_matches_reference(
         assert torch.equal(position, expected[1])
         next_rows, next_position = reference.residual_kept_rows(keys[1], case.layout.flat_runs, case.kept)
         t = len(rows)
-        scale = (0.5 + torch.rand(t, generator=generator, dtype=torch.float64)).to(device, wide)
+        scale = (0.5 + torch.rand(t, dtype=torch.float64, device=device, generator=generator)).to(wide)
 
     def tokens(count: int, dtype: torch.dtype) -> Tensor:
-        values = torch.randn(count, C, dtype=torch.float64, generator=generator) * case.magnitude
-        return values.clamp(-6e4, 6e4).to(device, dtype)
+        values = torch.randn(count, C, dtype=torch.float64, device=device, generator=generator) * case.magnitude
+        return values.clamp(-6e4, 6e4).to(dtype)
 
     weight, bias, gamma, last_bias = (
-        None if vector is None else vector.to(device, parameter_dtype or wide)
+        None if vector is None else vector.to(parameter_dtype or wide)
         for vector in (
             _vector(case, generator, case.with_weight, 1.0),
             _vector(case, generator, case.with_bias, 0.0),

@@ -20,7 +20,7 @@ from tests.residual.cases import (
     assert_matches_reference,
     operators_of,
 )
-from tests.triton_interpreter import exact_bfloat16
+from tests.triton_interpreter import exact_bfloat16, ptx_arithmetic
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_outputs"),
@@ -45,6 +45,12 @@ def _bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("case", "dtype"), VALUES, ids=str)
 def test_values(case: Case, dtype: torch.dtype) -> None:
     assert_matches_reference(operators, case, dtype)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_in_the_arithmetic_of_a_gpu(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    ptx_arithmetic(monkeypatch)
+    assert_matches_reference(operators, case, torch.float32)
 
 
 @pytest.mark.parametrize("case", [Case(((40, 9), (30, 7)), 384), Case(((60, 3),), 90, drop_rate=0.0)], ids=str)

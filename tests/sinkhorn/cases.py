@@ -65,9 +65,9 @@ class Case:
         return name + f"-spread{self.row_spread:g}" * (self.row_spread > 0) + "-unaligned" * (self.offset > 0)
 
     def logits(self, dtype: torch.dtype, device: str = "cpu") -> Tensor:
-        generator = torch.Generator().manual_seed(self.B * 31 + self.K)
-        values = torch.randn(self.B, self.K, dtype=torch.float64, generator=generator) * self.magnitude
-        row_means = torch.linspace(0, -self.row_spread, self.B, dtype=torch.float64)
+        generator = torch.Generator(device).manual_seed(self.B * 31 + self.K)
+        values = torch.randn(self.B, self.K, dtype=torch.float64, device=device, generator=generator) * self.magnitude
+        row_means = torch.linspace(0, -self.row_spread, self.B, dtype=torch.float64, device=device)
         values = (values.clamp(-1e4, 1e4) + row_means[:, None]).to(dtype)
         storage = torch.empty(self.offset + self.B * self.K, dtype=dtype, device=device)
         return storage[self.offset :].view(self.B, self.K).copy_(values)

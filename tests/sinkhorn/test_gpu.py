@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dinov2_kernels.sinkhorn import reference, triton_kernel
+from tests.pairs import pairs
 from tests.sinkhorn.cases import (
     CASES,
     DTYPES,
@@ -34,8 +35,7 @@ def operators(request: pytest.FixtureRequest) -> Operators:
     return triton_kernel if request.param == "triton" else operators_of("dinov2_kernels_cuda")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES + LARGE, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), pairs(CASES, DTYPES, LARGE), ids=str)
 def test_values(case: Case, dtype: torch.dtype, operators: Operators) -> None:
     assert_matches_reference(operators, case, dtype, "cuda")
 
@@ -55,6 +55,7 @@ def test_results_do_not_change_from_run_to_run(operators: Operators) -> None:
         assert torch.equal(operators.column_mass(logits, 0.07, bias), mass)
 
 
+@pytest.mark.large
 def test_more_than_two_to_the_31_elements(operators: Operators) -> None:
     B, K = 33000, 65552
     logits = torch.randn(B, K, dtype=torch.bfloat16, device="cuda")

@@ -7,6 +7,7 @@ import torch
 
 from dinov2_kernels.sinkhorn import triton_kernel
 from tests.sinkhorn.cases import CASES, DTYPES, Case, assert_infinite_and_missing_logits, assert_matches_reference
+from tests.triton_interpreter import ptx_arithmetic
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_outputs"),
@@ -20,6 +21,12 @@ pytestmark = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_values(case: Case, dtype: torch.dtype) -> None:
     assert_matches_reference(triton_kernel, case, dtype)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_in_the_arithmetic_of_a_gpu(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    ptx_arithmetic(monkeypatch)
+    assert_matches_reference(triton_kernel, case, torch.float32)
 
 
 def test_values_where_rows_share_the_bias(monkeypatch: pytest.MonkeyPatch) -> None:

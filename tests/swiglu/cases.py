@@ -29,9 +29,10 @@ class Case:
 
     def tensors(self, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
         """The gradient of the result [..., H], and x12 [..., 2H]."""
-        generator = torch.Generator().manual_seed(sum(self.shape))
-        x12 = torch.randn(self.shape, dtype=torch.float64, generator=generator)
-        grad, value = torch.randn(2, *x12.chunk(2, dim=-1)[0].shape, dtype=torch.float64, generator=generator)
+        options: Any = {"dtype": torch.float64, "device": device}
+        options["generator"] = torch.Generator(device).manual_seed(sum(self.shape))
+        x12 = torch.randn(self.shape, **options)
+        grad, value = torch.randn(2, *x12.chunk(2, dim=-1)[0].shape, **options)
         gate = (x12.chunk(2, dim=-1)[0] * self.gate).clamp(-1e4, 1e4)  # float16 has to hold what becomes of it
         return self._place(grad, dtype, device), self._place(torch.cat([gate, value], dim=-1), dtype, device)
 

@@ -7,6 +7,7 @@ import torch
 
 from dinov2_kernels import swiglu
 from dinov2_kernels.swiglu import reference
+from tests.pairs import pairs
 from tests.swiglu.cases import CASES, DTYPES, Case, assert_matches_reference
 
 if not torch.cuda.is_available():
@@ -17,8 +18,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_outputs")]
 LARGE = (Case((32896, 2 * 4096)), Case((32896, 2 * 1536), gate=1e4), Case((10007, 2 * 1365)))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES + LARGE, ids=str)
+@pytest.mark.parametrize(("case", "dtype"), pairs(CASES, DTYPES, LARGE), ids=str)
 def test_values(case: Case, dtype: torch.dtype) -> None:
     assert_matches_reference(torch.ops.dinov2_kernels, case, dtype, "cuda")
 
@@ -36,6 +36,7 @@ def test_cuda_graph() -> None:
     torch.testing.assert_close(result, expected)
 
 
+@pytest.mark.large
 def test_more_than_two_to_the_31_elements() -> None:
     x12 = torch.randn(2**18 + 3, 2 * 4096, dtype=torch.bfloat16, device="cuda")
     torch.testing.assert_close(swiglu(x12)[-3:], reference.swiglu(x12[-3:].float()).bfloat16())

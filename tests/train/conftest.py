@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from dinov2.data import AugmentationConfig, DataConfig
 from dinov2.models import HeadConfig, ViTConfig
@@ -27,3 +29,12 @@ def config(tmp_path: Path) -> PretrainConfig:
         checkpoint_every=3,
         seed=5,
     )
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[dist.ProcessGroup]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    assert dist.group.WORLD is not None
+    yield dist.group.WORLD
+    dist.destroy_process_group()

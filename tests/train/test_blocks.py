@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -82,15 +81,6 @@ def test_what_runs_twice(config: PretrainConfig, what: str, attentions: int, nor
 
 
 @pytest.fixture
-def group(tmp_path: Path) -> Iterator[dist.ProcessGroup]:
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    assert dist.group.WORLD is not None
-    yield dist.group.WORLD
-    dist.destroy_process_group()
-
-
-@pytest.fixture
 def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter]:
     """Lets PyTorch's operators run what is captured: what Inductor makes of a graph is not at stake here."""
     compiles = nn.Module.compile
@@ -102,9 +92,10 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter]:
         yield counters["stats"]
 
 
-def test_compiled_blocks_are_the_same(config: PretrainConfig, captured: Counter) -> None:
+@pytest.mark.parametrize("changes", [{}, {"precision": "bf16", "residual_in_fp32": False}], ids=["fp32", "bf16"])
+def test_compiled_blocks_are_the_same(config: PretrainConfig, captured: Counter, changes: dict) -> None:
     """With a rate of stochastic depth, and so a graph, of its own for each block of the student."""
-    config = dataclasses.replace(config, vit=dataclasses.replace(config.vit, drop_path_uniform=False))
+    config = dataclasses.replace(config, vit=dataclasses.replace(config.vit, drop_path_uniform=False), **changes)
     compiled = dataclasses.replace(config, compile=True)
     assert_same_training(config, compiled)
     assert captured["unique_graphs"] == 3

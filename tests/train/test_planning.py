@@ -45,7 +45,7 @@ def example(name, *, small=False):
     vit, images, head, separate, logits = {
         "large head, float32": (ViTConfig.of("vit_small", patch_size=16, drop_path_rate=0.3), 2, 65536, True, "stored"),
         "activations, bfloat16": (ViTConfig(patch_size=16, embed_dim=192, num_heads=3), 6, 8192, False, "recomputed"),
-    }[name]
+    }[name.removesuffix(" tokens")]
     if small:
         vit, images, head = replace(vit, embed_dim=64, num_heads=1, depth=1), 2, 64
     head_config = HeadConfig(out_dim=head)
@@ -54,6 +54,7 @@ def example(name, *, small=False):
         batch_size=images,
         accumulation_steps=1,
         precision="bf16" if "bfloat16" in name else "fp32",
+        residual_in_fp32=not name.endswith("tokens"),
         vit=vit,
         dino_head=head_config,
         ibot_head=head_config if separate else None,
@@ -76,7 +77,7 @@ def example_batch(config):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("name", ["large head, float32", "activations, bfloat16"])
+@pytest.mark.parametrize("name", ["large head, float32", "activations, bfloat16", "activations, bfloat16 tokens"])
 def test_peak_is_what_a_run_takes(name: str) -> None:
     """glibc is told to give freed tensors back at once: what it holds back otherwise depends on what came before."""
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"}
@@ -87,9 +88,9 @@ def test_peak_is_what_a_run_takes(name: str) -> None:
 
 @pytest.mark.parametrize("ffn", ["mlp", "swiglu"])
 @pytest.mark.parametrize("rate", [0.0, 0.3])
-@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("e", "s"), [(4, 4), (2, 4), (2, 2)], ids=["float32", "bfloat16", "tokens in bfloat16"])
 @pytest.mark.parametrize("init_values", [None, 1e-5])
-def test_what_a_block_keeps_to_the_byte(ffn: str, rate: float, bf16: bool, init_values: float | None) -> None:
+def test_what_a_block_keeps_to_the_byte(ffn: str, rate: float, e: int, s: int, init_values: float | None) -> None:
     config = example("activations, bfloat16")
     vit = replace(config.vit, embed_dim=64, num_heads=2, depth=1, ffn=ffn, drop_path_rate=rate, init_values=init_values)
     rows, block = Rows.of(replace(config, vit=vit), 3), VisionTransformer(vit).blocks[0]
@@ -101,16 +102,16 @@ def test_what_a_block_keeps_to_the_byte(ffn: str, rate: float, bf16: bool, init_
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    x = torch.randn(rows.crops.total_tokens, 64, requires_grad=True)
+    x = torch.randn(rows.crops.total_tokens, 64, dtype={4: torch.float32, 2: torch.bfloat16}[s], requires_grad=True)
     subsets = [draw_subsets(x, rows.crops, [rate])[0] for _ in range(2)]  # apart, so that there is no gap between them
+    bf16 = e == 2
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=bf16),
     ):
         y = block(x, rows.crops, subsets)
     assert y.requires_grad
-    e = 2 if bf16 else 4
-    stages = attention_stage(vit, rows, rate, e, casts=bf16), feed_forward_stage(vit, rows, rate, e, casts=bf16)
+    stages = attention_stage(vit, rows, rate, e, s, casts=bf16), feed_forward_stage(vit, rows, rate, e, s, casts=bf16)
     shared = 4 * rows.kept(rate) if rate else 0  # the samples' scale, of which all blocks have one
     got = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     assert got == sum(stage.kept["activations"] for stage in stages) + shared

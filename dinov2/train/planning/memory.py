@@ -26,6 +26,7 @@ from dinov2.train.planning.stages import (
     prototype_stages,
 )
 from dinov2.train.precision import DTYPES, definite
+from dinov2.train.weight_copies import copied_parameters, keeps_weight_copies
 
 PROCESSES_OF_A_MACHINE = 8
 """Of a machine with GPUs, where nobody says otherwise."""
@@ -44,6 +45,7 @@ class Parameters:
         blocks: of all blocks of the student.
         block: of one block, which is gathered at a time where networks are split.
         prototypes: of the largest last layer of a head, likewise.
+        copied: of the linear layers of student and teacher, of which low precision keeps copies.
     """
 
     modules: Mapping[str, int]
@@ -51,6 +53,7 @@ class Parameters:
     blocks: int
     block: int
     prototypes: int
+    copied: int
 
     @property
     def student(self) -> int:
@@ -111,15 +114,20 @@ def _moments(
         held["gathered weights"] = max(3 * e * parameters.block, 2 * FLOAT * parameters.prototypes)
         # Gradients as they are made, and in float32 to be averaged.
         leaving = max((e + FLOAT) * parameters.block, 2 * FLOAT * parameters.prototypes)
+    keeps_copies = keeps_weight_copies(config, device_type, is_split=is_split)
+    if keeps_copies:
+        held["copies of weights"] = e * parameters.copied
     targets = teacher_logits(config, rows, e)
     held_and_gradients = held | {"gradients": whole}
-    working = teacher_working(config.vit, rows, e)
+    working = teacher_working(config.vit, rows, e, bytes_of_tokens(config, e))
     yield Peak(
         "forward pass of the teacher", held_and_gradients | {"teacher logits": targets, "working memory": working}
     )
 
     kept: Bytes = {"teacher logits": targets}
-    stages = list(student_stages(config, rows, e, device_type, casts=e < FLOAT and not is_split))
+    heads_cast = e < FLOAT and not keeps_copies
+    blocks_cast = heads_cast and not is_split
+    stages = list(student_stages(config, rows, e, device_type, blocks_cast=blocks_cast, heads_cast=heads_cast))
     for stage in stages:
         kept = _sum(kept, stage.kept)
         yield Peak(f"forward pass, {stage.name}", _sum(held_and_gradients, kept, {"working memory": stage.forward}))
@@ -140,22 +148,26 @@ def _moments(
     yield Peak("update of the weights", held | {"gradients": whole / share if whole else made / share})
 
 
-def student_stages(config: PretrainConfig, rows: Rows, e: int, device_type: str, *, casts: bool) -> Iterator[Stage]:
-    """The student's forward pass, in its order; ``casts``: its blocks cast their weights."""
+def student_stages(
+    config: PretrainConfig, rows: Rows, e: int, device_type: str, *, blocks_cast: bool, heads_cast: bool
+) -> Iterator[Stage]:
+    """The student's forward pass, in its order; ``blocks_cast``, ``heads_cast``: these cast their weights."""
     vit = config.vit
-    yield from backbone_stages(vit, rows, e, checkpointing=config.activation_checkpointing, casts=casts)
+    yield from backbone_stages(
+        vit, rows, e, bytes_of_tokens(config, e), checkpointing=config.activation_checkpointing, casts=blocks_cast
+    )
     logits = (config.objective.student_logits, e, device_type)
     classes, patches = (rows.class_tokens, rows.teacher.num_sequences), (rows.masked, rows.masked)
     n = rows.class_tokens + rows.masked
     if config.ibot_head is None:
-        yield head_stage("shared head", vit.embed_dim, config.dino_head, n, e, copied=True)
+        yield head_stage("shared head", vit.embed_dim, config.dino_head, n, e, copied=True, casts=heads_cast)
         yield from prototype_stages(config.dino_head, {"class tokens": classes, "patches": patches}, *logits)
         return
     for name, head, count in (
         ("head of class tokens", config.dino_head, rows.class_tokens),
         ("head of patches", config.ibot_head, rows.masked),
     ):
-        yield head_stage(name, vit.embed_dim, head, count, e, copied=e < FLOAT)
+        yield head_stage(name, vit.embed_dim, head, count, e, copied=e < FLOAT, casts=heads_cast)
     yield from prototype_stages(config.dino_head, {"class tokens": classes}, *logits)
     yield from prototype_stages(config.ibot_head, {"patches": patches}, *logits)
 
@@ -166,10 +178,10 @@ def teacher_logits(config: PretrainConfig, rows: Rows, e: int) -> float:
     return e * (rows.teacher.num_sequences * config.dino_head.out_dim + rows.masked * patch_head.out_dim)
 
 
-def teacher_working(vit: ViTConfig, rows: Rows, e: int) -> float:
+def teacher_working(vit: ViTConfig, rows: Rows, e: int, s: int) -> float:
     """What the teacher's blocks take while they run: tokens, and the argument and result of an activation."""
     width = vit.embed_dim + sum(feed_forward_widths(vit))
-    return rows.teacher.total_tokens * (FLOAT * vit.embed_dim + e * width)
+    return rows.teacher.total_tokens * (s * vit.embed_dim + e * width)
 
 
 def batch_bytes(config: PretrainConfig, rows: Rows) -> float:
@@ -182,6 +194,11 @@ def batch_bytes(config: PretrainConfig, rows: Rows) -> float:
 def bytes_of_products(config: PretrainConfig, device_type: str) -> int:
     """Bytes of an element of the result of a product."""
     return DTYPES[definite(config.precision, torch.device(device_type))].itemsize
+
+
+def bytes_of_tokens(config: PretrainConfig, e: int) -> int:
+    """Bytes of an element of the tokens between blocks, where a product's result has ``e``."""
+    return FLOAT if config.residual_in_fp32 else e
 
 
 def shards(config: PretrainConfig, world_size: int) -> int:
@@ -203,6 +220,7 @@ def parameters_of(student: nn.ModuleDict, teacher: nn.ModuleDict) -> Parameters:
         blocks=_count(backbone.blocks),
         block=_count(backbone.blocks[0]),
         prototypes=max(_count(head.last_layer) for head in heads),
+        copied=sum(weight.numel() for network in (student, teacher) for _, _, weight in copied_parameters(network)),
     )
 
 

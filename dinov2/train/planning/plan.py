@@ -12,6 +12,7 @@ from dinov2.train.flops import step_flops
 from dinov2.train.planning.communication import bytes_sent
 from dinov2.train.planning.memory import Parameters, Peak, parameters_of, peak_memory
 from dinov2.train.planning.rows import Rows
+from dinov2.train.precision import with_definite_precision
 from dinov2.train.processes import Processes
 
 
@@ -53,8 +54,9 @@ def plan(config: PretrainConfig, *, world_size: int, device_type: str) -> Plan:
     """What the run ``config`` needs with ``world_size`` processes on devices of this type.
 
     Raises:
-        ValueError: its batch does not split among the processes.
+        ValueError: its batch does not split among the processes, or its precision on this device does not go with it.
     """
+    config = with_definite_precision(config, torch.device(device_type))
     with torch.device("meta"):
         student, teacher = build_networks(config.vit, config.dino_head, config.ibot_head)
     processes = Processes(torch.device(device_type), world_size=world_size)

@@ -1,8 +1,8 @@
 """What the student's forward pass keeps for its backward pass, stage by stage and tensor by tensor.
 
 Legend, beside that of :mod:`dinov2.models.vision_transformer`: t tokens that stochastic depth lets through a branch; e
-bytes of a product's result, 4, or 2 in 16 bits; the first feed-forward layer makes Z features, the second takes H; n
-rows of a head, d its bottleneck, K its prototypes. Tokens that run along the blocks are float32.
+bytes of a product's result, 4, or 2 in 16 bits; s bytes of the tokens between blocks, likewise; the first feed-forward
+layer makes Z features, the second takes H; n rows of a head, d its bottleneck, K its prototypes.
 
 Only what grows with tokens, or with tokens and prototypes, is listed, and weights. A tensor that two operators keep
 counts once.
@@ -60,7 +60,7 @@ class Stage:
 
 
 def backbone_stages(
-    vit: ViTConfig, rows: Rows, e: int, *, checkpointing: ActivationCheckpointing, casts: bool
+    vit: ViTConfig, rows: Rows, e: int, s: int, *, checkpointing: ActivationCheckpointing, casts: bool
 ) -> Iterator[Stage]:
     """Patches, blocks and the last norm.
 
@@ -68,6 +68,7 @@ def backbone_stages(
         vit: the student's architecture.
         rows: that go through it.
         e: bytes of a product's result.
+        s: bytes of tokens between blocks.
         checkpointing: what blocks compute again.
         casts: whether blocks cast their weights, which stand in float32, to 16 bits.
     """
@@ -75,15 +76,18 @@ def backbone_stages(
     prefix = 1 + vit.num_register_tokens
     patches = T - prefix * rows.class_tokens
     pixels = vit.in_chans * vit.patch_size**2
-    stream = FLOAT * T * D
+    stream, wide = s * T * D, FLOAT * T * D
     yield Stage(
         "patch embedding",
         {"activations": e * patches * pixels + rows.teacher.total_tokens},  # pixels of each patch, masks
         gradient=FLOAT * (D * (pixels + 1) + D * (prefix + 1 + vit.grid_size**2)),
-        backward=(Moment(stream + 2 * e * patches * D),),  # tokens' gradient; patches' before and behind the mask token
+        backward=(Moment(wide + 2 * e * patches * D),),  # tokens' gradient; patches' before and behind the mask token
     )
     for index, rate in enumerate(vit.drop_path_rates):
-        branches = attention_stage(vit, rows, rate, e, casts=casts), feed_forward_stage(vit, rows, rate, e, casts=casts)
+        branches = (
+            attention_stage(vit, rows, rate, e, s, casts=casts),
+            feed_forward_stage(vit, rows, rate, e, s, casts=casts),
+        )
         if checkpointing == "none":
             yield from (replace(branch, name=f"{branch.name} of block {index}") for branch in branches)
         else:
@@ -93,17 +97,17 @@ def backbone_stages(
     tokens = FLOAT * D * (rows.class_tokens + rows.masked)
     yield Stage(
         "last norm",
-        {"activations": stream + 2 * FLOAT * T + tokens},  # its argument and statistics; the tokens that heads take
+        {"activations": wide + 2 * FLOAT * T + tokens},  # its argument and statistics; the tokens that heads take
         gradient=2 * FLOAT * D,
-        forward=stream,  # its result
-        backward=(Moment(2 * stream),),  # gradients of result and argument
+        forward=wide,  # its result
+        backward=(Moment(2 * wide),),  # gradients of result and argument
     )
 
 
-def attention_stage(vit: ViTConfig, rows: Rows, rate: float, e: int, *, casts: bool) -> Stage:
+def attention_stage(vit: ViTConfig, rows: Rows, rate: float, e: int, s: int, *, casts: bool) -> Stage:
     """LayerNorm, queries, keys and values, attention, output layer; and the sum with their argument."""
     T, t, D = rows.crops.total_tokens, rows.kept(rate), vit.embed_dim
-    stream, tokens = FLOAT * T * D, e * t * D
+    stream, tokens = s * T * D, e * t * D
     residual = tokens if vit.init_values else 0
     kept = _norm(stream, T, t, rate) + tokens  # the norm's result
     kept += 3 * tokens  # queries, keys, values
@@ -120,11 +124,11 @@ def attention_stage(vit: ViTConfig, rows: Rows, rate: float, e: int, *, casts: b
     )
 
 
-def feed_forward_stage(vit: ViTConfig, rows: Rows, rate: float, e: int, *, casts: bool) -> Stage:
+def feed_forward_stage(vit: ViTConfig, rows: Rows, rate: float, e: int, s: int, *, casts: bool) -> Stage:
     """LayerNorm, linear layer, activation, linear layer; and the sum with their argument."""
     T, t, D = rows.crops.total_tokens, rows.kept(rate), vit.embed_dim
     H, Z = feed_forward_widths(vit)
-    stream, tokens = FLOAT * T * D, e * t * D
+    stream, tokens = s * T * D, e * t * D
     residual = tokens if vit.init_values else 0
     kept = _norm(stream, T, t, rate) + tokens  # the norm's result
     kept += e * t * Z  # the activation's argument; its result is made again
@@ -168,15 +172,18 @@ def feed_forward_widths(vit: ViTConfig) -> tuple[int, int]:
     return (gated, 2 * gated) if vit.ffn == "swiglu" else (H, H)
 
 
-def head_stage(name: str, in_dim: int, head: HeadConfig, n: float, e: int, *, copied: bool) -> Stage:
-    """A head short of its prototypes; ``copied``: its argument is a tensor of its own, by a cast or a concatenation."""
+def head_stage(name: str, in_dim: int, head: HeadConfig, n: float, e: int, *, copied: bool, casts: bool) -> Stage:
+    """A head short of its prototypes.
+
+    ``copied``: its argument is a tensor of its own, by a cast or a concatenation; ``casts``: it casts its weights.
+    """
     widths = [in_dim, *[head.hidden_dim] * (head.num_layers - 1), head.bottleneck_dim]
     hidden = sum(widths[1:-1])
     weights = sum(i * o for i, o in pairwise(widths))
     kept = e * n * ((in_dim if copied else 0) + 2 * hidden + 2 * head.bottleneck_dim)
     return Stage(
         name,
-        {"activations": kept + (e * weights if e < FLOAT else 0)},  # autocast's copies of the weights
+        {"activations": kept + (e * weights if casts else 0)},
         gradient=FLOAT * (weights + sum(widths[1:])),
         backward=(Moment(2 * e * n * max(widths[1:]), made=FLOAT * weights),),
     )

@@ -1,0 +1,130 @@
+"""Each operator once, forward and backward in bfloat16, beside its reference: the first seconds of a GPU.
+
+    python -m gpu.smoke [OPERATOR ...]
+
+An exception is printed and ends nothing but its operator.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dinov2_kernels as dk
+from dinov2_kernels import PackedLayout
+
+Tensors = dict[str, Tensor]
+LAYOUT = PackedLayout([(4, 257), (16, 50)])
+
+
+def random(*shape: int, **options: Any) -> Tensor:
+    """Numbers that are the same in every call of one operator."""
+    return torch.randn(*shape, device="cuda", dtype=options.pop("dtype", torch.bfloat16)).requires_grad_(**options)
+
+
+def with_gradients(result: Tensor, **inputs: Tensor) -> Tensors:
+    """The result, and the gradients of the inputs for one direction."""
+    direction = torch.linspace(-1, 1, result.numel(), device="cuda", dtype=result.dtype).view_as(result)
+    gradients = torch.autograd.grad(result, list(inputs.values()), direction)
+    return {"result": result, **dict(zip(inputs, gradients, strict=True))}
+
+
+def attention() -> Tensors:
+    qkv = random(LAYOUT.total_tokens, 3, 6, 64)
+    return with_gradients(dk.varlen_attention_qkvpacked(qkv, LAYOUT), qkv=qkv)
+
+
+def residual() -> Tensors:
+    x, gamma = random(LAYOUT.total_tokens, 384), random(384)
+    norm = torch.nn.LayerNorm(384, device="cuda", dtype=torch.bfloat16)
+    y = dk.stochastic_depth(x, LAYOUT, lambda h, _: h.tanh(), drop_rate=0.3, gamma=gamma, norm=norm)
+    return with_gradients(y, x=x, gamma=gamma, weight=norm.weight, bias=norm.bias)
+
+
+def swiglu() -> Tensors:
+    x12 = random(1000, 2 * 1024)
+    return with_gradients(dk.swiglu(x12), x12=x12)
+
+
+def sinkhorn() -> Tensors:
+    logits = random(300, 8192)
+    return {"bias": dk.sinkhorn_bias(logits, 0.07), "assignments": dk.sinkhorn_knopp(logits, 0.07)}
+
+
+def koleo() -> Tensors:
+    x = random(64, 384)
+    return with_gradients(dk.koleo_loss(x), x=x)
+
+
+def cross_entropy() -> Tensors:
+    student, teacher, bias = random(300, 8192), random(300, 8192).detach(), random(8192, dtype=torch.float32).detach()
+    temperatures = {"student_temperature": 0.1, "teacher_temperature": 0.07}
+    return with_gradients(dk.soft_cross_entropy(student, teacher, teacher_bias=bias, **temperatures), student=student)
+
+
+def prototype_cross_entropy() -> Tensors:
+    features, weight, teacher = random(300, 256), random(8192, 256), random(300, 8192).detach()
+    temperatures = {"student_temperature": 0.1, "teacher_temperature": 0.07}
+    loss = dk.prototype_cross_entropy(features, weight, teacher, **temperatures)
+    return with_gradients(loss, features=features, weight=weight)
+
+
+def photometric() -> Tensors:
+    import numpy as np
+
+    images = torch.randint(0, 256, (8, 96, 96, 3), dtype=torch.uint8, device="cuda")
+    plan = dk.draw_plan(dk.PhotometricDistribution(), [np.random.default_rng(n) for n in range(8)]).to("cuda")
+    return {"result": dk.photometric(images, plan, mean=(0.5,) * 3, std=(0.2,) * 3)}
+
+
+OPERATORS: dict[str, Callable[[], Tensors]] = {
+    function.__name__: function
+    for function in (
+        attention,
+        residual,
+        swiglu,
+        sinkhorn,
+        koleo,
+        cross_entropy,
+        prototype_cross_entropy,
+        photometric,
+    )
+}
+
+
+def largest_error(function: Callable[[], Tensors]) -> float:
+    """Of all results of an operator, as a share of the largest value of each."""
+    torch.manual_seed(0)
+    own = function()
+    torch.manual_seed(0)
+    with dk.use_backend("reference"):
+        expected = function()
+    shares = [
+        (own[name].double() - value.double()).abs().max() / value.double().abs().max().clamp(min=1e-9)
+        for name, value in expected.items()
+    ]
+    return max(share.item() for share in shares)
+
+
+def main(names: list[str]) -> int:
+    """Number of operators that fail."""
+    failures = 0
+    for name in names or OPERATORS:
+        try:
+            error = largest_error(OPERATORS[name])
+            verdict = "ok" if error < 0.05 else "WRONG"
+            print(f"smoke {name}: {verdict}, largest error {error:.2g}", flush=True)
+            failures += verdict != "ok"
+        except Exception:
+            failures += 1
+            print(f"smoke {name}: EXCEPTION\n{traceback.format_exc()}", flush=True)
+    return failures
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
