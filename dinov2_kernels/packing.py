@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
+
+from dinov2_kernels._tables import table_cache
 
 
 @dataclass(frozen=True)
@@ -126,4 +127,4 @@ def _cu_seqlens(layout: PackedLayout, device: torch.device) -> Tensor:
         return torch.tensor([0, *accumulate(layout.lengths)], dtype=torch.int32, device=device)  # [S + 1]
 
 
-_cached_cu_seqlens = lru_cache(maxsize=128)(_cu_seqlens)
+_cached_cu_seqlens = table_cache(maxsize=128)(_cu_seqlens)

@@ -3,6 +3,6 @@
 from dinov2.objectives.config import ObjectiveConfig
 from dinov2.objectives.distillation import Distillation
 from dinov2.objectives.networks import build_network, build_networks
-from dinov2.objectives.self_distillation import SelfDistillation
+from dinov2.objectives.self_distillation import SelfDistillation, Views
 
-__all__ = ["Distillation", "ObjectiveConfig", "SelfDistillation", "build_network", "build_networks"]
+__all__ = ["Distillation", "ObjectiveConfig", "SelfDistillation", "Views", "build_network", "build_networks"]

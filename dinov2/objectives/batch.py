@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from dinov2_kernels._tables import table_cache
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def send(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device, non_blocking=True)
 
 
-@lru_cache(maxsize=8)
+@table_cache(maxsize=8)
 def crop_pairs(B: int, L: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Which global crops each crop is compared with, and its weight in the mean over all pairs.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dinov2.models import VisionTransformer
 from dinov2.objectives.config import ObjectiveConfig
 from dinov2.objectives.networks import check_networks
-from dinov2.objectives.self_distillation import SelfDistillation
+from dinov2.objectives.self_distillation import SelfDistillation, Views
 
 
 class Distillation(SelfDistillation):
@@ -68,14 +68,14 @@ class Distillation(SelfDistillation):
         """Every network of the objective once."""
         return [*self.students.values(), self.teacher, *self.averages.values()]
 
-    def forward(self, batch: Mapping[str, Tensor], teacher_temperature: float) -> dict[str, Tensor]:
+    def forward(self, batch: Mapping[str, Tensor] | Views, teacher_temperature: float) -> dict[str, Tensor]:
         """Losses of one batch, with arguments and errors of :meth:`SelfDistillation.forward`.
 
         Returns:
             The scalars of each student, such as ``small/dino_local`` of the one called small, and total, the sum of
             the students' totals.
         """
-        views = self._views(batch)
+        views = self.views(batch)
         targets = self._targets(views, teacher_temperature)
         losses = {
             f"{name}/{term}": value

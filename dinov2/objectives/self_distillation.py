@@ -43,8 +43,7 @@ buffers not averaged into the teacher           kept; ViT and head have none
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -69,20 +68,21 @@ if TYPE_CHECKING:
     from typing_extensions import Self  # part of typing from Python 3.11 on
 
 
-@dataclass(frozen=True)
-class _Views:
-    """What networks see of one batch.
+class Views(NamedTuple):
+    """What networks see of one batch, and which patches are compared: tensors on their device, and nothing else.
 
     Attributes:
         global_crops, local_crops: [2B, C, H, W] and [L B, C, h, w].
         hidden: [2B, patches] of the global crops that the student does not see; None if it sees all.
-        masked: the patches of the global crops that iBOT compares.
+        masked_index, masked_weight: [M] of the patches that iBOT compares, as in
+            :class:`~dinov2.objectives.batch.MaskedPatches`.
     """
 
     global_crops: Tensor
     local_crops: Tensor
     hidden: Tensor | None
-    masked: MaskedPatches
+    masked_index: Tensor
+    masked_weight: Tensor
 
 
 class SelfDistillation(nn.Module):
@@ -146,14 +146,15 @@ class SelfDistillation(nn.Module):
         self.average.eval()
         return self
 
-    def forward(self, batch: Mapping[str, Tensor], teacher_temperature: float) -> dict[str, Tensor]:
+    def forward(self, batch: Mapping[str, Tensor] | Views, teacher_temperature: float) -> dict[str, Tensor]:
         """Losses of one batch.
 
         Args:
             batch: global_crops [2B, 3, H, W], all first crops, then all second ones in the same order; local_crops
                 [L * B, 3, h, w], crop-major as well, absent or empty for L = 0; masks [2B, patches] bool, true where
                 the student sees the mask token. Leave masks in host memory: the number of masked patches is a shape,
-                and asking a GPU for it would wait for all work queued there.
+                and asking a GPU for it would wait for all work queued there. What :meth:`views` makes of a batch will
+                do as well.
             teacher_temperature: temperature of the teacher's softmax at this step.
 
         Returns:
@@ -163,11 +164,13 @@ class SelfDistillation(nn.Module):
         Raises:
             ValueError: shapes do not fit together, or KoLeo has a single image.
         """
-        views = self._views(batch)
+        views = self.views(batch)
         return self._losses(self.student, views, self._targets(views, teacher_temperature))
 
-    def _views(self, batch: Mapping[str, Tensor]) -> _Views:
-        """What student and teacher see of a batch, and which patches are compared."""
+    def views(self, batch: Mapping[str, Tensor] | Views) -> Views:
+        """What student and teacher see of a batch, as :meth:`forward` takes it: all that is done on the host for it."""
+        if isinstance(batch, Views):
+            return batch
         global_crops, masks = batch["global_crops"], batch["masks"]
         local_crops = batch.get("local_crops", global_crops[:0])
         check_shapes(global_crops, local_crops, masks)
@@ -176,9 +179,10 @@ class SelfDistillation(nn.Module):
         if hidden is not None:
             hidden = send(hidden, global_crops.device)
         dtype = torch.promote_types(global_crops.dtype, torch.float32)
-        return _Views(global_crops, local_crops, hidden, MaskedPatches.of(masks, global_crops.device, dtype))
+        masked = MaskedPatches.of(masks, global_crops.device, dtype)
+        return Views(global_crops, local_crops, hidden, masked.index, masked.weight)
 
-    def _losses(self, student: nn.ModuleDict, views: _Views, targets: tuple[Targets, Targets]) -> dict[str, Tensor]:
+    def _losses(self, student: nn.ModuleDict, views: Views, targets: tuple[Targets, Targets]) -> dict[str, Tensor]:
         """The terms of one student; see :meth:`forward`."""
         class_tokens, patch_tokens = self._student_tokens(student, views)
         students = project(student, class_tokens, patch_tokens)
@@ -239,11 +243,10 @@ class SelfDistillation(nn.Module):
         }
 
     @torch.no_grad()
-    def _targets(self, views: _Views, temperature: float) -> tuple[Targets, Targets]:
+    def _targets(self, views: Views, temperature: float) -> tuple[Targets, Targets]:
         """Targets of the class tokens, those of the 2B global crops, and of the masked patches."""
-        masked = views.masked
         (tokens,) = features(self.teacher, [views.global_crops], [None])
-        patch_tokens = tokens["x_norm_patchtokens"].flatten(0, 1)[masked.index]  # [M, D]
+        patch_tokens = tokens["x_norm_patchtokens"].flatten(0, 1)[views.masked_index]  # [M, D]
         teachers = project(self.teacher, tokens["x_norm_clstoken"], patch_tokens)
         class_logits, patch_logits = logits_of(*teachers)  # [2B, K], [M, K']
         centerings = (self.dino_centering, self.ibot_centering)
@@ -252,19 +255,19 @@ class SelfDistillation(nn.Module):
             for centering, teacher in zip(centerings, teachers, strict=True):
                 centering.update(teacher.features, teacher.prototypes)
         B = len(views.global_crops) // 2
-        index, weight = crop_pairs(B, len(views.local_crops) // B, class_logits.device, masked.weight.dtype)
+        index, weight = crop_pairs(B, len(views.local_crops) // B, class_logits.device, views.masked_weight.dtype)
         return (
             Targets(class_logits, class_bias, temperature, weight, index),
-            Targets(patch_logits, patch_bias, temperature, masked.weight),
+            Targets(patch_logits, patch_bias, temperature, views.masked_weight),
         )
 
-    def _student_tokens(self, student: nn.ModuleDict, views: _Views) -> tuple[Tensor, Tensor]:
+    def _student_tokens(self, student: nn.ModuleDict, views: Views) -> tuple[Tensor, Tensor]:
         """Class tokens of global, then local crops [2B + L B, D] and masked patches of the global ones [M, D]."""
         if len(views.local_crops):
             outputs = features(student, [views.global_crops, views.local_crops], [views.hidden, None])
         else:
             outputs = features(student, [views.global_crops], [views.hidden])
-        patch_tokens = outputs[0]["x_norm_patchtokens"].flatten(0, 1)[views.masked.index]
+        patch_tokens = outputs[0]["x_norm_patchtokens"].flatten(0, 1)[views.masked_index]
         return torch.cat([tokens["x_norm_clstoken"] for tokens in outputs]), patch_tokens
 
     def _check_networks(self, student: nn.ModuleDict, teacher: nn.ModuleDict) -> None:

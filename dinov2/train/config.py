@@ -135,6 +135,9 @@ class RunConfig:
     but products and attention (selective); or everything (full), which takes a third more time."""
     compile: bool = False
     """Compile the blocks with torch.compile: the first steps take minutes, the others less time."""
+    cuda_graph: bool = False
+    """Replay each step as CUDA graphs, once the teacher temperature has come to rest: much less time on the host, which
+    is what small models wait for. For one process on one GPU, with data.masks.same_total True."""
     profile_steps: int = 0
     """Steps whose every operator is timed, after the first five; the trace is written to profile/."""
     peak_tflops: float | None = None
@@ -182,6 +185,8 @@ class RunConfig:
                 f"profile_steps must lie between 0 and steps - {STEPS_BEFORE_PROFILE}, the first of which are not"
                 f" profiled, but is {self.profile_steps} of {self.steps} steps"
             )
+        if self.cuda_graph:
+            self._check_graphable()
         if self.peak_tflops is not None and not self.peak_tflops > 0:
             raise ValueError(f"peak_tflops must be above 0, but is {self.peak_tflops}")
         if self.batch_size % self.accumulation_steps:
@@ -208,6 +213,21 @@ class RunConfig:
                     f"{name}.in_chans must be the number of channels of the images,"
                     f" {self.data.augmentation.channels} by data.augmentation.mean, but is {vit.in_chans}"
                 )
+
+    def _check_graphable(self) -> None:
+        for name, is_fine, expected, reason in (
+            ("precision", self.precision != "fp16", "fp32 or bf16", "the scale of the loss is not captured"),
+            ("compile", not self.compile, "False", "compiled blocks are not captured"),
+            (
+                "activation_checkpointing",
+                self.activation_checkpointing == "none",
+                "none",
+                "computing again takes the state of the random generators, which is not captured",
+            ),
+            ("profile_steps", not self.profile_steps, "0", "a replayed step runs no operator that could be timed"),
+        ):
+            if not is_fine:
+                raise ValueError(f"{name} must be {expected} with cuda_graph, but is {getattr(self, name)}: {reason}")
 
     @property
     def kind(self) -> str:
@@ -239,6 +259,14 @@ class PretrainConfig(RunConfig):
     """A student and the teacher that follows it."""
 
     vit: ViTConfig = field(default_factory=ViTConfig)
+
+    def _check_graphable(self) -> None:
+        super()._check_graphable()
+        if not self.data.masks.same_total:
+            raise ValueError(
+                "data.masks.same_total must be True with cuda_graph, but is False: the number of masked patches is a"
+                " shape, and no shape may change from step to step"
+            )
 
     @property
     def kind(self) -> str:

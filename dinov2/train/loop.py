@@ -15,6 +15,7 @@ from dinov2.models.run_checkpoint import RunCheckpoint
 from dinov2.train.checkpoint import CheckpointDirectory
 from dinov2.train.clock import IntervalClock
 from dinov2.train.config import RunConfig
+from dinov2.train.graphed_step import first_replay
 from dinov2.train.initial_weights import start_from_initial_weights
 from dinov2.train.interruption import Interrupted, StopSignals
 from dinov2.train.metrics import MetricsWriter, StepScalars, check_loss_scale, read_metrics
@@ -113,6 +114,7 @@ class Run:
             device=self.processes.describe(),
             start_step=start,
             weights=self.origin,
+            graph=first_replay(config, start) if config.cuda_graph else None,
         )
         agreement = StepAgreement(self.processes, first=(True, 0))
         with ExitStack() as stack, closing(micro_batches), self.display, StopSignals() as signals, self.saver:

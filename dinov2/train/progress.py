@@ -60,8 +60,16 @@ class RunDisplay:
         device: str,
         start_step: int,
         weights: str | None = None,
+        graph: str | None = None,
     ) -> None:
-        """One paragraph on what is about to run; ``weights`` tells where they start, if not at random."""
+        """One paragraph on what is about to run.
+
+        Args:
+            models, data, device: what it is about, in words.
+            start_step: finished steps.
+            weights: where they start, if not at random.
+            graph: from when on steps are replayed, if they are at all.
+        """
         config = self.config
         console = self.console
         begin = f"continuing after step {start_step:,}" if start_step else "starting"
@@ -74,6 +82,7 @@ class RunDisplay:
             "batch": f"{config.batch_size} images x {config.steps:,} steps"
             + (f", in {config.accumulation_steps} micro-batches" if config.accumulation_steps > 1 else ""),
             "device": f"{device}, {config.precision}",
+            **({"graph": graph} if graph else {}),
             "run": str(config.output),
         }
         for name, text in rows.items():

@@ -18,6 +18,7 @@ MAY_CHANGE = frozenset(
         "device",
         "activation_checkpointing",
         "compile",
+        "cuda_graph",
         "profile_steps",
         "peak_tflops",
         "log_every",

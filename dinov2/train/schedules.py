@@ -77,3 +77,9 @@ class Schedules:
             teacher_momentum=self.momentum(step),
             teacher_temperature=self.temperature(step),
         )
+
+    @property
+    def first_resting_step(self) -> int:
+        """The step from which on the teacher temperature stays what it is."""
+        temperature = self.temperature
+        return 0 if temperature.start == temperature.base else temperature.warmup_steps

@@ -13,7 +13,7 @@ networks are split among the processes.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -27,16 +27,17 @@ from torch.nn.parallel import DistributedDataParallel
 from dinov2.data import Batch, RawBatch, finish
 from dinov2.models import VisionTransformer
 from dinov2.models.run_checkpoint import RunCheckpoint
-from dinov2.objectives import SelfDistillation
+from dinov2.objectives import SelfDistillation, Views
 from dinov2.train.blocks import prepare_blocks
 from dinov2.train.building import build_objective
 from dinov2.train.config import RunConfig
+from dinov2.train.graphed_step import Graph, GraphedStep, check_graphable, cuda_graphs
 from dinov2.train.metrics import SKIPPED
 from dinov2.train.parameter_groups import apply_settings, parameter_groups
 from dinov2.train.precision import Arithmetic, with_definite_precision
 from dinov2.train.processes import Processes, resolve_device
 from dinov2.train.run_directory import flatten
-from dinov2.train.schedules import Schedules, StepSettings
+from dinov2.train.schedules import Schedules
 from dinov2.train.sharding import exchange_gradients, gathered, split_objective
 from dinov2.train.weight_copies import WeightCopies, keeps_weight_copies
 
@@ -55,6 +56,8 @@ class Trainer:
     def __init__(self, config: RunConfig, processes: Processes | None = None) -> None:
         self.processes = processes = processes or Processes(resolve_device(config.device))
         self.device = processes.device
+        if config.cuda_graph:
+            check_graphable(processes)
         self.config = config = with_definite_precision(config, self.device)
         self.arithmetic = Arithmetic(config.precision, self.device)
         torch.manual_seed(config.seed)
@@ -82,6 +85,18 @@ class Trainer:
         self._names: dict[Tensor, str] = {
             parameter: name for name, parameter in self.objective.student.named_parameters()
         }
+        self._graphed: GraphedStep | None = None
+        if config.cuda_graph:
+            self.replay_steps(cuda_graphs(self.device))
+
+    def replay_steps(self, new_graph: Callable[[], Graph]) -> None:
+        """Capture the step in graphs, and replay them, once the teacher temperature has come to rest."""
+        temperature = self.schedules.temperature.base
+
+        def gradients(views: Views) -> dict[str, Tensor]:
+            return self._gradients(views, temperature)
+
+        self._graphed = GraphedStep(gradients, self._update, self.optimizer, new_graph)
 
     def _build(self) -> SelfDistillation:
         objective = build_objective(self.config, self.processes.group)
@@ -95,8 +110,12 @@ class Trainer:
         each student module's gradient norm before clipping.
         """
         config, settings = self.config, self.schedules(step)
-        apply_settings(self.optimizer.param_groups, settings)
-        self.optimizer.zero_grad()
+        graphed = self._graphed if step >= self.schedules.first_resting_step else None
+        if graphed is None:
+            apply_settings(self.optimizer.param_groups, settings)
+            self.optimizer.zero_grad()
+        else:
+            graphed.begin()
         self._weight_copies.renew()  # here, whatever has changed the weights since the last step
         first = step * config.accumulation_steps
         last = first + config.accumulation_steps - 1
@@ -106,20 +125,13 @@ class Trainer:
                 for student in self.objective.students.values():
                     exchange_gradients(student, number == last)
             with nullcontext() if self._replicas is None or number == last else self._replicas.no_sync():
-                terms.append(self._forward_backward(next(micro_batches), settings, number))
-        self.arithmetic.unscale(self.optimizer)
-        norms = {
-            f"grad_norm/{name}": _whole(nn.utils.clip_grad_norm_(module.parameters(), config.optim.clip_grad_norm))
-            for name, module in self._trained_modules()
-        }
-        self.arithmetic.step(self.optimizer)
+                batch = self._on_device(next(micro_batches), number)
+                if graphed is None:
+                    terms.append(self._gradients(batch, settings.teacher_temperature))
+                else:
+                    terms.append(graphed.gradients(self._views(batch), is_first=number == first))
+        norms = self._update(settings.teacher_momentum) if graphed is None else graphed.update(settings)
         scalars = {name: torch.stack([term[name] for term in terms]).mean() for name in terms[0]} | norms
-        momentum: float | Tensor = settings.teacher_momentum
-        if self.arithmetic.scaler is not None:
-            skipped = ~torch.stack(list(norms.values())).isfinite().all()
-            scalars[SKIPPED] = skipped.float()
-            momentum = torch.where(skipped, 1.0, momentum)
-        self.objective.update_average(momentum)
         return self.processes.mean(scalars)
 
     def _trained_modules(self) -> Iterator[tuple[str, nn.Module]]:
@@ -128,17 +140,39 @@ class Trainer:
             for name, module in network.items():
                 yield f"{student}/{name}".lstrip("/"), module
 
-    def _forward_backward(self, batch: Batch | RawBatch, settings: StepSettings, number: int) -> dict[str, Tensor]:
-        """Add the gradient of micro-batch ``number`` of the run."""
+    def _on_device(self, batch: Batch | RawBatch, number: int) -> Batch:
+        """Micro-batch ``number`` of the run, finished; random numbers from here on are its own."""
         on_device = finish(batch, self.config.data.augmentation, self.device)
         world_size, rank = self.processes.world_size, self.processes.rank
         torch.manual_seed(micro_batch_seed(self.config.seed, number * world_size + rank))
+        self._last_crops = on_device["global_crops"]
+        return on_device
+
+    def _views(self, batch: Batch) -> Views:
+        return self.objective.views(cast(Mapping[str, Tensor], batch))
+
+    def _gradients(self, batch: Batch | Views, teacher_temperature: float) -> dict[str, Tensor]:
+        """Add the gradient of a micro-batch; returns its loss terms."""
         with self._weight_copies.in_place():
             with self.arithmetic.autocast():
-                terms: dict[str, Tensor] = (self._replicas or self.objective)(on_device, settings.teacher_temperature)
+                terms: dict[str, Tensor] = (self._replicas or self.objective)(batch, teacher_temperature)
             self.arithmetic.backward(terms["total"] / self.config.accumulation_steps)
-        self._last_crops = on_device["global_crops"]
         return {name: term.detach().float() for name, term in terms.items()}
+
+    def _update(self, momentum: float | Tensor) -> dict[str, Tensor]:
+        """Clip the gradients, and move students and averages; returns the norms, and whether the step was skipped."""
+        self.arithmetic.unscale(self.optimizer)
+        scalars = {
+            f"grad_norm/{name}": _whole(nn.utils.clip_grad_norm_(module.parameters(), self.config.optim.clip_grad_norm))
+            for name, module in self._trained_modules()
+        }
+        self.arithmetic.step(self.optimizer)
+        if self.arithmetic.scaler is not None:
+            skipped = ~torch.stack(list(scalars.values())).isfinite().all()
+            scalars[SKIPPED] = skipped.float()
+            momentum = torch.where(skipped, 1.0, momentum)
+        self.objective.update_average(momentum)
+        return scalars
 
     def collapse_statistics(self, step: int) -> dict[str, float]:
         """How the targets of the last micro-batch spread over the prototypes, a mean over processes.
@@ -198,6 +232,8 @@ class Trainer:
         order = [self._names[parameter] for group in self.optimizer.param_groups for parameter in group["params"]]
         by_index = {index: moments[name] for index, name in enumerate(order) if name in moments}
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": by_index})
+        if self._graphed is not None:
+            self._graphed.forget()  # the moments are other tensors now
 
     def _weights(self) -> dict[str, Any]:
         return {

@@ -37,6 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dinov2_kernels._tables import table_cache
 from dinov2_kernels.attention.triton_backward import backward_blocks, backward_short
 from dinov2_kernels.attention.triton_forward import forward_resident, forward_streaming
 
@@ -158,7 +159,7 @@ def backward_launches(cu_seqlens: Tensor | None, runs: Sequence[int], q: Tensor)
 ChooseTile = Callable[[int | None, int, torch.dtype, bool], Tile]
 
 
-@lru_cache(maxsize=256)
+@table_cache(maxsize=256)
 def _launches_for_runs(
     choose: ChooseTile, runs: tuple[int, ...], D: int, dtype: torch.dtype, device: torch.device
 ) -> list[Launch]:

@@ -145,6 +145,19 @@ def test_recomputed_blocks_take_less(more: str) -> None:
     assert peaks[0] < 0.85 * peaks[1]
 
 
+def test_graphs_take_memory_beside_them() -> None:
+    config = recipe("vits14_small_data")
+    config = replace(config, data=replace(config.data, masks=replace(config.data.masks, same_total=True)))
+    graphed = replace(config, cuda_graph=True)
+    peaks = [plan(run, world_size=1, device_type="cuda").peak.bytes for run in (graphed, config)]
+    assert peaks[0].pop("beside the graphs") > peaks[0]["batch"]  # the inputs twice, and more
+    assert peaks[0] == peaks[1]
+    with pytest.raises(ValueError, match="cuda_graph must be False with several processes"):
+        plan(graphed, world_size=2, device_type="cuda")
+    with pytest.raises(ValueError, match="cuda_graph must be False on a device without CUDA, but the device is cpu"):
+        plan(graphed, world_size=1, device_type="cpu")
+
+
 def test_dry_run_prints_and_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = [f"--output={tmp_path}/run", "--dry_run", "--world_size=4", "--device=cpu"]
     assert main(["pretrain", "photos", *options]) == 0

@@ -270,8 +270,8 @@ def check_communication(trainer: Trainer, config: PretrainConfig) -> None:
     name = (
         "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
     )  # PyTorch 2.10
-    forward, reduce_scatter = trainer._forward_backward, getattr(dist, name)
-    trainer._forward_backward = lambda *arguments: (started.append(1), forward(*arguments))[1]
+    forward, reduce_scatter = trainer._gradients, getattr(dist, name)
+    trainer._gradients = lambda *arguments: (started.append(1), forward(*arguments))[1]
     if trainer._replicas is not None:
         trainer._replicas.register_comm_hook(None, averages)
     setattr(dist, name, scatters)

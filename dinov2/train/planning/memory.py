@@ -118,8 +118,12 @@ def _moments(
     if keeps_copies:
         held["copies of weights"] = e * parameters.copied
     targets = teacher_logits(config, rows, e)
-    held_and_gradients = held | {"gradients": whole}
     working = teacher_working(config.vit, rows, e, bytes_of_tokens(config, e))
+    if config.cuda_graph:
+        # Graphs keep their memory. Inputs are copied for them, and statistics of the targets take memory beside it.
+        statistics = working + e * rows.teacher.num_sequences * config.dino_head.out_dim
+        held["beside the graphs"] = batch_bytes(config, rows) + statistics
+    held_and_gradients = held | {"gradients": whole}
     yield Peak(
         "forward pass of the teacher", held_and_gradients | {"teacher logits": targets, "working memory": working}
     )

@@ -9,6 +9,7 @@ import torch
 from dinov2.objectives import build_networks
 from dinov2.train.config import PretrainConfig
 from dinov2.train.flops import step_flops
+from dinov2.train.graphed_step import check_graphable
 from dinov2.train.planning.communication import bytes_sent
 from dinov2.train.planning.memory import Parameters, Peak, parameters_of, peak_memory
 from dinov2.train.planning.rows import Rows
@@ -54,12 +55,15 @@ def plan(config: PretrainConfig, *, world_size: int, device_type: str) -> Plan:
     """What the run ``config`` needs with ``world_size`` processes on devices of this type.
 
     Raises:
-        ValueError: its batch does not split among the processes, or its precision on this device does not go with it.
+        ValueError: its batch does not split among the processes, its precision on this device does not go with it, or
+            it cannot replay its steps there.
     """
     config = with_definite_precision(config, torch.device(device_type))
     with torch.device("meta"):
         student, teacher = build_networks(config.vit, config.dino_head, config.ibot_head)
     processes = Processes(torch.device(device_type), world_size=world_size)
+    if config.cuda_graph:
+        check_graphable(processes)
     parameters = parameters_of(student, teacher)
     rows = Rows.of(config, processes.share(config.micro_batch_size))
     return Plan(
