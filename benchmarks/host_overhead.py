@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import dinov2_kernels as dk
 from dinov2_kernels.residual.op import gather_norm, scatter_add
-from dinov2_kernels.residual.sampling import draw_subset
+from dinov2_kernels.residual.sampling import draw_subsets
 
 S, H, D = 4, 2, 64
 C = H * D
@@ -49,7 +49,7 @@ class Inputs:
         self.x12 = leaf(T, 2 * C)
         self.gamma = leaf(C)
         self.norm = nn.LayerNorm(C, device=device)
-        self.subset = draw_subset(self.x, self.layout, 0.3, None)
+        (self.subset,) = draw_subsets(self.x, self.layout, [0.3])
         self.residual = leaf(self.subset.layout.total_tokens, C)
 
 
@@ -74,7 +74,7 @@ FUNCTIONS: dict[str, Callable[[Inputs], object]] = {
     "x + gamma * F.layer_norm": lambda inputs: inputs.x + inputs.gamma * layer_norm(inputs),
     "stochastic_depth, drop rate 0": lambda inputs: stochastic_depth(inputs, 0.0),
     "stochastic_depth, drop rate 0.3": lambda inputs: stochastic_depth(inputs, 0.3),
-    "its draw": lambda inputs: draw_subset(inputs.x, inputs.layout, 0.3, None),
+    "its draw": lambda inputs: draw_subsets(inputs.x, inputs.layout, [0.3]),
     "its gather and LayerNorm": lambda inputs: gather_norm(inputs.x, inputs.subset, inputs.norm),
     "its scatter": scatter,
     "F.silu * value": lambda inputs: F.silu(inputs.gate) * inputs.value,

@@ -12,6 +12,8 @@ C = 384 float32, 90 MB; m = 0.70 T C are the elements of the kept tokens.
   torch.compile move the same 5 T C forward; with backward ours moves 12, and torch.compile reads tokens and gradients
   again for the sums over tokens. So a par forward, and 1.2 times faster in all.
 - A block of ViT-S at drop rate 0.4: 0.6 of the branches' work and all of the rest, 0.62 to 0.66 of the time.
+- Two connections as a chain, beside one after the other: 25.4 m in place of 27.4 m at drop rate 0.3, so 1.08 times
+  faster where one kernel does both the scatter and the gather behind it. On a CPU two kernels do, so a par.
 
 Measured (results/2026-11-27, one run): stochastic depth 29 to 45 ms, 0.18 to 0.33 of the recipe's time in float32,
 and 0.23 to 0.28 in bfloat16. Against torch.compile forward 1.08 to 1.44 times faster in float32 and 1.08 to 1.25 in
@@ -26,13 +28,16 @@ missed:
   during the scatter; three since were at 1.10.
 - bfloat16 with backward at C = 1024 scatters between 0.85 and 1.35: what is mapped anew of its 30 MB tensors varies.
 - The block gains a little more than its share of the work; why was not looked into.
+
+The chain (2026-11-30, a shared machine): 0.96 to 1.04 of the speed of one connection after the other. One kernel for
+the scatter and the gather was tried on a CPU, tile by tile with the tokens in the cache: docs/operators/residual.md.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -43,7 +48,7 @@ from torch import Tensor, nn
 import dinov2_kernels as dk
 from benchmarks.memory import printed_by
 from dinov2_kernels.nn import Block
-from dinov2_kernels.residual import num_kept_samples
+from dinov2_kernels.residual import Connection, draw_subsets, num_kept_samples, residual_chain
 
 if TYPE_CHECKING:
     from benchmarks.conftest import Compare
@@ -165,6 +170,34 @@ def test_stochastic_depth(
     least_bytes = moves * residual.x.element_size()
     compare(step, recipe_step(residual, drop_rate), least_bytes=least_bytes, rounds=rounds)
     benchmark.extra_info["moves_per_kept_element"] = round(moves / m, 1)
+
+
+@pytest.mark.parametrize("drop_rate", [0.3, 0.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("device", DEVICES)
+def test_chain(
+    benchmark: BenchmarkFixture, compare: Compare, device: str, dtype: torch.dtype, drop_rate: float
+) -> None:
+    """Both connections of a block, with empty branches, on the same subsets."""
+    C = 384
+    benchmark.group = f"two connections of {dtype} on {device}, drop rate {drop_rate}, speedup over one after the other"
+    residual = Residual(FEWER_CROPS, C, dtype, device)
+    subsets = draw_subsets(residual.x, FEWER_CROPS, [drop_rate] * 2)
+    surroundings: dict[str, Any] = {"gamma": residual.gamma, "norm": residual.norm}
+
+    def chain(x: Tensor) -> Tensor:
+        connections = [Connection(identity, subset, **surroundings) for subset in subsets]
+        return residual_chain(x, FEWER_CROPS, connections)
+
+    def one_after_the_other(x: Tensor) -> Tensor:
+        for subset in subsets:
+            x = dk.stochastic_depth(x, FEWER_CROPS, identity, subset=subset, **surroundings)
+        return x
+
+    m, all_elements = kept_elements(FEWER_CROPS, drop_rate, C), residual.x.numel()
+    least_bytes = (14 * m + 8 * all_elements) * residual.x.element_size()
+    steps = residual.training_step(chain), residual.training_step(one_after_the_other)
+    compare(*steps, least_bytes=least_bytes, rounds=25)
 
 
 @pytest.mark.parametrize("pass_", ["forward", "forward and backward"])

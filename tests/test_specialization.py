@@ -83,7 +83,7 @@ def _residual(n: int) -> None:
     from dinov2_kernels.residual import triton_kernel, triton_sampling
 
     T, t, C = 50 * n + 256, 50 * (n - n // 3) + 256, 384
-    triton_sampling.residual_kept_rows(_empty(n + 1, dtype=torch.float32), [n, 50, 1, 256], [n - n // 3, 1])
+    triton_sampling.residual_kept_rows(_empty(2, n + 1, dtype=torch.float32), [n, 50, 1, 256], [n - n // 3, 1] * 2)
     x, h, vector = _empty(T, C, dtype=torch.float32), _empty(t, C), _empty(C, dtype=torch.float32)
     rows, position = _empty(t, dtype=torch.int32), _empty(T, dtype=torch.int32)
     mean = scale = _empty(t, dtype=torch.float32)
@@ -92,6 +92,13 @@ def _residual(n: int) -> None:
     triton_kernel.residual_scatter(x, h, position, scale, vector, vector)
     triton_kernel.residual_scatter_(x, h, rows, scale, vector, vector)
     triton_kernel.residual_scatter_backward(x, h, rows, scale, vector, vector, torch.bfloat16)
+    of_scatter, of_norm = (scale, vector, vector), (mean, mean, vector, vector)
+    triton_kernel.residual_scatter_gather_norm(
+        x, h, position, *of_scatter, rows, position, vector, vector, 1e-6, torch.bfloat16
+    )
+    triton_kernel.residual_scatter_gather_norm_backward(
+        h, x, x, None, rows, position, *of_norm, h, rows, position, *of_scatter, torch.bfloat16
+    )
 
 
 def _sinkhorn(n: int) -> None:

@@ -62,7 +62,7 @@ template <int N, bool tanh, class X>
 ALWAYS_INLINE void gelu_backward_rows(X* grad, const X* z, int64_t H, X* h, double* sums) {
   using A = accumulate_t<X>;
   for_each_vector<A>(0, H, [&](int64_t c, auto part) {
-    vec<A> dz[N];
+    vec<A> dz[N] = {};
     for (int n = 0; n < N; ++n) {
       const int64_t i = n * H + c;
       Gelu<A> gelu;

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from dinov2.models.position_embedding import interpolate_position_embedding
 from dinov2_kernels import PackedLayout
 from dinov2_kernels._library import autocast_dtype
 from dinov2_kernels.nn import Block, Mlp, SwiGLUFFN
+from dinov2_kernels.residual import Subset, draw_subsets
 
 Features = dict[str, Tensor]
 """What the model knows about B images.
@@ -141,8 +142,8 @@ class VisionTransformer(nn.Module):
         tokens = self._tokens(x, None)  # [B, N, D]
         layout = PackedLayout([tokens.shape[:2]])
         packed, outputs = layout.pack([tokens]), []
-        for index, block in enumerate(self.blocks):
-            packed = block(packed, layout)
+        for index, (block, subsets) in enumerate(zip(self.blocks, self._subsets(packed, layout), strict=True)):
+            packed = block(packed, layout, subsets)
             if index in wanted:
                 outputs += layout.unpack(packed)
         return outputs
@@ -168,9 +169,15 @@ class VisionTransformer(nn.Module):
         tokens = [self._tokens(x, mask) for x, mask in zip(batches, masks, strict=True)]  # [B, N, D] each
         layout = PackedLayout([batch.shape[:2] for batch in tokens])
         packed = layout.pack(tokens)  # [T, D]
-        for block in self.blocks:
-            packed = block(packed, layout)
+        for block, subsets in zip(self.blocks, self._subsets(packed, layout), strict=True):
+            packed = block(packed, layout, subsets)
         return layout, packed, self._last_norm(packed)
+
+    def _subsets(self, packed: Tensor, layout: PackedLayout) -> list[tuple[Subset, Subset]]:
+        """The samples that each branch of each block keeps, drawn in one launch."""
+        rates = [rate for block in self.blocks for rate in cast(Block, block).drop_rates]
+        subsets = draw_subsets(packed, layout, rates)
+        return list(zip(subsets[::2], subsets[1::2], strict=True))
 
     def _features(self, prenorm: Tensor, normed: Tensor) -> Features:
         first_patch = 1 + self.config.num_register_tokens

@@ -6,16 +6,19 @@ counts: a compiled block includes its recomputation, and FSDP gathers the weight
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from dinov2.models import VisionTransformer
 from dinov2.objectives import SelfDistillation
 from dinov2.train.config import ActivationCheckpointing, RunConfig
+from dinov2_kernels import PackedLayout
+from dinov2_kernels.residual import Subset
 
 KEPT = frozenset(
     {
@@ -42,10 +45,9 @@ def prepare_blocks(objective: SelfDistillation, config: RunConfig) -> None:
                 recompute(block, config.activation_checkpointing)
             if config.compile:
                 # Crops have few sizes, so a graph for each is right; blocks share it, as only their weights differ.
-                # Random numbers come from where they come without the compiler, so that it changes no draw.
-                block.compile(fullgraph=True, dynamic=False, options={"fallback_random": True})
+                block.compile(fullgraph=True, dynamic=False)
     if config.compile:
-        # Rates of stochastic depth are constants of a graph, and more graphs than this limit are an error.
+        # Numbers of kept samples are constants of a graph, and more graphs than this limit are an error.
         graphs = 1 + sum(len(set(vit.drop_path_rates)) for vit in config.networks.values())
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * graphs)
 
@@ -53,17 +55,19 @@ def prepare_blocks(objective: SelfDistillation, config: RunConfig) -> None:
 def recompute(block: nn.Module, what: ActivationCheckpointing) -> None:
     """Let ``block`` make its activations again in the backward pass, bit by bit.
 
-    Stochastic depth draws the same samples again: the state of the generators is kept, which lies on the host.
+    A block draws no random numbers: its network hands it the samples that stochastic depth keeps. So the state of the
+    generators need not be kept.
     """
     if what == "none":
         return
-    options: dict[str, Any] = {"use_reentrant": False}
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if what == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     forward = block.forward
 
-    def recomputing(*args: Any) -> Any:  # a function of its own, and no partial: torch.compile must see into it
-        return checkpoint(forward, *args, **options)
+    # A function of its own, and no partial: torch.compile must see into it.
+    def recomputing(x: Tensor, layout: PackedLayout, subsets: Sequence[Subset]) -> Any:
+        return checkpoint(forward, x, layout, subsets, **options)
 
     block.forward = recomputing
 

@@ -5,8 +5,8 @@ Legend: B samples of N tokens of width C.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dinov2_kernels._modules import is_unwatched
 from dinov2_kernels.integrations.swap import Accelerated
 from dinov2_kernels.packing import PackedLayout
-from dinov2_kernels.residual import stochastic_depth
+from dinov2_kernels.residual import Connection, draw_subsets, residual_chain
 
 DROPPED_IN_TRAINING = ", but in training the library's own forward, for its attention dropout"
 """What a report adds to an attention with dropout of its weights."""
@@ -61,23 +61,33 @@ class AcceleratedBlock(Accelerated):
         return True
 
 
-def add_branch(
-    x: Tensor,
-    branch: Callable[[Tensor], Tensor],
-    norm: nn.Module,
-    layer_scale: nn.Module | None = None,
-    rate: float = 0.0,
-) -> Tensor:
-    """x + layer_scale(branch(norm(x))), of a random subset of the samples where ``rate`` > 0; x: [B, N, C]."""
+class ResidualBranch(NamedTuple):
+    """A branch of a block, on tokens [B, N, C], and what its library puts around it."""
 
-    def packed_branch(tokens: Tensor, layout: PackedLayout) -> Tensor:
-        return branch(layout.unpack(tokens)[0]).flatten(0, 1)
+    branch: Callable[[Tensor], Tensor]
+    norm: nn.Module
+    layer_scale: nn.Module | None = None
+    rate: float = 0.0
 
+
+def add_branches(x: Tensor, branches: Sequence[ResidualBranch]) -> Tensor:
+    """x + layer_scale(branch(norm(x))) for one branch after the other; x: [B, N, C].
+
+    Where a rate is above 0, a random subset of the samples goes through the branch.
+    """
     layout = PackedLayout([(x.shape[0], x.shape[1])])
-    gamma = gamma_of(layer_scale)
-    y = stochastic_depth(x.flatten(0, 1), layout, packed_branch, drop_rate=rate, gamma=gamma, norm=norm)  # [B N, C]
+    subsets = draw_subsets(x, layout, [rate for *_, rate in branches])
+    connections = [
+        Connection(_on_packed(branch), subset, norm=norm, gamma=gamma_of(layer_scale))
+        for (branch, norm, layer_scale, _), subset in zip(branches, subsets, strict=True)
+    ]
+    y = residual_chain(x.flatten(0, 1), layout, connections)  # [B N, C]
     shaped: Tensor = torch.ops.aten._unsafe_view.default(y, x.shape)  # a fresh tensor to autograd, as callers expect
     return shaped
+
+
+def _on_packed(branch: Callable[[Tensor], Tensor]) -> Callable[[Tensor, PackedLayout], Tensor]:
+    return lambda tokens, layout: branch(layout.unpack(tokens)[0]).flatten(0, 1)
 
 
 def gamma_of(layer_scale: nn.Module | None) -> Tensor | None:

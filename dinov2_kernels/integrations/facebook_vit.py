@@ -11,11 +11,18 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from dinov2_kernels.attention import varlen_attention_qkvpacked
-from dinov2_kernels.integrations.blocks import DROPPED_IN_TRAINING, AcceleratedBlock, add_branch, gamma_of, in_use
+from dinov2_kernels.integrations.blocks import (
+    DROPPED_IN_TRAINING,
+    AcceleratedBlock,
+    ResidualBranch,
+    add_branches,
+    gamma_of,
+    in_use,
+)
 from dinov2_kernels.integrations.swap import Accelerated, forward_name, forward_of
 from dinov2_kernels.nn.fused_mlp import SWIGLU, fused_mlp
 from dinov2_kernels.packing import PackedLayout
-from dinov2_kernels.residual import stochastic_depth
+from dinov2_kernels.residual import Connection, draw_subsets, residual_chain
 
 
 class Facebook(Accelerated):
@@ -102,21 +109,21 @@ class Block(AcceleratedBlock, Facebook):
             return self._forward_list(x, rate)
         if not self.can_fuse(x):
             return super().forward(x)
-        x = add_branch(x, self.attn, self.norm1, self.ls1, rate)
-        return add_branch(x, self.mlp, self.norm2, self.ls2, rate)
+        attention = ResidualBranch(self.attn, self.norm1, self.ls1, rate)
+        return add_branches(x, [attention, ResidualBranch(self.mlp, self.norm2, self.ls2, rate)])
 
     def _forward_list(self, crops: list[Tensor], rate: float) -> Any:
         attention_packs = isinstance(self.attn, Attention) and self.attn.takes(None)
         if not attention_packs or not all(self.can_fuse(crop) for crop in crops):
             return super().forward(crops)
         layout = PackedLayout([crop.shape[:2] for crop in crops])
-        x = stochastic_depth(  # [T, C]
-            layout.pack(crops), layout, self._attend, drop_rate=rate, gamma=gamma_of(self.ls1), norm=self.norm1
-        )
-        x = stochastic_depth(
-            x, layout, lambda tokens, _: self.mlp(tokens), drop_rate=rate, gamma=gamma_of(self.ls2), norm=self.norm2
-        )
-        return layout.unpack(x)
+        x = layout.pack(crops)  # [T, C]
+        of_attention, of_mlp = draw_subsets(x, layout, [rate, rate])
+        connections = [
+            Connection(self._attend, of_attention, norm=self.norm1, gamma=gamma_of(self.ls1)),
+            Connection(lambda tokens, _: self.mlp(tokens), of_mlp, norm=self.norm2, gamma=gamma_of(self.ls2)),
+        ]
+        return layout.unpack(residual_chain(x, layout, connections))
 
     def _attend(self, tokens: Tensor, layout: PackedLayout) -> Tensor:
         attended: Tensor = self.attn(tokens.unsqueeze(0), attn_bias=layout)  # [1, T, C], as facebook packs

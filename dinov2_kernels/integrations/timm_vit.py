@@ -10,7 +10,14 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from dinov2_kernels._modules import is_unwatched
-from dinov2_kernels.integrations.blocks import DROPPED_IN_TRAINING, AcceleratedBlock, add_branch, drop_rate, in_use
+from dinov2_kernels.integrations.blocks import (
+    DROPPED_IN_TRAINING,
+    AcceleratedBlock,
+    ResidualBranch,
+    add_branches,
+    drop_rate,
+    in_use,
+)
 from dinov2_kernels.integrations.swap import Accelerated, forward_name
 from dinov2_kernels.nn.attention import attend
 from dinov2_kernels.nn.fused_mlp import SWIGLU, fused_mlp
@@ -85,8 +92,9 @@ class Block(AcceleratedBlock):
         if in_use(*args, **kwargs) or not self.can_fuse(x):
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
-        x = add_branch(x, self.attn, self.norm1, self.ls1, drop_rate(self.drop_path1))
-        return add_branch(x, self.mlp, self.norm2, self.ls2, drop_rate(self.drop_path2))
+        attention = ResidualBranch(self.attn, self.norm1, self.ls1, drop_rate(self.drop_path1))
+        feed_forward = ResidualBranch(self.mlp, self.norm2, self.ls2, drop_rate(self.drop_path2))
+        return add_branches(x, [attention, feed_forward])
 
 
 class LayerNorm(Accelerated, nn.LayerNorm):

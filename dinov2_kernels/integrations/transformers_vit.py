@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from dinov2_kernels._modules import is_unwatched
 from dinov2_kernels.attention import varlen_attention
-from dinov2_kernels.integrations.blocks import DROPPED_IN_TRAINING, AcceleratedBlock, add_branch, drop_rate, in_use
+from dinov2_kernels.integrations.blocks import (
+    DROPPED_IN_TRAINING,
+    AcceleratedBlock,
+    ResidualBranch,
+    add_branches,
+    drop_rate,
+    in_use,
+)
 from dinov2_kernels.integrations.swap import Accelerated, forward_name, forward_of
 from dinov2_kernels.nn.fused_mlp import SWIGLU, fused_mlp
 from dinov2_kernels.packing import PackedLayout
@@ -154,8 +161,8 @@ class Dinov2Layer(AcceleratedBlock, Transformers):
             return y
 
         rate = drop_rate(self.drop_path)
-        hidden_states = add_branch(hidden_states, attend, self.norm1, self.layer_scale1, rate)
-        return add_branch(hidden_states, self.mlp, self.norm2, self.layer_scale2, rate)
+        attention = ResidualBranch(attend, self.norm1, self.layer_scale1, rate)
+        return add_branches(hidden_states, [attention, ResidualBranch(self.mlp, self.norm2, self.layer_scale2, rate)])
 
 
 class ViTLayer(AcceleratedBlock, Transformers):
@@ -183,8 +190,8 @@ class ViTLayer(AcceleratedBlock, Transformers):
             y: Tensor = self.dropout(self.mlp(x))
             return y
 
-        hidden_states = add_branch(hidden_states, attend, self.layernorm_before)
-        return add_branch(hidden_states, feed_forward, self.layernorm_after)
+        branches = ResidualBranch(attend, self.layernorm_before), ResidualBranch(feed_forward, self.layernorm_after)
+        return add_branches(hidden_states, branches)
 
 
 class SwiGLU(Transformers):

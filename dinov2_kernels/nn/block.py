@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -11,7 +11,7 @@ from dinov2_kernels.nn.attention import Attention
 from dinov2_kernels.nn.feed_forward import Mlp, SwiGLUFFN
 from dinov2_kernels.nn.layer_scale import LayerScale
 from dinov2_kernels.packing import PackedLayout
-from dinov2_kernels.residual import stochastic_depth
+from dinov2_kernels.residual import Connection, Subset, draw_subsets, residual_chain
 
 _SEPARABLE = (Attention, Mlp, SwiGLUFFN)
 """Parts that run without their last bias, too."""
@@ -92,33 +92,41 @@ class Block(nn.Module):
         )
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
 
-    def forward(self, x: Tensor, layout: PackedLayout | None = None) -> Tensor:
-        """x: [T, C] packed as ``layout`` says, or [B, N, C] without one; returns the same shape."""
+    def forward(self, x: Tensor, layout: PackedLayout | None = None, subsets: Sequence[Subset] | None = None) -> Tensor:
+        """Tokens after both branches.
+
+        Args:
+            x: [T, C] packed as ``layout`` says, or [B, N, C] without one.
+            layout: the samples of x.
+            subsets: the samples that go through each of the two branches
+                (:func:`dinov2_kernels.residual.draw_subsets`), for a network that draws those of all its blocks at
+                once; by default the block draws its own.
+
+        Returns:
+            The shape of x.
+        """
         if layout is None:
-            return self.forward(x.flatten(0, 1), PackedLayout([(x.shape[0], x.shape[1])])).view_as(x)
-        rate = self.drop_path if self.training else 0.0
+            return self.forward(x.flatten(0, 1), PackedLayout([(x.shape[0], x.shape[1])]), subsets).view_as(x)
+        of_attention, of_mlp = subsets or draw_subsets(x, layout, self.drop_rates)
         attend, attend_bias = _without_last_bias(self.attn)
         feed_forward, feed_forward_bias = _without_last_bias(self.mlp)
-        x = stochastic_depth(
-            x,
-            layout,
-            attend,
-            drop_rate=rate,
-            gamma=_gamma(self.ls1),
-            norm=self.norm1,
-            bias=attend_bias,
-            recompute=self.recompute,
-        )
-        return stochastic_depth(
-            x,
-            layout,
-            lambda tokens, _: feed_forward(tokens),  # token by token, whatever the layout
-            drop_rate=rate,
-            gamma=_gamma(self.ls2),
-            norm=self.norm2,
-            bias=feed_forward_bias,
-            inplace=self.recompute,  # which implies it; nobody else holds x
-        )
+        connections = [
+            Connection(attend, of_attention, norm=self.norm1, gamma=_gamma(self.ls1), bias=attend_bias),
+            Connection(
+                lambda tokens, _: feed_forward(tokens),  # token by token, whatever the layout
+                of_mlp,
+                norm=self.norm2,
+                gamma=_gamma(self.ls2),
+                bias=feed_forward_bias,
+            ),
+        ]
+        return residual_chain(x, layout, connections, recompute=self.recompute)
+
+    @property
+    def drop_rates(self) -> tuple[float, float]:
+        """Share of the samples that each branch drops in the present mode."""
+        rate = self.drop_path if self.training else 0.0
+        return rate, rate
 
 
 def _without_last_bias(part: nn.Module) -> tuple[Callable[..., Tensor], Tensor | None]:

@@ -49,6 +49,46 @@ def _fake_scatter_backward(
     return grad.new_empty(kept.shape[0], C, dtype=dtype), *sums
 
 
+def _fake_scatter_gather_norm(
+    x: Tensor,
+    residual: Tensor,
+    position: Tensor | None,
+    scale: Tensor | None,
+    gamma: Tensor | None,
+    bias: Tensor | None,
+    next_rows: Tensor | None,
+    next_position: Tensor | None,
+    weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    return torch.empty_like(x), *_fake_gather_norm(x, next_rows, weight, norm_bias, eps, dtype)
+
+
+def _fake_scatter_gather_norm_backward(
+    grad_h: Tensor,
+    grad_y: Tensor,
+    y: Tensor | None,
+    h: Tensor | None,
+    next_rows: Tensor | None,
+    next_position: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    norm_bias: Tensor | None,
+    residual: Tensor | None,
+    rows: Tensor | None,
+    position: Tensor | None,
+    scale: Tensor | None,
+    gamma: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    of_scatter = _fake_scatter_backward(grad_y, residual, rows, scale, gamma, bias, dtype)
+    return *_fake_gather_norm_backward(grad_h, grad_y), *of_scatter
+
+
 # All tensors contiguous; their shapes stand in reference.py.
 _gather_norm = define(
     "residual_gather_norm(Tensor x, Tensor? rows, Tensor? weight, Tensor? bias, float eps, ScalarType dtype) "
@@ -83,6 +123,25 @@ _scatter_backward = define(
     reference=reference.residual_scatter_backward,
     fake=_fake_scatter_backward,
     triton=f"{_TRITON}:residual_scatter_backward",
+).call
+
+
+_scatter_gather_norm = define(
+    "residual_scatter_gather_norm(Tensor x, Tensor residual, Tensor? position, Tensor? scale, Tensor? gamma, "
+    "Tensor? bias, Tensor? next_rows, Tensor? next_position, Tensor? weight, Tensor? norm_bias, float eps, "
+    "ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.residual_scatter_gather_norm,
+    fake=_fake_scatter_gather_norm,
+    triton=f"{_TRITON}:residual_scatter_gather_norm",
+).call
+_scatter_gather_norm_backward = define(
+    "residual_scatter_gather_norm_backward(Tensor grad_h, Tensor grad_y, Tensor? y, Tensor? h, Tensor? next_rows, "
+    "Tensor? next_position, Tensor mean, Tensor rstd, Tensor? weight, Tensor? norm_bias, Tensor? residual, "
+    "Tensor? rows, Tensor? position, Tensor? scale, Tensor? gamma, Tensor? bias, ScalarType dtype) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    reference=reference.residual_scatter_gather_norm_backward,
+    fake=_fake_scatter_gather_norm_backward,
+    triton=f"{_TRITON}:residual_scatter_gather_norm_backward",
 ).call
 
 
@@ -135,6 +194,52 @@ def scatter_add(
             _ScatterAdd, x, residual, subset.rows, subset.position, subset.scale, gamma, bias, inplace
         )
     return _run_scatter(x, residual, subset.rows, subset.position, subset.scale, gamma, bias, inplace)
+
+
+def scatter_gather_norm(
+    x: Tensor,
+    residual: Tensor,
+    subset: Subset,
+    gamma: Tensor | None,
+    bias: Tensor | None,
+    next_subset: Subset,
+    norm: nn.LayerNorm,
+    *,
+    recompute: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """:func:`scatter_add`, and :func:`gather_norm` of its result for the next connection, in one pass.
+
+    Args:
+        x, residual, subset, gamma, bias: as for :func:`scatter_add`.
+        next_subset, norm, recompute: as for :func:`gather_norm`.
+
+    Returns:
+        The normalised tokens of the next connection, and the result of the scatter. With ``recompute``, backward does
+        without the latter, which may be overwritten.
+    """
+    dtype = autocast_dtype(x)
+    residual, gamma, bias = residual.contiguous(), _contiguous(gamma), _contiguous(bias)
+    weight, norm_bias = _contiguous(norm.weight), _contiguous(norm.bias)
+    if needs_gradient(x, residual, gamma, bias, weight, norm_bias):
+        return differentiably(  # type: ignore[no-any-return]
+            _ScatterGatherNorm,
+            x,
+            residual,
+            *(subset.rows, subset.position, subset.scale),
+            gamma,
+            bias,
+            *(next_subset.rows, next_subset.position),
+            weight,
+            norm_bias,
+            norm.eps,
+            dtype,
+            recompute,
+        )
+    y, h, _, _ = _scatter_gather_norm(
+        *(x, residual, subset.position, subset.scale, gamma, bias),
+        *(next_subset.rows, next_subset.position, weight, norm_bias, norm.eps, dtype),
+    )
+    return h, y
 
 
 class _GatherNorm(torch.autograd.Function):
@@ -191,6 +296,44 @@ class _ScatterAdd(torch.autograd.Function):
             grad.contiguous(), residual, rows, scale, gamma, bias, ctx.residual_dtype
         )
         return grad, dresidual, None, None, None, _gradient_of(gamma, dgamma), _gradient_of(bias, dbias), None
+
+
+class _ScatterGatherNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor,
+        rows: Tensor | None,
+        position: Tensor | None,
+        scale: Tensor | None,
+        gamma: Tensor | None,
+        bias: Tensor | None,
+        next_rows: Tensor | None,
+        next_position: Tensor | None,
+        weight: Tensor | None,
+        norm_bias: Tensor | None,
+        eps: float,
+        dtype: torch.dtype,
+        recompute: bool,
+    ) -> tuple[Tensor, Tensor]:
+        y, h, mean, rstd = _scatter_gather_norm(
+            x, residual, position, scale, gamma, bias, next_rows, next_position, weight, norm_bias, eps, dtype
+        )
+        of_norm = (*((None, h) if recompute else (y, None)), next_rows, next_position, mean, rstd, weight, norm_bias)
+        ctx.save_for_backward(*of_norm, None if gamma is None else residual, rows, position, scale, gamma, bias)
+        ctx.residual_dtype = residual.dtype
+        return h, y
+
+    @staticmethod
+    def backward(ctx: Any, grad_h: Tensor, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        *_, weight, norm_bias, _, _, _, _, gamma, bias = saved = ctx.saved_tensors
+        dx, dweight, dnorm_bias, dresidual, dgamma, dbias = _scatter_gather_norm_backward(
+            grad_h.contiguous(), grad_y.contiguous(), *saved, ctx.residual_dtype
+        )
+        of_scatter = (dx, dresidual, None, None, None, _gradient_of(gamma, dgamma), _gradient_of(bias, dbias))
+        of_norm = (None, None, _gradient_of(weight, dweight), _gradient_of(norm_bias, dnorm_bias), None, None, None)
+        return *of_scatter, *of_norm
 
 
 def _run_scatter(

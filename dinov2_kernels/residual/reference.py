@@ -11,8 +11,8 @@ operators below are their definitions: which rows are kept, gather and LayerNorm
 branch, and the scatter that adds its scaled result.
 
 Legend: T tokens of width C, of which t are kept; rows [t] int32 are the kept tokens in x; position [T] int32 is the
-place of a token among the kept ones, or -1; where rows and position are None, all tokens are kept. Statistics, sums and
-weights' gradients are float32, or float64 for float64 tokens.
+place of a token among the kept ones, or -1; where rows and position are None, all tokens are kept. S are all samples.
+Statistics, sums and weights' gradients are float32, or float64 for float64 tokens.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dinov2_kernels._library import accumulation_dtype
@@ -51,11 +52,24 @@ def stochastic_depth(
 
 
 def residual_kept_rows(keys: Tensor, runs: Sequence[int], kept: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """rows [t] and position [T] of the kept[r] samples of each run r that have the smallest keys [S].
+    """rows [t] and position [T] of every draw, one draw after the other, from keys [draws, S].
 
-    ``runs`` are (count, length, count, length, ...). Samples stay in their order; of equal keys the first one counts as
-    smaller.
+    A draw keeps those samples of a run that have its smallest keys, in their order; of equal keys the first one counts
+    as smaller. ``runs`` are (count, length, count, length, ...); ``kept`` has a number for each draw and run of it.
+    Every draw starts at a multiple of 4 numbers, 16 bytes: rows are filled up with 0 and positions with -1.
     """
+    num_runs = len(runs) // 2
+    draws = [_kept_rows_of_a_draw(keys[d], runs, kept[d * num_runs : (d + 1) * num_runs]) for d in range(len(keys))]
+    rows, position = zip(*draws, strict=True)
+    return _join(rows, 0), _join(position, -1)
+
+
+def _join(draws: Sequence[Tensor], fill: int) -> Tensor:
+    filled_up = [F.pad(numbers, (0, -len(numbers) % 4), value=fill) for numbers in draws[:-1]]
+    return torch.cat([*filled_up, draws[-1]])
+
+
+def _kept_rows_of_a_draw(keys: Tensor, runs: Sequence[int], kept: Sequence[int]) -> tuple[Tensor, Tensor]:
     pieces, sample, token = [], 0, 0
     for count, length, num_kept in zip(runs[::2], runs[1::2], kept, strict=True):
         chosen = keys[sample : sample + count].sort(stable=True).indices[:num_kept].sort().values  # [kept]
@@ -164,6 +178,57 @@ def residual_scatter_backward(
     dgamma = nothing if gamma is None else (kept * (r if bias is None else r + bias)).sum(dim=0)
     dbias = nothing if bias is None else dresidual.sum(dim=0)
     return dresidual.to(dtype), dgamma, dbias
+
+
+def residual_scatter_gather_norm(
+    x: Tensor,
+    residual: Tensor,
+    position: Tensor | None,
+    scale: Tensor | None,
+    gamma: Tensor | None,
+    bias: Tensor | None,
+    next_rows: Tensor | None,
+    next_position: Tensor | None,
+    weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Result y [T, C] of :func:`residual_scatter`, and of it :func:`residual_gather_norm` for the next branch.
+
+    That branch keeps next_rows [t'], whose inverse is next_position [T].
+    """
+    y = residual_scatter(x, residual, position, scale, gamma, bias)
+    return y, *residual_gather_norm(y, next_rows, weight, norm_bias, eps, dtype)
+
+
+def residual_scatter_gather_norm_backward(
+    grad_h: Tensor,
+    grad_y: Tensor,
+    y: Tensor | None,
+    h: Tensor | None,
+    next_rows: Tensor | None,
+    next_position: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    norm_bias: Tensor | None,
+    residual: Tensor | None,
+    rows: Tensor | None,
+    position: Tensor | None,
+    scale: Tensor | None,
+    gamma: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x [T, C], weight, norm_bias [C], residual [t, C] in ``dtype``, gamma and bias [C].
+
+    Given are those of h [t', C] and of what else becomes of y [T, C].
+    """
+    dx, dweight, dnorm_bias = residual_gather_norm_backward(
+        grad_h, grad_y, y, h, next_rows, mean, rstd, weight, norm_bias
+    )
+    return dx, dweight, dnorm_bias, *residual_scatter_backward(dx, residual, rows, scale, gamma, bias, dtype)
 
 
 def _widen(x: Tensor, *tensors: Tensor | None) -> list[Any]:

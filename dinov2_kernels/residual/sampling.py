@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from operator import index
 from typing import NamedTuple
 
@@ -16,9 +17,15 @@ from dinov2_kernels.residual import reference
 
 def _fake_kept_rows(keys: Tensor, runs: list[int], kept: list[int]) -> tuple[Tensor, Tensor]:
     counts, lengths = runs[::2], runs[1::2]
-    num_rows = sum(n * length for n, length in zip(kept, lengths, strict=True))
+    num_runs, draws = len(counts), keys.shape[0]
+    num_rows = [
+        sum(n * length for n, length in zip(kept[d * num_runs : (d + 1) * num_runs], lengths, strict=True))
+        for d in range(draws)
+    ]
     num_tokens = sum(n * length for n, length in zip(counts, lengths, strict=True))
-    return keys.new_empty(num_rows, dtype=torch.int32), keys.new_empty(num_tokens, dtype=torch.int32)
+    sizes = (sum(_with_gaps(numbers)) for numbers in (num_rows, [num_tokens] * draws))
+    rows, position = (keys.new_empty(size, dtype=torch.int32) for size in sizes)
+    return rows, position
 
 
 _kept_rows = define(
@@ -54,31 +61,83 @@ def num_kept_samples(num_samples: int, drop_rate: float) -> int:
     return index(min(num_samples, max(1, int(num_samples * (1 - drop_rate)))))
 
 
-def draw_subset(x: Tensor, layout: PackedLayout, drop_rate: float, generator: torch.Generator | None) -> Subset:
-    """Draw the samples of x [T, C] to keep; with ``drop_rate`` 0 all of them, and no random number is drawn.
+def draw_subsets(
+    x: Tensor, layout: PackedLayout, drop_rates: Sequence[float], generator: torch.Generator | None = None
+) -> list[Subset]:
+    """Draw the samples that each of several residual connections keeps, all in one launch.
 
-    Every sample gets a uniform key, and those with the smallest keys of their run are kept. The number of kept samples
-    is known on the host, so nothing waits for the device, and a CUDA graph draws anew with every replay.
+    Every sample gets a uniform key per draw, and those with the smallest keys of their run are kept. The number of kept
+    samples is known on the host, so nothing waits for the device, and a CUDA graph draws anew with every replay. On a
+    CPU, the random numbers are those of one draw after the other.
+
+    Args:
+        x: tokens on the device and, up to its width, in the dtype of those that the subsets are for.
+        layout: the samples.
+        drop_rates: of each draw; where it is 0, all samples are kept and no random number is drawn.
+        generator: source of the keys; PyTorch's global one of the device by default.
+
+    Returns:
+        A subset for each rate.
+
+    Raises:
+        ValueError: a rate is not in [0, 1).
+        RuntimeError: a CUDA graph is being captured, and nothing was drawn for this layout and these rates before.
     """
-    if drop_rate == 0.0:
-        return Subset(layout)
-    S = layout.num_sequences
+    for rate in drop_rates:
+        if not 0.0 <= rate < 1.0:
+            raise ValueError(f"drop_rate: expected a number in [0, 1), got {rate}")
+    rates = tuple(rate for rate in drop_rates if rate)
+    if not rates:
+        return [Subset(layout)] * len(drop_rates)
+    size = len(rates), layout.num_sequences
     if generator is None:
-        keys = torch.rand(S, device=x.device)  # [S]
+        keys = torch.rand(size, device=x.device)  # [draws, S]
     else:
-        keys = torch.rand(S, device=generator.device, generator=generator).to(x.device)  # [S]
+        keys = torch.rand(size, device=generator.device, generator=generator).to(x.device)  # [draws, S]
     # A fake tensor must not enter the cache, nor a real one a traced graph: tracers work on subclasses of Tensor.
     is_traced = torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter)
-    plan = _plan if is_traced else _cached_plan
-    kept_layout, scale = plan(layout, drop_rate, x.device, accumulation_dtype(x))
-    rows, position = _kept_rows(keys, layout.flat_runs, kept_layout.flat_runs[::2])
-    return Subset(kept_layout, rows, position, scale)
+    plan = (_plan if is_traced else _cached_plan)(layout, rates, x.device, accumulation_dtype(x))
+    rows, position = _kept_rows(keys, layout.flat_runs, plan.kept)
+    if len(drop_rates) == 1:  # nothing to cut, which would take longer than the draw
+        return [Subset(plan.layouts[0], rows, position, plan.scales[0])]
+    pieces = rows.split_with_sizes(plan.row_sizes)[::2], position.split_with_sizes(plan.position_sizes)[::2]
+    draws = map(Subset, plan.layouts, *pieces, plan.scales)
+    return [next(draws) if rate else Subset(layout) for rate in drop_rates]
 
 
-def _plan(
+class _Plan(NamedTuple):
+    """What does not depend on the draws.
+
+    Attributes:
+        layouts: the kept samples of each draw.
+        scales: [t] of each draw.
+        kept: number of kept samples of each draw and run.
+        row_sizes, position_sizes: how to cut the results of all draws: those of a draw, a gap, and so on.
+    """
+
+    layouts: tuple[PackedLayout, ...]
+    scales: tuple[Tensor, ...]
+    kept: tuple[int, ...]
+    row_sizes: list[int]
+    position_sizes: list[int]
+
+
+def _plan(layout: PackedLayout, rates: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> _Plan:
+    of_rate = {rate: _plan_of_a_rate(layout, rate, device, dtype) for rate in dict.fromkeys(rates)}
+    layouts, scales = zip(*(of_rate[rate] for rate in rates), strict=True)
+    return _Plan(
+        layouts,
+        scales,
+        tuple(count for kept in layouts for count in kept.flat_runs[::2]),
+        _with_gaps([kept.total_tokens for kept in layouts]),
+        _with_gaps([layout.total_tokens] * len(rates)),
+    )
+
+
+def _plan_of_a_rate(
     layout: PackedLayout, drop_rate: float, device: torch.device, dtype: torch.dtype
 ) -> tuple[PackedLayout, Tensor]:
-    """What does not depend on the draw: the layout of the kept samples, and their scale [t]."""
+    """The layout of the kept samples, and their scale [t]."""
     kept_layout = PackedLayout([(num_kept_samples(count, drop_rate), length) for count, length in layout.runs])
     with torch.inference_mode(False):  # the scale is saved for backward, which an inference tensor forbids
         pieces = [torch.empty(0, device=device, dtype=dtype)]
@@ -86,6 +145,11 @@ def _plan(
             if kept * length:
                 pieces.append(torch.full((kept * length,), count / kept, device=device, dtype=dtype))
         return kept_layout, torch.cat(pieces)
+
+
+def _with_gaps(sizes: Sequence[int]) -> list[int]:
+    """The sizes, and after each but the last what is missing to a multiple of 4."""
+    return [n for size in sizes for n in (size, -size % 4)][:-1]
 
 
 _cached_plan = table_cache(maxsize=128)(_plan)

@@ -1,17 +1,22 @@
-"""Stochastic depth as users call it: draws the kept samples, gathers them, and adds their residual back."""
+"""Stochastic depth as users call it: draws the kept samples, gathers them, and adds their residual back.
+
+:func:`residual_chain` does so for connections that follow each other, as those of a transformer block do.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from dinov2_kernels._library import needs_gradient
+from dinov2_kernels._library import accumulation_dtype, needs_gradient
 from dinov2_kernels.packing import PackedLayout
-from dinov2_kernels.residual.op import gather_norm, scatter_add
+from dinov2_kernels.residual.op import gather_norm, scatter_add, scatter_gather_norm
 from dinov2_kernels.residual.reference import Branch
-from dinov2_kernels.residual.sampling import Subset, draw_subset
+from dinov2_kernels.residual.sampling import Subset, draw_subsets
 
 
 def stochastic_depth(
@@ -19,7 +24,8 @@ def stochastic_depth(
     layout: PackedLayout,
     branch: Branch,
     *,
-    drop_rate: float,
+    drop_rate: float | None = None,
+    subset: Subset | None = None,
     gamma: Tensor | None = None,
     norm: Callable[[Tensor], Tensor] | None = None,
     bias: Tensor | None = None,
@@ -53,6 +59,7 @@ def stochastic_depth(
         layout: the samples of x.
         branch: ``branch(packed_subset, sub_layout)`` returns the residual [T', C] of the packed subset [T', C].
         drop_rate: share of the samples to drop, 0 <= drop_rate < 1.
+        subset: samples that were drawn before, in place of a rate: see :func:`dinov2_kernels.residual.draw_subsets`.
         gamma: [C] LayerScale of the residual (arXiv:2103.17239).
         norm: applied to the subset before the branch. Under autocast, an ``nn.LayerNorm`` that is fused gives its
             result in autocast's dtype.
@@ -70,27 +77,126 @@ def stochastic_depth(
     Raises:
         TypeError, ValueError: an argument or the residual is not as described.
     """
-    _check(x, layout, drop_rate, gamma, bias)
+    _check(x, layout)
     if inplace:
         _check_overwritable(x)
-    x = x.contiguous()
-    subset = draw_subset(x, layout, drop_rate, generator)
-    if isinstance(norm, nn.LayerNorm) and _is_plain(norm, x) and not (inplace and _base_of(x) is not x):
-        kept, x = gather_norm(x, subset, norm, inplace=inplace, recompute=recompute)
-    else:
-        kept = _gather(x, subset, inplace)
-        kept = kept if norm is None else norm(kept)
-    kept_shape = kept.shape
-    residual = branch(kept, subset.layout)
-    del kept  # where no backward pass needs it, the result of the scatter may take its memory
-    if residual.shape != kept_shape:
-        raise ValueError(f"branch: expected a residual of shape {list(kept_shape)}, got {list(residual.shape)}")
-    if residual.device != x.device:
-        raise ValueError(f"branch: expected a residual on the device of x, {x.device}, got {residual.device}")
+    if drop_rate is not None and subset is None:
+        (subset,) = draw_subsets(x, layout, [drop_rate], generator)
+    elif drop_rate is not None or subset is None:
+        raise ValueError(f"drop_rate, subset: expected one of the two, got drop_rate {drop_rate} and subset {subset}")
+    elif generator is not None:
+        raise ValueError("generator: expected None beside a subset, which is drawn already")
+    connection = Connection(branch, subset, norm, gamma, bias)
+    _check_connection(connection, x)
+    return _run(x.contiguous(), [connection], inplace, recompute)
+
+
+class Connection(NamedTuple):
+    """A residual connection of :func:`residual_chain`; its fields are arguments of :func:`stochastic_depth`."""
+
+    branch: Branch
+    subset: Subset
+    norm: Callable[[Tensor], Tensor] | None = None
+    gamma: Tensor | None = None
+    bias: Tensor | None = None
+
+
+def residual_chain(
+    x: Tensor, layout: PackedLayout, connections: Sequence[Connection], *, recompute: bool = False
+) -> Tensor:
+    """Residual connections one after the other: :func:`stochastic_depth` of each, with its subset.
+
+    Between two connections, the scatter of the first is one pass with the gather and the LayerNorm of the second, and
+    so are their backward passes. Beside :func:`stochastic_depth` twice, that spares m elements each way, those that the
+    second connection keeps:
+
+    ====================  ============================================================================  =============
+    step                  reads and writes                                                              elements
+    ====================  ============================================================================  =============
+    scatter + gather      read the residual and x; write x, and h of the next connection                2 m + 2 T C
+    the same, backward    read h's gradient, x (or h), the residual and the gradient of x; write those  4 m + 2 T C
+                          of the residual and of x
+    ====================  ============================================================================  =============
+
+    On a CPU these are two passes behind one call, which moves as much as :func:`stochastic_depth` twice. Where samples
+    are dropped, 4 bytes more of each token and connection are kept for backward: its place.
+
+    Example::
+
+        first, second = draw_subsets(x, layout, [0.3, 0.3])
+        x = residual_chain(x, layout, [Connection(attention, first, norm1), Connection(mlp, second, norm2)])
+
+    Args:
+        x: [T, C] packed tokens.
+        layout: the samples of x.
+        connections: at least one.
+        recompute: as for :func:`stochastic_depth`; what stands between two connections is then overwritten, too.
+
+    Returns:
+        [T, C] in the dtype of x.
+
+    Raises:
+        TypeError, ValueError: an argument or a residual is not as described.
+    """
+    if not connections:
+        raise ValueError("connections: expected at least one, got none")
+    _check(x, layout)
+    for connection in connections:
+        _check_connection(connection, x)
+    return _run(x.contiguous(), connections, False, recompute)
+
+
+def _run(x: Tensor, connections: Sequence[Connection], inplace: bool, recompute: bool) -> Tensor:
+    kept, x = _gather(x, connections[0], inplace, recompute)
+    for connection, following in pairwise(connections):
+        residual = _residual(connection, kept)
+        del kept  # where no backward pass needs it, the result of the scatter may take its memory
+        kept, x = _scatter_gather(x, residual, connection, following, inplace, recompute)
+        inplace = recompute  # from here on nobody else holds x
+    residual = _residual(connections[-1], kept)
+    del kept
+    _, subset, _, gamma, bias = connections[-1]
     return scatter_add(x, residual, subset, gamma, bias, inplace=inplace)
 
 
-def _check(x: Tensor, layout: PackedLayout, drop_rate: float, gamma: Tensor | None, bias: Tensor | None) -> None:
+def _gather(x: Tensor, connection: Connection, inplace: bool, recompute: bool) -> tuple[Tensor, Tensor]:
+    """What the branch is given, and x for the scatter."""
+    subset, norm = connection.subset, connection.norm
+    if _is_fusable(norm, x) and not (inplace and _base_of(x) is not x):
+        return gather_norm(x, subset, norm, inplace=inplace, recompute=recompute)
+    kept = _kept(x, subset, inplace)
+    return kept if norm is None else norm(kept), x
+
+
+def _kept(x: Tensor, subset: Subset, inplace: bool) -> Tensor:
+    """The kept tokens, apart from x where x will be overwritten: the branch may need them in its backward."""
+    if subset.rows is not None:
+        return x.index_select(0, subset.rows)
+    return x.clone() if inplace else x
+
+
+def _residual(connection: Connection, kept: Tensor) -> Tensor:
+    residual = connection.branch(kept, connection.subset.layout)
+    if residual.shape != kept.shape:
+        raise ValueError(f"branch: expected a residual of shape {list(kept.shape)}, got {list(residual.shape)}")
+    if residual.device != kept.device:
+        raise ValueError(f"branch: expected a residual on the device of x, {kept.device}, got {residual.device}")
+    return residual
+
+
+def _scatter_gather(
+    x: Tensor, residual: Tensor, connection: Connection, following: Connection, inplace: bool, recompute: bool
+) -> tuple[Tensor, Tensor]:
+    """What the following branch is given, and x with the residual."""
+    _, subset, _, gamma, bias = connection
+    if _is_fusable(following.norm, x) and not inplace:
+        next_subset, norm = following.subset, following.norm
+        return scatter_gather_norm(x, residual, subset, gamma, bias, next_subset, norm, recompute=recompute)
+    x = scatter_add(x, residual, subset, gamma, bias, inplace=inplace)
+    return _gather(x, following, recompute, recompute)
+
+
+def _check(x: Tensor, layout: PackedLayout) -> None:
     if not isinstance(layout, PackedLayout):
         raise TypeError(f"layout: expected a PackedLayout, got {type(layout).__name__}")
     layout.check(x, "x")
@@ -98,8 +204,18 @@ def _check(x: Tensor, layout: PackedLayout, drop_rate: float, gamma: Tensor | No
         raise ValueError(f"x: expected shape [T, C], got {list(x.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"x: expected a floating-point tensor, got {x.dtype}")
-    if not 0.0 <= drop_rate < 1.0:
-        raise ValueError(f"drop_rate: expected a number in [0, 1), got {drop_rate}")
+
+
+def _check_connection(connection: Connection, x: Tensor) -> None:
+    _, subset, _, gamma, bias = connection
+    position, scale = subset.position, subset.scale
+    tokens = subset.layout.total_tokens if position is None else position.shape[0]
+    if tokens != x.shape[0]:
+        raise ValueError(f"subset: expected one of {x.shape[0]} tokens, those of x, got one of {tokens}")
+    if position is not None and position.device != x.device:
+        raise ValueError(f"subset: expected the device of x, {x.device}, got {position.device}")
+    if scale is not None and scale.dtype != accumulation_dtype(x):
+        raise TypeError(f"subset: expected one drawn for tokens in {x.dtype}, got a scale in {scale.dtype}")
     for name, vector in (("gamma", gamma), ("bias", bias)):
         if vector is None:
             continue
@@ -122,17 +238,12 @@ def _base_of(x: Tensor) -> Tensor:
     return x if torch.compiler.is_compiling() or x._base is None else x._base
 
 
-def _is_plain(norm: nn.LayerNorm, x: Tensor) -> bool:
-    """Whether a call of the module does nothing but its LayerNorm over the channels: no hooks, no other forward."""
+def _is_fusable(norm: object, x: Tensor) -> TypeGuard[nn.LayerNorm]:
+    """Whether a call of the norm does nothing but a LayerNorm over the channels: no hooks, no other forward."""
+    if not isinstance(norm, nn.LayerNorm):
+        return False
     weight = norm.weight  # looked up once: a module takes its time over it
     if weight is not None and weight.device != x.device:
         return False  # a call of it says so
     hooks = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
     return not hooks and type(norm).forward is nn.LayerNorm.forward and norm.normalized_shape == x.shape[1:]
-
-
-def _gather(x: Tensor, subset: Subset, inplace: bool) -> Tensor:
-    """The kept tokens, apart from x where x will be overwritten: the branch may need them in its backward."""
-    if subset.rows is not None:
-        return x.index_select(0, subset.rows)
-    return x.clone() if inplace else x

@@ -77,7 +77,7 @@ def gather_norm_backward(
         for piece in tl.static_range(PIECES):
             column = piece * WIDTH + tl.arange(0, WIDTH)
             if x is None:
-                n = _recover(widen(sources[piece]), weight, bias, column, C, ROWS)
+                n = recover(widen(sources[piece]), weight, bias, column, C, ROWS)
             else:
                 n = (widen(sources[piece]) - average) * scale
             g = widen(gradients[piece])
@@ -110,7 +110,7 @@ def gather_norm_backward(
 
 
 @triton.jit
-def _recover(h, weight, bias, column, C: tl.constexpr, ROWS: tl.constexpr):
+def recover(h, weight, bias, column, C: tl.constexpr, ROWS: tl.constexpr):
     """The normalised tokens, given the LayerNorm h of them; 0 where the weight is 0."""
     if bias is not None:
         h = h - load_vector(bias, column, C, ROWS)

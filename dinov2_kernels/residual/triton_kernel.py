@@ -21,6 +21,7 @@ from dinov2_kernels._library import accumulation_dtype
 from dinov2_kernels._triton import num_multiprocessors
 from dinov2_kernels.residual.triton_gather import gather_norm, gather_norm_backward
 from dinov2_kernels.residual.triton_scatter import scatter, scatter_backward, scatter_in_place
+from dinov2_kernels.residual.triton_scatter_gather import scatter_gather_norm, scatter_gather_norm_backward
 
 
 def residual_gather_norm(
@@ -61,10 +62,7 @@ def residual_gather_norm_backward(
     t = grad_h.shape[0]
     dx = torch.empty_like(grad_x)  # [T, C]
     shape = _shape_of_rows(C, mean.dtype)
-    warps = shape["num_warps"]
-    resident = max(1, 12 // warps) * num_multiprocessors(grad_x.device)  # all of them at the same time
-    programs = max(1, min(triton.cdiv(T, shape["ROWS"]), resident))
-    registers = min(168, 2048 // warps)
+    programs, registers = _persistent(T, shape, grad_x.device)
     sums = torch.empty(2, programs, C, dtype=mean.dtype, device=grad_x.device)  # [2, programs, C]: weight, bias
     with torch.cuda.device_of(grad_x):
         gather_norm_backward[(programs,)](
@@ -159,15 +157,101 @@ def residual_scatter_backward(
     return dresidual, dgamma, dbias
 
 
-@lru_cache
-def _shape_of_rows(C: int, dtype: torch.dtype) -> dict[str, int]:
-    """For programs that hold whole rows: a thread has up to 24 numbers of a tensor in its registers.
+def residual_scatter_gather_norm(
+    x: Tensor,
+    residual: Tensor,
+    position: Tensor | None,
+    scale: Tensor | None,
+    gamma: Tensor | None,
+    bias: Tensor | None,
+    next_rows: Tensor | None,
+    next_position: Tensor | None,
+    weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`residual_scatter`, and :func:`residual_gather_norm` of its result for the next branch.
 
-    Or 16 where the sums of a row take registers too, because a piece spans two warps.
+    Moves 2 m + 2 M elements: reads the residual and x, writes the result and h.
+    """
+    T, C = x.shape
+    t = T if next_rows is None else next_rows.shape[0]
+    y = torch.empty_like(x)  # [T, C]
+    h = torch.empty(t, C, dtype=dtype, device=x.device)  # [t', C]
+    mean = torch.empty(t, dtype=accumulation_dtype(x), device=x.device)  # [t']
+    rstd = torch.empty_like(mean)  # [t']
+    shape = _shape_of_rows(C, mean.dtype, 2)
+    of_scatter, of_norm = (x, residual, position, scale, gamma, bias), (next_position, weight, norm_bias)
+    grid = (triton.cdiv(T, shape["ROWS"]),)
+    with torch.cuda.device_of(x):
+        scatter_gather_norm[grid](*of_scatter, *of_norm, y, h, mean, rstd, T, eps, **shape)
+    return y, h, mean, rstd
+
+
+def residual_scatter_gather_norm_backward(
+    grad_h: Tensor,
+    grad_y: Tensor,
+    y: Tensor | None,
+    h: Tensor | None,
+    next_rows: Tensor | None,
+    next_position: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    norm_bias: Tensor | None,
+    residual: Tensor | None,
+    rows: Tensor | None,
+    position: Tensor | None,
+    scale: Tensor | None,
+    gamma: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x [T, C], weight, norm_bias [C], residual [t, C] in ``dtype``, gamma and bias [C].
+
+    Moves 4 m + 2 M elements: reads grad_h, grad_y, the next branch's rows of y (or h), and the residual where there is
+    a gamma; writes the gradients of x and of the residual. Programs add up the gradients of the vectors over their own
+    rows, and PyTorch adds up the programs.
+    """
+    T, C = grad_y.shape
+    t = T if rows is None else rows.shape[0]
+    dx = torch.empty_like(grad_y)  # [T, C]
+    dresidual = torch.empty(t, C, dtype=dtype, device=grad_y.device)  # [t, C]
+    shape = _shape_of_rows(C, mean.dtype, 2)
+    programs, registers = _persistent(T, shape, grad_y.device)
+    num_sums = 2 if gamma is None and bias is None else 4
+    sums = torch.empty(num_sums, programs, C, dtype=mean.dtype, device=grad_y.device)  # of the vectors, in their order
+    of_norm = (grad_h, grad_y, y, h, next_position, mean, rstd, weight, norm_bias)
+    of_scatter = (residual, position, scale, gamma, bias)
+    with torch.cuda.device_of(grad_y):
+        scatter_gather_norm_backward[(programs,)](
+            *of_norm, *of_scatter, dx, dresidual, sums, T, **shape, maxnreg=registers
+        )
+    totals = sums.sum(dim=1).unbind()
+    nothing = torch.empty(0, dtype=mean.dtype, device=grad_y.device)
+    dgamma = nothing if gamma is None else totals[2]
+    dbias = nothing if bias is None else totals[3]
+    return dx, totals[0], totals[1], dresidual, dgamma, dbias
+
+
+def _persistent(rows: int, shape: dict[str, int], device: torch.device) -> tuple[int, int]:
+    """How many programs walk over the rows, all of them at the same time, and the registers of their threads."""
+    warps = shape["num_warps"]
+    resident = max(1, 12 // warps) * num_multiprocessors(device)
+    return max(1, min(triton.cdiv(rows, shape["ROWS"]), resident)), min(168, 2048 // warps)
+
+
+@lru_cache
+def _shape_of_rows(C: int, dtype: torch.dtype, share: int = 1) -> dict[str, int]:
+    """For programs that hold whole rows: a thread has up to 24 / share numbers of a tensor in its registers.
+
+    Or 16 / share where the sums of a row take registers too, because a piece spans two warps.
     """
     width, pieces = _cut(C)
-    rows = _num_rows(C, dtype, width * pieces, 3072 if width <= 256 else 2048)
-    warps = min(16, max(4, triton.next_power_of_2(width * pieces // 768)))
+    rows = _num_rows(C, dtype, width * pieces, (3072 if width <= 256 else 2048) // share)
+    numbers = share * width * pieces * (2 if dtype == torch.float64 else 1)
+    warps = min(16, max(4, triton.next_power_of_2(numbers // 768)))
     return {"C": C, "WIDTH": width, "PIECES": pieces, "ROWS": rows, "num_warps": warps}
 
 

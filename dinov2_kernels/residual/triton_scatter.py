@@ -10,7 +10,14 @@ import triton
 import triton.language as tl
 
 from dinov2_kernels._triton import widen
-from dinov2_kernels.residual.triton_tiles import load_tile, load_vector, row_of, store_tile
+from dinov2_kernels.residual.triton_tiles import (
+    load_tile,
+    load_vector,
+    place_of,
+    row_of,
+    scaled_residual,
+    store_tile,
+)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -22,9 +29,10 @@ def scatter(
     row = tl.program_id(0) // PIECES * ROWS + tl.arange(0, ROWS)
     inside = row < T
     tokens = load_tile(x, row, inside, column, C, WIDTH)
-    place = row if position is None else tl.load(position + row, mask=inside, other=-1)
-    kept = inside & (place >= 0)
-    r = _scaled_residual(residual, place, kept, scale, gamma, bias, column, C, WIDTH, ROWS)
+    place, kept = place_of(row, position, inside)
+    r = widen(load_tile(residual, place, kept, column, C, WIDTH))
+    factor = None if scale is None else tl.load(scale + place, mask=kept, other=0.0)[:, None]
+    r = scaled_residual(r, factor, gamma, bias, column, C, ROWS)
     store_tile(y, row, inside, column, widen(tokens) + tl.where(kept[:, None], r, 0.0), C, WIDTH)
 
 
@@ -38,7 +46,9 @@ def scatter_in_place(
     inside = place < t
     row = row_of(place, rows, inside)
     tokens = load_tile(x, row, inside, column, C, WIDTH)
-    r = _scaled_residual(residual, place, inside, scale, gamma, bias, column, C, WIDTH, ROWS)
+    r = widen(load_tile(residual, place, inside, column, C, WIDTH))
+    factor = None if scale is None else tl.load(scale + place, mask=inside, other=0.0)[:, None]
+    r = scaled_residual(r, factor, gamma, bias, column, C, ROWS)
     store_tile(x, row, inside, column, widen(tokens) + r, C, WIDTH)
 
 
@@ -69,17 +79,3 @@ def scatter_backward(
         tl.store(dgamma + program * C + column, tl.sum(gamma_sum, 0), mask=column < C)
     if bias is not None:
         tl.store(dbias + program * C + column, tl.sum(bias_sum, 0), mask=column < C)
-
-
-@triton.jit
-def _scaled_residual(
-    residual, place, inside, scale, gamma, bias, column, C: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr
-):
-    r = widen(load_tile(residual, place, inside, column, C, WIDTH))
-    if bias is not None:
-        r = r + load_vector(bias, column, C, ROWS)
-    if gamma is not None:
-        r = r * load_vector(gamma, column, C, ROWS)
-    if scale is not None:
-        r = r * tl.load(scale + place, mask=inside, other=0.0)[:, None]
-    return r

@@ -18,6 +18,13 @@ def row_of(place, rows, inside):
 
 
 @triton.jit
+def place_of(row, position, inside):
+    """Where these rows of x stand among the kept tokens, and which of them do."""
+    place = row if position is None else tl.load(position + row, mask=inside, other=-1)
+    return place, inside & (place >= 0)
+
+
+@triton.jit
 def load_tile(tokens, row, inside, column, C: tl.constexpr, WIDTH: tl.constexpr):
     """[rows, columns] of tokens [.., C]; 0 outside."""
     mask = _mask(inside, column, C, WIDTH)
@@ -44,3 +51,15 @@ def load_vector(vector, column, C: tl.constexpr, ROWS: tl.constexpr):
     """
     address = tl.broadcast_to((vector + column)[None, :], [ROWS, column.shape[0]])
     return widen(tl.load(address, mask=(column < C)[None, :], other=0.0))
+
+
+@triton.jit
+def scaled_residual(r, factor, gamma, bias, column, C: tl.constexpr, ROWS: tl.constexpr):
+    """factor * gamma * (r + bias), as far as these are there; the factors are those of the rows."""
+    if bias is not None:
+        r = r + load_vector(bias, column, C, ROWS)
+    if gamma is not None:
+        r = r * load_vector(gamma, column, C, ROWS)
+    if factor is not None:
+        r = r * factor
+    return r

@@ -17,7 +17,16 @@ from tests.tolerance import assert_at_most_twice_the_error
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MODES: dict[str, dict[str, bool]] = {"functional": {}, "recompute": {"recompute": True}, "inplace": {"inplace": True}}
-OPERATORS = ("kept_rows", "gather_norm", "gather_norm_backward", "scatter", "scatter_", "scatter_backward")
+OPERATORS = (
+    "kept_rows",
+    "gather_norm",
+    "gather_norm_backward",
+    "scatter",
+    "scatter_",
+    "scatter_backward",
+    "scatter_gather_norm",
+    "scatter_gather_norm_backward",
+)
 
 
 def operators_of(namespace: Any, prefix: str = "residual_") -> SimpleNamespace:
@@ -74,6 +83,27 @@ CASES = (
 )
 
 
+DRAWS: tuple[tuple[tuple[tuple[int, int], ...], tuple[float, ...]], ...] = (
+    (((5, 7), (4, 3)), (0.3, 0.5, 0.3)),  # 47 tokens, so that every draw but the first has a gap before it
+    (((9, 4),), (0.9, 0.1)),
+    (((0, 3), (3, 1), (2, 0)), (0.5,) * 5),
+    ((), (0.5, 0.5)),
+    (((300, 1), (70, 3)), (0.2, 0.6)),
+)
+"""Runs, and the rates of several draws at once."""
+
+
+def assert_draws_match_reference(
+    operators: Any, runs: tuple[tuple[int, int], ...], rates: tuple[float, ...], device: str = "cpu"
+) -> None:
+    layout = PackedLayout(runs)
+    keys = torch.rand(len(rates), layout.num_sequences, generator=torch.Generator().manual_seed(0)).to(device)
+    arguments = keys, layout.flat_runs, [num_kept_samples(count, rate) for rate in rates for count, _ in runs]
+    for result, expected in zip(operators.kept_rows(*arguments), reference.residual_kept_rows(*arguments), strict=True):
+        assert result.dtype == torch.int32
+        assert torch.equal(result, expected)
+
+
 def _vector(case: Case, generator: torch.Generator, wanted: bool, center: float) -> Tensor | None:
     values = torch.randn(case.C, dtype=torch.float64, device=generator.device, generator=generator) * 0.3 + center
     return values if wanted else None
@@ -97,14 +127,15 @@ def assert_matches_reference(
     generator = torch.Generator(device).manual_seed(case.C + case.layout.total_tokens)
     T, C = case.layout.total_tokens, case.C
     wide = accumulation_dtype(torch.empty(0, dtype=dtype))
-    keys = torch.rand(case.layout.num_sequences, device=device, generator=generator)
-    rows = position = scale = None
+    keys = torch.rand(2, 1, case.layout.num_sequences, device=device, generator=generator)
+    rows = position = next_rows = next_position = scale = None
     t = T
     if case.drop_rate > 0:
-        rows, position = operators.kept_rows(keys, case.layout.flat_runs, case.kept)
-        expected = reference.residual_kept_rows(keys, case.layout.flat_runs, case.kept)
+        rows, position = operators.kept_rows(keys[0], case.layout.flat_runs, case.kept)
+        expected = reference.residual_kept_rows(keys[0], case.layout.flat_runs, case.kept)
         assert torch.equal(rows, expected[0])
         assert torch.equal(position, expected[1])
+        next_rows, next_position = reference.residual_kept_rows(keys[1], case.layout.flat_runs, case.kept)
         t = len(rows)
         scale = (0.5 + torch.rand(t, dtype=torch.float64, device=device, generator=generator)).to(wide)
 
@@ -138,8 +169,21 @@ def assert_matches_reference(
         in_place = x_.clone()
         ops.scatter_(in_place, r_, rows, s_, g_, lb_)
         dr, dg, dlb = ops.scatter_backward(gx_, r_ if g_ is not None else None, rows, s_, g_, lb_, result_dtype)
+        next_y, next_h, next_mean, next_rstd = ops.scatter_gather_norm(
+            x_, r_, position, s_, g_, lb_, next_rows, next_position, w_, b_, eps, result_dtype
+        )
+        of_norm = (next_rows, next_position, next_mean, next_rstd, w_, b_)
+        of_scatter = (r_ if g_ is not None else None, rows, position, s_, g_, lb_, result_dtype)
+        chained = {
+            name: ops.scatter_gather_norm_backward(gh_, gx_, *source, *of_norm, *of_scatter)
+            for name, source in {"y": (next_y, None), "h": (None, next_h)}.items()
+        }
         results = {"h": h, "mean": mean, "rstd": rstd, "dx": dx, "dweight": dw, "dbias": db}
         results |= {f"{name} from h": value for name, value in zip(("dx", "dweight", "dbias"), recovered, strict=True)}
+        results |= {"next y": next_y, "next h": next_h, "next mean": next_mean, "next rstd": next_rstd}
+        names = ("dx", "dweight", "dbias", "dr", "dgamma", "dlast_bias")
+        for source, gradients in chained.items():
+            results |= {f"next {name} from {source}": g for name, g in zip(names, gradients, strict=True)}
         return results | {"y": y, "y in place": in_place, "dr": dr, "dgamma": dg, "dlast_bias": dlb}
 
     results, plain = run(operators, exact=False), run(operators_of(reference), exact=False)
@@ -159,7 +203,7 @@ def launches() -> Iterator[None]:
 
     T, t = 58496, 40773
     rows, position = empty(t, dtype=torch.int32), empty(T, dtype=torch.int32)
-    yield triton_sampling.residual_kept_rows(empty(640, dtype=torch.float32), [128, 257, 512, 50], [89, 358])
+    yield triton_sampling.residual_kept_rows(empty(2, 640, dtype=torch.float32), [128, 257, 512, 50], [89, 358] * 2)
     of_autocast = [(torch.float32, torch.bfloat16, C) for C in (384, 768, 1024, 1280, 1536, 1537)]
     alike = [(dtype, dtype, 1280) for dtype in DTYPES]
     for dtype, branch_dtype, C in of_autocast + alike:
@@ -172,3 +216,11 @@ def launches() -> Iterator[None]:
         yield triton_kernel.residual_scatter(x, h, position, scale, vector, vector)
         yield triton_kernel.residual_scatter_(x, h, rows, scale, vector, vector)
         yield triton_kernel.residual_scatter_backward(x, h, rows, scale, vector, vector, branch_dtype)
+        of_scatter, of_norm = (scale, vector, vector), (mean, mean, vector, vector)
+        yield triton_kernel.residual_scatter_gather_norm(
+            x, h, position, *of_scatter, rows, position, vector, vector, 1e-6, branch_dtype
+        )
+        for y, normed in ((x, None), (None, h)):
+            yield triton_kernel.residual_scatter_gather_norm_backward(
+                h, x, y, normed, rows, position, *of_norm, h, rows, position, *of_scatter, branch_dtype
+            )

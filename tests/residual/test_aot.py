@@ -13,6 +13,8 @@ KERNELS = {
     "scatter",
     "scatter_in_place",
     "scatter_backward",
+    "scatter_gather_norm",
+    "scatter_gather_norm_backward",
 }
 
 

@@ -14,7 +14,16 @@ from torch import Tensor
 from dinov2_kernels import _library
 from dinov2_kernels.residual import reference
 from tests.cpu_targets import TARGETS, run_python, run_value_tests
-from tests.residual.cases import CASES, DTYPES, OPERATORS, Case, assert_matches_reference, operators_of
+from tests.residual.cases import (
+    CASES,
+    DRAWS,
+    DTYPES,
+    OPERATORS,
+    Case,
+    assert_draws_match_reference,
+    assert_matches_reference,
+    operators_of,
+)
 from tests.tolerance import assert_at_most_twice_the_error
 
 native = operators_of(torch.ops.dinov2_kernels)
@@ -117,9 +126,15 @@ def test_values_of_recovered_tokens_where_a_weight_is_zero() -> None:
     torch.testing.assert_close(results, expected)
 
 
+@pytest.mark.usefixtures("poisoned_outputs")
+@pytest.mark.parametrize(("runs", "rates"), DRAWS, ids=str)
+def test_values_of_several_draws(runs: tuple[tuple[int, int], ...], rates: tuple[float, ...]) -> None:
+    assert_draws_match_reference(native, runs, rates)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
 def test_values_of_equal_keys(dtype: torch.dtype) -> None:
-    keys = torch.tensor([3, 1, 1, 2, 1, 0, 0, 0], dtype=dtype)
+    keys = torch.tensor([[3, 1, 1, 2, 1, 0, 0, 0]], dtype=dtype)
     for kept in ([2, 1], [5, 3], [1, 2], [0, 0]):
         expected = reference.residual_kept_rows(keys, [5, 2, 3, 1], kept)
         assert all(map(torch.equal, native.kept_rows(keys, [5, 2, 3, 1], kept), expected))
@@ -141,7 +156,7 @@ def test_values_are_the_same_for_every_number_of_threads(
     T, C = case.layout.total_tokens, case.C
     rows = position = None
     if case.drop_rate:
-        keys = torch.rand(case.layout.num_sequences, generator=generator)
+        keys = torch.rand(1, case.layout.num_sequences, generator=generator)
         rows, position = native.kept_rows(keys, case.layout.flat_runs, case.kept)
     t = T if rows is None else len(rows)
     x, grad_x = (torch.randn(T, C, generator=generator).to(dtype) for _ in range(2))

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from dinov2_kernels import PackedLayout, stochastic_depth
-from dinov2_kernels.residual import num_kept_samples, reference
+from dinov2_kernels.residual import Connection, Subset, draw_subsets, num_kept_samples, reference, residual_chain
 from tests.pairs import pairs
-from tests.residual.cases import CASES, DTYPES, Case, assert_matches_reference, operators_of
+from tests.residual.cases import (
+    CASES,
+    DRAWS,
+    DTYPES,
+    Case,
+    assert_draws_match_reference,
+    assert_matches_reference,
+    operators_of,
+)
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
@@ -32,24 +41,34 @@ def test_values(case: Case, dtype: torch.dtype) -> None:
     assert_matches_reference(operators, case, dtype, "cuda")
 
 
+@pytest.mark.parametrize(("runs", "rates"), DRAWS, ids=str)
+def test_values_of_several_draws(runs: tuple[tuple[int, int], ...], rates: tuple[float, ...]) -> None:
+    assert_draws_match_reference(operators, runs, rates, "cuda")
+
+
 def test_results_do_not_change_from_run_to_run() -> None:
     layout = PackedLayout(CROPS)
     kept = [num_kept_samples(count, 0.3) for count, _ in CROPS]
-    rows, _ = operators.kept_rows(torch.rand(layout.num_sequences, device="cuda"), layout.flat_runs, kept)
+    keys = torch.rand(1, layout.num_sequences, device="cuda")
+    rows, position = operators.kept_rows(keys, layout.flat_runs, kept)
     x, grad = torch.randn(2, layout.total_tokens, 1024, device="cuda")
     weight, bias, gamma = torch.randn(3, 1024, device="cuda")
     h, mean, rstd = operators.gather_norm(x, rows, weight, bias, 1e-6, torch.bfloat16)
 
     def run() -> list[Tensor]:
         of_norm = operators.gather_norm_backward(h, grad, None, h, rows, mean, rstd, weight, bias)
-        return [*of_norm, *operators.scatter_backward(grad, h, rows, rstd, gamma, bias, torch.bfloat16)]
+        of_both = operators.scatter_gather_norm_backward(
+            *(h, grad, None, h, rows, position, mean, rstd, weight, bias),
+            *(h, rows, position, rstd, gamma, bias, torch.bfloat16),
+        )
+        return [*of_norm, *of_both, *operators.scatter_backward(grad, h, rows, rstd, gamma, bias, torch.bfloat16)]
 
     first = run()
     for _ in range(10):
         assert all(map(torch.equal, run(), first))
 
 
-class Connection:
+class SingleConnection:
     """A residual connection whose branch does nothing, so that its kept tokens and its values are known."""
 
     def __init__(self) -> None:
@@ -77,8 +96,8 @@ class Connection:
 
 
 @pytest.fixture
-def warm_connection() -> Connection:
-    connection = Connection()
+def warm_connection() -> SingleConnection:
+    connection = SingleConnection()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -87,7 +106,7 @@ def warm_connection() -> Connection:
     return connection
 
 
-def test_a_cuda_graph_draws_anew_with_every_replay(warm_connection: Connection) -> None:
+def test_a_cuda_graph_draws_anew_with_every_replay(warm_connection: SingleConnection) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = warm_connection.step()
@@ -102,6 +121,53 @@ def test_a_cuda_graph_draws_anew_with_every_replay(warm_connection: Connection) 
     assert (draws[1] != draws[2]).any()
 
 
+def test_a_chain_in_a_cuda_graph() -> None:
+    """Both draws are made anew with every replay, in one launch, and the results are those of their subsets."""
+    layout = PackedLayout([(41, 7), (90, 3)])
+    norms = [nn.LayerNorm(384, device="cuda") for _ in range(2)]
+    gammas = [torch.full((384,), 0.5, device="cuda", requires_grad=True) for _ in range(2)]
+    x = torch.randn(layout.total_tokens, 384, device="cuda", requires_grad=True)
+    leaves = [x, *gammas, *(p for norm in norms for p in norm.parameters())]
+
+    def gradients(y: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(y.square().sum(), leaves))
+
+    def step() -> tuple[list[Subset], list[Tensor]]:
+        subsets = draw_subsets(x, layout, [0.4, 0.2])
+        parts = zip(subsets, norms, gammas, strict=True)
+        y = residual_chain(x, layout, [Connection(lambda h, _: h.sin(), *of_one) for of_one in parts])
+        return subsets, [y, *gradients(y)]
+
+    def expected(subsets: list[Subset]) -> list[Tensor]:
+        y = x
+        for subset, norm, gamma in zip(subsets, norms, gammas, strict=True):
+            y = stochastic_depth(y, layout, lambda h, _: h.sin(), subset=subset, norm=norm, gamma=gamma)
+        return [y, *gradients(y)]
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        subsets, results = step()
+    draws = []
+    for _ in range(3):
+        graph.replay()
+        draws.append([subset.rows.clone() for subset in subsets])
+        for result, value in zip(results, expected(subsets), strict=True):
+            torch.testing.assert_close(result, value, rtol=1e-4, atol=1e-4)
+    for first, second in pairwise(draws):
+        assert all((one != other).any() for one, other in zip(first, second, strict=True))
+
+
+def test_a_capture_without_a_warm_call_says_so() -> None:
+    x, layout = torch.zeros(33, 8, device="cuda"), PackedLayout([(11, 3)])  # runs of no other test
+    message = "make the same call once before the capture"
+    with pytest.raises(RuntimeError, match=message), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        draw_subsets(x, layout, [0.25])
+
+
 @pytest.fixture
 def no_synchronisation() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("error")
@@ -110,7 +176,7 @@ def no_synchronisation() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("warm_connection", "no_synchronisation")
-def test_a_warm_call_never_waits_for_the_gpu(warm_connection: Connection) -> None:
+def test_a_warm_call_never_waits_for_the_gpu(warm_connection: SingleConnection) -> None:
     warm_connection.step()
 
 
@@ -118,7 +184,7 @@ def test_a_warm_call_never_waits_for_the_gpu(warm_connection: Connection) -> Non
 def test_more_than_two_to_the_31_elements() -> None:
     count, C = 2800, 1024
     layout = PackedLayout([(count, 800)])
-    rows, position = operators.kept_rows(torch.rand(count, device="cuda"), layout.flat_runs, [count // 2])
+    rows, position = operators.kept_rows(torch.rand(1, count, device="cuda"), layout.flat_runs, [count // 2])
     T, t = len(position), len(rows)
     assert T * C > 2**31
     x = torch.randn(T, C, dtype=torch.bfloat16, device="cuda")
@@ -137,5 +203,18 @@ def test_more_than_two_to_the_31_elements() -> None:
     torch.testing.assert_close(dx[last], expected)
     dresidual = operators.scatter_backward(x, None, rows, None, None, None, torch.bfloat16)[0]
     assert torch.equal(dresidual[-5:], x[last])
+    del y
+    y, next_h, *statistics = operators.scatter_gather_norm(
+        x, h, position, None, None, None, rows, position, None, None, 1e-6, h.dtype
+    )
+    torch.testing.assert_close(y[last], x[last] + h[-5:])
+    assert torch.equal(y[dropped], x[dropped])
+    expected_h = reference.residual_gather_norm(y[last], None, None, None, 1e-6, h.dtype)[0]
+    torch.testing.assert_close(next_h[-5:], expected_h)
+    of_norm, of_scatter = (None, next_h, rows, position, *statistics, None, None), (rows, position, None, None, None)
+    dx, _, _, dresidual, _, _ = operators.scatter_gather_norm_backward(h, x, *of_norm, None, *of_scatter, h.dtype)
+    assert torch.equal(dx[dropped], x[dropped])
+    assert torch.equal(dresidual[-5:], dx[last])
+    del dx, dresidual, next_h
     operators.scatter_(x, h, rows, None, None, None)
     assert torch.equal(x[t:], y[t:])

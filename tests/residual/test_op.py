@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dinov2_kernels import PackedLayout, stochastic_depth
-from dinov2_kernels.residual import num_kept_samples, reference
-from dinov2_kernels.residual.sampling import draw_subset
+from dinov2_kernels import PackedLayout, _tables, stochastic_depth
+from dinov2_kernels.residual import Subset, draw_subsets, num_kept_samples, reference
 from tests.residual.cases import MODES
 
 LAYOUTS = {
@@ -26,7 +25,7 @@ LAYOUTS = {
 
 def draw_samples(layout: PackedLayout, rate: float, generator: torch.Generator) -> list[list[int]]:
     """Per run, the samples that ``stochastic_depth`` keeps when it is given a generator in the same state."""
-    rows = draw_subset(torch.zeros(layout.total_tokens, 1), layout, rate, generator).rows
+    rows = draw_subsets(torch.zeros(layout.total_tokens, 1), layout, [rate], generator)[0].rows
     marks = torch.zeros(layout.total_tokens, dtype=torch.int32)
     marks[slice(None) if rows is None else rows.long()] += 1
     assert marks.max() <= 1
@@ -177,7 +176,7 @@ class _Calls(nn.Module):
 def test_kept_rows_are_unique_sorted_and_inverted_by_position() -> None:
     layout = PackedLayout([(11, 3), (6, 4), (2, 0)])
     for seed in range(20):
-        subset = draw_subset(torch.zeros(57, 1), layout, 0.4, torch.Generator().manual_seed(seed))
+        (subset,) = draw_subsets(torch.zeros(57, 1), layout, [0.4], torch.Generator().manual_seed(seed))
         assert subset.rows is not None
         assert subset.position is not None
         rows = subset.rows.long()
@@ -201,6 +200,82 @@ def test_every_sample_is_kept_equally_often() -> None:
         (together[~torch.eye(n, dtype=torch.bool)], k * (k - 1) / (n * (n - 1))),
     ):
         assert (counts - draws * p).abs().max() <= 5 * math.sqrt(draws * p * (1 - p))
+
+
+@pytest.mark.parametrize("runs", [[(4, 3)], [(7, 5), (4, 1)], [(1, 3), (33, 1)], [(0, 3), (2, 0)]], ids=str)
+def test_draws_at_once_are_those_of_one_after_the_other(runs: list[tuple[int, int]]) -> None:
+    """To the bit, and each is a tensor that starts at 16 bytes, as kernels and torch.compile expect."""
+    layout, rates = PackedLayout(runs), [0.3, 0.0, 0.5, 0.3]
+    x = torch.zeros(layout.total_tokens, 1)
+    for generator, other in ((None, None), (torch.Generator().manual_seed(3), torch.Generator().manual_seed(3))):
+        torch.manual_seed(5)
+        together = draw_subsets(x, layout, rates, generator)
+        state = torch.get_rng_state()
+        torch.manual_seed(5)
+        apart = [draw_subsets(x, layout, [rate], other)[0] for rate in rates]
+        assert torch.equal(state, torch.get_rng_state())
+        for subset, expected in zip(together, apart, strict=True):
+            assert subset.layout == expected.layout
+            assert (subset.rows is None) == (expected.rows is None)
+            for tensor, value in zip(subset[1:], expected[1:], strict=True):
+                assert tensor is value is None or torch.equal(tensor, value)
+                assert tensor is None or (tensor.is_contiguous() and tensor.data_ptr() % 16 == 0)
+    assert together[1] == (layout, None, None, None)
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_a_subset_that_was_drawn_before(mode: dict[str, bool]) -> None:
+    layout, x, norm = PackedLayout([(5, 2)]), torch.randn(10, 4), nn.LayerNorm(4)
+    (subset,) = draw_subsets(x, layout, [0.4], torch.Generator().manual_seed(0))
+    expected = stochastic_depth(
+        x.clone(), layout, lambda h, _: h, drop_rate=0.4, norm=norm, generator=torch.Generator().manual_seed(0)
+    )
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    result = stochastic_depth(x.clone(), layout, lambda h, _: h, subset=subset, norm=norm, **mode)
+    assert torch.equal(result, expected)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_bad_subsets() -> None:
+    layout, x = PackedLayout([(3, 2)]), torch.ones(6, 2)
+    (subset,) = draw_subsets(x, layout, [0.5])
+    for options in ({}, {"drop_rate": 0.5, "subset": subset}):
+        with pytest.raises(ValueError, match="drop_rate, subset: expected one of the two, got"):
+            stochastic_depth(x, layout, lambda h, _: h, **options)
+    with pytest.raises(ValueError, match="generator: expected None beside a subset"):
+        stochastic_depth(x, layout, lambda h, _: h, subset=subset, generator=torch.Generator())
+    (others,) = draw_subsets(torch.ones(8, 2), PackedLayout([(4, 2)]), [0.5])
+    for other in (others, Subset(PackedLayout([(4, 2)]))):
+        with pytest.raises(ValueError, match="subset: expected one of 6 tokens, those of x, got one of 8"):
+            stochastic_depth(x, layout, lambda h, _: h, subset=other)
+    with pytest.raises(
+        TypeError, match=r"subset: expected one drawn for tokens in torch.float64, got a scale in torch.float32"
+    ):
+        stochastic_depth(x.double(), layout, lambda h, _: h, subset=subset)
+    with pytest.raises(ValueError, match="subset: expected the device of x, cpu, got meta"):
+        stochastic_depth(x, layout, lambda h, _: h, subset=subset._replace(position=subset.position.to("meta")))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, test_gpu.py captures a graph")
+def test_no_table_is_made_while_a_cuda_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph would own its memory; what was made before the capture serves within it."""
+    triton_sampling = pytest.importorskip("dinov2_kernels.residual.triton_sampling")
+    layout, x = PackedLayout([(7, 11), (1, 23)]), torch.zeros(100, 2)  # runs of no other test
+    draws = (
+        lambda: draw_subsets(x, layout, [0.5]),
+        lambda: triton_sampling.residual_kept_rows(torch.rand(1, 8), layout.flat_runs, [3, 1]),
+    )
+    for draw in draws:
+        monkeypatch.setattr(_tables, "is_capturing", lambda: True)
+        with pytest.raises(
+            RuntimeError, match=r"a CUDA graph is being captured.*the same call once before the capture"
+        ):
+            draw()
+        monkeypatch.setattr(_tables, "is_capturing", lambda: False)
+        draw()
+        monkeypatch.setattr(_tables, "is_capturing", lambda: True)
+        draw()
 
 
 class _DoublingNorm(nn.LayerNorm):

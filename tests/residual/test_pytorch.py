@@ -129,7 +129,7 @@ def test_opcheck(drop_rate: float, dtype: torch.dtype) -> None:
     rows = position = scale = None
     if drop_rate:
         kept = [num_kept_samples(count, drop_rate) for count, _ in layout.runs]
-        arguments = (torch.rand(7), list(layout.flat_runs), kept)
+        arguments = (torch.rand(1, 7), list(layout.flat_runs), kept)
         torch.library.opcheck(operators.residual_kept_rows.default, arguments)
         rows, position = operators.residual_kept_rows(*arguments)
         scale = torch.rand(len(rows))

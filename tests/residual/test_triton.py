@@ -11,7 +11,15 @@ from torch import nn
 from dinov2_kernels import PackedLayout, stochastic_depth, use_backend
 from dinov2_kernels._backend import Backend
 from dinov2_kernels.residual import reference, triton_kernel, triton_sampling
-from tests.residual.cases import CASES, DTYPES, Case, assert_matches_reference, operators_of
+from tests.residual.cases import (
+    CASES,
+    DRAWS,
+    DTYPES,
+    Case,
+    assert_draws_match_reference,
+    assert_matches_reference,
+    operators_of,
+)
 from tests.triton_interpreter import exact_bfloat16, ptx_arithmetic
 
 pytestmark = [
@@ -59,11 +67,16 @@ def test_a_row_is_cut_into_few_pieces() -> None:
         assert pieces * width == C or C not in (384, 768, 1024, 1280, 1536)
 
 
+@pytest.mark.parametrize(("runs", "rates"), DRAWS, ids=str)
+def test_values_of_several_draws(runs: tuple[tuple[int, int], ...], rates: tuple[float, ...]) -> None:
+    assert_draws_match_reference(operators, runs, rates)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("count", "kept"), [(1, 1), (7, 3), (300, 299), (300, 300), (2500, 1250)])
 def test_kept_rows_of_equal_keys(count: int, kept: int, dtype: torch.dtype) -> None:
     """Keys that few numbers share: the threshold lies among equal ones."""
-    keys = (torch.rand(count + 5, generator=torch.Generator().manual_seed(count)) * 4).floor().div(4).to(dtype)
+    keys = (torch.rand(1, count + 5, generator=torch.Generator().manual_seed(count)) * 4).floor().div(4).to(dtype)
     arguments = keys, [count, 3, 0, 4, 5, 0], [kept, 0, 2]
     for result, expected in zip(
         triton_sampling.residual_kept_rows(*arguments), reference.residual_kept_rows(*arguments), strict=True
@@ -75,7 +88,7 @@ def test_mixed_dtypes_of_autocast() -> None:
     """Tokens in float32, the branch in bfloat16, and weights that are narrower than the sums."""
     generator = torch.Generator().manual_seed(0)
     layout = (6, 3, 4, 2)
-    rows, position = reference.residual_kept_rows(torch.rand(10, generator=generator), layout, (4, 2))
+    rows, position = reference.residual_kept_rows(torch.rand(1, 10, generator=generator), layout, (4, 2))
     t, T, C = len(rows), len(position), 100
     x, grad_x = torch.randn(2, T, C, generator=generator)
     residual, grad_h = torch.randn(2, t, C, generator=generator).to(torch.bfloat16)

@@ -18,6 +18,7 @@ from dinov2.recipes import RECIPES, recipe
 from dinov2.train.planning import plan
 from dinov2.train.planning.rows import Rows
 from dinov2.train.planning.stages import attention_stage, feed_forward_stage
+from dinov2_kernels.residual import draw_subsets
 
 ROOT = Path(__file__).parents[2]
 
@@ -102,12 +103,13 @@ def test_what_a_block_keeps_to_the_byte(ffn: str, rate: float, e: int, s: int, i
         return tensor
 
     x = torch.randn(rows.crops.total_tokens, 64, dtype={4: torch.float32, 2: torch.bfloat16}[s], requires_grad=True)
+    subsets = [draw_subsets(x, rows.crops, [rate])[0] for _ in range(2)]  # apart, so that there is no gap between them
     bf16 = e == 2
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=bf16),
     ):
-        y = block(x, rows.crops)
+        y = block(x, rows.crops, subsets)
     assert y.requires_grad
     stages = attention_stage(vit, rows, rate, e, s, casts=bf16), feed_forward_stage(vit, rows, rate, e, s, casts=bf16)
     shared = 4 * rows.kept(rate) if rate else 0  # the samples' scale, of which all blocks have one

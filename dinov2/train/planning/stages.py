@@ -91,7 +91,8 @@ def backbone_stages(
         if checkpointing == "none":
             yield from (replace(branch, name=f"{branch.name} of block {index}") for branch in branches)
         else:
-            kept = stream + (_products(vit, rows, rate, e) if checkpointing == "selective" else 0.0)
+            kept = stream + 2 * _subset(T, rows.kept(rate), rate)
+            kept += _products(vit, rows, rate, e) if checkpointing == "selective" else 0.0
             yield checkpointed_stage(f"block {index}", *branches, kept=kept)
     tokens = FLOAT * D * (rows.class_tokens + rows.masked)
     yield Stage(
@@ -108,7 +109,7 @@ def attention_stage(vit: ViTConfig, rows: Rows, rate: float, e: int, s: int, *, 
     T, t, D = rows.crops.total_tokens, rows.kept(rate), vit.embed_dim
     stream, tokens = s * T * D, e * t * D
     residual = tokens if vit.init_values else 0
-    kept = _norm(stream, t, rate) + tokens  # the norm's result
+    kept = _norm(stream, T, t, rate) + tokens  # the norm's result
     kept += 3 * tokens  # queries, keys, values
     kept += tokens + FLOAT * vit.num_heads * t  # attention's result and log-sum-exps
     kept += residual  # for the gradient of LayerScale
@@ -129,7 +130,7 @@ def feed_forward_stage(vit: ViTConfig, rows: Rows, rate: float, e: int, s: int, 
     H, Z = feed_forward_widths(vit)
     stream, tokens = s * T * D, e * t * D
     residual = tokens if vit.init_values else 0
-    kept = _norm(stream, t, rate) + tokens  # the norm's result
+    kept = _norm(stream, T, t, rate) + tokens  # the norm's result
     kept += e * t * Z  # the activation's argument; its result is made again
     kept += residual + (e * D if casts else 0)  # and the last bias; other weights are cast again
     return Stage(
@@ -237,9 +238,14 @@ def prototype_stages(
     )
 
 
-def _norm(stream: float, t: int, rate: float) -> float:
-    """What gather and LayerNorm keep: their argument, its mean and deviation, and which rows went through."""
-    return stream + t * FLOAT * (3 if rate else 2)
+def _norm(stream: float, T: int, t: int, rate: float) -> float:
+    """What gather and LayerNorm keep: their argument, its mean and deviation, and which tokens went through."""
+    return stream + 2 * FLOAT * t + _subset(T, t, rate)
+
+
+def _subset(T: int, t: int, rate: float) -> float:
+    """Where the kept tokens stand, and which of all tokens they are."""
+    return FLOAT * (T + t) if rate else 0.0
 
 
 def _products(vit: ViTConfig, rows: Rows, rate: float, e: int) -> float:
