@@ -198,8 +198,9 @@ class Scatters(TorchDispatchMode):
         self.add_bias: list[bool] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.dinov2_kernels.residual_scatter.default:
-            self.add_bias.append(args[-1] is not None)
+        operators = torch.ops.dinov2_kernels
+        if function in (operators.residual_scatter.default, operators.residual_scatter_gather_norm.default):
+            self.add_bias.append(args[5] is not None)
         return function(*args, **(kwargs or {}))
 
 
