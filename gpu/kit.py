@@ -72,7 +72,9 @@ def load() -> None:
     """Unpack the kit where there is one, and see that the extensions load."""
     if (KIT / "kit.json").is_file():
         for extension in (KIT / "extensions/dinov2_kernels").iterdir():
-            shutil.copy(extension, ROOT / "dinov2_kernels" / extension.name)
+            target = ROOT / "dinov2_kernels" / extension.name
+            target.unlink(missing_ok=True)  # who has the old one loaded keeps it
+            shutil.copy(extension, target)
         with tarfile.open(KIT / "triton.tar.xz") as archive:
             archive.extractall(CACHE, filter="data")
         print(f"kit: unpacked, made with {json.loads((KIT / 'kit.json').read_text())['packages']}")

@@ -150,9 +150,10 @@ _OURS = {"Triton": "triton", "CUDA C++": "native"}
 
 def _is_ours(benchmark: str, operator: str, backend: str) -> bool:
     """Whether a benchmark is of our own kernels, and of which kind; most operators have but one."""
-    file, _, case = benchmark.partition("::")
+    file, _, test = benchmark.partition("::")
     if Path(file).stem.removesuffix("_gpu") != operator:
         return False
+    case = "-" + test.partition("[")[2]  # its parameters, the peer among them
     named = [kind for label, kind in _OURS.items() if label in case]
     return named == [backend] if named else backend == "triton" and any(x in case for x in PUBLIC_NAMES)
 
@@ -162,6 +163,8 @@ PUBLIC_NAMES = (
     "stochastic_depth",
     "gather_norm",
     "-swiglu]",
+    "-swiglu_backward_]",
+    "-gelu_backward_]",
     "soft_cross_entropy",
     "-prototype_cross_entropy]",
     "-photometric]",
