@@ -222,7 +222,7 @@ class RunConfig:
                 "activation_checkpointing",
                 self.activation_checkpointing == "none",
                 "none",
-                "computing again takes the state of the random generators, which is not captured",
+                "blocks that compute their activations again have not been captured yet",
             ),
             ("profile_steps", not self.profile_steps, "0", "a replayed step runs no operator that could be timed"),
         ):
