@@ -78,6 +78,7 @@ def test_replayed_steps_are_eager_steps(run: PretrainConfig) -> None:
         assert off <= (0.1 if run.precision == "bf16" else 0.01) * moved
 
 
+@pytest.mark.needs_values
 def test_a_resumed_run_repeats_the_uninterrupted_one(run: PretrainConfig, tmp_path: Path) -> None:
     """Its warm-up falls on other steps, and changes nothing."""
     drawn, whole, first, second = draw(run), *(graphed(run) for _ in range(3))
@@ -90,6 +91,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(run: PretrainConfig, tmp_pa
         assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.needs_values
 def test_every_replay_draws_anew_and_by_its_seed(config: PretrainConfig) -> None:
     """With weights that stand still, the same batch has another loss in every step, and that of an eager step."""
     config = on_gpu(config, objective=ObjectiveConfig(centering="sinkhorn_knopp"))
