@@ -68,7 +68,6 @@ class StandIn(TorchFunctionMode):
             return args[0].to(torch.device("meta"))
         if func is Tensor.to:
             args = [torch.device("meta") if _names_cuda(x) else x for x in args]
-            kwargs.pop("generator", None)
         if func in (Tensor.__getitem__, Tensor.__setitem__):
             args = [args[0], _without_masks(args[1]), *args[2:]]
         if func in _MATRIX_PRODUCTS and torch.is_autocast_enabled("cuda"):

@@ -85,7 +85,8 @@ def scatter_gather_norm_backward(
             ]
             gradients += [load_tile(grad_h, next_place, next_kept, column, C, WIDTH)]
             totals += [load_tile(grad_y, row, inside, column, C, WIDTH)]
-            residuals += [None if gamma is None else load_tile(residual, place, kept, column, C, WIDTH)]
+            if gamma is not None:
+                residuals += [load_tile(residual, place, kept, column, C, WIDTH)]
         through, normed, dweight_so_far, dnorm_bias_so_far = [], [], dweight, dnorm_bias
         dweight, dnorm_bias = [], []
         through_total, along_total = tl.zeros([ROWS, WIDTH], dtype), tl.zeros([ROWS, WIDTH], dtype)

@@ -224,3 +224,16 @@ def launches() -> Iterator[None]:
             yield triton_kernel.residual_scatter_gather_norm_backward(
                 h, x, y, normed, rows, position, *of_norm, h, rows, position, *of_scatter, branch_dtype
             )
+    # The interpreter takes what the compiler refuses: so everything that may be absent is absent once.
+    x, h = empty(T, 384, dtype=torch.float32), empty(T, 384, dtype=torch.bfloat16)
+    mean = empty(T, dtype=torch.float32)
+    yield triton_kernel.residual_gather_norm(x, None, None, None, 1e-6, h.dtype)
+    yield triton_kernel.residual_scatter(x, h, None, None, None, None)
+    yield triton_kernel.residual_scatter_(x, h, None, None, None, None)
+    yield triton_kernel.residual_scatter_backward(x, None, None, None, None, None, h.dtype)
+    yield triton_kernel.residual_scatter_gather_norm(x, h, *[None] * 8, 1e-6, h.dtype)
+    for y, normed in ((x, None), (None, h)):
+        yield triton_kernel.residual_gather_norm_backward(h, x, y, normed, None, mean, mean, None, None)
+        yield triton_kernel.residual_scatter_gather_norm_backward(
+            h, x, y, normed, None, None, mean, mean, *[None] * 8, h.dtype
+        )
