@@ -56,7 +56,7 @@ def make() -> None:
     kernels = len((folder / "kernels.txt").read_text().splitlines())
     shutil.rmtree(folder)
     with tarfile.open(KIT / "triton.tar.xz", "w:xz") as archive:
-        archive.add(CACHE, arcname=".")
+        archive.add(CACHE, arcname=".", filter=_only_what_is_loaded)
     seconds = time.perf_counter() - start
     (KIT / "kit.json").write_text(json.dumps({"kernels": kernels, "packages": versions()}, indent=1) + "\n")
     size = sum(path.stat().st_size for path in KIT.rglob("*") if path.is_file())
@@ -66,6 +66,11 @@ def make() -> None:
     )
     if size > MOST_BYTES:
         sys.exit(f"the kit may take {MOST_BYTES / 1e6:.0f} MB to travel, and it has {size / 1e6:.1f}")
+
+
+def _only_what_is_loaded(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    """Machine code and what describes it. A cache also holds the stages before, which only people read."""
+    return member if member.isdir() or member.name.endswith((".cubin", ".json")) else None
 
 
 def load() -> None:
