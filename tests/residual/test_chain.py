@@ -35,7 +35,7 @@ class Parts(nn.Module):
                 norm.bias.normal_(0, 0.3)
 
     def connections(self, subsets: list[Subset]) -> list[Connection]:
-        biases = [*self.biases] or [None] * len(subsets)
+        biases = list(self.biases) if len(self.biases) else [None] * len(subsets)
         parts = zip(self.linears, subsets, self.norms, self.gammas, biases, strict=True)
         return [
             Connection(lambda h, _, linear=linear: linear(h).tanh(), *others)  # type: ignore[misc]
