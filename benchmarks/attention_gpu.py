@@ -136,7 +136,7 @@ NANOSECONDS = {50: (8.5, 16.0), 53: (9.0, 17.0), 257: (50.0, 185.0), 261: (50.0,
 
 
 def floor_seconds(layout: PackedLayout, heads: int, backward: bool) -> float:
-    """Of memory and matrix units the slower, run by run."""
+    """The time of memory or of matrix units, whichever is longer, run by run."""
 
     def of_run(count: int, length: int, per_element: int, per_score: int) -> float:
         return count * heads * gpu.floor_seconds(per_element * length * D, per_score * length * length * D)

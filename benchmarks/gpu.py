@@ -9,9 +9,9 @@ import pytest
 import torch
 
 BYTES_PER_SECOND = 4.3e12
-"""Of an H200's memory, read and written, as large copies reach it."""
+"""Bandwidth of an H200's memory, read and written, as large copies reach it."""
 OPERATIONS_PER_SECOND = 790e12
-"""Of its matrix units in bfloat16, as large products reach it."""
+"""Rate of its matrix units in bfloat16, as large products reach it."""
 
 CALLS = 20  # of a round: a single one of 30 us is lost beside what it takes to record an event
 SHORTEST_ROUND = 2e-3  # seconds; a longer call is timed alone

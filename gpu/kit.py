@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 KIT = ROOT / ".gpu-kit"
 CACHE = Path("/tmp/dinov2-kernels-triton")
-"""Of Triton, on both machines: its files hold absolute paths."""
+"""Triton's cache, on both machines: its files hold absolute paths."""
 ARCHITECTURE = "9.0a"
 MOST_BYTES = 40 * 10**6
 PACKAGES = (
@@ -113,7 +113,7 @@ def extensions_that_do_not_load() -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that decide what a kit is good for."""
+    """Versions of Python and of the packages that decide what a kit is good for."""
     found = {name: metadata.version(name) for name in PACKAGES if _is_installed(name)}
     return {"python": platform.python_version(), **found}
 

@@ -21,7 +21,7 @@ Outcome = Literal["passed", "failed", "skipped", "not reached"]
 
 @dataclass(frozen=True)
 class Result:
-    """Of one test.
+    """The result of one test.
 
     Attributes:
         test: its name in pytest's notation, ``tests/koleo/test_gpu.py::test_values[31x1]``.

@@ -66,7 +66,7 @@ def verdicts(results: Iterable[Result]) -> list[Verdict]:
 
 
 def fingerprint(operator: str, backend: str) -> str:
-    """Of the source that was compiled for an operator's kernels."""
+    """A hash of the source that was compiled for an operator's kernels."""
     paths = {path for pattern in SOURCES[backend] for path in ROOT.glob(pattern.format(operator=operator))}
     digest = hashlib.sha256()
     for path in sorted(paths):
