@@ -200,7 +200,6 @@ def install() -> None:
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "get_device_name": lambda device=None: "no GPU, a stand-in",
-        "get_device_capability": lambda device=None: CAPABILITY,
         "get_device_properties": lambda device=None: properties,
         "Stream": _Anything,
         "Event": _Anything,
@@ -264,7 +263,8 @@ _KEPT: list[torch.library.Library] = []  # registrations end with their library
 def _install_driver() -> None:
     """Bind every launch as Triton does, and leave it at that."""
     import triton
-    from triton.backends.compiler import GPUTarget
+
+    from tests import aot
 
     seen: set[tuple[str, str]] = set()
     folder = os.environ.get(LAUNCHES)
@@ -286,13 +286,7 @@ def _install_driver() -> None:
     compile_kernel = triton.JITFunction._do_compile
     triton.JITFunction._do_compile = compile_and_record if COMPILE in os.environ else record
     launch, triton.JITFunction.run = triton.JITFunction.run, run
-    triton.runtime.driver.set_active(
-        SimpleNamespace(
-            get_current_target=lambda: GPUTarget("cuda", 10 * CAPABILITY[0] + CAPABILITY[1], 32),
-            get_current_device=lambda: 0,
-            get_current_stream=lambda device: 0,
-        )
-    )
+    aot.stand_in_for_a_gpu(10 * CAPABILITY[0] + CAPABILITY[1])
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_kernels._library import accumulation_dtype, needs_gradient
+from dinov2_kernels._modules import is_unwatched
 from dinov2_kernels.packing import PackedLayout
 from dinov2_kernels.residual.op import gather_norm, scatter_add, scatter_gather_norm
 from dinov2_kernels.residual.reference import Branch
@@ -245,5 +246,5 @@ def _is_fusable(norm: object, x: Tensor) -> TypeGuard[nn.LayerNorm]:
     weight = norm.weight  # looked up once: a module takes its time over it
     if weight is not None and weight.device != x.device:
         return False  # a call of it says so
-    hooks = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks or norm._backward_pre_hooks
-    return not hooks and type(norm).forward is nn.LayerNorm.forward and norm.normalized_shape == x.shape[1:]
+    is_plain = type(norm).forward is nn.LayerNorm.forward and is_unwatched(norm)
+    return is_plain and norm.normalized_shape == x.shape[1:]
