@@ -9,12 +9,11 @@ ViT-S's. Counted with e bytes per element, on two cores with AVX-512 and 30 GB/s
 - The layer: 39 GFLOP of matrix products at 100 to 150 GFLOP/s in float32, so 300 ms, of which the pass saves 3 to 5 ms,
   1 to 2 %. In bfloat16, where products are faster, no more than 5 %.
 
-Measured (results/2026-11-30, on a busy machine: only ratios count): the pass is 4.5 times as fast as PyTorch's
-operators in float32 and 1.7 times in bfloat16, with tanh 6.0 and 5.0 times. What the prediction missed: fresh memory,
-of which ours takes half and in pages of 2 MB, and what tanh costs PyTorch. ``torch.compile`` gains nothing over the
-operators (0.8 to 1.7): its sum over tokens does not fuse. The layer is 1.03 times as fast as the plain expression on
-two threads of that machine; in processor time of one thread, 1.09 and 1.08 times as the layer that made GELU again by
-itself.
+Measured (results/2026-11-30): the pass is 4.9 times as fast as PyTorch's operators in float32 and 1.7 times in
+bfloat16, with tanh 6.2 and 4.8 times. What the prediction missed: fresh memory, of which ours takes half and in pages
+of 2 MB, and what tanh costs PyTorch. ``torch.compile`` gains little over the operators (0.9 to 1.5): its sum over
+tokens does not fuse. The layer is 1.04 times as fast as the plain expression in float32 and 1.01 times in bfloat16, on
+two threads; in processor time of one thread, 1.09 and 1.08 times as the layer that made GELU again by itself.
 """
 
 from __future__ import annotations
