@@ -34,9 +34,11 @@ LARGE = (
     Case(CROPS, 384, drop_rate=0.0),
     Case(((5000, 1), (3000, 2)), 64),
 )
+WIDTHS = {case.C for case in LARGE if case.C > 384}  # small cases of these widths would be kernels of their own
+SMALL = [case for case in CASES if case.C not in WIDTHS]
 
 
-@pytest.mark.parametrize(("case", "dtype"), pairs(CASES, DTYPES, LARGE), ids=str)
+@pytest.mark.parametrize(("case", "dtype"), pairs(SMALL, DTYPES, LARGE), ids=str)
 def test_values(case: Case, dtype: torch.dtype) -> None:
     assert_matches_reference(operators, case, dtype, "cuda")
 
