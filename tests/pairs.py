@@ -15,7 +15,7 @@ TURNS = {torch.float32: (2, 0), torch.bfloat16: (2, 1), torch.float64: (6, 0), t
 def pairs(
     cases: Sequence[Case], dtypes: Sequence[torch.dtype], large: Sequence[Case] = ()
 ) -> list[tuple[Case, torch.dtype]]:
-    """Small cases in float32 and bfloat16 by turns, some in float64 or float16 too; large ones in bfloat16, half in float32.
+    """Small cases by turns in float32 and bfloat16, some in float64 or float16 too; large in bfloat16, half in both.
 
     A kernel's code changes with the shape or with the dtype, hardly ever with both. The tests in Triton's interpreter,
     which compile nothing, take all pairs. The kernels of float16 are those of bfloat16 but for their conversions.

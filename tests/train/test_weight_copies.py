@@ -22,7 +22,7 @@ from dinov2.train.initial_weights import start_from_initial_weights
 from dinov2.train.networks import checkpoint_of
 from dinov2.train.processes import Processes
 from dinov2.train.trainer import Trainer
-from dinov2.train.weight_copies import WeightCopies, keeps_weight_copies
+from dinov2.train.weight_copies import WeightCopies, copied_parameters, networks_with_copies
 from tests.train.test_blocks import Calls
 from tests.train.test_precision import flat
 
@@ -36,17 +36,19 @@ def config(config: PretrainConfig) -> PretrainConfig:
 
 
 @contextmanager
-def without_copies() -> Iterator[None]:
+def copies_of(*networks: str) -> Iterator[None]:
+    """Trainers made in here keep copies of these networks, whatever device they have."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "keeps_weight_copies", lambda *args, **options: False)
+        patch.setattr(trainer, "networks_with_copies", lambda *args, **options: networks)
         yield
 
 
 def trainers(config: RunConfig, processes: Processes | None = None) -> tuple[Trainer, Trainer]:
-    """The same run without copies and with them."""
-    with without_copies():
+    """The same run without copies, and with those that a GPU has."""
+    with copies_of():
         plain = Trainer(config, processes)
-    copying = Trainer(config, processes)
+    with copies_of("students", "teacher"):
+        copying = Trainer(config, processes)
     assert not plain._weight_copies.tensors
     assert copying._weight_copies.tensors
     for made in (plain, copying):
@@ -220,10 +222,17 @@ def test_weights_without_a_gradient(config: PretrainConfig) -> None:
         assert (first is None) if second is None else torch.equal(first, second)
 
 
+def test_a_gpu_has_copies_of_the_teacher_too(config: PretrainConfig) -> None:
+    assert networks_with_copies(config, "cpu", is_split=False) == ("students",)
+    assert networks_with_copies(replace(config, precision="auto"), "cuda", is_split=False) == ("students", "teacher")
+    made = Trainer(config)
+    student = [weight for _, _, weight in copied_parameters(made.objective.student)]
+    assert len(made._weight_copies.tensors) == len(student)
+    assert_same_steps(trainers(config)[0], made)
+
+
 def test_where_there_are_none(config: PretrainConfig, group: dist.ProcessGroup) -> None:
     """In float32, in compiled blocks, and in networks that FSDP splits and casts."""
-    assert keeps_weight_copies(config, "cpu", is_split=False)
-    assert keeps_weight_copies(replace(config, precision="auto"), "cuda", is_split=False)
     for changes, processes in (
         ({"precision": "fp32"}, None),
         ({"precision": "auto"}, None),
