@@ -39,7 +39,7 @@ from dinov2.train.processes import Processes, resolve_device
 from dinov2.train.run_directory import flatten
 from dinov2.train.schedules import Schedules
 from dinov2.train.sharding import exchange_gradients, gathered, split_objective
-from dinov2.train.weight_copies import WeightCopies, networks_with_copies
+from dinov2.train.weight_copies import WeightCopies, keeps_weight_copies
 
 Probe = Callable[[VisionTransformer], dict[str, float]]
 """Measures the teacher's backbone, in eval mode and without gradients, e.g. the k-NN accuracy on labelled images."""
@@ -69,9 +69,9 @@ class Trainer:
             self.objective = self._build().to(self.device)
             if processes.group is not None:
                 self._replicas = _replicated(self.objective, processes.group)
-        networks = {"students": [*self.objective.students.values()], "teacher": [self.objective.teacher]}
-        copied = networks_with_copies(config, self.device.type, is_split=self._is_split)
-        self._weight_copies = WeightCopies((n for name in copied for n in networks[name]), self.arithmetic.dtype)
+        kept = keeps_weight_copies(config, self.device.type, is_split=self._is_split)
+        running = [*self.objective.students.values(), self.objective.teacher]
+        self._weight_copies = WeightCopies(running if kept else [], self.arithmetic.dtype)
         self.schedules = Schedules(config)
         optim = config.optim
         groups = [

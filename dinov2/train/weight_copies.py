@@ -25,13 +25,11 @@ from dinov2.train.precision import DTYPES, definite
 from dinov2_kernels._library import differentiably, needs_gradient
 
 
-def networks_with_copies(config: RunConfig, device_type: str, *, is_split: bool) -> tuple[str, ...]:
-    """Of which networks a run keeps copies, in low precision: "students", and on a GPU "teacher".
+def keeps_weight_copies(config: RunConfig, device_type: str, *, is_split: bool) -> bool:
+    """Whether a run keeps copies: in low precision, on a GPU.
 
-    A copy of the teacher's weights saves the host of a GPU 8 launches a block. On a CPU a cast costs no launch, and the
-    teacher's copies would only lie in memory during the students' passes, where a step needs most of it.
-
-    Where networks are split among processes, FSDP casts what it gathers; and the graph of a compiled block holds casts.
+    A CPU has no launches to save, and the copies would lie in its memory where a step needs most of it. Where networks
+    are split among processes, FSDP casts what it gathers; and the graph of a compiled block holds casts.
 
     Args:
         config: the run.
@@ -39,9 +37,7 @@ def networks_with_copies(config: RunConfig, device_type: str, *, is_split: bool)
         is_split: whether its networks are split among the processes.
     """
     dtype = DTYPES[definite(config.precision, torch.device(device_type))]
-    if dtype == torch.float32 or is_split or config.compile:
-        return ()
-    return ("students",) if device_type == "cpu" else ("students", "teacher")
+    return device_type != "cpu" and dtype != torch.float32 and not is_split and not config.compile
 
 
 def copied_parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:

@@ -17,12 +17,12 @@ from dinov2.models import HeadConfig
 from dinov2.models.run_checkpoint import RunCheckpoint
 from dinov2.objectives import ObjectiveConfig
 from dinov2.recipes import distillation
-from dinov2.train import ParallelConfig, PretrainConfig, RunConfig, pretrain, trainer
+from dinov2.train import PretrainConfig, RunConfig, pretrain, trainer
 from dinov2.train.initial_weights import start_from_initial_weights
 from dinov2.train.networks import checkpoint_of
 from dinov2.train.processes import Processes
 from dinov2.train.trainer import Trainer
-from dinov2.train.weight_copies import WeightCopies, copied_parameters, networks_with_copies
+from dinov2.train.weight_copies import WeightCopies, keeps_weight_copies
 from tests.train.test_blocks import Calls
 from tests.train.test_precision import flat
 
@@ -36,18 +36,18 @@ def config(config: PretrainConfig) -> PretrainConfig:
 
 
 @contextmanager
-def copies_of(*networks: str) -> Iterator[None]:
-    """Trainers made in here keep copies of these networks, whatever device they have."""
+def copies(kept: bool) -> Iterator[None]:
+    """Trainers made in here keep copies of weights, or none, whatever device they have."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "networks_with_copies", lambda *args, **options: networks)
+        patch.setattr(trainer, "keeps_weight_copies", lambda *args, **options: kept)
         yield
 
 
 def trainers(config: RunConfig, processes: Processes | None = None) -> tuple[Trainer, Trainer]:
-    """The same run without copies, and with those that a GPU has."""
-    with copies_of():
+    """The same run without copies and with them, as on a GPU."""
+    with copies(False):
         plain = Trainer(config, processes)
-    with copies_of("students", "teacher"):
+    with copies(True):
         copying = Trainer(config, processes)
     assert not plain._weight_copies.tensors
     assert copying._weight_copies.tensors
@@ -222,21 +222,13 @@ def test_weights_without_a_gradient(config: PretrainConfig) -> None:
         assert (first is None) if second is None else torch.equal(first, second)
 
 
-def test_a_gpu_has_copies_of_the_teacher_too(config: PretrainConfig) -> None:
-    assert networks_with_copies(config, "cpu", is_split=False) == ("students",)
-    assert networks_with_copies(replace(config, precision="auto"), "cuda", is_split=False) == ("students", "teacher")
-    made = Trainer(config)
-    student = [weight for _, _, weight in copied_parameters(made.objective.student)]
-    assert len(made._weight_copies.tensors) == len(student)
-    assert_same_steps(trainers(config)[0], made)
-
-
-def test_where_there_are_none(config: PretrainConfig, group: dist.ProcessGroup) -> None:
-    """In float32, in compiled blocks, and in networks that FSDP splits and casts."""
-    for changes, processes in (
-        ({"precision": "fp32"}, None),
-        ({"precision": "auto"}, None),
-        ({"compile": True}, None),
-        ({"parallel": ParallelConfig(sharding="full")}, Processes(torch.device("cpu"), group=group)),
-    ):
-        assert not Trainer(replace(config, **changes), processes)._weight_copies.tensors
+def test_where_there_are_copies(config: PretrainConfig) -> None:
+    """Not on a CPU, in float32, in compiled blocks, or in networks that FSDP splits and casts."""
+    on_gpu = replace(config, precision="auto")
+    assert keeps_weight_copies(on_gpu, "cuda", is_split=False)
+    assert keeps_weight_copies(config, "cuda", is_split=False)
+    assert not keeps_weight_copies(config, "cpu", is_split=False)
+    assert not keeps_weight_copies(replace(config, precision="fp32"), "cuda", is_split=False)
+    assert not keeps_weight_copies(replace(on_gpu, compile=True), "cuda", is_split=False)
+    assert not keeps_weight_copies(on_gpu, "cuda", is_split=True)
+    assert not Trainer(config)._weight_copies.tensors

@@ -26,7 +26,7 @@ from dinov2.train.planning.stages import (
     prototype_stages,
 )
 from dinov2.train.precision import DTYPES, definite
-from dinov2.train.weight_copies import copied_parameters, networks_with_copies
+from dinov2.train.weight_copies import copied_parameters, keeps_weight_copies
 
 PROCESSES_OF_A_MACHINE = 8
 """Of a machine with GPUs, where nobody says otherwise."""
@@ -45,8 +45,7 @@ class Parameters:
         blocks: of all blocks of the student.
         block: of one block, which is gathered at a time where networks are split.
         prototypes: of the largest last layer of a head, likewise.
-        copied: of the linear layers of students and teacher, by these names: those that may have copies in low
-            precision.
+        copied: of the linear layers of student and teacher, of which low precision keeps copies.
     """
 
     modules: Mapping[str, int]
@@ -54,7 +53,7 @@ class Parameters:
     blocks: int
     block: int
     prototypes: int
-    copied: Mapping[str, int]
+    copied: int
 
     @property
     def student(self) -> int:
@@ -115,9 +114,9 @@ def _moments(
         held["gathered weights"] = max(3 * e * parameters.block, 2 * FLOAT * parameters.prototypes)
         # Gradients as they are made, and in float32 to be averaged.
         leaving = max((e + FLOAT) * parameters.block, 2 * FLOAT * parameters.prototypes)
-    copied = networks_with_copies(config, device_type, is_split=is_split)
-    if copied:
-        held["copies of weights"] = e * sum(parameters.copied[name] for name in copied)
+    keeps_copies = keeps_weight_copies(config, device_type, is_split=is_split)
+    if keeps_copies:
+        held["copies of weights"] = e * parameters.copied
     targets = teacher_logits(config, rows, e)
     working = teacher_working(config.vit, rows, e, bytes_of_tokens(config, e))
     if config.cuda_graph:
@@ -130,7 +129,7 @@ def _moments(
     )
 
     kept: Bytes = {"teacher logits": targets}
-    heads_cast = e < FLOAT and "students" not in copied
+    heads_cast = e < FLOAT and not keeps_copies
     blocks_cast = heads_cast and not is_split
     stages = list(student_stages(config, rows, e, device_type, blocks_cast=blocks_cast, heads_cast=heads_cast))
     for stage in stages:
@@ -225,10 +224,7 @@ def parameters_of(student: nn.ModuleDict, teacher: nn.ModuleDict) -> Parameters:
         blocks=_count(backbone.blocks),
         block=_count(backbone.blocks[0]),
         prototypes=max(_count(head.last_layer) for head in heads),
-        copied={
-            name: sum(weight.numel() for _, _, weight in copied_parameters(network))
-            for name, network in (("students", student), ("teacher", teacher))
-        },
+        copied=sum(weight.numel() for network in (student, teacher) for _, _, weight in copied_parameters(network)),
     )
 
 
