@@ -157,7 +157,8 @@ def read_compiled(kernel: Any) -> Usage:
         ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         ptx.write_text(kernel.asm["ptx"])
         report = run([str(tools / "ptxas"), "-v", f"--gpu-name=sm_{architecture}", str(ptx), "-o", str(cubin)])
-        instructions = run([str(tools / "nvdisasm"), "-c", str(cubin)])
+        has_products = "mma" in kernel.asm["ptx"]  # to disassemble takes as long as to compile
+        instructions = run([str(tools / "nvdisasm"), "-c", str(cubin)]) if has_products else ""
     (usage,) = parse_ptxas(report, threads=32 * kernel.metadata.num_warps)
     names = kernel.src.fn.arg_names
     first_pointer = next(kind.lstrip("*") for kind in kernel.src.signature.values() if kind.startswith("*"))

@@ -18,7 +18,7 @@ def pairs(
     """Small cases by turns in float32 and bfloat16, some in float64 or float16 too; large in bfloat16, half in both.
 
     A kernel's code changes with the shape or with the dtype, hardly ever with both. The tests in Triton's interpreter,
-    which compile nothing, take all pairs. The kernels of float16 are those of bfloat16 but for their conversions.
+    which compile nothing, take more pairs. The kernels of float16 are those of bfloat16 but for their conversions.
     """
 
     def is_in_turn(number: int, dtype: torch.dtype) -> bool:
