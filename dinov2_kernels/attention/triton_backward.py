@@ -207,7 +207,16 @@ def _visit_keys(
     _, ds = _probabilities(queries, keys, grads, values, norm[:, None], delta[:, None], scale)  # [QUERIES, KEYS]
     if MASKED:
         ds = tl.where((key < length)[None, :], ds, 0.0)
-    return add_product(ds.to(keys[0].dtype), keys, dq)
+    return add_product(_without_rounding(ds, k, length).to(keys[0].dtype), keys, dq)
+
+
+@triton.jit
+def _without_rounding(ds, tokens, length):
+    """ds is 0 where there is a single key, whose p is 1 whatever its score; float32 would show what rounding leaves."""
+    if tokens.dtype.element_ty == tl.float32:
+        return tl.where(length > 1, ds, 0.0)
+    else:
+        return ds
 
 
 @triton.jit
@@ -279,4 +288,4 @@ def _visit_queries(
     norm, delta = _load_queries(grads, out, lse, first_row, length, grad_token, QUERIES, D, MASKED)
     p, ds = _probabilities(keys, queries, values, grads, norm[None, :], delta[None, :], scale)  # [KEYS, QUERIES]
     dv = add_product(p.to(keys[0].dtype), grads, dv)
-    return add_product(ds.to(keys[0].dtype), queries, dk), dv
+    return add_product(_without_rounding(ds, q, length).to(keys[0].dtype), queries, dk), dv

@@ -45,10 +45,11 @@ def test_values(case: Case, offsets: bool) -> None:
     assert_matches_reference(*OPERATORS, case, torch.float32, offsets=offsets)
 
 
+@pytest.mark.parametrize("offsets", [False, True])
 @pytest.mark.parametrize("case", [*SMALL, *WIDE, LARGE], ids=str)
-def test_values_in_the_arithmetic_of_a_gpu(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_in_the_arithmetic_of_a_gpu(case: Case, offsets: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     ptx_arithmetic(monkeypatch)
-    assert_matches_reference(*OPERATORS, case, torch.float32)
+    assert_matches_reference(*OPERATORS, case, torch.float32, offsets=offsets)
 
 
 @pytest.mark.parametrize("case", [*RESIDENT, STREAMING, LARGE_IN_PARTS], ids=str)
