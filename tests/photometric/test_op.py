@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dinov2_kernels import PhotometricPlan, photometric
 from dinov2_kernels.photometric import ImagePlan, Jitter
-from tests.photometric.cases import MEAN, SMALL, STD, Case, random_plans
+from tests.photometric.cases import MEAN, SMALL, STD, Case, on_the_side_of, random_plans
 
 RANDOM = Case(9, 12, tuple(random_plans(5)), "random")
 
@@ -83,6 +83,22 @@ def test_blur_keeps_constants_and_spreads_a_point() -> None:
 def test_solarisation_inverts_from_the_threshold_on() -> None:
     result = levels(pixels((127, 128, 129), (0, 255, 10)), solarize_threshold=128)
     assert_pixels(result, (127, 127, 126), (0, 0, 10))
+
+
+def test_a_level_that_rounding_puts_across_the_threshold_is_compared_with_its_mirror_image() -> None:
+    def normalised(level: float) -> Tensor:
+        mean, std = (torch.tensor(x, dtype=torch.float64).view(3, 1, 1) for x in (MEAN, STD))
+        return (level / 255 - mean) / std
+
+    below, inverted = normalised(117.29999), normalised(255 - 117.30001)
+    torch.testing.assert_close(on_the_side_of(below, inverted, 117.3), below, rtol=0, atol=1e-6)
+    torch.testing.assert_close(on_the_side_of(inverted, below, 117.3), inverted, rtol=0, atol=1e-6)
+    for exact, result, threshold in (
+        (normalised(117.2), normalised(255 - 117.2), 117.3),  # no rounding is as large
+        (below, below + 0.1, 117.3),
+        (normalised(116.99999), normalised(255 - 117.00001), 117.0),
+    ):
+        assert torch.equal(on_the_side_of(exact, result, threshold), result)
 
 
 def test_normalisation() -> None:
