@@ -8,11 +8,15 @@ import sys
 
 import torch
 
+import dinov2_kernels as dk
+
 ALL_TARGETS = ("generic", "avx2", "avx512", "avx512bf16", "amx")
 
 _WITH_AVX512 = 3 + torch.cpu._is_avx512_bf16_supported() + torch.cpu._is_amx_tile_supported()
 _HAS = {"AVX2": 2, "AVX512": _WITH_AVX512}
 TARGETS = ALL_TARGETS[: _HAS.get(torch.backends.cpu.get_cpu_capability(), 1)]
+OTHER_TARGETS = tuple(target for target in TARGETS if target != dk.info()["host"]["cpu_target"])
+"""Targets of this processor beside the one that this process runs."""
 
 
 def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
