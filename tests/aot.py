@@ -115,8 +115,8 @@ def readable(report: str) -> str:
 def compile_triton(operator: str, target: int, every: int | None = None) -> list[Usage]:
     """Compile what the operator's ``launches()`` launch, in a process without Triton's interpreter.
 
-    ``every`` third launch of each kernel, say; by default all for the newest target, and every third for the others,
-    where little fails that does not fail there.
+    Of each kernel one launch in ``every``, the first one among them. By default all launches for the newest target, and
+    one in three for the others, where little fails that does not fail there.
     """
     every = every or (1 if target == TRITON_TARGETS[-1] else 3)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -145,7 +145,7 @@ def compile_launches(operator: str, target: int, every: int) -> list[Usage]:
 
     def compile_instead(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         launched[self] += 1
-        if launched[self] % every != 1 % every:
+        if (launched[self] - 1) % every:
             return
         kernel = launch(self, *args, grid=grid, warmup=True, **options)
         compiled[kernel.hash] = kernel

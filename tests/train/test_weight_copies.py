@@ -17,7 +17,7 @@ from dinov2.models import HeadConfig
 from dinov2.models.run_checkpoint import RunCheckpoint
 from dinov2.objectives import ObjectiveConfig
 from dinov2.recipes import distillation
-from dinov2.train import PretrainConfig, RunConfig, pretrain, trainer
+from dinov2.train import ParallelConfig, PretrainConfig, RunConfig, pretrain, trainer
 from dinov2.train.initial_weights import start_from_initial_weights
 from dinov2.train.networks import checkpoint_of
 from dinov2.train.processes import Processes
@@ -36,7 +36,7 @@ def config(config: PretrainConfig) -> PretrainConfig:
 
 
 @contextmanager
-def copies(kept: bool) -> Iterator[None]:
+def keeping_copies(kept: bool) -> Iterator[None]:
     """Trainers made in here keep copies of weights, or none, whatever device they have."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "keeps_weight_copies", lambda *args, **options: kept)
@@ -45,9 +45,9 @@ def copies(kept: bool) -> Iterator[None]:
 
 def trainers(config: RunConfig, processes: Processes | None = None) -> tuple[Trainer, Trainer]:
     """The same run without copies and with them, as on a GPU."""
-    with copies(False):
+    with keeping_copies(False):
         plain = Trainer(config, processes)
-    with copies(True):
+    with keeping_copies(True):
         copying = Trainer(config, processes)
     assert not plain._weight_copies.tensors
     assert copying._weight_copies.tensors
@@ -232,3 +232,21 @@ def test_where_there_are_copies(config: PretrainConfig) -> None:
     assert not keeps_weight_copies(replace(on_gpu, compile=True), "cuda", is_split=False)
     assert not keeps_weight_copies(on_gpu, "cuda", is_split=True)
     assert not Trainer(config)._weight_copies.tensors
+
+
+def test_a_trainer_says_what_it_is(
+    config: PretrainConfig, group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its device, and whether its networks are split: where these forbid copies it has none."""
+    asked: list[tuple[str, bool]] = []
+
+    def answer(config: RunConfig, device_type: str, *, is_split: bool) -> bool:
+        asked.append((device_type, is_split))
+        return not is_split
+
+    monkeypatch.setattr(trainer, "keeps_weight_copies", answer)
+    processes = Processes(torch.device("cpu"), group=group)
+    split = replace(config, parallel=ParallelConfig(sharding="full"))
+    assert not Trainer(split, processes)._weight_copies.tensors
+    assert Trainer(config, processes)._weight_copies.tensors
+    assert asked == [("cpu", True), ("cpu", False)]
