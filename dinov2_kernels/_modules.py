@@ -10,9 +10,13 @@ from dinov2_kernels._library import autocast_dtype
 
 
 def is_unwatched(module: nn.Module) -> bool:
-    """Whether nobody would notice if the module were not called, or returned less: no hook, no other forward."""
+    """Whether nobody would notice if the module were not called, or returned less.
+
+    It has no hook, no forward of its own in place of its class's, and is not compiled by itself.
+    """
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not (hooks or _has_any_global_hook() or "forward" in module.__dict__)
+    is_changed = "forward" in module.__dict__ or module._compiled_call_impl is not None
+    return not (hooks or _has_any_global_hook() or is_changed)
 
 
 def is_plain_linear(module: nn.Module) -> bool:

@@ -18,8 +18,8 @@ from dinov2.models.patch_embedding import PatchEmbed
 from dinov2.models.position_embedding import interpolate_position_embedding
 from dinov2_kernels import PackedLayout
 from dinov2_kernels._library import autocast_dtype
-from dinov2_kernels.nn import Block, Mlp, SwiGLUFFN
-from dinov2_kernels.residual import Subset, draw_subsets
+from dinov2_kernels.nn import Block, Mlp, SwiGLUFFN, run_blocks
+from dinov2_kernels.residual import draw_subsets
 
 Features = dict[str, Tensor]
 """What the model knows about B images.
@@ -128,7 +128,8 @@ class VisionTransformer(nn.Module):
         wanted = range(depth - n, depth) if isinstance(n, int) else sorted(n)
         if not wanted or wanted[0] < 0 or wanted[-1] >= depth:
             raise ValueError(f"n: expected 1 to {depth} blocks or indices from 0 to {depth - 1}, got {n}")
-        outputs = self._block_outputs(x, wanted)
+        layout, packed = self._packed_tokens([x], [None])
+        outputs = [layout.unpack(tokens)[0] for tokens in self._run_blocks(packed, layout, wanted)]  # [B, N, D] each
         outputs = [self._last_norm(output) if norm else output for output in outputs]
         grid = self.patch_embed.grid(x)
         patches = [output[:, 1 + self.config.num_register_tokens :] for output in outputs]
@@ -137,16 +138,6 @@ class VisionTransformer(nn.Module):
         if return_class_token:
             return tuple(zip(patches, [output[:, 0] for output in outputs], strict=True))
         return tuple(patches)
-
-    def _block_outputs(self, x: Tensor, wanted: Sequence[int]) -> list[Tensor]:
-        tokens = self._tokens(x, None)  # [B, N, D]
-        layout = PackedLayout([tokens.shape[:2]])
-        packed, outputs = layout.pack([tokens]), []
-        for index, (block, subsets) in enumerate(zip(self.blocks, self._subsets(packed, layout), strict=True)):
-            packed = block(packed, layout, subsets)
-            if index in wanted:
-                outputs += layout.unpack(packed)
-        return outputs
 
     def _forward_batches(self, batches: Sequence[Tensor], masks: Sequence[Tensor | None]) -> list[Features]:
         if len(masks) != len(batches):
@@ -166,18 +157,30 @@ class VisionTransformer(nn.Module):
         Returns:
             The images' layout; their tokens [T, D] before the last norm, and after it.
         """
-        tokens = [self._tokens(x, mask) for x, mask in zip(batches, masks, strict=True)]  # [B, N, D] each
-        layout = PackedLayout([batch.shape[:2] for batch in tokens])
-        packed = layout.pack(tokens)  # [T, D]
-        for block, subsets in zip(self.blocks, self._subsets(packed, layout), strict=True):
-            packed = block(packed, layout, subsets)
+        layout, packed = self._packed_tokens(batches, masks)
+        (packed,) = self._run_blocks(packed, layout, [len(self.blocks) - 1])
         return layout, packed, self._last_norm(packed)
 
-    def _subsets(self, packed: Tensor, layout: PackedLayout) -> list[tuple[Subset, Subset]]:
-        """The samples that each branch of each block keeps, drawn in one launch."""
-        rates = [rate for block in self.blocks for rate in cast(Block, block).drop_rates]
-        subsets = draw_subsets(packed, layout, rates)
-        return list(zip(subsets[::2], subsets[1::2], strict=True))
+    def _packed_tokens(self, batches: Sequence[Tensor], masks: Sequence[Tensor | None]) -> tuple[PackedLayout, Tensor]:
+        """The images' layout, and their tokens [T, D] that enter the first block."""
+        tokens = [self._tokens(x, mask) for x, mask in zip(batches, masks, strict=True)]  # [B, N, D] each
+        layout = PackedLayout([batch.shape[:2] for batch in tokens])
+        return layout, layout.pack(tokens)
+
+    def _run_blocks(self, packed: Tensor, layout: PackedLayout, wanted: Sequence[int]) -> list[Tensor]:
+        """Tokens [T, D] after each of the wanted blocks, whose indices ascend; later blocks do not run.
+
+        The samples that each branch of each block keeps are drawn in one launch.
+        """
+        blocks = cast(list[Block], list(self.blocks))
+        subsets = draw_subsets(packed, layout, [rate for block in blocks for rate in block.drop_rates])
+        of_blocks = list(zip(subsets[::2], subsets[1::2], strict=True))
+        outputs, start = [], 0
+        for stop in (index + 1 for index in wanted):
+            packed = run_blocks(blocks[start:stop], packed, layout, of_blocks[start:stop])
+            outputs.append(packed)
+            start = stop
+        return outputs
 
     def _features(self, prenorm: Tensor, normed: Tensor) -> Features:
         first_patch = 1 + self.config.num_register_tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeGuard
 
 from torch import Tensor, nn
 
@@ -107,10 +108,15 @@ class Block(nn.Module):
         """
         if layout is None:
             return self.forward(x.flatten(0, 1), PackedLayout([(x.shape[0], x.shape[1])]), subsets).view_as(x)
-        of_attention, of_mlp = subsets or draw_subsets(x, layout, self.drop_rates)
+        subsets = subsets or draw_subsets(x, layout, self.drop_rates)
+        return residual_chain(x, layout, self.connections(subsets), recompute=self.recompute)
+
+    def connections(self, subsets: Sequence[Subset]) -> list[Connection]:
+        """The two branches as :func:`dinov2_kernels.residual.residual_chain` takes them; ``subsets`` as in forward."""
+        of_attention, of_mlp = subsets
         attend, attend_bias = _without_last_bias(self.attn)
         feed_forward, feed_forward_bias = _without_last_bias(self.mlp)
-        connections = [
+        return [
             Connection(attend, of_attention, norm=self.norm1, gamma=_gamma(self.ls1), bias=attend_bias),
             Connection(
                 lambda tokens, _: feed_forward(tokens),  # token by token, whatever the layout
@@ -120,7 +126,6 @@ class Block(nn.Module):
                 bias=feed_forward_bias,
             ),
         ]
-        return residual_chain(x, layout, connections, recompute=self.recompute)
 
     @property
     def drop_rates(self) -> tuple[float, float]:
@@ -129,11 +134,57 @@ class Block(nn.Module):
         return rate, rate
 
 
+def run_blocks(
+    blocks: Sequence[nn.Module], x: Tensor, layout: PackedLayout, subsets: Sequence[Sequence[Subset]]
+) -> Tensor:
+    """Tokens after some blocks, one after the other: ``x = block(x, layout, of_block)`` for each.
+
+    Neighbours that are plain :class:`Block` run as one :func:`dinov2_kernels.residual.residual_chain`, so that the end
+    of one is one pass with the start of the next. A block is called by itself where that would be noticed: it has
+    hooks (as FSDP sets them), another forward (as recomputed activations need), or is compiled by itself.
+
+    Example::
+
+        subsets = draw_subsets(x, layout, [rate for block in blocks for rate in block.drop_rates])
+        x = run_blocks(blocks, x, layout, list(zip(subsets[::2], subsets[1::2])))
+
+    Args:
+        blocks: modules called as :class:`Block` is.
+        x: [T, C] packed as ``layout`` says.
+        layout: the samples of x.
+        subsets: for each block, those of its two branches.
+
+    Returns:
+        [T, C] in the dtype of x.
+
+    Raises:
+        ValueError: there are more or fewer subsets than blocks, or an argument is not as described.
+    """
+    if len(blocks) != len(subsets):
+        raise ValueError(f"subsets: expected one pair for each of the {len(blocks)} blocks, got {len(subsets)}")
+    chain: list[Connection] = []  # of the blocks that have yet to run
+    recompute = False
+    for block, of_block in zip(blocks, subsets, strict=True):
+        if chain and not (_is_plain(block) and block.recompute == recompute):
+            x = residual_chain(x, layout, chain, recompute=recompute)
+            chain = []
+        if _is_plain(block):
+            chain, recompute = [*chain, *block.connections(of_block)], block.recompute
+        else:
+            x = block(x, layout, of_block)
+    return residual_chain(x, layout, chain, recompute=recompute) if chain else x
+
+
+def _is_plain(block: nn.Module) -> TypeGuard[Block]:
+    """Whether a call of the block does nothing but its chain of connections."""
+    return isinstance(block, Block) and type(block).forward is Block.forward and is_unwatched(block)
+
+
 def _without_last_bias(part: nn.Module) -> tuple[Callable[..., Tensor], Tensor | None]:
     """How to run a part, and the bias that its result then lacks; where that would be noticed, the part, and None."""
     if not isinstance(part, _SEPARABLE) or type(part).forward not in [kind.forward for kind in _SEPARABLE]:
         return part, None
-    bias = part.separable_bias() if is_unwatched(part) and part._compiled_call_impl is None else None
+    bias = part.separable_bias() if is_unwatched(part) else None
     return (part, None) if bias is None else (part.forward_without_bias, bias)
 
 

@@ -145,6 +145,23 @@ def test_intermediate_layers(tiny_vit: TinyViT) -> None:
     assert len(model.get_intermediate_layers(x, n=3)) == 3
 
 
+def test_no_block_runs_behind_the_last_one_that_is_wanted(tiny_vit: TinyViT) -> None:
+    model, ran = tiny_vit(depth=3), []
+    for index, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda *_, index=index: ran.append(index))
+    model.get_intermediate_layers(torch.randn(1, 3, 28, 28), n=[1, 0, 1])
+    assert ran == [0, 1]
+
+
+def test_outputs_of_blocks_are_what_hooks_see(tiny_vit: TinyViT) -> None:
+    model, x, seen = tiny_vit(depth=3), torch.randn(2, 3, 28, 28), []
+    outputs = model.get_intermediate_layers(x, n=3, norm=False)
+    for block in model.blocks:
+        block.register_forward_hook(lambda _, __, output: seen.append(output.view(2, 5, 32)[:, 1:]))
+    assert all(map(torch.equal, outputs, model.get_intermediate_layers(x, n=3, norm=False)))
+    assert all(map(torch.equal, outputs, seen))
+
+
 def test_intermediate_layers_as_maps(tiny_vit: TinyViT) -> None:
     model = tiny_vit()
     x = torch.randn(2, 3, 28, 42)
