@@ -16,6 +16,7 @@ from dinov2_kernels.residual import Connection, Subset, draw_subsets, residual_c
 
 _SEPARABLE = (Attention, Mlp, SwiGLUFFN)
 """Parts that run without their last bias, too."""
+_SEPARABLE_FORWARDS = [part.forward for part in _SEPARABLE]  # as they are here: somebody may put others in their place
 
 
 class Block(nn.Module):
@@ -134,6 +135,9 @@ class Block(nn.Module):
         return rate, rate
 
 
+_FORWARD = Block.forward
+
+
 def run_blocks(
     blocks: Sequence[nn.Module], x: Tensor, layout: PackedLayout, subsets: Sequence[Sequence[Subset]]
 ) -> Tensor:
@@ -177,12 +181,12 @@ def run_blocks(
 
 def _is_plain(block: nn.Module) -> TypeGuard[Block]:
     """Whether a call of the block does nothing but its chain of connections."""
-    return isinstance(block, Block) and type(block).forward is Block.forward and is_unwatched(block)
+    return isinstance(block, Block) and type(block).forward is _FORWARD and is_unwatched(block)
 
 
 def _without_last_bias(part: nn.Module) -> tuple[Callable[..., Tensor], Tensor | None]:
     """How to run a part, and the bias that its result then lacks; where that would be noticed, the part, and None."""
-    if not isinstance(part, _SEPARABLE) or type(part).forward not in [kind.forward for kind in _SEPARABLE]:
+    if not isinstance(part, _SEPARABLE) or type(part).forward not in _SEPARABLE_FORWARDS:
         return part, None
     bias = part.separable_bias() if is_unwatched(part) else None
     return (part, None) if bias is None else (part.forward_without_bias, bias)

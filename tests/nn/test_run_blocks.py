@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dinov2_kernels import PackedLayout
-from dinov2_kernels.nn import Block, run_blocks
+from dinov2_kernels.nn import Attention, Block, Mlp, run_blocks
 from dinov2_kernels.residual import Subset, draw_subsets
 from tests.nn.test_dispatches import Calls
 
@@ -108,6 +109,21 @@ def test_a_block_that_is_watched_is_called(change: Callable[[Block], None]) -> N
 
 def test_another_forward_of_a_subclass_is_called() -> None:
     assert calls_of_residuals(assert_same(blocks_of(Twice))) == [3, 3, 3, 0]
+
+
+def test_another_forward_in_place_of_the_class_s_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As tools that change a library from outside have it."""
+    called: Counter[type[nn.Module]] = Counter()
+    for kind in (Block, Attention, Mlp):
+
+        def counting(*inputs: Any, kind: Any = kind, forward: Any = kind.forward) -> Any:
+            called[kind] += 1
+            return 2 * forward(*inputs)
+
+        monkeypatch.setattr(kind, "forward", counting)
+    blocks, x = blocks_of(), torch.randn(LAYOUT.total_tokens, 16, dtype=torch.float64)
+    run_blocks(blocks, x, LAYOUT, pairs_of(x, blocks))
+    assert called == {Block: 3, Attention: 3, Mlp: 3}
 
 
 def test_other_modules_are_called() -> None:
