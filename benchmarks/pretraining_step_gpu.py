@@ -11,8 +11,8 @@ Prediction, no GPU having run this yet. On an H200, a later count gives ViT-L/14
 670 TFLOP/s) and 85 of passes over memory. Since that count the end of a block is one pass with the start of the next,
 which should spare 2.7 ms. On an H100 at 400 TFLOP/s and 2.5 TB/s, ours needs 64 x 1.37 TFLOP = 88 TFLOP a step: 220 ms,
 and some 60 ms of passes over memory. The eager step computes the branches that drop path zeroes, 1.35 times the
-products, and moves its tokens twice as often: 300 + 300 ms, 2.1 times as long, in three times the memory: 18 widths of a
-token and matrices of attention for each block. The packed step has the same products as ours and moves half more: 1.3
+products, and moves its tokens twice as often: 300 + 300 ms, 2.1 times as long, in three times the memory: 18 widths of
+a token and matrices of attention for each block. The packed step has the same products as ours and moves half more: 1.3
 times as long. ViT-S/16 is bound by memory and launches: 2 to 3 times, and 1.5.
 """
 
