@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from dinov2_kernels._triton import widen
-from dinov2_kernels.residual.triton_tiles import load_tile, load_vector, row_of, store_tile
+from dinov2_kernels.residual.triton_tiles import load_tile, norm_backward, row_of, store_norm, store_tile
 
 
 @triton.jit(do_not_specialize=["t"])
@@ -27,23 +27,7 @@ def gather_norm(
         column = piece * WIDTH + tl.arange(0, WIDTH)
         tokens += [widen(load_tile(x, row, inside, column, C, WIDTH))]
         total += tokens[piece]
-    average = tl.sum(total, 1) * (1 / C)  # [ROWS]
-    centred, squares = [], tl.zeros([ROWS, WIDTH], dtype)
-    for piece in tl.static_range(PIECES):
-        column = piece * WIDTH + tl.arange(0, WIDTH)
-        centred += [tl.where((column < C)[None, :], tokens[piece] - average[:, None], 0.0)]
-        squares += centred[piece] * centred[piece]
-    scale = tl.rsqrt(tl.sum(squares, 1) * (1 / C) + tl.full([1], eps, dtype))  # [ROWS]
-    for piece in tl.static_range(PIECES):
-        column = piece * WIDTH + tl.arange(0, WIDTH)
-        normed = centred[piece] * scale[:, None]
-        if weight is not None:
-            normed = normed * load_vector(weight, column, C, ROWS)
-        if bias is not None:
-            normed = normed + load_vector(bias, column, C, ROWS)
-        store_tile(h, place, inside, column, normed, C, WIDTH)
-    tl.store(mean + place, average, mask=inside)
-    tl.store(rstd + place, scale, mask=inside)
+    store_norm(tokens, total, weight, bias, h, mean, rstd, place, inside, eps, C, WIDTH, PIECES, ROWS)
 
 
 @triton.jit(do_not_specialize=["T", "t", "steps"])
@@ -59,8 +43,8 @@ def gather_norm_backward(
         place = start + tl.arange(0, ROWS)
         inside = place < t
         row = row_of(place, rows, inside)
-        average = tl.load(mean + place, mask=inside, other=0.0)[:, None]
-        scale = tl.load(rstd + place, mask=inside, other=0.0)[:, None]
+        average = tl.load(mean + place, mask=inside, other=0.0)
+        deviation = tl.load(rstd + place, mask=inside, other=0.0)
         sources, gradients, totals = [], [], []  # all loads of a program are under way before any of them is awaited
         for piece in tl.static_range(PIECES):
             column = piece * WIDTH + tl.arange(0, WIDTH)
@@ -71,30 +55,13 @@ def gather_norm_backward(
             ]
             gradients += [load_tile(grad_h, place, inside, column, C, WIDTH)]
             totals += [load_tile(grad_x, row, inside, column, C, WIDTH)]
-        through, normed, dweight_so_far, dbias_so_far = [], [], dweight, dbias
-        dweight, dbias = [], []
-        through_total, along_total = tl.zeros([ROWS, WIDTH], dtype), tl.zeros([ROWS, WIDTH], dtype)
+        through_norm, dweight, dbias = norm_backward(
+            sources, gradients, average, deviation, weight, bias, inside, dweight, dbias, x is None,
+            C, WIDTH, PIECES, ROWS,
+        )  # fmt: skip
         for piece in tl.static_range(PIECES):
             column = piece * WIDTH + tl.arange(0, WIDTH)
-            if x is None:
-                n = recover(widen(sources[piece]), weight, bias, column, C, ROWS)
-            else:
-                n = (widen(sources[piece]) - average) * scale
-            g = widen(gradients[piece])
-            dweight += [dweight_so_far[piece] + g * n]
-            dbias += [dbias_so_far[piece] + g]
-            if weight is not None:
-                g = g * load_vector(weight, column, C, ROWS)
-            through += [g]
-            normed += [n]
-            through_total += g
-            along_total += g * n
-        through_mean = (tl.sum(through_total, 1) * (1 / C))[:, None]
-        along_mean = (tl.sum(along_total, 1) * (1 / C))[:, None]
-        for piece in tl.static_range(PIECES):
-            column = piece * WIDTH + tl.arange(0, WIDTH)
-            gradient = (through[piece] - through_mean - normed[piece] * along_mean) * scale
-            store_tile(dx, row, inside, column, widen(totals[piece]) + gradient, C, WIDTH)
+            store_tile(dx, row, inside, column, widen(totals[piece]) + through_norm[piece], C, WIDTH)
     for piece in tl.static_range(PIECES):
         column = piece * WIDTH + tl.arange(0, WIDTH)
         tl.store(sums + program * C + column, tl.sum(dweight[piece], 0), mask=column < C)
@@ -107,17 +74,6 @@ def gather_norm_backward(
             for piece in tl.static_range(PIECES):
                 column = piece * WIDTH + tl.arange(0, WIDTH)
                 store_tile(dx, row, inside, column, load_tile(grad_x, row, inside, column, C, WIDTH), C, WIDTH)
-
-
-@triton.jit
-def recover(h, weight, bias, column, C: tl.constexpr, ROWS: tl.constexpr):
-    """The normalised tokens, given the LayerNorm h of them; 0 where the weight is 0."""
-    if bias is not None:
-        h = h - load_vector(bias, column, C, ROWS)
-    if weight is not None:
-        divisor = load_vector(weight, column, C, ROWS)
-        h = tl.where(divisor == 0, 0.0, h / tl.where(divisor == 0, 1.0, divisor))
-    return h
 
 
 @triton.jit

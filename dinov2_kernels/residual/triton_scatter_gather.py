@@ -10,8 +10,15 @@ import triton
 import triton.language as tl
 
 from dinov2_kernels._triton import widen
-from dinov2_kernels.residual.triton_gather import recover
-from dinov2_kernels.residual.triton_tiles import load_tile, load_vector, place_of, scaled_residual, store_tile
+from dinov2_kernels.residual.triton_tiles import (
+    load_tile,
+    load_vector,
+    norm_backward,
+    place_of,
+    scaled_residual,
+    store_norm,
+    store_tile,
+)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -38,23 +45,9 @@ def scatter_gather_norm(
         store_tile(y, row, inside, column, token, C, WIDTH)
         tokens += [widen(token)]  # as it is read again in backward
         total += tokens[piece]
-    average = tl.sum(total, 1) * (1 / C)  # [ROWS]
-    centred, squares = [], tl.zeros([ROWS, WIDTH], dtype)
-    for piece in tl.static_range(PIECES):
-        column = piece * WIDTH + tl.arange(0, WIDTH)
-        centred += [tl.where((column < C)[None, :], tokens[piece] - average[:, None], 0.0)]
-        squares += centred[piece] * centred[piece]
-    deviation = tl.rsqrt(tl.sum(squares, 1) * (1 / C) + tl.full([1], eps, dtype))  # [ROWS]
-    for piece in tl.static_range(PIECES):
-        column = piece * WIDTH + tl.arange(0, WIDTH)
-        normed = centred[piece] * deviation[:, None]
-        if weight is not None:
-            normed = normed * load_vector(weight, column, C, ROWS)
-        if norm_bias is not None:
-            normed = normed + load_vector(norm_bias, column, C, ROWS)
-        store_tile(h, next_place, next_kept, column, normed, C, WIDTH)
-    tl.store(mean + next_place, average, mask=next_kept)
-    tl.store(rstd + next_place, deviation, mask=next_kept)
+    store_norm(
+        tokens, total, weight, norm_bias, h, mean, rstd, next_place, next_kept, eps, C, WIDTH, PIECES, ROWS
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -72,8 +65,8 @@ def scatter_gather_norm_backward(
         inside = row < T
         place, kept = place_of(row, position, inside)
         next_place, next_kept = place_of(row, next_position, inside)
-        average = tl.load(mean + next_place, mask=next_kept, other=0.0)[:, None]
-        deviation = tl.load(rstd + next_place, mask=next_kept, other=0.0)[:, None]
+        average = tl.load(mean + next_place, mask=next_kept, other=0.0)
+        deviation = tl.load(rstd + next_place, mask=next_kept, other=0.0)
         factor = None if scale is None else tl.load(scale + place, mask=kept, other=0.0)[:, None]
         sources, gradients, totals, residuals = [], [], [], []
         for piece in tl.static_range(PIECES):
@@ -87,34 +80,16 @@ def scatter_gather_norm_backward(
             totals += [load_tile(grad_y, row, inside, column, C, WIDTH)]
             if gamma is not None:
                 residuals += [load_tile(residual, place, kept, column, C, WIDTH)]
-        through, normed, dweight_so_far, dnorm_bias_so_far = [], [], dweight, dnorm_bias
-        dweight, dnorm_bias = [], []
-        through_total, along_total = tl.zeros([ROWS, WIDTH], dtype), tl.zeros([ROWS, WIDTH], dtype)
-        for piece in tl.static_range(PIECES):
-            column = piece * WIDTH + tl.arange(0, WIDTH)
-            if y is None:
-                n = recover(widen(sources[piece]), weight, norm_bias, column, C, ROWS)
-                n = tl.where(next_kept[:, None], n, 0.0)
-            else:
-                n = (widen(sources[piece]) - average) * deviation
-            g = widen(gradients[piece])
-            dweight += [dweight_so_far[piece] + g * n]
-            dnorm_bias += [dnorm_bias_so_far[piece] + g]
-            if weight is not None:
-                g = g * load_vector(weight, column, C, ROWS)
-            through += [g]
-            normed += [n]
-            through_total += g
-            along_total += g * n
-        through_mean = (tl.sum(through_total, 1) * (1 / C))[:, None]
-        along_mean = (tl.sum(along_total, 1) * (1 / C))[:, None]
+        # The deviation is 0 where the next connection keeps nothing: the gradient of y passes as it is.
+        through_norm, dweight, dnorm_bias = norm_backward(
+            sources, gradients, average, deviation, weight, norm_bias, next_kept, dweight, dnorm_bias, y is None,
+            C, WIDTH, PIECES, ROWS,
+        )  # fmt: skip
         dgamma_so_far, dbias_so_far = dgamma, dbias
         dgamma, dbias = [], []
         for piece in tl.static_range(PIECES):
             column = piece * WIDTH + tl.arange(0, WIDTH)
-            # deviation is 0 where the next connection keeps nothing: the gradient passes as it is.
-            gradient = (through[piece] - through_mean - normed[piece] * along_mean) * deviation
-            total = (widen(totals[piece]) + gradient).to(dx.dtype.element_ty)
+            total = (widen(totals[piece]) + through_norm[piece]).to(dx.dtype.element_ty)
             store_tile(dx, row, inside, column, total, C, WIDTH)
             g = tl.where(kept[:, None], widen(total), 0.0)
             if factor is not None:

@@ -1,6 +1,6 @@
-"""What the kernels of residual connections in Triton share: where kept tokens stand, tiles of tokens, and vectors.
+"""What the kernels of residual connections in Triton share: where kept tokens stand, tiles of tokens, and LayerNorm.
 
-A tile is [ROWS, WIDTH]: one piece of some rows.
+A tile is [ROWS, WIDTH]: one piece of some rows. A list of tiles holds all pieces of these rows.
 """
 
 from __future__ import annotations
@@ -63,3 +63,73 @@ def scaled_residual(r, factor, gamma, bias, column, C: tl.constexpr, ROWS: tl.co
     if factor is not None:
         r = r * factor
     return r
+
+
+@triton.jit
+def store_norm(
+    tokens, total, weight, bias, h, mean, rstd, place, kept, eps,
+    C: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """LayerNorm h and statistics of some rows, at the places of those that are kept; ``total`` is the sum of tiles."""
+    average = tl.sum(total, 1) * (1 / C)  # [ROWS]
+    centred, squares = [], tl.zeros([ROWS, WIDTH], total.dtype)
+    for piece in tl.static_range(PIECES):
+        column = piece * WIDTH + tl.arange(0, WIDTH)
+        centred += [tl.where((column < C)[None, :], tokens[piece] - average[:, None], 0.0)]
+        squares += centred[piece] * centred[piece]
+    deviation = tl.rsqrt(tl.sum(squares, 1) * (1 / C) + tl.full([1], eps, total.dtype))  # [ROWS]
+    for piece in tl.static_range(PIECES):
+        column = piece * WIDTH + tl.arange(0, WIDTH)
+        normed = centred[piece] * deviation[:, None]
+        if weight is not None:
+            normed = normed * load_vector(weight, column, C, ROWS)
+        if bias is not None:
+            normed = normed + load_vector(bias, column, C, ROWS)
+        store_tile(h, place, kept, column, normed, C, WIDTH)
+    tl.store(mean + place, average, mask=kept)
+    tl.store(rstd + place, deviation, mask=kept)
+
+
+@triton.jit
+def norm_backward(
+    sources, gradients, average, deviation, weight, bias, kept, dweight, dbias, IS_RESULT: tl.constexpr,
+    C: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of LayerNorm's input, and those of its weight and bias so far, in lists of tiles.
+
+    ``sources`` are its input, or its result h. The gradients and the deviation are 0 where a row is not kept.
+    """
+    through, normed, dweight_now, dbias_now = [], [], [], []
+    through_total, along_total = tl.zeros([ROWS, WIDTH], average.dtype), tl.zeros([ROWS, WIDTH], average.dtype)
+    for piece in tl.static_range(PIECES):
+        column = piece * WIDTH + tl.arange(0, WIDTH)
+        if IS_RESULT:
+            n = tl.where(kept[:, None], _recover(widen(sources[piece]), weight, bias, column, C, ROWS), 0.0)
+        else:
+            n = (widen(sources[piece]) - average[:, None]) * deviation[:, None]
+        g = widen(gradients[piece])
+        dweight_now += [dweight[piece] + g * n]
+        dbias_now += [dbias[piece] + g]
+        if weight is not None:
+            g = g * load_vector(weight, column, C, ROWS)
+        through += [g]
+        normed += [n]
+        through_total += g
+        along_total += g * n
+    through_mean = (tl.sum(through_total, 1) * (1 / C))[:, None]
+    along_mean = (tl.sum(along_total, 1) * (1 / C))[:, None]
+    dx = []
+    for piece in tl.static_range(PIECES):
+        dx += [(through[piece] - through_mean - normed[piece] * along_mean) * deviation[:, None]]
+    return dx, dweight_now, dbias_now
+
+
+@triton.jit
+def _recover(h, weight, bias, column, C: tl.constexpr, ROWS: tl.constexpr):
+    """The normalised tokens, given the LayerNorm h of them; 0 where the weight is 0."""
+    if bias is not None:
+        h = h - load_vector(bias, column, C, ROWS)
+    if weight is not None:
+        divisor = load_vector(weight, column, C, ROWS)
+        h = tl.where(divisor == 0, 0.0, h / tl.where(divisor == 0, 1.0, divisor))
+    return h

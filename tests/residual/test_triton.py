@@ -58,6 +58,18 @@ def test_values_where_programs_work_on_many_rows(case: Case, monkeypatch: pytest
     assert_matches_reference(operators, case, torch.float32)
 
 
+def test_a_weight_near_zero_beside_rows_that_are_not_there() -> None:
+    """Of a tile that rows do not fill, the rest recovers (0 - bias) / weight, which is infinite here."""
+    t, C = 3, 8
+    assert t % triton_kernel._shape_of_rows(C, torch.float32)["ROWS"]
+    weight, bias = torch.full([C], 1e-39), torch.ones(C)
+    x = torch.randn(t, C)
+    h, mean, rstd = reference.residual_gather_norm(x, None, weight, bias, 1e-6, torch.float32)
+    of_norm = (None, h, None, mean, rstd, weight, bias)
+    actual = TRITON.residual_gather_norm_backward(x, x, *of_norm)
+    torch.testing.assert_close(actual, reference.residual_gather_norm_backward(x, x, *of_norm))
+
+
 def test_a_row_is_cut_into_few_pieces() -> None:
     for C in range(1, 3000):
         width, pieces = triton_kernel._cut(C)
