@@ -212,6 +212,17 @@ def test_damage_within_a_record(tmp_path: Path) -> None:
         ("Content-Encoding: gzip\r\n", gzip.compress(PAGE + b" " * 50_000_000)),
         ("Content-Encoding: gzip\r\n", gzip.compress(PAGE * 1000)[:-30]),
     ],
+    ids=[  # a gzip header holds the second it was made in: no name of a test may come from it
+        "gzip",
+        "deflate",
+        "chunked",
+        "gzip and chunked",
+        "gzip decoded already",
+        "chunks joined already",
+        "a chunk too long",
+        "a bomb",
+        "gzip cut short",
+    ],
 )
 def test_bodies_as_they_were_sent(tmp_path: Path, headers: str, body: bytes) -> None:
     http = f"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\n{headers}\r\n".encode() + body
