@@ -16,7 +16,7 @@ from dinov2_kernels.residual import Connection, Subset, draw_subsets, residual_c
 
 _SEPARABLE = (Attention, Mlp, SwiGLUFFN)
 """Parts that run without their last bias, too."""
-_SEPARABLE_FORWARDS = [part.forward for part in _SEPARABLE]  # as they are here: somebody may put others in their place
+_SEPARABLE_FORWARDS = [part.forward for part in _SEPARABLE]  # tools may replace those of the classes later
 
 
 class Block(nn.Module):
@@ -135,7 +135,7 @@ class Block(nn.Module):
         return rate, rate
 
 
-_FORWARD = Block.forward
+_BLOCK_FORWARD = Block.forward  # as above
 
 
 def run_blocks(
@@ -181,7 +181,7 @@ def run_blocks(
 
 def _is_plain(block: nn.Module) -> TypeGuard[Block]:
     """Whether a call of the block does nothing but its chain of connections."""
-    return isinstance(block, Block) and type(block).forward is _FORWARD and is_unwatched(block)
+    return isinstance(block, Block) and type(block).forward is _BLOCK_FORWARD and is_unwatched(block)
 
 
 def _without_last_bias(part: nn.Module) -> tuple[Callable[..., Tensor], Tensor | None]:

@@ -1,4 +1,4 @@
-"""What the kernels of residual connections in Triton share: where kept tokens stand, tiles of tokens, and LayerNorm.
+"""Parts that the Triton kernels of residual connections share: places of kept tokens, tiles of tokens, and LayerNorm.
 
 A tile is [ROWS, WIDTH]: one piece of some rows. A list of tiles holds all pieces of these rows.
 """

@@ -112,7 +112,7 @@ def test_another_forward_of_a_subclass_is_called() -> None:
 
 
 def test_another_forward_in_place_of_the_class_s_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As tools that change a library from outside have it."""
+    """Some tools change the classes of a library from outside."""
     called: Counter[type[nn.Module]] = Counter()
     for kind in (Block, Attention, Mlp):
 
@@ -127,7 +127,7 @@ def test_another_forward_in_place_of_the_class_s_is_called(monkeypatch: pytest.M
 
 
 def test_other_modules_are_called() -> None:
-    """A module that wraps a block, as tools that recompute activations have one."""
+    """Tools that recompute activations wrap blocks in modules of their own."""
 
     class Wrapper(nn.Module):
         def __init__(self, block: Block) -> None:

@@ -59,7 +59,7 @@ def test_values_where_programs_work_on_many_rows(case: Case, monkeypatch: pytest
 
 
 def test_a_weight_near_zero_beside_rows_that_are_not_there() -> None:
-    """Of a tile that rows do not fill, the rest recovers (0 - bias) / weight, which is infinite here."""
+    """Where rows do not fill a tile, its rest would recover (0 - bias) / weight, which is infinite here."""
     t, C = 3, 8
     assert t % triton_kernel._shape_of_rows(C, torch.float32)["ROWS"]
     weight, bias = torch.full([C], 1e-39), torch.ones(C)
