@@ -214,8 +214,8 @@ def main(arguments: list[str] | None = None) -> int:
     for option, given, known in (("--phases", names, list(PHASES)), ("--only", only, operators)):
         if unknown := [x for x in given if x not in known]:
             parser.error(f"{option}: expected some of {', '.join(known)}, got {unknown[0]}")
-    if not options.rehearse and not _has_gpu():
-        print("no NVIDIA GPU that PyTorch can use here; `make gpu-rehearsal` runs everything but the kernels")
+    if not options.rehearse and (obstacle := _obstacle()):
+        print(f"{obstacle}; `make gpu-rehearsal` runs everything but the kernels")
         return 1
     if only and options.phases == parser.get_default("phases"):
         names = [name for name in names if name not in OF_ALL_OPERATORS]
@@ -223,10 +223,13 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if session.run([PHASES[name] for name in PHASES if name in names]) else 1
 
 
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
+def _obstacle() -> str:
+    """Why this Python cannot run on a GPU here; empty where it can."""
+    try:
+        import torch
+    except ImportError as error:
+        return f"no NVIDIA GPU: {sys.executable} has no PyTorch ({error}), GPU_PYTHON may name a Python that has"
+    return "" if torch.cuda.is_available() else "no NVIDIA GPU that PyTorch can use here"
 
 
 if __name__ == "__main__":

@@ -21,9 +21,10 @@ FILES = ["bench.json", "junit.xml", "kernels.txt", "log.txt", "profile.txt", "su
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU there is nothing to rehearse")
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+def run(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "gpu", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
+    environment = {**os.environ, **variables}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 @without_gpu
@@ -31,6 +32,17 @@ def test_without_a_gpu_one_line_says_so() -> None:
     result = run()
     assert result.returncode == 1
     assert result.stdout.startswith("no NVIDIA GPU")
+    assert result.stdout.count("\n") == 1
+    assert result.stderr == ""
+
+
+def test_without_pytorch_one_line_says_so(tmp_path: Path) -> None:
+    """The Python of a machine without a GPU may have none."""
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\")")
+    result = run(PYTHONPATH=str(tmp_path))
+    assert result.returncode == 1
+    assert result.stdout.startswith(f"no NVIDIA GPU: {sys.executable} has no PyTorch (No module named 'torch')")
+    assert "GPU_PYTHON" in result.stdout
     assert result.stdout.count("\n") == 1
     assert result.stderr == ""
 
