@@ -169,13 +169,15 @@ def run_blocks(
     chain: list[Connection] = []  # of the blocks that have yet to run
     recompute = False
     for block, of_block in zip(blocks, subsets, strict=True):
-        if chain and not (_is_plain(block) and block.recompute == recompute):
+        plain = block if _is_plain(block) else None
+        if chain and (plain is None or plain.recompute != recompute):
             x = residual_chain(x, layout, chain, recompute=recompute)
             chain = []
-        if _is_plain(block):
-            chain, recompute = [*chain, *block.connections(of_block)], block.recompute
-        else:
+        if plain is None:
             x = block(x, layout, of_block)
+        else:
+            chain += plain.connections(of_block)
+            recompute = plain.recompute
     return residual_chain(x, layout, chain, recompute=recompute) if chain else x
 
 

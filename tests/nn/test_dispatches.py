@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinov2_kernels import PackedLayout
 from dinov2_kernels.nn import Block
 from dinov2_kernels.residual import draw_subsets
+from tests.dispatches import VIEWS, Calls
 
 LAYOUT = PackedLayout([(4, 5), (6, 2)])
-VIEWS = {"view", "_unsafe_view", "t", "transpose", "split", "detach", "select", "unbind", "alias", "expand", "slice"}
-"""Operators that make no tensor: they cost the dispatcher, but launch nothing."""
-
-
-class Calls(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.of: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.of[function._schema.name.replace("aten::", "")] += 1
-        return function(*args, **(kwargs or {}))
-
-    def __str__(self) -> str:
-        return "\n".join(f"{count:4d}  {name}" for name, count in self.of.most_common())
 
 
 def student(block: Block, x: torch.Tensor, calls: Calls) -> None:

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinov2_kernels.nn import Mlp, SwiGLUFFN
+from tests.dispatches import Calls
 
 T, WIDTH, HIDDEN = 12, 16, 64
 
@@ -96,18 +96,6 @@ def test_strided_tokens() -> None:
     torch.testing.assert_close(got, with_gradients(lambda leaf: plain_mlp(layer, leaf.transpose(0, 2)), layer, x))
 
 
-class Operators(TorchDispatchMode):
-    """Records which of our operators run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.used: set[str] = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.used.add(function._schema.name)
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(("kind", "plain"), LAYERS)
 def test_which_parts_are_frozen(kind: Callable[..., nn.Module], plain: Callable[..., Tensor]) -> None:
     """Every subset of tokens, weights and biases."""
@@ -128,11 +116,11 @@ def test_which_parts_are_frozen(kind: Callable[..., nn.Module], plain: Callable[
 def test_backward_is_one_pass_between_its_products(kind: type[nn.Module], operator: str) -> None:
     layer, x = kind(WIDTH, HIDDEN), torch.randn(T, WIDTH, requires_grad=True)
     y = layer(x).sum()
-    with Operators() as operators:
+    with Calls() as calls:
         y.backward()
-    elementwise = {"aten::gelu", "aten::gelu_backward", "dinov2_kernels::swiglu", "dinov2_kernels::swiglu_backward"}
-    assert f"dinov2_kernels::{operator}" in operators.used
-    assert not elementwise & operators.used
+    elementwise = {"gelu", "gelu_backward", "dinov2_kernels::swiglu", "dinov2_kernels::swiglu_backward"}
+    assert f"dinov2_kernels::{operator}" in calls.of
+    assert not elementwise & calls.of.keys()
 
 
 @pytest.mark.parametrize(("kind", "plain"), LAYERS)

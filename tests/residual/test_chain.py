@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from dinov2_kernels import PackedLayout, stochastic_depth, use_backend
 from dinov2_kernels.residual import Connection, Subset, draw_subsets, residual_chain
+from tests.dispatches import Calls
 from tests.tolerance import assert_at_most_twice_the_error
 
 LAYOUT = PackedLayout([(5, 3), (4, 2)])
@@ -122,16 +121,6 @@ def test_gradcheck(recompute: bool) -> None:
     assert torch.autograd.gradcheck(apply, (x, *leaves))
 
 
-class Calls(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.of: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.of[func._opname] += 1
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("gradient", [False, True])
 def test_one_pass_lies_between_two_connections(gradient: bool) -> None:
     parts, x = Parts(2), torch.randn(LAYOUT.total_tokens, 6, dtype=torch.float64)
@@ -140,7 +129,8 @@ def test_one_pass_lies_between_two_connections(gradient: bool) -> None:
         y = chain(x, connections)
         if gradient:
             y.sum().backward()
-    of_residual = {name.removeprefix("residual_"): n for name, n in calls.of.items() if name.startswith("residual_")}
+    ours = "dinov2_kernels::residual_"
+    of_residual = {name.removeprefix(ours): n for name, n in calls.of.items() if name.startswith(ours)}
     forward = {"gather_norm": 1, "scatter_gather_norm": 1, "scatter": 1}
     backward = {"scatter_backward": 1, "scatter_gather_norm_backward": 1, "gather_norm_backward": 1}
     assert of_residual == forward | (backward if gradient else {})

@@ -9,7 +9,7 @@ from torch import nn
 
 from dinov2.models import VisionTransformer, ViTConfig
 from dinov2.train.weight_copies import WeightCopies
-from tests.nn.test_dispatches import VIEWS, Calls
+from tests.dispatches import VIEWS, Calls
 
 MOST = 41
 """It was 68 while linear layers cast their weights, biases were summed by themselves, and each branch drew samples, and

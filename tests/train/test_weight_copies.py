@@ -23,7 +23,7 @@ from dinov2.train.networks import checkpoint_of
 from dinov2.train.processes import Processes
 from dinov2.train.trainer import Trainer
 from dinov2.train.weight_copies import WeightCopies, keeps_weight_copies
-from tests.train.test_blocks import Calls
+from tests.dispatches import Calls
 from tests.train.test_precision import flat
 
 LOSS_SCALE = 2.0**7  # float16 overflows with it in some of the first steps, and not in all
@@ -167,8 +167,8 @@ def test_a_step_casts_no_weight_of_a_linear_layer(config: PretrainConfig) -> Non
     plain, copying = counts
     depth, weights = config.vit.depth, 8 * config.vit.depth + 2 * 3  # and biases, of blocks and of a head
     # Of teacher, student and gradients; feed-forward layers cast both weights once more, in the backward pass.
-    assert plain["aten::_to_copy"] - copying["aten::_to_copy"] == 3 * weights + 2 * depth
-    assert copying["aten::_foreach_copy_"] == 1 + depth + 1
+    assert plain["_to_copy"] - copying["_to_copy"] == 3 * weights + 2 * depth
+    assert copying["_foreach_copy_"] == 1 + depth + 1
 
 
 def test_modules_hold_their_weights_again_afterwards(config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
