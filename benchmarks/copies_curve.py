@@ -18,9 +18,8 @@ from PIL import Image
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from dinov2.curate.embed.copy_network import describe_copies
-from dinov2.curate.screen import ScreenConfig
-from dinov2.curate.screen.measure import quality
+from dinov2.curate.copy_network import describe_copies
+from dinov2.curate.screen import ScreenConfig, quality
 from dinov2.data.planted import PlantedImage, planted_images
 
 THRESHOLDS = np.arange(0.5, 0.96, 0.05)

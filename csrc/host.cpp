@@ -135,7 +135,7 @@ void label(py::array_t<Node, py::array::c_style>& parent) {
 template <typename Node>
 void define_components(py::module_& module) {
   module.def("join_components", &join<Node>, py::arg("parent").noconvert(), py::arg("first"), py::arg("second"),
-             "Join nodes [E] with nodes [E], in place in parent [N]; see dinov2.curate.dedup.components.");
+             "Join nodes [E] with nodes [E], in place in parent [N]; see dinov2.curate.components.");
   module.def("label_components", &label<Node>, py::arg("parent").noconvert(),
              "Make parent [N], in place, the lowest node of each node's component.");
 }

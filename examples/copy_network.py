@@ -4,7 +4,7 @@
 
 Patches at random places of the left halves of the bundled photographs are told apart, each by two views of it: crops,
 flips, colours, blur, noise, stickers and bars. Right halves are never seen, so that what it is worth can be measured
-there: ``tests/curate/embed``, and the curve in ``docs/curation/embed.md``.
+there: ``tests/curate/test_embed.py``, and the curve in ``docs/curation/embed.md``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import dinov2_kernels as dk
-from dinov2.curate.embed.copy_network import SIZE, CopyNetwork
+from dinov2.curate.copy_network import SIZE, CopyNetwork
 from dinov2.data import BundledPhotographs
 from dinov2.data.cropping import resized
 from dinov2.data.decoding import Pixels

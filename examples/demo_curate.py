@@ -30,10 +30,10 @@ from dinov2.cli.curation_progress import table as stages_table
 from dinov2.curate import CurateConfig, Pool, Step, curate, run_steps
 from dinov2.curate.download import DownloadConfig
 from dinov2.curate.extract import ExtractConfig
+from dinov2.curate.pipeline import save_config
 from dinov2.curate.pool import read_table
 from dinov2.curate.report import write_report
 from dinov2.curate.retrieve import RetrieveConfig
-from dinov2.curate.settings_file import save_config
 from dinov2.data.planted import PlantedImage, planted_images
 from dinov2.recipes import laptop, photos
 from dinov2.train import pretrain, read_metrics

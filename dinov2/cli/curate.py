@@ -15,8 +15,8 @@ from rich.console import Console
 
 from dinov2.cli.curation_progress import Progress, table
 from dinov2.curate import STAGES, CurateConfig, Part, curate, only, run_steps
+from dinov2.curate.pipeline import save_config
 from dinov2.curate.report import write_report
-from dinov2.curate.settings_file import save_config
 from dinov2.recipes import CURATIONS, curation
 from dinov2.train.config_file import from_json
 

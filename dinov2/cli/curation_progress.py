@@ -12,7 +12,7 @@ from rich.table import Table
 
 from dinov2.cli.counting import counting_bar
 from dinov2.curate import Step, Watcher
-from dinov2.curate.summary import summarize
+from dinov2.curate.runner import summarize
 
 
 class Progress(Watcher):

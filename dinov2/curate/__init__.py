@@ -1,7 +1,6 @@
 """Curation: from a web crawl to a balanced set of images to pretrain on (DINOv2, section 3 and appendix A)."""
 
-from dinov2.curate.config import CurateConfig
-from dinov2.curate.pipeline import STAGES, Curated, curate, only
+from dinov2.curate.pipeline import STAGES, CurateConfig, Curated, curate, only
 from dinov2.curate.pool import Pool
 from dinov2.curate.runner import FailedShardsError, Part, Watcher, run_steps
 from dinov2.curate.steps import Counts, Step, Steps

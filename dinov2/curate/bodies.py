@@ -1,10 +1,11 @@
-"""Bodies of HTTP as crawls store them: some as pages are, some as they were sent, in chunks and compressed."""
+"""Bodies of HTTP: as crawls store them, some as pages are and some as they were sent, and as servers send them."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
 
+AUTOMATIC = 47  # zlib's largest window, and its own header or that of gzip
 MAX_CHUNK_LINE = 64  # bytes: 16 of a length, and an extension that nobody uses
 
 _INFLATE: dict[str, Callable[[], zlib._Decompress]] = {  # 15: zlib's largest window; 32 more: a header of gzip too
@@ -68,3 +69,30 @@ def _inflated(body: bytes, name: str, limit: int) -> bytes:
     except zlib.error:
         return b"".join(parts) if size else body
     return b"".join(parts)
+
+
+class Inflater:
+    """Decompresses zlib's and gzip's streams bit by bit; several of gzip's may follow one another.
+
+    Attributes:
+        complete: whether what came so far ends where a stream does.
+    """
+
+    def __init__(self) -> None:
+        self._stream = zlib.decompressobj(AUTOMATIC)
+        self.complete = True
+
+    def __call__(self, chunk: bytes, limit: int) -> bytes:
+        """What a chunk holds, ``limit`` bytes at most, after which nothing may follow.
+
+        Raises:
+            zlib.error: this is no such stream.
+        """
+        body = b""
+        while chunk and len(body) < limit:
+            if self._stream.eof:
+                self._stream = zlib.decompressobj(AUTOMATIC)
+            body += self._stream.decompress(chunk, limit - len(body))
+            chunk = self._stream.unused_data if self._stream.eof else b""
+        self.complete = self._stream.eof
+        return body

@@ -1,21 +1,66 @@
-"""k-means of a pool as steps: a sample gives the first centroids, passes over all shards improve them."""
+"""Clusters of a pool's features by k-means, a hierarchy of them, and what a balanced sample takes of each."""
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from dinov2.curate.clusters.config import ClusterConfig
-from dinov2.curate.clusters.lloyd import k_means_in_memory, means_of, nearest_centroids, resampled, sums_of
+from dinov2.curate.lloyd import k_means_in_memory, means_of, nearest_centroids, resampled, sums_of
 from dinov2.curate.pool import Pool, read_array, read_table
-from dinov2.curate.search.layout import read_layout
-from dinov2.curate.search.vectors import PoolVectors
+from dinov2.curate.search.vectors import PoolVectors, read_layout
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task
 
+ROWS_PER_CLUSTER = 7_440  # DINOv2: 744 million images in 100,000 clusters
 ROWS_OF_TASK = 500_000  # of a pass
 PORTION = 65_536  # rows in memory at once
+Integers = npt.NDArray[np.int64]
+Positions = npt.NDArray[np.int64]
+Keys = npt.NDArray[np.uint64]
+
+WAITING = 2**20  # candidates at least that are sorted in among those drawn at a time
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """k-means of a pool's features, and of its own centroids."""
+
+    clusters: int = 0
+    """Of images; 0 is one for each 7,440 of them, the average of DINOv2."""
+    levels: tuple[int, ...] = ()
+    """Clusters of clusters, for balanced sampling: their number on each higher level, from below; ever fewer."""
+    iterations: int = 20
+    """Of k-means on a sample."""
+    sample: int = 256
+    """Images of that sample for each cluster."""
+    passes: int = 5
+    """Iterations on all images after that."""
+    resampling: int = 10
+    """Rounds in which higher levels are clustered again by the members nearest to each centroid (arXiv:2405.15613)."""
+    nearest: int = 5
+    """How many of these members a cluster has a say with."""
+    seed: int = 0
+    """Of the sample and of the first centroids."""
+
+    def __post_init__(self) -> None:
+        for name in ("clusters", "passes", "resampling"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, but is {getattr(self, name)}")
+        for name in ("iterations", "sample", "nearest"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, but is {getattr(self, name)}")
+        if not 0 <= self.seed < 2**30:  # Faiss takes 31 bits, of a start or round as much more as its number
+            raise ValueError(f"seed must be from 0 to {2**30 - 1}, but is {self.seed}")
+        if any(upper >= lower for lower, upper in itertools.pairwise((self.clusters or 2**31, *self.levels))):
+            raise ValueError(f"levels must have fewer clusters each than the one below, but are {self.levels}")
+
+    def number(self, rows: int) -> int:
+        """Clusters of a pool of ``rows`` images."""
+        return min(self.clusters or max(rows // ROWS_PER_CLUSTER, 1), max(rows, 1))
 
 
 @dataclass(frozen=True)
@@ -173,3 +218,140 @@ def _levels(output: Output, centroids: str, config: ClusterConfig) -> Counts:
             np.save(file, nearest_centroids(points, upper).cluster)
         points = upper
     return Counts(len(points), len(points))
+
+
+def water_fill(sizes: Integers, total: int) -> Integers:
+    """Shares of ``total`` as equal as ``sizes`` allow: nobody gets more than his size, and none more than another who
+    would have room for it, but for the remainder, of which the first get one each.
+
+    Args:
+        sizes: int64 [K], not negative.
+        total: to be shared; where it exceeds their sum, all get their size.
+
+    Returns:
+        int64 [K] whose sum is the smaller of ``total`` and the sum of sizes.
+    """
+    if total >= sizes.sum():
+        return sizes.copy()
+    low, high = 0, int(sizes.max(initial=0))  # the largest level that does not overflow
+    while low < high:
+        level = (low + high + 1) // 2
+        if np.minimum(sizes, level).sum() <= total:
+            low = level
+        else:
+            high = level - 1
+    shares = np.minimum(sizes, low)
+    room = np.flatnonzero(sizes > low)
+    shares[room[: total - int(shares.sum())]] += 1
+    return shares
+
+
+def balanced_quotas(sizes: Integers, parents: Sequence[Integers], total: int) -> Integers:
+    """Shares of the lowest clusters in a hierarchy: on each level, from the top, a cluster's share is filled into its
+    own clusters like water.
+
+    Args:
+        sizes: images of each of the lowest clusters, int64 [K].
+        parents: for each level from below the cluster on the next one that each belongs to; none for a single level.
+        total: images wanted.
+
+    Returns:
+        int64 [K].
+    """
+    if not parents:
+        return water_fill(sizes, total)
+    parent = parents[0]
+    number = len(parents[1]) if len(parents) > 1 else 0  # of clusters there; the last ones may be without any of these
+    above = np.zeros(max(number, int(parent.max(initial=-1)) + 1), np.int64)
+    np.add.at(above, parent, sizes)
+    shares = balanced_quotas(above, parents[1:], total)
+    quotas = np.zeros_like(sizes)
+    order = np.argsort(parent, kind="stable")
+    cuts = np.searchsorted(parent[order], np.arange(len(shares) + 1))
+    for cluster, share in enumerate(shares.tolist()):
+        members = order[cuts[cluster] : cuts[cluster + 1]]
+        quotas[members] = water_fill(sizes[members], share)
+    return quotas
+
+
+def choose(output: Output, clusters: Clusters, quotas: str, seed: int, purpose: str) -> Counts:
+    """Task: write ``all.npy``, the positions int64 of ``quotas[k]`` images of each cluster k, ascending.
+
+    Every position has a random key, and those with the smallest keys of a cluster are drawn. What is in memory are one
+    shard, the images drawn and at most as many (or :data:`WAITING`) candidates.
+
+    Args:
+        output: of the task.
+        clusters: of the pool.
+        quotas: folder of ``all.npy``, int64 [K].
+        seed: of the keys.
+        purpose: whose draw it is; each purpose has keys of its own.
+    """
+    layout = read_layout(clusters.layout)
+    smallest = SmallestKeys(np.array(read_array(quotas, "all")))
+    for shard, start in zip(layout.names, layout.starts.tolist(), strict=False):
+        cluster = clusters.read_clusters(shard)
+        rows = np.flatnonzero(cluster >= 0)
+        smallest.offer(cluster[rows], start + rows, random_keys(start + rows, seed, purpose))
+    drawn = smallest.drawn()
+    output.write_array(drawn)
+    return Counts(layout.rows, len(drawn))
+
+
+class SmallestKeys:
+    """Of all positions that are offered the ``quotas[k]`` of each cluster k that have the smallest keys.
+
+    A cluster that has its number takes only keys up to its largest. Of N images n are drawn, so about
+    n (1 + log(N / n)) are ever sorted, in runs that are no shorter than what they are sorted into.
+    """
+
+    def __init__(self, quotas: Positions, waiting: int = WAITING) -> None:
+        self._quotas = quotas
+        self._wait_for = waiting
+        self._bounds = np.where(quotas > 0, np.iinfo(np.uint64).max, np.uint64(0)).astype(np.uint64)  # [K]
+        self._drawn = (np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.uint64))
+        self._waiting: list[tuple[npt.NDArray[np.int32], Positions, Keys]] = []
+        self._rows_waiting = 0
+
+    def offer(self, clusters: npt.NDArray[np.int32], positions: Positions, keys: Keys) -> None:
+        """Clusters [N], positions [N] and keys [N], which differ from each other and from all before."""
+        wanted = keys <= self._bounds[clusters]
+        self._waiting.append((clusters[wanted], positions[wanted], keys[wanted]))
+        self._rows_waiting += int(wanted.sum())
+        if self._rows_waiting >= max(len(self._drawn[0]), self._wait_for):
+            self._sort_in()
+
+    def drawn(self) -> Positions:
+        """Their positions, ascending."""
+        self._sort_in()
+        return np.sort(self._drawn[1])
+
+    def _sort_in(self) -> None:
+        clusters, positions, keys = map(np.concatenate, zip(self._drawn, *self._waiting, strict=True))
+        self._waiting, self._rows_waiting = [], 0
+        order = np.lexsort((keys, clusters))
+        ordered = clusters[order]
+        place = np.arange(len(order)) - np.searchsorted(ordered, ordered, side="left")
+        quotas = self._quotas[ordered]
+        last = order[place == quotas - 1]  # of each cluster that has its number
+        self._bounds[clusters[last]] = keys[last]
+        order = order[place < quotas]
+        self._drawn = clusters[order], positions[order], keys[order]
+
+
+def random_keys(positions: Positions, seed: int, purpose: str) -> Keys:
+    """A random number for each position, no two alike; those of another seed or purpose have nothing to do with them.
+
+    SplitMix64 (Steele, Lea, Flood, 2014) of the position, and again of that with a digest of seed and purpose.
+    """
+    stream = hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:8]
+    with np.errstate(over="ignore"):
+        z = _mixed(positions.astype(np.uint64))
+        return _mixed(z + np.uint64(int.from_bytes(stream, "little")))
+
+
+def _mixed(z: Keys) -> Keys:
+    z = z + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))

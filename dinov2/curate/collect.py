@@ -1,12 +1,12 @@
-"""The stage: files of images into tar shards, their bytes as they are."""
+"""The collect stage: a pool from images that are there already, as files in folders or as tar shards."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-from dinov2.curate.collect.config import CollectConfig
 from dinov2.curate.pool import Pool
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task, digest
 from dinov2.data.decoding import IMAGE_EXTENSIONS
@@ -14,6 +14,21 @@ from dinov2.data.shards import ShardImage, write_shard
 from dinov2.data.shards.storage import Storage
 
 UNREADABLE, TOO_LARGE = "cannot be opened", "file too large"
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """How files become shards."""
+
+    shard_size: int = 10_000
+    """Files of a shard."""
+    max_bytes: int = 50_000_000
+    """Of a file; larger ones are left out."""
+
+    def __post_init__(self) -> None:
+        for name in ("shard_size", "max_bytes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"collect.{name} must be positive, but is {getattr(self, name)}")
 
 
 def collect(images: str, config: CollectConfig, output: str) -> Steps[Pool]:

@@ -1,6 +1,7 @@
-"""Connected components in NumPy: the definition of what ``dinov2_kernels._host`` does in native code, and its stand-in.
+"""Connected components of a graph whose edges come bit by bit.
 
-Each node has a parent of lower number or itself; the root of a component is its lowest node.
+The functions are their definition in NumPy: each node has a parent of lower number or itself, and the root of a
+component is its lowest node. Where the package was built with native code, ``dinov2_kernels._host`` does the same.
 """
 
 from __future__ import annotations
@@ -38,3 +39,35 @@ def _roots(parent: Labels, nodes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64
         if np.array_equal(above, nodes):
             return nodes
         nodes = above
+
+
+try:
+    from dinov2_kernels._host import join_components as _join
+    from dinov2_kernels._host import label_components as _label
+except ImportError:  # installed without a compiler
+    _join = join_components
+    _label = label_components
+
+
+class Components:
+    """Disjoint sets of nodes, 4 bytes a node below 2^32 of them and 8 from there on; edges are not kept.
+
+    Args:
+        nodes: how many there are.
+    """
+
+    def __init__(self, nodes: int) -> None:
+        self._parent: Labels = np.arange(nodes, dtype=np.uint32) if nodes < 2**32 else np.arange(nodes, dtype=np.int64)
+
+    def join(self, first: npt.NDArray[np.int64], second: npt.NDArray[np.int64]) -> None:
+        """Put the nodes ``first`` [E] and ``second`` [E] of each edge in one component.
+
+        Raises:
+            IndexError: there is no such node.
+        """
+        _join(self._parent, first, second)
+
+    def labels(self) -> Labels:
+        """The lowest node of each node's component [N]; shares memory with this object."""
+        _label(self._parent)
+        return self._parent

@@ -1,22 +1,127 @@
-"""The components of a pool: what is a copy of what, and what reference images are near."""
+"""The dedup stage: one of each group of near-copies stays, and nothing that is near an image to test models on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dinov2.curate.dedup.components import Components
-from dinov2.curate.dedup.components_reference import Labels
-from dinov2.curate.dedup.config import DedupConfig
-from dinov2.curate.pool import Pool
-from dinov2.curate.search import Layout, Neighbours
-from dinov2.curate.search.vectors import PoolVectors
-from dinov2.curate.steps import Counts, Output
+from dinov2.curate.components import Components, Labels
+from dinov2.curate.pool import Pool, read_table, write_decisions
+from dinov2.curate.search import Layout, Neighbours, SearchConfig, exact_cosines, pair_cosines, search
+from dinov2.curate.search.vectors import CHUNK, PoolVectors, Positions, Vectors, read_layout
+from dinov2.curate.steps import Counts, Output, Step, Steps, Task, plain
+from dinov2_kernels._extras import require
 
+NAME = re.compile(r"[\w-]+", re.ASCII)
 PART = 50_000  # members whose vectors are compared by one task
+DUPLICATE = "duplicate"
+NEAR_REFERENCE = "near an evaluation image"
+NO_FEATURES = "no features to compare"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DedupConfig:
+    """What counts as a copy of what; thresholds are cosines, and what is linked has a larger one.
+
+    Attributes:
+        neighbours: of each image that it may be linked to.
+        threshold: above which images of the pool are linked; linked ones are one component, of which one is kept.
+        guard_threshold: above which a member of a component is dropped for the one that is kept. Members that are
+            further from it are copies of copies; the best of them is kept too, for those near it, and so on. -1 turns
+            this off: of each component one image remains.
+        guard_rounds: how many images of a component are kept that way before all others of it are kept unseen.
+        reference_threshold: above which an image of the pool is linked to a reference image.
+        reference_reach: above which images of the pool are linked for what follows from that: all images of a component
+            of which one is linked to a reference image are dropped.
+        search: how neighbours are found.
+    """
+
+    neighbours: int = 64
+    threshold: float = 0.6
+    guard_threshold: float = 0.6
+    guard_rounds: int = 8
+    reference_threshold: float = 0.45
+    reference_reach: float = 0.6
+    search: SearchConfig = field(default_factory=SearchConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("neighbours", "guard_rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, but is {getattr(self, name)}")
+        for name in ("threshold", "guard_threshold", "reference_threshold", "reference_reach"):
+            if not -1 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be a cosine, from -1 to 1, but is {getattr(self, name)}")
+
+
+def dedup(pool: Pool, references: Mapping[str, Pool], config: DedupConfig, output: str) -> Steps[Pool]:
+    """Keep one of each group of near-copies, and nothing that is near a reference image (appendix A of DINOv2).
+
+    Each image is linked to its nearest neighbours above a threshold; linked images are a component, as are those linked
+    to these. Components that are linked to a reference image are dropped as a whole. Of each other component the
+    largest image is kept, of equally large ones the first; and of the images that a guard finds unlike it, likewise.
+    Images without features cannot be compared, so these are dropped too.
+
+    Args:
+        pool: with features.
+        references: pools of evaluation images with features of the same kind, by a name for each.
+        config: thresholds, and how neighbours are found.
+        output: folder or URL of the whole curation.
+
+    Returns:
+        The pool after the decisions; :func:`~dinov2.curate.dedup.decide` says what the tables hold.
+
+    Raises:
+        ValueError: a pool has no features, or a name is not made of letters, digits, ``_`` and ``-``.
+    """
+    for name in references:
+        if not NAME.fullmatch(name):
+            raise ValueError(f"references must be named by letters, digits, '_' and '-', but one is {name!r}")
+    threshold = min(config.threshold, config.reference_reach) if references else config.threshold
+    neighbours = yield from search(
+        pool, pool, config.search, output, stage="dedup", k=config.neighbours, threshold=threshold
+    )
+    linked = []
+    for name, reference in sorted(references.items()):
+        links = yield from search(
+            pool, reference, config.search, output, stage=f"dedup-{name}", k=1, threshold=config.reference_threshold
+        )
+        linked.append(Reference(name, reference, links))
+    decisions = yield from _decide(pool, neighbours, tuple(linked), config, output)
+    return pool.after(decisions)
+
+
+def _decide(
+    pool: Pool, neighbours: Neighbours, references: tuple[Reference, ...], config: DedupConfig, output: str
+) -> Steps[str]:
+    """From links to decisions; gives the folder of these."""
+    layout = neighbours.searched
+    settings = {name: value for name, value in plain(config).items() if name != "search"}
+    settings["references"] = [reference.name for reference in references]
+    inputs = (layout, neighbours.folder, *(reference.links.folder for reference in references))
+
+    task = Task("all", find_components, (pool, neighbours, references, config))
+    components = Step(output, "dedup-components", settings, inputs, (task,))
+    yield components
+    parts = tuple(part_name(number) for number in range(components.counts().figures["parts"]))
+
+    tasks = tuple(Task(part, choose, (pool, layout, components.folder, part, config)) for part in parts)
+    choices = Step(output, "dedup-choices", settings, (components.folder,), tasks, "members of components")
+    yield choices
+
+    task = Task("all", assign, (layout, choices.folder, parts))
+    chosen = Step(output, "dedup-representatives", None, (choices.folder,), (task,), "members of components")
+    yield chosen
+
+    shards = read_layout(layout).names
+    tasks = tuple(Task(name, decide, (pool, layout, components.folder, chosen.folder, references)) for name in shards)
+    decisions = Step(output, "dedup-decisions", settings, (components.folder, chosen.folder), tasks)
+    yield decisions
+    return decisions.folder
 
 
 @dataclass(frozen=True)
@@ -58,7 +163,7 @@ def find_components(
     reach = labels
     if references and config.reference_reach != config.threshold:
         reach = _components(layout, neighbours, config.reference_reach).labels()
-    nearest = _nearest_references(layout, references, reach)
+    nearest = _references_of_components(layout, references, reach)
     is_member = _is_member(labels)
     members = np.flatnonzero(is_member)  # [M]
     if len(nearest.label):
@@ -123,7 +228,7 @@ def _links(
         yield found.row[above] + layout.range_of(shard)[0], found.neighbour[above]
 
 
-def _nearest_references(layout: Layout, references: tuple[Reference, ...], reach: Labels) -> _Nearest:
+def _references_of_components(layout: Layout, references: tuple[Reference, ...], reach: Labels) -> _Nearest:
     """For each component with links to reference images that of the largest cosine; of equal ones the first."""
     labels, numbers, positions, cosines = [], [], [], []
     for number, reference in enumerate(references):
@@ -161,3 +266,182 @@ def _areas(pool: Pool, layout: Layout, positions: npt.NDArray[np.int64]) -> npt.
             area = index["width"].to_numpy().astype(np.int64) * index["height"].to_numpy()
             areas[here] = area[positions[here] - start]
     return areas
+
+
+def choose(output: Output, pool: Pool, layout_folder: str, components: str, part: str, config: DedupConfig) -> Counts:
+    """Task: a representative for each member of a part of all components.
+
+    The best image of a component, the one with the largest area and of equal ones that of the lowest position, stands
+    for all members whose cosine to it is above the guard's threshold. Of the others of that component in this part the
+    best stands for those above the threshold, and so on; after the last round the rest stand for themselves.
+
+    Writes position, representative (position; the row's own where it is kept), cosine to it, and guard_rejected (bool):
+    the member was too far from the best of its component.
+    """
+    table = read_table(components, f"all.{part}")
+    position, component, best = (table[name].to_numpy() for name in ("position", "component", "best"))
+    vectors = PoolVectors(pool, read_layout(layout_folder))
+    members = vectors.gather(position)  # [M, D]
+    representative, cosine = position.copy(), np.ones(len(position), np.float32)
+    remaining = np.arange(len(position))
+    rejected = np.zeros(len(position), bool)
+    for number in range(config.guard_rounds):
+        if number == 0:
+            stands = best
+        else:
+            first = np.searchsorted(component[remaining], component[remaining], side="left")
+            stands = position[remaining[first]]
+        cosines = _cosines(members, remaining, vectors, stands)
+        near = (cosines > np.float32(config.guard_threshold)) | (stands == position[remaining])
+        near |= config.guard_threshold <= -1
+        representative[remaining[near]] = stands[near]
+        cosine[remaining[near]] = cosines[near]
+        remaining = remaining[~near]
+        if number == 0:
+            rejected[remaining] = True
+        if not len(remaining):
+            break
+    columns = {"position": position, "representative": representative, "cosine": cosine, "guard_rejected": rejected}
+    output.write_table(columns)
+    kept = int((representative == position).sum())
+    checked = int((best != position).sum())
+    figures = {"checked by the guard": checked, "rejected by the guard": int(rejected.sum())}
+    return Counts(len(position), kept, {"duplicate": len(position) - kept}, figures)
+
+
+def assign(output: Output, layout_folder: str, chosen: str, parts: tuple[str, ...]) -> Counts:
+    """Task: the same by shard, tables ``all.SHARD.parquet`` with row instead of position, ordered by row."""
+    tables = [read_table(chosen, part) for part in parts]
+    names = ("position", "representative", "cosine", "guard_rejected")
+    empty = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, bool))
+    columns = {
+        name: np.concatenate([nothing, *(table[name].to_numpy() for table in tables)])
+        for name, nothing in zip(names, empty, strict=True)
+    }
+    order = np.argsort(columns["position"])
+    columns = {name: column[order] for name, column in columns.items()}
+    layout: Layout = read_layout(layout_folder)
+    for shard in layout.names:
+        start, stop = layout.range_of(shard)
+        here = slice(*np.searchsorted(columns["position"], [start, stop]))
+        of_shard = {name: column[here] for name, column in columns.items()}
+        of_shard["row"] = of_shard.pop("position") - start
+        Output(output.folder, f"{output.shard}.{shard}").write_table(of_shard)
+    return Counts(len(order), len(order))
+
+
+def _cosines(
+    members: npt.NDArray[np.float16],
+    rows: npt.NDArray[np.int64],
+    vectors: PoolVectors,
+    positions: npt.NDArray[np.int64],
+) -> npt.NDArray[np.float32]:
+    """Exact cosines of ``members[rows]`` with the features at ``positions``, of which many are the same."""
+    distinct, slot = np.unique(positions, return_inverse=True)
+    others = vectors.gather(distinct)
+    cosines = np.empty(len(rows), np.float32)
+    for start in range(0, len(rows), CHUNK):
+        chunk = slice(start, start + CHUNK)
+        cosines[chunk] = exact_cosines(members[rows[chunk]], others[slot[chunk]])
+    return cosines
+
+
+def decide(
+    output: Output, pool: Pool, layout_folder: str, components: str, chosen: str, references: tuple[Reference, ...]
+) -> Counts:
+    """Task: which rows of a shard stay.
+
+    Beside keep and reason there are columns, null where they do not apply:
+
+    - component, int64: position of the first image of its component, the same for all of them;
+    - representative_shard, representative_row, representative_cosine: the image that is kept for this one, or itself;
+      of the members of components of two images and more;
+    - guard_rejected, bool: too far from the best image of its component to be dropped for that one;
+    - reference, reference_shard, reference_row, reference_cosine: set and place of the reference image for which this
+      one is dropped, and their cosine. Where that is not above the threshold, the reference image is near another image
+      of the component.
+    """
+    layout, shard = read_layout(layout_folder), output.shard
+    start, stop = layout.range_of(shard)
+    before = pool.kept(shard)
+    vectors, present = PoolVectors(pool, layout).block(start, stop)
+    rows = present - start  # [N] of those that are in and have features
+
+    found = read_table(components, f"all.{shard}")
+    members = read_table(chosen, f"all.{shard}")
+    member, representative = members["row"].to_numpy(), members["representative"].to_numpy()
+    sets, places = _references_of_rows(found, references, shard)
+    near = rows[sets[rows] >= 0]
+
+    reasons = np.full(stop - start, NO_FEATURES, object)
+    reasons[rows] = None
+    reasons[member[representative != member + start]] = DUPLICATE
+    reasons[near] = NEAR_REFERENCE
+    size = stop - start
+    rejected = members["guard_rejected"].to_numpy()
+    columns = {
+        "component": _column(size, rows, found["component"].to_numpy()[rows]),
+        **_place("representative", size, member, layout, representative),
+        "representative_cosine": _column(size, member, members["cosine"].to_numpy()),
+        "guard_rejected": _column(size, member, rejected),
+        **_reference_columns(size, near, sets[near], places[near], references, vectors, rows),
+    }
+    figures = {"in components of two or more": len(member), "rejected by the guard": int(rejected.sum())}
+    return write_decisions(output, reasons.tolist(), before, columns, figures)
+
+
+def _references_of_rows(
+    found: Any, references: Sequence[Reference], shard: str
+) -> tuple[npt.NDArray[np.int16], Positions]:
+    """Number of a set and position in it for each row of a shard: its own link, else its component's, else -1."""
+    sets, places = found["reference"].to_numpy().copy(), found["reference_position"].to_numpy().copy()
+    cosines = np.full(len(sets), -2, np.float32)
+    for number, reference in enumerate(references):
+        row, position, cosine = reference.links.read(shard)
+        nearer = cosine > cosines[row]
+        row = row[nearer]
+        sets[row], places[row], cosines[row] = number, position[nearer], cosine[nearer]
+    return sets, places
+
+
+def _reference_columns(
+    size: int,
+    near: Positions,
+    sets: npt.NDArray[np.int16],
+    places: Positions,
+    references: Sequence[Reference],
+    vectors: Vectors,
+    rows: Positions,
+) -> dict[str, Any]:
+    """Columns for the rows ``near`` [M], among the rows [N] that have vectors [N, D]."""
+    names, shards = np.full(len(near), None, object), np.full(len(near), None, object)
+    reference_rows, cosines = np.zeros(len(near), np.int64), np.zeros(len(near), np.float32)
+    for number, reference in enumerate(references):
+        here = np.flatnonzero(sets == number)
+        layout = reference.links.layout()
+        numbers, reference_rows[here] = layout.locate(places[here])
+        names[here] = reference.name
+        shards[here] = np.asarray(layout.names, object)[numbers]
+        slots = np.searchsorted(rows, near[here])
+        cosines[here] = pair_cosines(vectors, slots, PoolVectors(reference.pool, layout), places[here])
+    return {
+        "reference": _column(size, near, names),
+        "reference_shard": _column(size, near, shards),
+        "reference_row": _column(size, near, reference_rows),
+        "reference_cosine": _column(size, near, cosines),
+    }
+
+
+def _place(name: str, size: int, rows: Positions, layout: Layout, positions: Positions) -> dict[str, Any]:
+    """Shard and row of positions [M], as columns for the rows [M]."""
+    numbers, places = layout.locate(positions)
+    shards = np.asarray(layout.names, object)[numbers]
+    return {f"{name}_shard": _column(size, rows, shards), f"{name}_row": _column(size, rows, places)}
+
+
+def _column(size: int, rows: Positions, values: npt.NDArray[Any]) -> Any:
+    """An array of Arrow [size] with values [M] at some rows [M] and null at the others."""
+    arrow = require("pyarrow", extra="curate", purpose="curation")
+    dense, absent = np.zeros(size, values.dtype), np.ones(size, bool)
+    dense[rows], absent[rows] = values, False
+    return arrow.array(dense, arrow.string() if values.dtype == object else None, mask=absent)

@@ -1,32 +1,246 @@
-"""One link after the other, many at once: what a server gives for it, or why there is nothing."""
+"""The download stage: links are dealt out to tasks host by host, and each task fetches its own."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import tempfile
 import time
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from dinov2.curate.domains import RefusedURLError, host_of, is_blocked, normal_url, read_domains
-from dinov2.curate.download.addresses import PrivateAddressError, check_literal, public_resolver
-from dinov2.curate.download.config import DownloadConfig
-from dinov2.curate.download.robots import MAX_BYTES as ROBOTS_BYTES
-from dinov2.curate.download.robots import Robots, RobotsFile
-from dinov2.curate.opt_out import opts_out
+from dinov2.curate.bodies import Inflater
+from dinov2.curate.collect import key_of
+from dinov2.curate.pool import Pool, read_table
+from dinov2.curate.steps import Counts, Output, Step, Steps, Task, digest
+from dinov2.curate.web import (
+    ROBOTS_BYTES,
+    PrivateAddressError,
+    RefusedURLError,
+    Robots,
+    RobotsFile,
+    check_literal,
+    host_of,
+    is_blocked,
+    normal_url,
+    opts_out,
+    public_resolver,
+    read_domains,
+)
 from dinov2.data.decoding import UnreadableImageError, read_header
+from dinov2.data.shards import ShardImage, write_shard
+from dinov2.data.shards.storage import Storage
 from dinov2_kernels._extras import require
+from dinov2_kernels._version import __version__
 
+UNDER_WAY = 4  # links of a task in memory, times its concurrency
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 CHUNK = 65_536
-AUTOMATIC = 47  # zlib's largest window, and its own header or that of gzip
 
 PRIVATE, LOOP, ROBOTS, OPT_OUT = "private address", "too many redirects", "robots.txt", "opted out"
 TOO_LARGE, NO_IMAGE, PIXELS, SMALL = "too large", "no image", "too many pixels", "too small"
 TIMEOUT, NO_CONNECTION, TRUNCATED, BLOCKED = "timeout", "no connection", "truncated", "blocked domain"
+
+
+@dataclass(frozen=True)
+class DownloadConfig:
+    """What is fetched, and how politely; limits on a host hold within a task, and a host is in one task if it fits."""
+
+    agent: str = "dinov2-curate"
+    """Our name as a robot, in User-Agent and robots.txt."""
+    contact: str = ""
+    """Where the owners of servers can complain: your page or address."""
+    links_per_shard: int = 10_000
+    """Links of a task, which makes one tar."""
+    concurrency: int = 64
+    """Requests of a task at once."""
+    per_host: int = 2
+    """Of these to one host."""
+    delay: float = 0.1
+    """Seconds between the beginnings of two requests to a host."""
+    tries: int = 3
+    """Of a link, where the failure may pass: no answer, too many requests, an error of the server."""
+    backoff: float = 1.0
+    """Seconds before the second try, twice as many before each further one."""
+    max_wait: float = 60.0
+    """Seconds to wait at most, whatever a server's Retry-After says."""
+    connect_timeout: float = 10.0
+    """Seconds to a connection."""
+    timeout: float = 60.0
+    """Seconds for all of a try."""
+    max_bytes: int = 20_000_000
+    """Of a file; what is larger is broken off."""
+    max_pixels: int = 100_000_000
+    """Of an image, as its header says."""
+    min_side: int = 32
+    """Pixels of the shorter side; icons and tracking pixels have less."""
+    max_redirects: int = 5
+    """Of a link, each of which is checked like the link itself."""
+    robots: bool = True
+    """Obey robots.txt."""
+    honour_opt_out: bool = True
+    """Leave images whose X-Robots-Tag asks so."""
+    opt_out: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex", "none")
+    """The words by which it asks."""
+    blocked_domains: str = ""
+    """File or URL of domains, one a line, from which nothing is fetched, by redirects neither."""
+    allow_private_addresses: bool = False
+    """Fetch from this machine and private networks too: for tests and for crawls of an own network."""
+
+    def __post_init__(self) -> None:
+        positive = ("links_per_shard", "concurrency", "per_host", "tries", "max_bytes", "max_pixels", "timeout")
+        for name in (*positive, "connect_timeout", "min_side"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"download.{name} must be positive, but is {getattr(self, name)}")
+        for name in ("delay", "backoff", "max_wait", "max_redirects"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"download.{name} must be 0 or more, but is {getattr(self, name)}")
+        if not self.agent or not self.agent.isascii() or "\n" in self.agent + self.contact:
+            raise ValueError(f"download.agent must be a name in ASCII, but is {self.agent!r}")
+
+    @property
+    def user_agent(self) -> str:
+        """What servers are told."""
+        return f"{self.agent}/{__version__}" + (f" (+{self.contact})" if self.contact else "")
+
+
+def download(links: str, config: DownloadConfig, output: str) -> Steps[Pool]:
+    """Fetch images from links into tar shards.
+
+    Args:
+        links: folder or URL of Parquet tables with a column url; page and alt, if there are such, go into the index.
+        config: limits and manners.
+        output: folder or URL of the whole curation.
+
+    Returns:
+        The pool. Beside its tars lies a table for each shard, of all its links: url, host, reason (null where there is
+        an image), tries, bytes.
+
+    Raises:
+        ValueError: there are no links.
+    """
+    storage = Storage(links)
+    tables = storage.files("", ".parquet")
+    if not tables:
+        raise ValueError(f"links must be a folder of Parquet tables, but {links!r} has none")
+    listing = digest({name: storage.filesystem.size(path) for name, path in tables.items()})
+    task = Task("all", _plan, (links, config.links_per_shard))
+    plan = Step(output, "download-plan", [config.links_per_shard, listing], (links,), [task], "links")
+    yield plan
+    shards = plan.counts().figures["shards"]
+    tasks = [Task(f"{number:05d}", _download, (plan.folder, config)) for number in range(shards)]
+    images = Step(output, "download-images", config, (plan.folder,), tasks, "links")
+    yield images
+    return Pool(images.folder)
+
+
+def _plan(output: Output, links: str, links_per_shard: int) -> Counts:
+    """Task: write ``all.SHARD.parquet`` with the links of each shard.
+
+    Hosts are dealt out whole, in the order of the hashes of their names; one with more links than a shard holds goes
+    on in the next. Within a shard, links are in the order of their hashes, so that hosts take turns.
+    """
+    by_host: dict[str, dict[str, tuple[str, str]]] = defaultdict(dict)
+    dropped, rows = Counter[str](), 0
+    for shard in Storage(links).files("", ".parquet"):
+        table = read_table(links, shard)
+        columns = [
+            table[name].to_pylist() if name in table.column_names else [""] * len(table) for name in ("page", "alt")
+        ]
+        for link, page, alt in zip(table["url"].to_pylist(), *columns, strict=True):
+            rows += 1
+            try:
+                url = normal_url(link or "")
+            except RefusedURLError as error:
+                dropped[error.reason] += 1
+                continue
+            if url in by_host[host_of(url)]:
+                dropped["repeated link"] += 1
+            by_host[host_of(url)].setdefault(url, (page or "", alt or ""))
+    shards: list[list[tuple[str, str, str]]] = [[]]
+    for host in sorted(by_host, key=_hash):
+        entries = [(url, *by_host[host][url]) for url in sorted(by_host[host], key=_hash)]
+        if shards[-1] and len(shards[-1]) + len(entries) > links_per_shard:
+            shards.append([])
+        for start in range(0, len(entries), links_per_shard):
+            piece = entries[start : start + links_per_shard]
+            if len(shards[-1]) + len(piece) > links_per_shard:
+                shards.append([])
+            shards[-1] += piece
+    shards = [shard for shard in shards if shard]
+    for number, entries in enumerate(shards):
+        entries.sort(key=lambda entry: _hash(entry[0]))
+        _write_table(output, f".{number:05d}.parquet", entries)
+    total = sum(map(len, shards))
+    return Counts(rows, total, dict(sorted(dropped.items())), {"hosts": len(by_host), "shards": len(shards)})
+
+
+def _download(output: Output, plan: str, config: DownloadConfig) -> Counts:
+    """Task: fetch the links of a shard."""
+    table = read_table(plan, f"all.{output.shard}")
+    urls, pages, alts = (table[name].to_pylist() for name in ("url", "page", "alt"))
+    with tempfile.TemporaryDirectory(prefix="dinov2-download-") as folder:
+        results = asyncio.run(_fetch_all(urls, config, Path(folder)))
+
+        def images() -> Iterator[ShardImage]:
+            for number, (url, page, alt) in enumerate(zip(urls, pages, alts, strict=True)):
+                file = Path(folder) / str(number)
+                if file.exists():
+                    yield ShardImage(key_of(url), file.read_bytes(), {"url": url, "page": page, "alt": alt})
+
+        report = write_shard(images(), output.folder, int(output.shard))
+        sizes = [
+            (Path(folder) / str(n)).stat().st_size if result.reason is None else 0 for n, result in enumerate(results)
+        ]
+    arrow = require("pyarrow", extra="curate", purpose="curation")
+    output.write_table(
+        {
+            "url": urls,
+            "host": [host_of(url) for url in urls],
+            "reason": arrow.array([result.reason for result in results], arrow.string()),
+            "tries": [result.tries for result in results],
+            "bytes": sizes,
+        }
+    )
+    dropped = Counter(result.reason for result in results if result.reason is not None)
+    return Counts(len(urls), report.images, dict(sorted(dropped.items())), {"bytes": sum(sizes)})
+
+
+async def _fetch_all(urls: list[str], config: DownloadConfig, folder: Path) -> list[Fetched]:
+    """Fetch links, each into the file of its number; the results are without their contents."""
+    room = asyncio.Semaphore(UNDER_WAY * config.concurrency)
+
+    async def one(fetcher: Fetcher, number: int) -> Fetched:
+        async with room:
+            result = await fetcher.fetch(urls[number])
+            if result.content is not None:
+                (folder / str(number)).write_bytes(result.content)
+            return result._replace(content=None)
+
+    async with Fetcher(config) as fetcher:
+        return list(await asyncio.gather(*(one(fetcher, number) for number in range(len(urls)))))
+
+
+def _write_table(output: Output, suffix: str, rows: list[tuple[str, str, str]]) -> None:
+    arrow = require("pyarrow", extra="curate", purpose="curation")
+    parquet = require("pyarrow.parquet", extra="curate", purpose="curation")
+    columns: dict[str, Any] = {
+        name: arrow.array([row[number] for row in rows], arrow.string())
+        for number, name in enumerate(("url", "page", "alt"))
+    }
+    with output.replace(suffix) as file:
+        parquet.write_table(arrow.table(columns), file)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Fetched(NamedTuple):
@@ -202,10 +416,13 @@ async def _body(response: Any, limit: int, cut: bool) -> bytes:
     encoding = response.headers.get("Content-Encoding", "").strip().lower()
     if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
         raise _FailedError(f"encoding {encoding[:20]}")
-    inflate = None if encoding in ("", "identity") else _Inflater()
+    inflate = None if encoding in ("", "identity") else Inflater()
     body = bytearray()
     async for chunk in response.content.iter_chunked(CHUNK):
-        body += chunk if inflate is None else inflate(chunk, limit - len(body) + 1)
+        try:
+            body += chunk if inflate is None else inflate(chunk, limit - len(body) + 1)
+        except zlib.error:
+            raise _FailedError(TRUNCATED, 0) from None
         if len(body) > limit:
             if cut:
                 return bytes(body[:limit])
@@ -213,32 +430,6 @@ async def _body(response: Any, limit: int, cut: bool) -> bytes:
     if inflate is not None and not inflate.complete:
         raise _FailedError(TRUNCATED, 0)
     return bytes(body)
-
-
-class _Inflater:
-    """Decompresses zlib's and gzip's streams bit by bit; several of gzip's may follow one another.
-
-    Attributes:
-        complete: whether what came so far ends where a stream does.
-    """
-
-    def __init__(self) -> None:
-        self._stream = zlib.decompressobj(AUTOMATIC)
-        self.complete = True
-
-    def __call__(self, chunk: bytes, limit: int) -> bytes:
-        """What a chunk holds, ``limit`` bytes at most, after which nothing may follow."""
-        body = b""
-        try:
-            while chunk and len(body) < limit:
-                if self._stream.eof:
-                    self._stream = zlib.decompressobj(AUTOMATIC)
-                body += self._stream.decompress(chunk, limit - len(body))
-                chunk = self._stream.unused_data if self._stream.eof else b""
-        except zlib.error:
-            raise _FailedError(TRUNCATED, 0) from None
-        self.complete = self._stream.eof
-        return body
 
 
 def _retry_after(headers: Any) -> float:

@@ -1,31 +1,147 @@
-"""Models that give an image its features, from wherever they are."""
+"""The embed stage: features beside every image, from a model of any kind or from a built-in one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dinov2.curate.embed.config import EmbedConfig
-from dinov2.curate.embed.copy_network import describe_copies
-from dinov2.curate.plugins import is_function, load_function, open_onnx
+from dinov2.curate.copy_network import describe_copies
+from dinov2.curate.plugins import identity_of, is_function, load_function, open_onnx
+from dinov2.curate.pool import Pool, write_decisions
+from dinov2.curate.steps import Counts, Output, Step, Steps, Task
 from dinov2.data import normalize
 from dinov2.data.cropping import resized
-from dinov2.data.decoding import Pixels
+from dinov2.data.decoding import Pixels, UnreadableImageError, decode_image
 from dinov2.evaluate.handmade import colour_histogram, texture_histogram
 from dinov2.evaluate.probe import central_crop
 from dinov2.models import load_pretrained
 from dinov2.train.processes import resolve_device
 
+UNREADABLE, FEATURELESS = "unreadable", "without features"
 Features = npt.NDArray[np.float32]
 Model = Callable[[list[Pixels]], Features]
 """Takes uint8 RGB images [H, W, 3] of any sizes and gives their features [b, D], of any length."""
 
 DEFAULT_SIZE = 224
+
+
+@dataclass(frozen=True)
+class EmbedConfig:
+    """Which features images get, and what of an image the model sees."""
+
+    model: str = "copies"
+    """copies or colour-texture, which are built in; weights of any kind that load_pretrained reads; an ONNX (.onnx) or
+    TorchScript (.pt, .torchscript) file that maps [b, 3, size, size] to [b, D]; or MODULE:FUNCTION, called with a list
+    of uint8 RGB images [H, W, 3] and giving an array [b, D]."""
+    size: int = 0
+    """Side of what the model sees, in pixels; 0 is a model's own, or 224 where it does not say."""
+    view: Literal["centre", "squash"] = "centre"
+    """centre: the middle, after the shorter side was made 8/7 of the size. squash: all of the image, its aspect lost,
+    as copy detection wants it."""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """Of each channel, on a scale of 0 to 1."""
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    """Of each channel."""
+    batch_size: int = 32
+    """Images of a forward pass."""
+    device: str = "auto"
+    """cpu, cuda, ...; auto is a GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        if self.size < 0:
+            raise ValueError(f"embed.size must be 0 or more, but is {self.size}")
+        if self.batch_size < 1:
+            raise ValueError(f"embed.batch_size must be positive, but is {self.batch_size}")
+        if not len(self.mean) == len(self.std) == 3:
+            raise ValueError(f"embed.mean and std must have 3 values each, but are {self.mean} and {self.std}")
+
+
+def embed(pool: Pool, config: EmbedConfig, output: str) -> Steps[Pool]:
+    """Write the features of a pool's images: float16 [n, D] a shard, of unit length, NaN in rows that have none.
+
+    Args:
+        pool: images.
+        config: which features.
+        output: folder or URL of the whole curation.
+
+    Returns:
+        The pool with its features, and without images that have none.
+
+    Raises:
+        ValueError, FileNotFoundError: there is no such model.
+    """
+    name = config.model
+    if not (name in BUILT_IN or is_function(name) or Path(name).exists()):
+        raise FileNotFoundError(
+            f"embed.model must be {', '.join(BUILT_IN)}, MODULE:FUNCTION or a file, but is {name!r}"
+        )
+    settings = dataclasses.replace(config, device="auto", model=name if name in BUILT_IN else identity_of(name))
+    tasks = [Task(shard, _embed, (pool, shard, config)) for shard in pool.shards()]
+    features = Step(output, "embed-features", settings, (pool.images, *pool.decisions), tasks, gpu=True)
+    yield features
+    return dataclasses.replace(pool.after(features.folder), features=features.folder)
+
+
+def _embed(output: Output, pool: Pool, shard: str, config: EmbedConfig) -> Counts:
+    """Task: the features of a shard."""
+    model = open_model(config)
+    before = pool.kept(shard)
+    reasons: list[str | None] = [None] * len(before)
+    features: npt.NDArray[np.float16] | None = None
+    for rows, images in _batches(pool, shard, before, reasons, config.batch_size):
+        found = unit(model(images))
+        if features is None:
+            features = np.full((len(before), found.shape[1]), np.nan, np.float16)
+        features[rows] = found
+    if features is None:
+        features = np.full((len(before), _width(model)), np.nan, np.float16)
+    for row in np.flatnonzero(before & ~np.isfinite(features).all(axis=1)).tolist():
+        reasons[row] = reasons[row] or FEATURELESS
+    output.write_array(features)
+    return write_decisions(output, reasons, before)
+
+
+def unit(features: Features) -> npt.NDArray[np.float16]:
+    """Rows [n, D] scaled to unit length, then rounded; NaN where they have no direction."""
+    lengths = np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        scaled: npt.NDArray[np.float16] = np.where(lengths > 0, features / lengths, np.nan).astype(np.float16)
+    return scaled
+
+
+def _batches(
+    pool: Pool, shard: str, kept: npt.NDArray[np.bool_], reasons: list[str | None], size: int
+) -> Iterator[tuple[list[int], list[Pixels]]]:
+    """Rows and images; says of rows that have none why."""
+    rows: list[int] = []
+    images: list[Pixels] = []
+    files = pool.open_images(shard)
+    for row in np.flatnonzero(kept).tolist():
+        try:
+            images.append(decode_image(files[row], f"{row} of {shard}"))
+        except UnreadableImageError:
+            reasons[row] = UNREADABLE
+            continue
+        rows.append(row)
+        if len(rows) == size:
+            yield rows, images
+            rows, images = [], []
+    if rows:
+        yield rows, images
+
+
+def _width(model: Model) -> int:
+    """Numbers of a feature, from an image that is nobody's."""
+    width: int = model([np.zeros((64, 64, 3), np.uint8)]).shape[1]
+    return width
 
 
 def open_model(config: EmbedConfig) -> Model:

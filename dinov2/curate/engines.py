@@ -1,20 +1,91 @@
-"""Several tasks side by side, in processes of this machine."""
+"""Where tasks run: in this process, in several processes of this machine, or on a cluster of Ray."""
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import multiprocessing.context
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing import forkserver
+from typing import Literal, NamedTuple, Protocol
 
-from dinov2.curate.engines.engine import Call, LostTaskError, Outcome, execute
+import torch
+
+from dinov2.curate.steps import Task, run_task
+from dinov2_kernels._extras import require
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+class Call(NamedTuple):
+    """A task, and the folder of its step."""
+
+    folder: str
+    task: Task
+    gpu: bool = False
+
+
+class Outcome(NamedTuple):
+    """What became of a call: nothing to say, or why there is no shard."""
+
+    call: Call
+    error: Exception | None
+
+
+class LostTaskError(RuntimeError):
+    """The process that made a shard is gone: killed, by the system where memory is short, or with its machine."""
+
+
+class Engine(Protocol):
+    """Runs calls, each once, and says of each what became of it, in the order in which they end."""
+
+    def run(self, calls: Sequence[Call], at_once: int | None = None) -> Iterator[Outcome]:
+        """``at_once`` limits how many run side by side, below what the engine has room for."""
+        ...
+
+
+def execute(call: Call) -> None:
+    """Run a call on one thread, so that neither speed nor rounding depends on who else runs."""
+    with single_thread():
+        run_task(call.folder, call.task)
+
+
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """One thread for PyTorch, and for Faiss where it is in use."""
+    faiss = sys.modules.get("faiss")
+    threads, faiss_threads = torch.get_num_threads(), faiss.omp_get_max_threads() if faiss else None
+    torch.set_num_threads(1)
+    if faiss:
+        faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        if faiss:
+            faiss.omp_set_num_threads(faiss_threads)
+
+
+class Inline:
+    """The engine without processes."""
+
+    def run(self, calls: Sequence[Call], at_once: int | None = None) -> Iterator[Outcome]:
+        """Run calls in their order."""
+        for call in calls:
+            try:
+                execute(call)
+            except Exception as error:
+                yield Outcome(call, error)
+            else:
+                yield Outcome(call, None)
 
 
 class ProcessPool:
@@ -94,3 +165,91 @@ def _context() -> multiprocessing.context.BaseContext:
             if value is not None:
                 os.environ[name] = value
     return context
+
+
+class RayCluster:
+    """Every task takes one core, and one GPU if it wants one and the cluster has any.
+
+    Ray carries paths and settings alone; tasks read and write the storage themselves, which all machines must see, with
+    the same packages installed. A task whose worker or machine is lost is reported as such, and not repeated by Ray.
+
+    Args:
+        address: of a running cluster, as ``ray.init`` takes it; None starts one here, which ends with this process.
+        workers: tasks at once; 0 is as many as the cluster has room for.
+
+    Raises:
+        ImportError: Ray is missing (extra ``ray``).
+    """
+
+    def __init__(self, address: str | None = None, workers: int = 0) -> None:
+        self._ray = require("ray", extra="ray", purpose="the Ray engine")
+        self.workers = workers
+        if not self._ray.is_initialized():
+            here = {"num_cpus": workers} if address is None and workers else {}
+            self._ray.init(address=address, include_dashboard=False, log_to_driver=False, **here)
+
+    def run(self, calls: Sequence[Call], at_once: int | None = None) -> Iterator[Outcome]:
+        """Hand calls to Ray, a few more than run at once, so that workers never wait for this process."""
+        gpus = bool(self._ray.cluster_resources().get("GPU"))
+        room = self.workers or 2 * int(self._ray.cluster_resources().get("CPU", 1))
+        width = min(at_once or room, room)
+        remote = self._ray.remote(max_retries=0, num_cpus=1)(execute)
+        remaining = iter(calls)
+        under_way = {}
+        for call in itertools.islice(remaining, width):
+            under_way[remote.options(num_gpus=int(call.gpu and gpus)).remote(call)] = call
+        while under_way:
+            (done, *_), _ = self._ray.wait(list(under_way), num_returns=1)
+            call = under_way.pop(done)
+            yield Outcome(call, self._error(done))
+            if (following := next(remaining, None)) is not None:
+                under_way[remote.options(num_gpus=int(following.gpu and gpus)).remote(following)] = following
+
+    def _error(self, done: object) -> Exception | None:
+        errors = self._ray.exceptions
+        try:
+            self._ray.get(done)
+        except errors.RayTaskError as error:
+            cause = error.cause
+            return cause if isinstance(cause, Exception) else error
+        except errors.RayError as error:
+            return LostTaskError(f"the worker that made it is gone: {str(error).splitlines()[0]}")
+        return None
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Where tasks run. Results are the same, byte for byte, whatever is chosen here."""
+
+    kind: Literal["inline", "processes", "ray"] = "processes"
+    """inline: one after the other in this process. processes: side by side on this machine. ray: on a cluster."""
+    workers: int = 0
+    """Tasks at once; 0 is one a core, or all that a cluster has room for."""
+    address: str | None = None
+    """Of a running Ray cluster, as ray.init takes it; by default one starts on this machine."""
+    tries: int = 3
+    """How often a shard is tried before it counts as failed."""
+    patience: float = 3600
+    """Seconds to wait, while no shard appears, for those of other processes (with --shard)."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise ValueError(f"engine.workers must be 0 or more, but is {self.workers}")
+        if self.tries < 1:
+            raise ValueError(f"engine.tries must be 1 or more, but is {self.tries}")
+        if self.address is not None and self.kind != "ray":
+            raise ValueError(f"engine.address goes with engine.kind ray, but the kind is {self.kind}")
+
+    def open(self) -> Engine:
+        """The engine.
+
+        Raises:
+            ImportError: it is Ray, which is missing (extra ``ray``).
+        """
+        match self.kind:
+            case "inline":
+                return Inline()
+            case "processes":
+                return ProcessPool(self.workers)
+            case "ray":
+                return RayCluster(self.address, self.workers)

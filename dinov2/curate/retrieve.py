@@ -1,21 +1,73 @@
-"""Retrieval as steps: each set of seeds chooses, then every row of the pool is told whether it was chosen."""
+"""The retrieve stage: the images of a pool that are like curated ones, or a balanced sample of it."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
-from dinov2.curate.clusters import Clusters, choose, k_means
-from dinov2.curate.pool import Pool
-from dinov2.curate.retrieve.config import RetrieveConfig
-from dinov2.curate.retrieve.decide import decide
-from dinov2.curate.retrieve.quotas import quotas_by_seeds, quotas_of_hierarchy, write_drawn
-from dinov2.curate.retrieve.sampled import write_hits
-from dinov2.curate.search import search
-from dinov2.curate.search.layout import layout_of, read_layout
-from dinov2.curate.steps import Step, Steps, Task
+import numpy as np
+
+from dinov2.curate.clusters import PORTION, ClusterConfig, Clusters, balanced_quotas, choose, k_means, water_fill
+from dinov2.curate.lloyd import nearest_centroids
+from dinov2.curate.pool import Pool, read_array, read_table, write_decisions
+from dinov2.curate.search import Neighbours, SearchConfig, search
+from dinov2.curate.search.vectors import PoolVectors, layout_of, read_layout
+from dinov2.curate.steps import Counts, Output, Step, Steps, Task
+from dinov2_kernels._extras import require
 
 NAME = re.compile(r"[\w-]+", re.ASCII)
+NOT_CHOSEN = "not retrieved"
+
+
+@dataclass(frozen=True)
+class RetrieveConfig:
+    """Which images of the pool are chosen."""
+
+    method: Literal["auto", "sample", "cluster", "hierarchical"] = "auto"
+    """sample: the nearest of each seed image. cluster: some of each cluster that holds seeds. hierarchical: as many of
+    each cluster of clusters, without seeds. auto: for each set of seeds by its size; without seeds everything."""
+    cluster_below: int = 1_000_000
+    """Images of a set of seeds below which auto is cluster."""
+    neighbours: int = 4
+    """Images for each seed."""
+    neighbours_of: tuple[str, ...] = ()
+    """For some sets another number of them, as in imagenet1k=32."""
+    min_seeds: int = 4
+    """Seeds that a cluster must hold to count: DINOv2 wants more than three."""
+    per_cluster: int = 10_000
+    """Images of such a cluster at most."""
+    cap: int = 1_000_000
+    """Images for a set of seeds whose clusters are asked for, at most; neighbours are not counted."""
+    total: int = 0
+    """Images of a hierarchical sample; 0 is half of the pool."""
+    seed: int = 0
+    """Of what is drawn."""
+    clusters: ClusterConfig = field(default_factory=ClusterConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("neighbours", "min_seeds", "per_cluster", "cap"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"retrieve.{name} must be positive, but is {getattr(self, name)}")
+        if self.total < 0:
+            raise ValueError(f"retrieve.total must be 0 or more, but is {self.total}")
+        self.own_neighbours()
+
+    def own_neighbours(self) -> dict[str, int]:
+        """What ``neighbours_of`` says, by set.
+
+        Raises:
+            ValueError: an entry is not NAME=NUMBER.
+        """
+        numbers = {}
+        for entry in self.neighbours_of:
+            name, _, number = entry.partition("=")
+            if not name or not number.isdigit() or int(number) < 1:
+                raise ValueError(f"retrieve.neighbours_of must be made of NAME=NUMBER, but holds {entry!r}")
+            numbers[name] = int(number)
+        return numbers
 
 
 def retrieve(pool: Pool, seeds: Mapping[str, Pool], config: RetrieveConfig, output: str) -> Steps[Pool]:
@@ -31,7 +83,7 @@ def retrieve(pool: Pool, seeds: Mapping[str, Pool], config: RetrieveConfig, outp
         output: folder or URL of the whole curation.
 
     Returns:
-        The pool after the decisions; :func:`~dinov2.curate.retrieve.decide.decide` says what the tables hold.
+        The pool after the decisions; :func:`~dinov2.curate.retrieve.decide` says what the tables hold.
 
     Raises:
         ValueError: a method needs seeds, of which there are none; a pool has no features; or a name is not made of
@@ -107,3 +159,115 @@ def _draw(name: str, clusters: Clusters, quotas: str, config: RetrieveConfig, ou
     hits = Step(output, f"{name}-hits", None, (drawn.folder,), [Task("all", write_drawn, (drawn.folder,))])
     yield hits
     return hits.folder
+
+
+def write_hits(output: Output, found: Neighbours) -> Counts:
+    """Task: write for every image that was found its ``position``, ``times``, and its nearest ``seed`` (position in its
+    set, of equally near ones the first) with ``cosine``; ordered by position."""
+    layout = found.query_layout()
+    seeds, positions, cosines = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
+    for shard in layout.names:
+        part = found.read(shard)
+        seeds.append(part.row + layout.range_of(shard)[0])
+        positions.append(part.neighbour)
+        cosines.append(part.cosine)
+    seed, position, cosine = np.concatenate(seeds), np.concatenate(positions), np.concatenate(cosines)
+    order = np.lexsort((seed, -cosine, position))
+    once, first, times = np.unique(position[order], return_index=True, return_counts=True)
+    nearest = order[first]
+    arrow = require("pyarrow", extra="curate", purpose="curation")
+    output.write_table(
+        arrow.table({"position": once, "times": times, "seed": seed[nearest], "cosine": cosine[nearest]})
+    )
+    return Counts(len(seed), len(once), {}, {"found more than once": int((times > 1).sum())})
+
+
+def quotas_by_seeds(output: Output, clusters: Clusters, seeds: Pool, layout: str, config: RetrieveConfig) -> Counts:
+    """Task: for each cluster that holds ``min_seeds`` seeds min(its size, ``per_cluster``) images, for others none.
+
+    Where that is more than ``cap`` in all, all are cut at the level at which it is ``cap``.
+    """
+    centroids, places = clusters.read_centroids(), read_layout(layout)
+    held = np.zeros(len(centroids), np.int64)
+    vectors = PoolVectors(seeds, places)
+    for start in range(0, places.rows, PORTION):
+        block, _ = vectors.block(start, min(start + PORTION, places.rows))
+        if len(block):
+            held += np.bincount(nearest_centroids(block, centroids).cluster, minlength=len(centroids))
+    wanted = np.where(held >= config.min_seeds, np.minimum(sizes_of(clusters, len(held)), config.per_cluster), 0)
+    quotas = water_fill(wanted, config.cap)
+    output.write_array(quotas)
+    return Counts(len(held), int((quotas > 0).sum()), {}, {"images": int(quotas.sum()), "seeds": int(held.sum())})
+
+
+def quotas_of_hierarchy(output: Output, clusters: Clusters, config: RetrieveConfig) -> Counts:
+    """Task: a balanced share for each cluster."""
+    sizes = sizes_of(clusters, len(clusters.read_centroids()))
+    quotas = balanced_quotas(sizes, clusters.read_parents(), config.total or int(sizes.sum()) // 2)
+    output.write_array(quotas)
+    return Counts(len(sizes), int((quotas > 0).sum()), {}, {"images": int(quotas.sum())})
+
+
+def sizes_of(clusters: Clusters, k: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Images of each cluster [k]."""
+    sizes = np.zeros(k, np.int64)
+    for shard in read_layout(clusters.layout).names:
+        cluster = clusters.read_clusters(shard)
+        sizes += np.bincount(cluster[cluster >= 0], minlength=k)
+    return sizes
+
+
+def write_drawn(output: Output, drawn: str) -> Counts:
+    """Task: what was drawn as the table of what was found, in which no seed is named."""
+    arrow = require("pyarrow", extra="curate", purpose="curation")
+    position = np.array(read_array(drawn, "all"))
+    nothing = {"seed": arrow.nulls(len(position), "int64"), "cosine": arrow.nulls(len(position), "float32")}
+    output.write_table(arrow.table({"position": position, "times": np.ones_like(position), **nothing}))
+    return Counts(len(position), len(position))
+
+
+def decide(
+    output: Output,
+    pool: Pool,
+    layout: str,
+    shard: str,
+    chosen: tuple[tuple[str, str], ...],
+    clusters: Clusters | None,
+) -> Counts:
+    """Task: decisions on a shard, with these columns beside them:
+
+    ====================  =========  ==================================================================================
+    ``times``             int64      how often the row was asked for
+    ``seed_set``          text       the first set that asked for it; null for none, and in a hierarchical sample
+    ``seed``              int64      position in it of the seed that is nearest; null where clusters were asked for
+    ``cosine``            float32    of that seed; null likewise
+    ``cluster``           int32      of the row, -1 for none; null where there are no clusters
+    ====================  =========  ==================================================================================
+    """
+    arrow = require("pyarrow", extra="curate", purpose="curation")
+    start, stop = read_layout(layout).range_of(shard)
+    before, n = pool.kept(shard), stop - start
+    times, of_set = np.zeros(n, np.int64), np.full(n, -1)
+    seed, cosine, named = np.full(n, -1), np.full(n, np.nan, np.float32), np.zeros(n, dtype=bool)
+    for number, (_, folder) in enumerate(chosen):
+        hits = read_table(folder, "all")
+        low, high = np.searchsorted(hits["position"].to_numpy(), [start, stop])
+        hits = hits.slice(low, high - low)
+        rows = hits["position"].to_numpy() - start
+        times[rows] += hits["times"].to_numpy()
+        new = of_set[rows] < 0
+        rows, hits = rows[new], hits.filter(arrow.array(new))
+        of_set[rows] = number
+        named[rows] = hits["seed"].is_valid().to_numpy()
+        seed[rows] = hits["seed"].fill_null(-1).to_numpy()
+        cosine[rows] = hits["cosine"].fill_null(np.nan).to_numpy()
+    names = [chosen[number][0] or None if number >= 0 else None for number in of_set.tolist()]
+    columns = {
+        "times": times,
+        "seed_set": arrow.array(names, arrow.string()),
+        "seed": arrow.array(seed, mask=~named),
+        "cosine": arrow.array(cosine, mask=~named),
+        "cluster": arrow.nulls(n, "int32") if clusters is None else clusters.read_clusters(shard),
+    }
+    reasons = [None if asked else NOT_CHOSEN for asked in (times > 0).tolist()]
+    return write_decisions(output, reasons, before, columns, {"times asked for": int(times.sum())})

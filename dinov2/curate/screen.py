@@ -1,24 +1,258 @@
-"""From measures to decisions: what is unfit by itself, then what repeats something that is fit."""
+"""The screen stage: each image is measured once, and what is unfit for training goes. Faces are found for blurring."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from dinov2.curate.decisions import write_decisions
-from dinov2.curate.dedup.components import Components
-from dinov2.curate.pool import Pool, read_table
-from dinov2.curate.screen.config import ScreenConfig
-from dinov2.curate.screen.hashing import near_pairs
-from dinov2.curate.steps import Counts, Output
+from dinov2.curate.components import Components
+from dinov2.curate.faces import Box, open_detector
+from dinov2.curate.hashing import BITS, SIDE, fit_directions, near_pairs, pca_hashes, standardized, thumbnail
+from dinov2.curate.plugins import identity_of, load_function, open_onnx
+from dinov2.curate.pool import Pool, read_array, read_table, write_decisions
+from dinov2.curate.search.vectors import layout_of, read_layout
+from dinov2.curate.steps import Counts, Output, Step, Steps, Task
+from dinov2.data.cropping import resized
+from dinov2.data.decoding import Pixels, UnreadableImageError, decode_image
+from dinov2_kernels._extras import require
 
+BATCH = 16
+BATCH_PIXELS = 2**25  # from which on a batch is full: 100 MB, whatever the images
+QUALITY_SIDE = 256  # pixels of the longer side that sharpness is measured at
+NSFW_SIDE = 224
+
+Scorer = Callable[[list[Pixels]], npt.NDArray[np.float32]]
 UNREADABLE = "unreadable"
 TOO_SMALL, TOO_LONG = "too small", "too long"
 PLAIN, BLURRED = "plain", "blurred"
 NSFW = "NSFW"
 EXACT, NEAR = "exact duplicate", "near-duplicate (PCA hash)"
+
+
+@dataclass(frozen=True)
+class ScreenConfig:
+    """What is unfit for training. Every measure is written; a changed threshold measures nothing again."""
+
+    min_side: int = 64
+    """Pixels of the shorter side at least."""
+    max_aspect: float = 4.0
+    """Longer side over shorter side at most."""
+    min_entropy: float = 3.0
+    """Of the histogram of grey levels, in bits of 8: flat colours, blank pages and plain logos have less."""
+    min_sharpness: float = 0.0
+    """Variance of the Laplacian of the grey image at 256 pixels, below about 20 where it is blurred. 0 keeps all."""
+    max_distance: int = 2
+    """Bits of 64 in which the PCA hashes of near-duplicates differ at most; -1 looks for none."""
+    hash_sample: int = 5000
+    """Images of the pool that the directions of the PCA hash are fitted to."""
+    nsfw: str = ""
+    """Scorer of nudity and violence: MODULE:FUNCTION, called with a list of uint8 RGB images [H, W, 3] and giving
+    numbers of 0 to 1, or an ONNX file that maps float32 [b, 3, 224, 224] of 0 to 1 to [b] or [b, 1]. None by default:
+    no such model may be bundled."""
+    nsfw_threshold: float = 0.5
+    """Score from which on an image is dropped."""
+    faces: str = "bundled"
+    """Detector of faces, to be blurred in the final set: bundled, none, or MODULE:FUNCTION, called with a list of uint8
+    RGB images and giving for each a list of boxes (x, y, width, height) in pixels."""
+    seed: int = 0
+    """Of the hash's sample."""
+
+    def __post_init__(self) -> None:
+        if self.min_side < 1:
+            raise ValueError(f"screen.min_side must be positive, but is {self.min_side}")
+        if self.max_aspect < 1:
+            raise ValueError(f"screen.max_aspect must be 1 or more, but is {self.max_aspect}")
+        if not -1 <= self.max_distance <= 8:
+            raise ValueError(f"screen.max_distance must be from -1 to 8, but is {self.max_distance}")
+        if not 0 <= self.nsfw_threshold <= 1:
+            raise ValueError(f"screen.nsfw_threshold must be from 0 to 1, but is {self.nsfw_threshold}")
+        if self.hash_sample < 1:
+            raise ValueError(f"screen.hash_sample must be positive, but is {self.hash_sample}")
+
+
+def screen(pool: Pool, config: ScreenConfig, output: str) -> Steps[Pool]:
+    """Drop images that are unreadable, too small, too long, plain, blurred, unsafe, or the same as another.
+
+    Args:
+        pool: images.
+        config: what is unfit.
+        output: folder or URL of the whole curation.
+
+    Returns:
+        The pool after the decisions, in whose tables are also the measures and the faces.
+
+    Raises:
+        ValueError: a plugged-in scorer or detector cannot be imported.
+    """
+    layout = yield from layout_of(pool, "screen", output)
+    inputs = (pool.images, *pool.decisions)
+    tasks = [Task(shard, measure, (pool, shard, config)) for shard in pool.shards()]
+    plugged_in = [identity_of(config.faces), identity_of(config.nsfw)]
+    measures = Step(output, "screen-measures", plugged_in, inputs, tasks)
+    yield measures
+    task = Task("all", _fit, (pool.shards(), measures.folder, config))
+    settings = [config.hash_sample, config.seed, pool.fingerprint()]
+    fit = Step(output, "screen-fit", settings, (measures.folder,), [task])
+    yield fit
+    tasks = [Task(shard, _hash, (shard, measures.folder, fit.folder)) for shard in pool.shards()]
+    hashes = Step(output, "screen-hashes", None, (measures.folder, fit.folder), tasks)
+    yield hashes
+    thresholds = _thresholds(config)
+    folders = (measures.folder, hashes.folder)
+    task = Task("all", find_repeats, (pool, *folders, config))
+    repeats = Step(output, "screen-repeats", thresholds, (*inputs, layout, *folders), [task])
+    yield repeats
+    places = read_layout(layout)
+    tasks = [
+        Task(shard, decide, (pool, shard, places.range_of(shard)[0], *folders, repeats.folder, config))
+        for shard in places.names
+    ]
+    decisions = Step(output, "screen-decisions", thresholds, (*folders, repeats.folder), tasks)
+    yield decisions
+    return pool.after(decisions.folder)
+
+
+def _thresholds(config: ScreenConfig) -> dict[str, Any]:
+    names = ("min_side", "max_aspect", "min_entropy", "min_sharpness", "max_distance", "nsfw_threshold")
+    return {name: getattr(config, name) for name in names}
+
+
+class Quality(NamedTuple):
+    """Measures of an image."""
+
+    entropy: float
+    sharpness: float
+
+
+def measure(output: Output, pool: Pool, shard: str, config: ScreenConfig) -> Counts:
+    """Task: write for every row of a shard
+
+    ===============  ========================  ========================================================================
+    ``readable``     bool                      whether it could be decoded; else all other columns are null
+    ``thumbnail``    1,024 bytes               32 x 32 grey levels, of which the PCA hash is made
+    ``entropy``      float32                   of grey levels, in bits
+    ``sharpness``    float32                   variance of the Laplacian of the grey image at 256 pixels
+    ``nsfw``         float32                   the scorer's; null without a scorer
+    ``faces``        list of structs           x, y, width, height (int32) in pixels of the upright image
+    ===============  ========================  ========================================================================
+    """
+    detect, score = open_detector(config.faces), open_scorer(config.nsfw)
+    before, files = pool.kept(shard), pool.open_images(shard)
+    rows: list[dict[str, Any]] = [dict[str, Any](readable=False) for _ in before]
+    batch: list[tuple[int, Pixels]] = []
+
+    def settle() -> None:
+        images = [image for _, image in batch]
+        faces = detect(images) if detect else [[] for _ in images]
+        scores = score(images).tolist() if score else [None] * len(images)
+        for (row, _), boxes, nsfw in zip(batch, faces, scores, strict=True):
+            rows[row] |= {"faces": [box._asdict() for box in boxes], "nsfw": nsfw}
+        batch.clear()
+
+    for row in np.flatnonzero(before).tolist():
+        try:
+            image = decode_image(files[row], f"{row} of {shard}")
+        except UnreadableImageError:
+            continue
+        rows[row] = {"readable": True, "thumbnail": thumbnail(image).tobytes(), **quality(image)._asdict()}
+        batch.append((row, image))
+        if len(batch) == BATCH or sum(held.shape[0] * held.shape[1] for _, held in batch) >= BATCH_PIXELS:
+            settle()
+    if batch:
+        settle()
+    output.write_table(_table(rows))
+    readable = sum(row["readable"] for row in rows)
+    found = sum(len(row.get("faces", [])) for row in rows)
+    return Counts(int(before.sum()), readable, {}, {"faces": found})
+
+
+def quality(image: Pixels) -> Quality:
+    """Measures of an image uint8 [H, W, 3]."""
+    cv2 = require("cv2", extra="curate", purpose="measuring quality")
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    scale = min(QUALITY_SIDE / max(grey.shape), 1.0)
+    size = tuple(max(1, round(side * scale)) for side in (grey.shape[1], grey.shape[0]))
+    small = cv2.resize(grey, size, interpolation=cv2.INTER_AREA)
+    shares = np.bincount(small.ravel(), minlength=256) / small.size
+    shares = shares[shares > 0]
+    return Quality(float(-(shares * np.log2(shares)).sum()), float(cv2.Laplacian(small, cv2.CV_32F).var()))
+
+
+def open_scorer(name: str) -> Scorer | None:
+    """The scorer that a configuration names; None for none.
+
+    Raises:
+        ValueError: it cannot be imported, or is no model of one batch.
+        ImportError: onnxruntime is missing (extra ``onnx``).
+    """
+    if not name:
+        return None
+    if not name.endswith(".onnx"):
+        function = load_function(name)
+        return lambda images: np.asarray(function(images), np.float32)
+    run = open_onnx(name)
+
+    def score(images: list[Pixels]) -> npt.NDArray[np.float32]:
+        views = np.stack([resized(image, NSFW_SIDE, NSFW_SIDE).transpose(2, 0, 1) for image in images])
+        scores: npt.NDArray[np.float32] = run(views.astype(np.float32) / np.float32(255)).reshape(len(images))
+        return scores
+
+    return score
+
+
+def _table(rows: list[dict[str, Any]]) -> Any:
+    arrow = require("pyarrow", extra="curate", purpose="curation")
+    box = arrow.struct([(name, arrow.int32()) for name in Box._fields])
+    types = {
+        "readable": arrow.bool_(),
+        "thumbnail": arrow.binary(SIDE * SIDE),
+        "entropy": arrow.float32(),
+        "sharpness": arrow.float32(),
+        "nsfw": arrow.float32(),
+        "faces": arrow.list_(box),
+    }
+    return arrow.table({name: arrow.array([row.get(name) for row in rows], kind) for name, kind in types.items()})
+
+
+def _fit(output: Output, shards: list[str], measures: str, config: ScreenConfig) -> Counts:
+    """Task: the directions of the PCA hash, from a sample of the pool."""
+    rows = [np.flatnonzero(read_table(measures, shard, ["readable"])["readable"].to_numpy()) for shard in shards]
+    ends = np.cumsum([0, *map(len, rows)])  # of each shard's readable rows among all
+    images = int(ends[-1])
+    rng = np.random.default_rng(config.seed)
+    chosen = np.sort(rng.choice(images, min(config.hash_sample, images), replace=False, shuffle=False))
+    parts = [np.zeros((0, SIDE * SIDE), np.uint8)]
+    for number, shard in enumerate(shards):
+        own = chosen[(chosen >= ends[number]) & (chosen < ends[number + 1])] - ends[number]
+        if len(own):
+            parts.append(_thumbnails(measures, shard, rows[number][own]))
+    units, contrast = standardized(np.concatenate(parts))
+    fitted = fit_directions(units[contrast])
+    assert fitted.shape == (1 + BITS, SIDE * SIDE)
+    output.write_array(fitted)
+    return Counts(images, int(contrast.sum()))
+
+
+def _hash(output: Output, shard: str, measures: str, fit: str) -> Counts:
+    """Task: write ``pca_hash`` (uint64) of every row of a shard, null where it is unreadable or has no contrast."""
+    arrow = require("pyarrow", extra="curate", purpose="curation")
+    readable = read_table(measures, shard, ["readable"])["readable"].to_numpy()
+    rows = np.flatnonzero(readable)
+    units, contrast = standardized(_thumbnails(measures, shard, rows))
+    hashes, missing = np.zeros(len(readable), np.uint64), np.ones(len(readable), dtype=bool)
+    hashes[rows], missing[rows] = pca_hashes(units, np.array(read_array(fit, "all"))), ~contrast
+    output.write_table({"pca_hash": arrow.array(hashes, mask=missing)})
+    return Counts(len(rows), int(contrast.sum()))
+
+
+def _thumbnails(measures: str, shard: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+    """Thumbnails uint8 [N, 1024] of rows that have one."""
+    column = read_table(measures, shard, ["thumbnail"])["thumbnail"].take(rows).to_pylist()
+    return np.frombuffer(b"".join(column), np.uint8).reshape(len(rows), SIDE * SIDE)
 
 
 class Repeats(NamedTuple):

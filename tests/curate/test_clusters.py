@@ -10,18 +10,19 @@ import pytest
 from sklearn.cluster import KMeans
 
 from dinov2.curate import Pool, run_steps
-from dinov2.curate.clusters import ClusterConfig, Clusters, balanced_quotas, k_means, water_fill
-from dinov2.curate.clusters.choose import SmallestKeys, choose, random_keys
-from dinov2.curate.clusters.lloyd import (
-    k_means_in_memory,
-    means_of,
-    nearest_centroids,
-    resampled,
-    spread_start,
-    sums_of,
+from dinov2.curate.clusters import (
+    ClusterConfig,
+    Clusters,
+    SmallestKeys,
+    balanced_quotas,
+    choose,
+    k_means,
+    random_keys,
+    water_fill,
 )
 from dinov2.curate.engines import Inline, ProcessPool
-from dinov2.curate.search.layout import layout_of, read_layout
+from dinov2.curate.lloyd import k_means_in_memory, means_of, nearest_centroids, resampled, spread_start, sums_of
+from dinov2.curate.search.vectors import layout_of, read_layout
 from dinov2.curate.steps import Output, Steps
 from tests.curate.test_runner import contents
 from tests.curate.vector_pools import vector_pool

@@ -10,8 +10,8 @@ import pytest
 import scipy.sparse
 import scipy.sparse.csgraph
 
-from dinov2.curate.dedup import components, components_reference
-from dinov2.curate.dedup.components import Components
+from dinov2.curate import components
+from dinov2.curate.components import Components
 from dinov2_kernels import _host
 
 Nodes = npt.NDArray[np.int64]
@@ -27,7 +27,7 @@ def expected_labels(nodes: int, first: Nodes, second: Nodes) -> Nodes:
     return found
 
 
-@pytest.fixture(params=[_host, components_reference], ids=["native", "reference"])
+@pytest.fixture(params=[_host, components], ids=["native", "reference"])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     module: ModuleType = request.param
     monkeypatch.setattr(components, "_join", module.join_components)

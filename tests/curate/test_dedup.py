@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow
 import pytest
 
-from dinov2.curate.dedup import DedupConfig, dedup, graph
+from dinov2.curate.dedup import PART, DedupConfig, dedup
 from dinov2.curate.engines import Engine, Inline, ProcessPool
 from dinov2.curate.pool import Pool, read_table
 from dinov2.curate.runner import run_steps
@@ -58,11 +58,11 @@ def originals() -> Vectors:
     return unit_vectors(basis)
 
 
-@pytest.mark.parametrize("part", [graph.PART, 7], ids=["one part", "components cut in parts"])
+@pytest.mark.parametrize("part", [PART, 7], ids=["one part", "components cut in parts"])
 def test_one_of_each_group_is_kept_the_largest(
     tmp_path: Path, originals: Vectors, part: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graph, "PART", part)
+    monkeypatch.setattr("dinov2.curate.dedup.PART", part)
     copies = np.concatenate([near(originals[:20], 0.9, seed) for seed in range(3)])
     vectors = np.concatenate([originals, copies])  # row 64 + 20 c + i is copy c of row i
     sizes = np.full(len(vectors), 100)

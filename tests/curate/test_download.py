@@ -15,7 +15,7 @@ from dinov2.curate.download import DownloadConfig, download
 from dinov2.curate.engines import Inline, ProcessPool
 from dinov2.curate.pool import read_table
 from dinov2.data import TarShards
-from tests.curate.download.misbehaving import Server, serving
+from tests.curate.misbehaving import Server, serving
 from tests.curate.test_runner import contents
 
 CONFIG = DownloadConfig(delay=0, tries=1, links_per_shard=6, robots=False, allow_private_addresses=True)

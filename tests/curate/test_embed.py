@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.curate import Pool, run_steps
+from dinov2.curate.copy_network import describe_copies
 from dinov2.curate.embed import EmbedConfig, embed
-from dinov2.curate.embed.copy_network import describe_copies
 from dinov2.curate.engines import Inline, ProcessPool
 from dinov2.curate.pool import read_table
 from dinov2.data import AugmentationConfig, BundledPhotographs, cut_patches

@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 
 from dinov2.curate import run_steps
-from dinov2.curate.domains import read_domains
 from dinov2.curate.engines import Inline, ProcessPool
-from dinov2.curate.extract import ExtractConfig, extract
-from dinov2.curate.extract.archives import StorageError, read_html, read_warc
+from dinov2.curate.extract import ExtractConfig, StorageError, extract, read_html, read_warc
 from dinov2.curate.pool import read_table
 from dinov2.curate.steps import Counts
+from dinov2.curate.web import read_domains
 from dinov2.data.shards.storage import Storage
 from tests.curate.test_runner import contents
 
@@ -288,7 +287,7 @@ def test_many_links_meet_in_ranges_of_keys(tmp_path: Path, monkeypatch: pytest.M
         (pages / f"{file}.warc").write_bytes(response("http://w.org/", images))
     tables = []
     for per_bucket in (100_000, 700):
-        monkeypatch.setattr("dinov2.curate.extract.stage.PER_BUCKET", per_bucket)
+        monkeypatch.setattr("dinov2.curate.extract.PER_BUCKET", per_bucket)
         folder = run_steps(extract(str(pages), ExtractConfig(), str(tmp_path / "out")), Inline())
         shards = Storage(folder).files("", ".parquet")
         tables.append([row for shard in shards for row in read_table(folder, shard).to_pylist()])

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from dinov2.curate.screen.faces import FINEST_SIGMA, Box, blur_faces, blurred_file, bundled_detector, open_detector
+from dinov2.curate.faces import FINEST_SIGMA, Box, blur_faces, blurred_file, bundled_detector, open_detector
 from dinov2.data import BundledPhotographs
 from dinov2.data.decoding import decode_image
 from tests.curate.pictures import encoded, picture
@@ -90,7 +90,7 @@ def test_files_of_any_depth_are_blurred_as_they_are_read() -> None:
 
 def test_detectors_by_their_name() -> None:
     assert open_detector("none") is None
-    detect = open_detector("tests.curate.screen.plugged_in:corner")
+    detect = open_detector("tests.curate.plugged_in:corner")
     assert detect is not None
     assert detect([picture(0, 100, 50), picture(0, 50, 100)]) == [[Box(0, 0, 20, 30)], []]
     with pytest.raises(ValueError, match="MODULE:FUNCTION"):

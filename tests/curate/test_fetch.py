@@ -11,11 +11,9 @@ from typing import Any
 
 import pytest
 
-from dinov2.curate.domains import normal_url
-from dinov2.curate.download import DownloadConfig
-from dinov2.curate.download.addresses import is_public
-from dinov2.curate.download.fetch import Fetched, Fetcher, _retry_after
-from tests.curate.download.misbehaving import Server, serving
+from dinov2.curate.download import DownloadConfig, Fetched, Fetcher, _retry_after
+from dinov2.curate.web import is_public, normal_url
+from tests.curate.misbehaving import Server, serving
 
 QUICK = DownloadConfig(
     delay=0,

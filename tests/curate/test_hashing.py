@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2.curate.dedup.components import Components
-from dinov2.curate.screen.hashing import fit_directions, near_pairs, pca_hashes, standardized, thumbnail
+from dinov2.curate.components import Components
+from dinov2.curate.hashing import fit_directions, near_pairs, pca_hashes, standardized, thumbnail
 from dinov2.data.decoding import Pixels, decode_image
 from tests.curate.pictures import encoded, picture
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dinov2.curate.domains import RefusedURLError, is_blocked, normal_url, read_domains
-from dinov2.curate.extract.html import largest_candidate, parse_page
-from dinov2.curate.opt_out import opts_out
+from dinov2.curate.html import largest_candidate, parse_page
+from dinov2.curate.web import RefusedURLError, is_blocked, normal_url, opts_out, read_domains
 
 
 def links(html: str, url: str = "http://site.org/a/b.html") -> list[str]:

@@ -9,9 +9,9 @@ import pytest
 
 from dinov2.curate import Pool, run_steps
 from dinov2.curate.clusters import ClusterConfig
-from dinov2.curate.decisions import write_decisions
 from dinov2.curate.engines import Inline, ProcessPool
 from dinov2.curate.materialize import MaterializeConfig, materialize
+from dinov2.curate.pool import write_decisions
 from dinov2.curate.retrieve import RetrieveConfig, retrieve
 from dinov2.curate.screen import ScreenConfig, screen
 from dinov2.curate.steps import Output
@@ -111,7 +111,7 @@ def test_sets_of_seeds_as_they_are(tmp_path: Path) -> None:
 def test_faces_are_blurred_and_other_bytes_stay(tmp_path: Path) -> None:
     files = {"wide": encoded(picture(0, 120, 80)), "tall": encoded(picture(1, 80, 120))}
     pool = write_pool(tmp_path / "pool", [files])
-    settings = ScreenConfig(faces="tests.curate.screen.plugged_in:corner")
+    settings = ScreenConfig(faces="tests.curate.plugged_in:corner")
     pool = run_steps(screen(pool, settings, str(tmp_path / "out")), Inline())
     for blur in (True, False):
         config = MaterializeConfig(blur_faces=blur)

@@ -16,11 +16,10 @@ from PIL import Image
 from dinov2.curate import Pool, run_steps
 from dinov2.curate.engines import Inline, ProcessPool
 from dinov2.curate.pool import read_table
-from dinov2.curate.screen import ScreenConfig, screen
-from dinov2.curate.screen.decide import repeats_of
+from dinov2.curate.screen import ScreenConfig, repeats_of, screen
+from tests.curate import plugged_in
 from tests.curate.pictures import encoded, picture, write_pool
-from tests.curate.screen import plugged_in
-from tests.curate.screen.plugged_in import redness
+from tests.curate.plugged_in import redness
 from tests.curate.test_runner import contents
 
 NO_FACES = ScreenConfig(faces="none")
@@ -129,7 +128,7 @@ def test_a_scorer_by_its_name_or_as_onnx(tmp_path: Path) -> None:
         assert screened(tmp_path / str(number), [files], config) == {"red": "NSFW", "blue": None}
 
 
-@pytest.mark.parametrize("name", ["nowhere:f", "tests.curate.screen.plugged_in:nothing", "nonsense"])
+@pytest.mark.parametrize("name", ["nowhere:f", "tests.curate.plugged_in:nothing", "nonsense"])
 def test_what_cannot_be_plugged_in(tmp_path: Path, name: str) -> None:
     with pytest.raises((ValueError, OSError), match="MODULE:FUNCTION"):
         screened(tmp_path, [{"a": encoded(picture(0))}], ScreenConfig(nsfw=name))
@@ -138,7 +137,7 @@ def test_what_cannot_be_plugged_in(tmp_path: Path, name: str) -> None:
 def test_large_images_are_not_held_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {f"i{seed}": encoded(picture(seed)) for seed in range(5)}
     config = ScreenConfig(faces="none", nsfw=f"{redness.__module__}:redness", nsfw_threshold=1.0)
-    monkeypatch.setattr("dinov2.curate.screen.measure.BATCH_PIXELS", 2 * 96 * 96)
+    monkeypatch.setattr("dinov2.curate.screen.BATCH_PIXELS", 2 * 96 * 96)
     plugged_in.batches.clear()
     assert screened(tmp_path, [files], config) == dict.fromkeys(files)
     assert plugged_in.batches == [2, 2, 1]

@@ -1,5 +1,5 @@
 """What a curation did, as one HTML page."""
 
-from dinov2.curate.report.write import write_report
+from dinov2.curate.report.sections import write_report
 
 __all__ = ["write_report"]

@@ -1,9 +1,21 @@
-"""The look of the page, and pieces of it. Everything that comes from elsewhere is escaped here."""
+"""The look of the page and pieces of it: tables, charts, small pictures. What comes from elsewhere is escaped here."""
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Iterable, Sequence
 from html import escape
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from dinov2.curate.faces import Box, blur_faces
+from dinov2.curate.pool import Pool, ShardBytes
+from dinov2.data.decoding import Pixels, UnreadableImageError, decode_image
+from dinov2.data.shards.storage import Storage
+from dinov2_kernels._extras import require
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -36,6 +48,10 @@ svg .bar { fill: var(--bar) } svg .axis { stroke: var(--line) } pre { overflow-x
 @media (max-width: 40rem) { .track { width: 3rem } }
 @media print { body { max-width: none } .row { break-inside: avoid } }
 """
+WIDTH, HEIGHT, MARGIN = 300, 110, 18
+BINS = 30
+SIDE = 112
+EMPTY = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
 
 
 def document(title: str, parts: Iterable[str]) -> str:
@@ -90,3 +106,85 @@ def row(figures: Iterable[str]) -> str:
 def groups(rows: Iterable[str]) -> str:
     """Rows of pictures beside one another where there is room."""
     return f'<div class="groups">{"".join(rows)}</div>'
+
+
+def histogram(title: str, values: npt.NDArray[np.generic], *, logarithmic: bool = False) -> str:
+    """How often values lie where; those on a logarithmic scale must be positive. Nothing for no values."""
+    numbers = np.asarray(values, np.float64)
+    numbers = numbers[np.isfinite(numbers)]
+    if not len(numbers):
+        return ""
+    scaled = np.log10(numbers) if logarithmic else numbers
+    counts, edges = np.histogram(scaled, BINS)
+    if logarithmic:
+        edges = 10**edges
+    highest, wide = max(int(counts.max()), 1), WIDTH / BINS
+    bars = "".join(
+        f'<rect class="bar" x="{i * wide:.1f}" y="{MARGIN + HEIGHT * (1 - count / highest):.1f}" width="{wide - 1:.1f}"'
+        f' height="{HEIGHT * count / highest:.1f}"><title>{edges[i]:.4g} to {edges[i + 1]:.4g}: {count:,}</title>'
+        "</rect>"
+        for i, count in enumerate(counts.tolist())
+    )
+    bottom = MARGIN + HEIGHT
+    labels = "".join(
+        f'<text x="{x}" y="{bottom + 14}" text-anchor="{anchor}">{value:.4g}</text>'
+        for x, anchor, value in (
+            (0, "start", edges[0]),
+            (WIDTH / 2, "middle", edges[BINS // 2]),
+            (WIDTH, "end", edges[-1]),
+        )
+    )
+    scale = ", logarithmic" if logarithmic else ""
+    return (
+        f"<div><h3>{escape(title)}</h3>"
+        f'<svg viewBox="0 0 {WIDTH} {bottom + 18}" width="{WIDTH}" role="img" aria-label="{escape(title)}">'
+        f'<text x="0" y="11">{len(numbers):,} values{scale}; highest bar {highest:,}</text>'
+        f'{bars}<line class="axis" x1="0" x2="{WIDTH}" y1="{bottom}" y2="{bottom}"/>{labels}</svg></div>'
+    )
+
+
+class Pictures:
+    """The images of a pool as data URLs.
+
+    Args:
+        pool: images.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self._files: dict[str, ShardBytes] = {}
+        self._ends: list[tuple[int, str]] = []  # first position behind each shard
+
+    def at(self, shard: str, row: int, faces: list[Box] | None = None) -> str:
+        """An image, with the faces blurred that are given; an empty picture where it cannot be read."""
+        if shard not in self._files:
+            self._files[shard] = self.pool.open_images(shard)
+        try:
+            pixels = decode_image(self._files[shard][row], "")
+        except UnreadableImageError:
+            return EMPTY
+        return data_url(blur_faces(pixels, faces) if faces else pixels)
+
+    def at_position(self, position: int) -> str:
+        """An image by its number in all shards."""
+        if not self._ends:
+            parquet, end = require("pyarrow.parquet", extra="curate", purpose="curation"), 0
+            storage = Storage(self.pool.images)
+            for shard, path in storage.indices().items():
+                with storage.filesystem.open(path, "rb") as file:
+                    end += parquet.ParquetFile(file).metadata.num_rows
+                self._ends.append((end, shard))
+        start = 0
+        for end, shard in self._ends:
+            if position < end:
+                return self.at(shard, position - start)
+            start = end
+        return EMPTY
+
+
+def data_url(pixels: Pixels) -> str:
+    """A small JPEG of a uint8 image [H, W, 3], as a data URL."""
+    image, file = Image.fromarray(pixels), io.BytesIO()
+    image.thumbnail((SIDE, SIDE))
+    image.save(file, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

@@ -9,12 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dinov2.curate.engines.engine import single_thread
+from dinov2.curate.engines import single_thread
 from dinov2.curate.pool import Pool
-from dinov2.curate.search.best import Pairs, best
-from dinov2.curate.search.config import SearchConfig
-from dinov2.curate.search.layout import Positions, read_layout
-from dinov2.curate.search.vectors import PoolVectors, Vectors, pair_cosines
+from dinov2.curate.search.flat import Pairs, best
+from dinov2.curate.search.vectors import PoolVectors, Positions, SearchConfig, Vectors, pair_cosines, read_layout
 from dinov2.curate.steps import Counts, Output
 from dinov2.data.shards.storage import RangeReader, Storage
 from dinov2_kernels._extras import require

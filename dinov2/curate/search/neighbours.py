@@ -1,7 +1,8 @@
-"""What a search has found: a table for each shard of the queries."""
+"""The search as steps: portions of queries against portions of a pool, and a table of what each query found."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,12 +10,16 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dinov2.curate.pool import read_table
-from dinov2.curate.search.best import Pairs, best
-from dinov2.curate.search.layout import Layout, read_layout
-from dinov2.curate.steps import Counts, Output
+from dinov2.curate.pool import Pool, read_table
+from dinov2.curate.search import inverted
+from dinov2.curate.search.flat import Pairs, best, search_flat
+from dinov2.curate.search.inverted import search_inverted
+from dinov2.curate.search.vectors import Layout, PoolVectors, Positions, SearchConfig, Vectors, layout_of, read_layout
+from dinov2.curate.steps import Counts, Output, Step, Steps, Task
 from dinov2.data.shards.storage import Storage
 from dinov2_kernels._extras import require
+
+SLICE = 16_384  # rows of what is searched that are in memory at once where there is no index
 
 
 class Found(NamedTuple):
@@ -57,6 +62,148 @@ class Neighbours:
     def layout(self) -> Layout:
         """Where the rows of what was searched stand."""
         return read_layout(self.searched)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What all tasks of a search share; the fields are those of :func:`search`."""
+
+    queries: Pool
+    query_rows: str
+    pool: Pool
+    pool_rows: str
+    config: SearchConfig
+    kind: str
+    k: int
+    threshold: float
+
+    def folders(self) -> tuple[str, ...]:
+        pools = (self.queries, self.pool)
+        features = [pool.features for pool in pools if pool.features is not None]
+        return (self.query_rows, self.pool_rows, *features, *self.queries.decisions, *self.pool.decisions)
+
+
+def search(
+    queries: Pool,
+    pool: Pool,
+    config: SearchConfig,
+    output: str,
+    *,
+    stage: str,
+    k: int,
+    threshold: float = -2.0,
+) -> Steps[Neighbours]:
+    """The k nearest rows of a pool for each row of another, by the inner product of their features.
+
+    Rows that are out, or whose features are NaN, neither ask nor are found. Where both pools are the same, no row is
+    its own neighbour. Cosines are exact (:func:`~dinov2.curate.search.vectors.exact_cosines`), with a flat index so are
+    the neighbours; of equally near ones those of lower position come first. Nothing depends on threads, engines, the
+    order of tasks or, for a given order of rows, on how these are cut in shards.
+
+    Args:
+        queries: pool with features.
+        pool: what is searched, with features of the same kind.
+        config: how.
+        output: folder or URL of the whole curation.
+        stage: first part of the steps' names.
+        k: neighbours of a row, at most.
+        threshold: only neighbours with a larger cosine are written.
+
+    Returns:
+        What was found, once all steps are run.
+
+    Raises:
+        ValueError: an argument is out of its range, or a pool has no features.
+    """
+    if k < 1:
+        raise ValueError(f"k must be positive, but is {k}")
+    for name, given in (("queries", queries), ("pool", pool)):
+        if given.features is None:
+            raise ValueError(f"{name} must have features, but have none: embed them first")
+    query_rows = yield from layout_of(queries, stage, output)
+    pool_rows = query_rows if pool == queries else (yield from layout_of(pool, stage, output))
+    layout, query_layout = read_layout(pool_rows), read_layout(query_rows)
+    kind = config.kind(math.isqrt(layout.rows * query_layout.rows))
+    job = _Search(queries, query_rows, pool, pool_rows, config, kind, k, threshold)
+    blocks = layout.blocks(config.index_rows)
+    built = None if kind == "flat" else (yield from _build(job, blocks, output, stage))
+    groups = query_layout.groups(config.query_rows)
+    tasks = tuple(
+        Task(
+            _name(i, j),
+            _search,
+            (job, (query_layout.range_of(group[0])[0], query_layout.range_of(group[-1])[1]), block, built, _name(j)),
+        )
+        for i, group in enumerate(groups)
+        for j, block in enumerate(blocks)
+    )
+    inputs = (*job.folders(), *([] if built is None else [built]))
+    pairs = Step(output, f"{stage}-pairs", [config, kind, k, threshold], inputs, tasks, "queries", gpu=True)
+    yield pairs
+    merges = []
+    for i, group in enumerate(groups):
+        names = tuple(_name(i, j) for j in range(len(blocks)))
+        merges += [Task(shard, merge, (pairs.folder, names, *query_layout.range_of(shard), k)) for shard in group]
+    merged = Step(output, f"{stage}-neighbours", k, (pairs.folder,), tuple(merges))
+    yield merged
+    return Neighbours(merged.folder, query_rows, pool_rows)
+
+
+def _build(job: _Search, blocks: list[tuple[int, int]], output: str, stage: str) -> Steps[str]:
+    """Train an inverted file, and build one for each block; gives the folder that they are in."""
+    require("faiss", extra="curate", purpose="approximate search")
+    settings = [job.config, job.kind]
+    train = Task("all", inverted.train, (job.pool, job.pool_rows, job.config, job.kind))
+    trained = Step(output, f"{stage}-lists", settings, job.folders(), (train,))
+    yield trained
+    tasks = tuple(
+        Task(_name(j), inverted.build, (job.pool, job.pool_rows, trained.folder, *block))
+        for j, block in enumerate(blocks)
+    )
+    built = Step(output, f"{stage}-index", settings, (trained.folder,), tasks)
+    yield built
+    return built.folder
+
+
+def _search(
+    output: Output, job: _Search, asking: tuple[int, int], block: tuple[int, int], built: str | None, index: str
+) -> Counts:
+    """Task: the pairs of a group of queries and a block of what is searched."""
+    queries = PoolVectors(job.queries, read_layout(job.query_rows))
+    others = PoolVectors(job.pool, read_layout(job.pool_rows))
+    counts = Counts()
+
+    def found() -> Iterator[Pairs]:
+        nonlocal counts
+        for start in range(*asking, job.config.query_rows):
+            stop = min(start + job.config.query_rows, asking[1])
+            vectors, positions = queries.block(start, stop)
+            own = positions if job.queries == job.pool else None
+            if built is None:
+                pairs = search_flat(vectors, own, _portions(others, *block), job.k, job.threshold)
+            else:
+                pairs = search_inverted(
+                    vectors, own, others, (built, index), job.k, job.threshold, job.config, job.kind
+                )
+            counts += Counts(len(vectors), len(np.unique(pairs.query)), {}, {"pairs": len(pairs.query)})
+            pairs = pairs._replace(query=positions[pairs.query])
+            starts = queries.layout.starts
+            cuts = np.searchsorted(pairs.query, starts[(starts > start) & (starts < stop)])
+            yield from (Pairs(*part) for part in zip(*(np.split(column, cuts) for column in pairs), strict=True))
+
+    write_pairs(output, found())
+    return counts
+
+
+def _portions(others: PoolVectors, start: int, stop: int) -> Iterator[tuple[Vectors, Positions]]:
+    for low in range(start, stop, SLICE):
+        vectors, positions = others.block(low, min(low + SLICE, stop))
+        if len(vectors):
+            yield vectors, positions
+
+
+def _name(*numbers: int) -> str:
+    return "-".join(f"{number:05d}" for number in numbers)
 
 
 def write_pairs(output: Output, pairs: Iterator[Pairs]) -> None:

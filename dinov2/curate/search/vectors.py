@@ -1,19 +1,150 @@
-"""Features of a pool by position, and their exact inner products."""
+"""What a search works on: its settings, where each row of a pool stands, and features in portions."""
 
 from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from dinov2.curate.pool import Pool
-from dinov2.curate.search.layout import Layout, Positions
+from dinov2.curate.pool import Pool, read_table
+from dinov2.curate.steps import Counts, Output, Step, Steps, Task
+from dinov2.data.shards.storage import Storage
+from dinov2_kernels._extras import require
 
+KINDS = ("auto", "flat", "ivf_sq8", "ivf_rabitq", "ivf_pq")
+Positions = npt.NDArray[np.int64]
 Vectors = npt.NDArray[np.float16]
 
 CHUNK = 8192  # pairs whose vectors are in memory at once
 
 LENGTH_TOLERANCE = 0.02  # of vectors of unit length; float16 rounds the length of a long vector by 0.0005
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """How neighbours are looked for, and in which portions.
+
+    Attributes:
+        index: ``flat`` compares everything with everything and is exact. ``ivf_sq8``, ``ivf_rabitq`` and ``ivf_pq``
+            look into the nearest lists of an inverted file only, whose vectors take 8 bits a dimension, 1 bit a
+            dimension, or 64 bytes in all; what they find is compared again exactly. ``auto`` is ``flat`` or, where
+            there are many rows to search, ``ivf_rabitq``.
+        exact_below: number of rows below which ``auto`` is ``flat``; where there are fewer queries than rows to search,
+            the square root of the number of pairs.
+        lists: of an inverted file; 0 stands for the power of two nearest to 4 sqrt(``index_rows``), or less where there
+            are fewer vectors to train on.
+        probes: lists looked into for each query; 0 stands for one in 64, and 16 at least.
+        query_rows: rows of a portion of queries, rounded to whole shards; a task takes one portion of each side.
+        index_rows: rows of a portion of what is searched. Inverted files hold one portion each.
+        seed: of the sample that inverted files are trained on.
+    """
+
+    index: str = "auto"
+    exact_below: int = 1_000_000
+    lists: int = 0
+    probes: int = 0
+    query_rows: int = 50_000
+    index_rows: int = 500_000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.index not in KINDS:
+            raise ValueError(f"index must be one of {', '.join(KINDS)}, but is {self.index!r}")
+        for name in ("query_rows", "index_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, but is {getattr(self, name)}")
+        for name in ("exact_below", "lists", "probes", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
+
+    def kind(self, rows: int) -> str:
+        """What ``auto`` is for a number of rows that search and are searched; else what was set."""
+        if self.index != "auto":
+            return self.index
+        return "flat" if rows < self.exact_below else "ivf_rabitq"
+
+    def number_of_lists(self, rows: int) -> int:
+        """Of the inverted files over ``rows`` rows in all."""
+        portion = max(min(rows, self.index_rows), 1)
+        return self.lists or 2 ** max(round(math.log2(4 * math.sqrt(portion))), 0)
+
+    def number_of_probes(self, lists: int) -> int:
+        """Lists looked into, of ``lists``."""
+        return min(self.probes or max(16, lists // 64), lists)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The rows of all shards of a pool, numbered through in the order of the shards' names.
+
+    Position ``starts[i] + r`` is row r of shard ``names[i]``: its global id.
+
+    Attributes:
+        names: of the shards [S], sorted.
+        starts: position of the first row of each, and behind the last the number of rows; int64 [S + 1].
+    """
+
+    names: tuple[str, ...]
+    starts: Positions
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return int(self.starts[-1])
+
+    def range_of(self, shard: str) -> tuple[int, int]:
+        """First position of a shard, and the first one behind it."""
+        number = int(np.searchsorted(np.asarray(self.names), shard))
+        if number == len(self.names) or self.names[number] != shard:
+            raise ValueError(f"shard must be one of the pool's {len(self.names)}, but is {shard!r}")
+        return int(self.starts[number]), int(self.starts[number + 1])
+
+    def locate(self, positions: Positions) -> tuple[Positions, Positions]:
+        """Number of the shard and row in it of positions [N]."""
+        numbers = np.searchsorted(self.starts, positions, side="right") - 1
+        return numbers, positions - self.starts[numbers]
+
+    def blocks(self, rows: int) -> list[tuple[int, int]]:
+        """All positions in ranges of ``rows``, the last one shorter."""
+        return [(start, min(start + rows, self.rows)) for start in range(0, self.rows, rows)]
+
+    def groups(self, rows: int) -> list[tuple[str, ...]]:
+        """All shards in runs of about ``rows`` rows: whole shards, one at least."""
+        runs = self.starts[:-1] // rows
+        cuts = [0, *(np.flatnonzero(np.diff(runs)) + 1).tolist(), len(self.names)]
+        return [self.names[a:b] for a, b in itertools.pairwise(cuts) if b > a]
+
+
+def layout_of(pool: Pool, stage: str, output: str) -> Steps[str]:
+    """Count the rows of a pool's shards; gives the folder that :func:`read_layout` reads."""
+    task = Task("all", _write_layout, (pool.images,))
+    step = Step(output, f"{stage}-rows", pool.fingerprint(), (pool.images,), (task,))
+    yield step
+    return step.folder
+
+
+def read_layout(folder: str) -> Layout:
+    """What :func:`layout_of` has counted."""
+    table = read_table(folder, "all")
+    ends = np.cumsum(table["rows"].to_numpy(), dtype=np.int64)
+    return Layout(tuple(table["shard"].to_pylist()), np.concatenate([np.zeros(1, np.int64), ends]))
+
+
+def _write_layout(output: Output, images: str) -> Counts:
+    arrow = require("pyarrow", extra="curate", purpose="curation")
+    parquet = require("pyarrow.parquet", extra="curate", purpose="curation")
+    storage = Storage(images)
+    names, rows = [], []
+    for name, path in storage.indices().items():
+        with storage.filesystem.open(path, "rb") as file:
+            names.append(name)
+            rows.append(parquet.ParquetFile(file).metadata.num_rows)
+    output.write_table({"shard": arrow.array(names, arrow.string()), "rows": np.array(rows, dtype=np.int64)})
+    return Counts(sum(rows), sum(rows))
 
 
 def exact_cosines(first: Vectors, second: Vectors) -> npt.NDArray[np.float32]:
