@@ -20,7 +20,7 @@ Read it back with dinov2.models.load_pretrained("first"), whatever its format.""
 def run(arguments: Sequence[str]) -> None:
     """Export, or explain how."""
     options = parser().parse_args(arguments or ["--help"])
-    from dinov2.export import export  # after the help, which needs no PyTorch
+    from dinov2.train.networks import export  # after the help, which needs no PyTorch
 
     folder = export(
         options.source,

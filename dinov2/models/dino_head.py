@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov2.models.initialization import init_linear
+from dinov2.models.vision_transformer import init_linear
 from dinov2_kernels import prototype_cross_entropy
 from dinov2_kernels._library import autocast_dtype
 from dinov2_kernels.prototype_cross_entropy.reference import prototypes_backward, prototypes_of

@@ -1,4 +1,4 @@
-"""The vision transformer of DINOv2.
+"""The vision transformer of DINOv2: patches, position embeddings for images of any size, blocks, initial values.
 
 Legend: B images, N tokens of an image, D width of a token, R registers, h x w patches, T tokens of all images.
 """
@@ -7,18 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from math import isqrt
 from typing import Any, cast, overload
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2.models.config import ViTConfig
-from dinov2.models.initialization import init_weights
-from dinov2.models.patch_embedding import PatchEmbed
-from dinov2.models.position_embedding import interpolate_position_embedding
 from dinov2_kernels import PackedLayout
 from dinov2_kernels._library import autocast_dtype
-from dinov2_kernels.nn import Block, Mlp, SwiGLUFFN, run_blocks
+from dinov2_kernels.nn import Block, LayerScale, Mlp, SwiGLUFFN, run_blocks
 from dinov2_kernels.residual import draw_subsets
 
 Features = dict[str, Tensor]
@@ -241,3 +240,103 @@ def vit_large(patch_size: int = 14, **fields: Any) -> VisionTransformer:
 def vit_giant2(patch_size: int = 14, **fields: Any) -> VisionTransformer:
     """ViT-g: 40 blocks of width 1536 with SwiGLU; ``fields`` are those of :class:`ViTConfig`."""
     return VisionTransformer(ViTConfig.of("vit_giant2", patch_size=patch_size, **fields))
+
+
+class PatchEmbed(nn.Module):
+    """Cuts images into square patches and projects each linearly.
+
+    Args:
+        patch_size: height and width P of a patch in pixels.
+        in_chans: channels of the images.
+        embed_dim: width D of the tokens.
+    """
+
+    def __init__(self, patch_size: int, in_chans: int, embed_dim: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.in_chans = in_chans
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def grid(self, images: Tensor) -> tuple[int, int]:
+        """Patches along the height and the width of images [B, in_chans, H, W].
+
+        Raises:
+            ValueError: the images have another shape, or a height or width that is no multiple of the patch.
+        """
+        if images.dim() != 4 or images.shape[1] != self.in_chans:
+            raise ValueError(f"images: expected shape [B, {self.in_chans}, H, W], got {list(images.shape)}")
+        height, width = images.shape[2:]
+        if height % self.patch_size or width % self.patch_size:
+            expected = f"height and width that are multiples of the patch size {self.patch_size}"
+            raise ValueError(f"images: expected {expected}, got {height} x {width}")
+        return height // self.patch_size, width // self.patch_size
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: [B, in_chans, H, W]; returns [B, h * w, D], the patches row by row.
+
+        The convolution does not overlap, so it is a matrix product of the patches, which runs faster than PyTorch's
+        convolution with such a stride and writes the tokens in their order.
+        """
+        (h, w), size = self.grid(images), self.patch_size
+        patches = images.unflatten(3, (w, size)).unflatten(2, (h, size))  # [B, in_chans, h, P, w, P]
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [B, h * w, in_chans * P * P]
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+def interpolate_position_embedding(
+    pos_embed: Tensor, grid: tuple[int, int], *, offset: float = 0.0, antialias: bool = True
+) -> Tensor:
+    """Resample the position embeddings of a square grid of M x M patches to another grid, bicubically.
+
+    DINOv2's published models use two modes. Those without registers pass ``(patches + 0.1) / M`` as scale factor
+    (``offset=0.1, antialias=False``): the offset was meant to guard the output size against rounding, but it moves the
+    sampling points as well, so the weights expect it. Those with registers resample to the size itself
+    (``offset=0, antialias=True``). A grid of M x M is returned as it is, in either mode.
+
+    Args:
+        pos_embed: [1, 1 + M * M, D] embedding of the class token, then of the patches row by row.
+        grid: patches of the image along its height and its width (h, w).
+        offset: added to the number of patches in the scale factor; 0 for the size itself.
+        antialias: smooth before going to fewer patches.
+
+    Returns:
+        [1, 1 + h * w, D] in the dtype of ``pos_embed``; the arithmetic is float32, or float64 for float64.
+    """
+    size = isqrt(pos_embed.shape[1] - 1)  # M
+    if grid == (size, size):
+        return pos_embed
+    patches = pos_embed[:, 1:].to(torch.promote_types(pos_embed.dtype, torch.float32))
+    patches = patches.unflatten(1, (size, size)).permute(0, 3, 1, 2)  # [1, D, M, M]
+    if offset:
+        scale = ((grid[0] + offset) / size, (grid[1] + offset) / size)
+        patches = F.interpolate(patches, scale_factor=scale, mode="bicubic", antialias=antialias)
+    else:
+        patches = F.interpolate(patches, size=grid, mode="bicubic", antialias=antialias)
+    patches = patches.flatten(2).transpose(1, 2).to(pos_embed.dtype)  # [1, h * w, D]
+    return torch.cat([pos_embed[:, :1], patches], dim=1)
+
+
+def init_weights(model: VisionTransformer) -> None:
+    """Draw all parameters of a model.
+
+    Linear layers and position embeddings: normal of standard deviation 0.02, truncated at +-2; class token and
+    registers: normal of standard deviation 1e-6; mask token and biases: zero; LayerScale: its initial value; patch
+    projection: PyTorch's default for convolutions.
+    """
+    for module in model.modules():
+        init_linear(module)
+        if isinstance(module, nn.Conv2d | nn.LayerNorm | LayerScale):
+            module.reset_parameters()
+    nn.init.trunc_normal_(model.pos_embed, std=0.02)
+    nn.init.normal_(model.cls_token, std=1e-6)
+    if model.register_tokens is not None:
+        nn.init.normal_(model.register_tokens, std=1e-6)
+    nn.init.zeros_(model.mask_token)
+
+
+def init_linear(module: nn.Module) -> None:
+    """Truncated normal weights of standard deviation 0.02 and zero biases; leaves other modules alone."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from dinov2.models.run_checkpoint import MANIFEST, load_checkpoint, manifest_text
+from dinov2.models.checkpoints.run import MANIFEST, load_checkpoint, manifest_text
 
 __all__ = ["CheckpointDirectory", "load_checkpoint", "step_of"]
 
@@ -17,7 +17,7 @@ PARTIAL = ".partial"
 
 
 class CheckpointDirectory:
-    """The checkpoints of one run, ``step_00001000/`` and so on; see :mod:`dinov2.models.run_checkpoint`.
+    """The checkpoints of one run, ``step_00001000/`` and so on; see :mod:`dinov2.models.checkpoints.run`.
 
     One is written as ``step_00001000.partial`` and renamed when all of it is on the disk; one that is no longer kept is
     renamed to that before it is deleted. So a process that is killed at any moment leaves complete checkpoints and

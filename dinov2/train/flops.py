@@ -25,7 +25,7 @@ from torch import nn
 
 from dinov2.data import MaskConfig
 from dinov2.models import HeadConfig, VisionTransformer, ViTConfig
-from dinov2.models.weights import head_config_of
+from dinov2.models.checkpoints.weights import head_config_of
 from dinov2.train.config import DistillConfig, RunConfig
 from dinov2_kernels.nn import swiglu_hidden_features
 from dinov2_kernels.residual.sampling import num_kept_samples

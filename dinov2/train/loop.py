@@ -11,7 +11,7 @@ from rich.console import Console
 
 from dinov2.data import ImageDataset, batches, lost_workers_explained, open_dataset
 from dinov2.models import save_pretrained
-from dinov2.models.run_checkpoint import RunCheckpoint
+from dinov2.models.checkpoints.run import RunCheckpoint
 from dinov2.train.checkpoint import CheckpointDirectory
 from dinov2.train.clock import IntervalClock
 from dinov2.train.config import RunConfig

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
 
-from dinov2.models import ViTConfig, Weights, read_weights
-from dinov2.models.weights import split_heads
+from dinov2.models import ViTConfig, Weights, read_weights, save_heads
+from dinov2.models.checkpoints.weights import WRITERS, Format, split_heads
 from dinov2.train.checkpoint import CheckpointDirectory, load_checkpoint, step_of
 from dinov2.train.config import DistillConfig, RunConfig
 from dinov2.train.config_file import is_run, read_config
 
 CENTERS = {"dino_centering.center": "dino_loss.center", "ibot_centering.center": "ibot_patch_loss.center"}
 """Names of the centres in an objective, and in files of weights."""
+Network = Literal["teacher", "student"]
 
 
 class Networks(NamedTuple):
@@ -116,3 +117,45 @@ def _parts(state: Mapping[str, Tensor], prefix: str) -> tuple[dict[str, Tensor],
     mine = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     parts = split_heads(mine)
     return parts.pop("backbone"), parts
+
+
+def export(
+    source: Path,
+    output: Path,
+    *,
+    network: Network = "teacher",
+    student: str | None = None,
+    step: int | None = None,
+    heads: bool = False,
+    format: Format = "facebook",
+) -> Path:
+    """Write a backbone as ``model.safetensors`` and ``config.json``, and with ``heads`` as ``heads.safetensors`` too.
+
+    Args:
+        source: a run (its newest checkpoint counts), a checkpoint in one, or any file or folder of weights that
+            :func:`dinov2.models.load_pretrained` reads.
+        output: a folder; new or empty.
+        network: the teacher, which is the better one, or the student behind it. In a distillation, teacher means the
+            moving average of the student.
+        student: of a distillation with several students, the one to write.
+        step: of a run, the checkpoint after this many steps.
+        heads: also write the heads with their prototypes and centres, which distillation and continued pretraining
+            need.
+        format: whose names and ``config.json``: facebook's names and our own configuration; transformers, for
+            ``AutoModel.from_pretrained``; timm, for ``timm.create_model("local-dir:...")``. Heads keep their names.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: the folder holds something already.
+        FileNotFoundError, ValueError: the source is not there, cannot be read, has no heads to write, or is no model
+            that the format can describe.
+    """
+    if output.is_dir() and any(output.iterdir()):
+        raise FileExistsError(f"output folder {output} is not empty: choose a new one")
+    weights = getattr(read_networks(source, step=step, student=student), network)
+    if heads and not weights.heads:
+        raise ValueError(f"{weights.origin} has no heads to export")
+    WRITERS[format](weights, output)
+    return save_heads(weights, output) if heads else output

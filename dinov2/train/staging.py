@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
-from dinov2.models.run_checkpoint import METADATA, file_record
+from dinov2.models.checkpoints.run import METADATA, file_record
 from dinov2.train.processes import Processes
 
 

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dinov2.data import Batch, RawBatch, finish
 from dinov2.models import VisionTransformer
-from dinov2.models.run_checkpoint import RunCheckpoint
+from dinov2.models.checkpoints.run import RunCheckpoint
 from dinov2.objectives import SelfDistillation, Views
 from dinov2.train.blocks import prepare_blocks
 from dinov2.train.building import build_objective

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dinov2.models.position_embedding import interpolate_position_embedding
+from dinov2.models.vision_transformer import interpolate_position_embedding
 
 MODES = [(0.0, True), (0.1, False)]
 

@@ -21,7 +21,7 @@ from dinov2.models import (
     save_heads,
     save_pretrained,
 )
-from dinov2.models.weights import check_architecture, head_config_of
+from dinov2.models.checkpoints.weights import check_architecture, head_config_of
 
 TinyViT = Callable[..., VisionTransformer]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dinov2.data import MaskConfig, batches
-from dinov2.models.run_checkpoint import RunCheckpoint
+from dinov2.models.checkpoints.run import RunCheckpoint
 from dinov2.train import PretrainConfig, TeacherConfig
 from dinov2.train.checkpoint import CheckpointDirectory
 from dinov2.train.graphed_step import WARM_UP

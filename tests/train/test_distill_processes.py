@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from dinov2.models import load_pretrained
-from dinov2.models.run_checkpoint import RunCheckpoint
+from dinov2.models.checkpoints.run import RunCheckpoint
 from dinov2.recipes import distillation
 from dinov2.train import DistillConfig, ParallelConfig, PretrainConfig, pretrain
 from dinov2.train.checkpoint import CheckpointDirectory

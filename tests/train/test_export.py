@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from dinov2.cli import main
-from dinov2.export import export
 from dinov2.models import VisionTransformer, ViTConfig, load_pretrained, read_weights
 from dinov2.train import PretrainConfig, pretrain
 from dinov2.train.checkpoint import load_checkpoint
-from dinov2.train.networks import checkpoint_of
+from dinov2.train.networks import checkpoint_of, export
 
 
 def backbone(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,8 +11,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from dinov2.export import export
 from dinov2.models import VisionTransformer, ViTConfig, load_pretrained, save_pretrained
+from dinov2.train.networks import export
 
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},

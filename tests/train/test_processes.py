@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from dinov2.data import Batch, DataConfig, ImageDataset, batches, open_dataset
 from dinov2.models import load_pretrained
-from dinov2.models.run_checkpoint import RunCheckpoint
+from dinov2.models.checkpoints.run import RunCheckpoint
 from dinov2.objectives import ObjectiveConfig
 from dinov2.train import ParallelConfig, PretrainConfig, pretrain, read_metrics
 from dinov2.train.checkpoint import CheckpointDirectory, load_checkpoint

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dinov2.data import Batch, batches, open_dataset
 from dinov2.models import HeadConfig
-from dinov2.models.run_checkpoint import RunCheckpoint
+from dinov2.models.checkpoints.run import RunCheckpoint
 from dinov2.objectives import ObjectiveConfig
 from dinov2.recipes import distillation
 from dinov2.train import ParallelConfig, PretrainConfig, RunConfig, pretrain, trainer

@@ -1,14 +1,17 @@
-"""Weights of DINOv2 models under the names of facebook, transformers or timm; all become facebook's."""
+"""Names of weights in facebook's, transformers' and timm's files, and the architecture that weights tell."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import isqrt
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from dinov2.models.config import ViTConfig
+from dinov2_kernels.nn import swiglu_hidden_features
 
 Tensors = dict[str, Tensor]
 Source = Literal["facebook", "transformers", "timm"]
@@ -22,18 +25,31 @@ HEADS = ("head.", *PRETRAINING_HEADS, "linear_head.", "classifier.")
 CENTERS = ("dino_loss.center", "ibot_patch_loss.center")
 """Moving averages of the teacher's logits on class tokens and on patches, which softmax centring subtracts."""
 
-TRANSFORMERS_NAMES = (
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^embeddings\.position_embeddings$", "pos_embed"),
-    (r"^embeddings\.", ""),
-    (r"^encoder\.layer\.", "blocks."),
-    (r"\.attention\.output\.dense\.", ".attn.proj."),
-    (r"\.layer_scale([12])\.lambda1$", r".ls\1.gamma"),
-    (r"\.mlp\.weights_in\.", ".mlp.w12."),
-    (r"\.mlp\.weights_out\.", ".mlp.w3."),
-    (r"^layernorm\.", "norm."),
+Pairs = Sequence[tuple[str, str]]
+"""facebook's name, and what another library writes instead. One that begins with a dot is a part within a name, any
+other the beginning of one."""
+
+TRANSFORMERS: Pairs = (
+    ("patch_embed.proj.", "embeddings.patch_embeddings.projection."),
+    ("pos_embed", "embeddings.position_embeddings"),
+    ("cls_token", "embeddings.cls_token"),
+    ("mask_token", "embeddings.mask_token"),
+    ("register_tokens", "embeddings.register_tokens"),
+    ("blocks.", "encoder.layer."),
+    (".attn.proj.", ".attention.output.dense."),
+    (".ls1.gamma", ".layer_scale1.lambda1"),
+    (".ls2.gamma", ".layer_scale2.lambda1"),
+    (".mlp.w12.", ".mlp.weights_in."),
+    (".mlp.w3.", ".mlp.weights_out."),
+    ("norm.", "layernorm."),
 )
-"""Patterns in the names that transformers writes, and what facebook writes instead."""
+QKV = tuple(f".attention.attention.{part}." for part in ("query", "key", "value"))
+"""transformers' parts of what is ``.attn.qkv.`` at facebook, in this order."""
+TIMM: Pairs = (("register_tokens", "reg_token"),)
+TIMM_GATED: Pairs = ((".mlp.w12.", ".mlp.fc1."), (".mlp.w3.", ".mlp.fc2."))
+"""timm calls these layers fc1 and fc2 whether or not they are gated."""
+HEAD_WIDTH = 64
+"""Width of an attention head in every published model."""
 
 
 def to_facebook_names(content: Any) -> tuple[Tensors, Source]:
@@ -93,28 +109,52 @@ def _without_chunk(name: str) -> str:
 
 
 def _from_transformers(tensors: Tensors) -> Tensors:
-    tensors = _rename(tensors, _transformers_name)
-    renamed = {name: tensor for name, tensor in tensors.items() if ".attention.attention." not in name}
+    tensors = _rename(tensors, lambda name: _replaced(name, _reversed(TRANSFORMERS)))
+    renamed = {name: tensor for name, tensor in tensors.items() if not any(part in name for part in QKV)}
     for name in tensors:
-        if ".attention.attention.query." in name:
-            parts = [tensors[name.replace(".query.", part)] for part in (".query.", ".key.", ".value.")]
-            renamed[name.replace(".attention.attention.query.", ".attn.qkv.")] = torch.cat(parts)
+        if QKV[0] in name:
+            parts = [tensors[name.replace(QKV[0], part)] for part in QKV]
+            renamed[name.replace(QKV[0], ".attn.qkv.")] = torch.cat(parts)
     return _with_mask_token(renamed)
 
 
-def _transformers_name(name: str) -> str:
-    for pattern, replacement in TRANSFORMERS_NAMES:
-        name = re.sub(pattern, replacement, name)
+def to_transformers_names(tensors: Tensors, vit: ViTConfig) -> Tensors:
+    """Weights with facebook's names under those of transformers' Dinov2.
+
+    Queries, keys and values are apart there. LayerScale has to be there: it is 1 where the model has none.
+    """
+    renamed: Tensors = {}
+    for name, tensor in tensors.items():
+        name = _replaced(name, TRANSFORMERS)
+        thirds = zip(QKV, tensor.chunk(3), strict=True) if ".attn.qkv." in name else [(".attn.qkv.", tensor)]
+        renamed |= {name.replace(".attn.qkv.", part): third for part, third in thirds}
+    if vit.init_values is None:
+        for name in (f"blocks.{block}.ls{branch}.gamma" for block in range(vit.depth) for branch in (1, 2)):
+            renamed[_replaced(name, TRANSFORMERS)] = torch.ones(vit.embed_dim)
+    return renamed
+
+
+def _replaced(name: str, pairs: Pairs) -> str:
+    """A name with the first of each pair replaced by the second."""
+    for before, after in pairs:
+        if before.startswith("."):
+            name = name.replace(before, after)
+        elif name.startswith(before):
+            name = after + name.removeprefix(before)
     return name
 
 
+def _reversed(pairs: Pairs) -> Pairs:
+    return [(there, here) for here, there in pairs]
+
+
 def _from_timm(tensors: Tensors) -> Tensors:
-    tensors = _rename(tensors, lambda name: "register_tokens" if name == "reg_token" else name)
+    tensors = _rename(tensors, lambda name: _replaced(name, _reversed(TIMM)))
     if isqrt(tensors["pos_embed"].shape[1]) ** 2 == tensors["pos_embed"].shape[1]:
         # timm adds the class token's position embedding to the class token itself.
         tensors["pos_embed"] = torch.nn.functional.pad(tensors["pos_embed"], (0, 0, 1, 0))
     if _is_gated(tensors):
-        tensors = _rename(tensors, lambda name: name.replace(".mlp.fc1.", ".mlp.w12.").replace(".mlp.fc2.", ".mlp.w3."))
+        tensors = _rename(tensors, lambda name: _replaced(name, _reversed(TIMM_GATED)))
     return _with_mask_token(tensors)
 
 
@@ -126,3 +166,59 @@ def _is_gated(tensors: Tensors) -> bool:
 def _with_mask_token(tensors: Tensors) -> Tensors:
     """Models for inference come without a mask token: it starts at zero, as in a new model."""
     return {"mask_token": torch.zeros_like(tensors["cls_token"][0]), **tensors}
+
+
+def config_of(tensors: Tensors, source: Source, *, num_heads: int | None = None) -> ViTConfig:
+    """Configuration of a model from the shapes of its weights.
+
+    Position embeddings are interpolated as the library that wrote the weights does: shapes do not tell.
+
+    Args:
+        tensors: weights with facebook's names.
+        source: whose names they had.
+        num_heads: heads of each attention layer; by default as many as make them 64 wide.
+
+    Raises:
+        KeyError: the weights lack a part of the model.
+        ValueError: they do not tell the number of heads.
+    """
+    embed_dim, in_chans, patch_size, _ = tensors["patch_embed.proj.weight"].shape
+    registers = tensors["register_tokens"].shape[1] if "register_tokens" in tensors else 0
+    if num_heads is None and embed_dim % HEAD_WIDTH:
+        raise ValueError(f"a width of {embed_dim} does not tell the number of heads: config.json must")
+    gated = "blocks.0.mlp.w3.weight" in tensors
+    last_linear = "blocks.0.mlp.w3" if gated else "blocks.0.mlp.fc2"
+    offset, antialias = _interpolation(source, registers)
+    return ViTConfig(
+        img_size=isqrt(tensors["pos_embed"].shape[1] - 1) * patch_size,
+        patch_size=patch_size,
+        in_chans=in_chans,
+        embed_dim=embed_dim,
+        depth=1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")),
+        num_heads=num_heads or embed_dim // HEAD_WIDTH,
+        mlp_ratio=_mlp_ratio(embed_dim, tensors[f"{last_linear}.weight"].shape[1], gated),
+        ffn="swiglu" if gated else "mlp",
+        qkv_bias="blocks.0.attn.qkv.bias" in tensors,
+        proj_bias="blocks.0.attn.proj.bias" in tensors,
+        ffn_bias=f"{last_linear}.bias" in tensors,
+        init_values=1e-5 if "blocks.0.ls1.gamma" in tensors else None,
+        num_register_tokens=registers,
+        interpolate_offset=offset,
+        interpolate_antialias=antialias,
+    )
+
+
+def _mlp_ratio(embed_dim: int, hidden: int, gated: bool) -> float:
+    """A ratio that gives the feed-forward layer this width."""
+    if not gated:
+        return hidden / embed_dim
+    if swiglu_hidden_features(4 * embed_dim) == hidden:
+        return 4.0
+    return (1.5 * hidden - 0.5) / embed_dim  # 1.5 undoes the two thirds; 0.5 keeps clear of the next multiple of 8
+
+
+def _interpolation(source: Source, registers: int) -> tuple[float, bool]:
+    """Offset and antialiasing with which a library interpolates position embeddings."""
+    if registers or source == "timm":
+        return 0.0, True
+    return (0.1, False) if source == "facebook" else (0.0, False)

@@ -1,29 +1,153 @@
-"""Files of weights: reads those of facebook, transformers and timm, writes safetensors with facebook's names."""
+"""Files of weights: reads those of facebook, transformers and timm, and writes what each of them reads."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
+from torch import nn
 
-from dinov2.models.architecture import config_of
+from dinov2.models.checkpoints.names import (
+    CENTERS,
+    Source,
+    Tensors,
+    config_of,
+    heads_and_centers,
+    to_facebook_names,
+    to_transformers_names,
+)
+from dinov2.models.checkpoints.run import MANIFEST, load_checkpoint
 from dinov2.models.config import ViTConfig
-from dinov2.models.position_embedding import interpolate_position_embedding
-from dinov2.models.run_checkpoint import MANIFEST, load_checkpoint
-from dinov2.models.state_dict_formats import CENTERS, Source, Tensors, heads_and_centers, to_facebook_names
-from dinov2.models.vision_transformer import VisionTransformer
-from dinov2.models.weights import Weights, split_heads
+from dinov2.models.dino_head import DINOHead, HeadConfig
+from dinov2.models.vision_transformer import VisionTransformer, interpolate_position_embedding
 
 WEIGHTS, HEADS, CONFIG = "model.safetensors", "heads.safetensors", "config.json"
 FILES_OF_A_FOLDER = (WEIGHTS, "pytorch_model.bin", "teacher_checkpoint.pth")
 MODEL_TYPE = "dinov2_vision_transformer"
 """``model_type`` in the config.json that :func:`save_pretrained` writes."""
+Format = Literal["facebook", "transformers", "timm"]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A backbone and what was trained with it.
+
+    Attributes:
+        origin: where the weights are from, in words.
+        vit: architecture of the backbone.
+        backbone: its tensors.
+        heads: tensors of each head, ``dino_head`` and ``ibot_head``; empty if they are not known.
+        centers: ``dino_loss.center`` and ``ibot_patch_loss.center``, K numbers each in any shape; or none of them.
+    """
+
+    origin: str
+    vit: ViTConfig
+    backbone: Tensors
+    heads: dict[str, Tensors] = field(default_factory=dict)
+    centers: Tensors = field(default_factory=dict)
+
+    def head_config(self, head: str) -> HeadConfig:
+        """What the head of this name is made of, from the shapes of its tensors."""
+        return head_config_of(self.heads[head])
+
+    def network(self) -> nn.ModuleDict:
+        """Backbone and heads as modules, on the host, in float32."""
+        with torch.device("meta"):
+            modules: dict[str, nn.Module] = {"backbone": VisionTransformer(self.vit)}
+            for name in self.heads:
+                modules[name] = head_of(self.head_config(name), self.vit.embed_dim)
+        network = nn.ModuleDict(modules).to_empty(device="cpu")
+        network.load_state_dict(self.named_tensors())
+        return network
+
+    def named_tensors(self) -> Tensors:
+        """All tensors of backbone and heads: ``backbone.cls_token``, ``dino_head.mlp.0.weight``, ..."""
+        parts = {"backbone": self.backbone, **self.heads}
+        return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+    def backbone_for(self, vit: ViTConfig) -> Tensors:
+        """The backbone's tensors with position embeddings for the image size of ``vit``.
+
+        They are resampled as the model they are from does it when it sees images of that size.
+
+        Raises:
+            ValueError: ``vit`` is of another architecture; the message names each field and both values.
+        """
+        check_architecture(self.vit, vit, self.origin)
+        grid = (vit.grid_size, vit.grid_size)
+        resampled = interpolate_position_embedding(
+            self.backbone["pos_embed"],
+            grid,
+            offset=self.vit.interpolate_offset,
+            antialias=self.vit.interpolate_antialias,
+        )
+        return {**self.backbone, "pos_embed": resampled}
+
+
+def head_of(config: HeadConfig, embed_dim: int) -> DINOHead:
+    """A new head on tokens of width ``embed_dim``."""
+    return DINOHead(embed_dim, config.out_dim, config.hidden_dim, config.bottleneck_dim, config.num_layers)
+
+
+def head_config_of(tensors: Mapping[str, torch.Tensor]) -> HeadConfig:
+    """What a head is made of, from the shapes of its tensors.
+
+    Raises:
+        KeyError: a tensor is missing.
+    """
+    out_dim, bottleneck_dim = tensors["last_layer.weight_v"].shape
+    layers = [name for name in tensors if name.startswith("mlp.") and name.endswith("weight")]
+    hidden_dim = HeadConfig.hidden_dim if layers == ["mlp.weight"] else len(tensors["mlp.0.weight"])
+    return HeadConfig(out_dim, hidden_dim, bottleneck_dim, len(layers))
+
+
+def split_heads(tensors: Tensors) -> dict[str, Tensors]:
+    """``dino_head.mlp.0.weight`` and so on, as one dictionary for each head."""
+    heads: dict[str, Tensors] = {}
+    for name, tensor in tensors.items():
+        head, _, rest = name.partition(".")
+        heads.setdefault(head, {})[rest] = tensor
+    return heads
+
+
+STRUCTURE = (
+    "patch_size",
+    "in_chans",
+    "embed_dim",
+    "depth",
+    "num_heads",
+    "mlp_ratio",
+    "ffn",
+    "qkv_bias",
+    "proj_bias",
+    "ffn_bias",
+    "init_values",
+    "num_register_tokens",
+)
+"""Fields on which the names and shapes of weights depend, or what they compute."""
+
+
+def check_architecture(theirs: ViTConfig, ours: ViTConfig, origin: str) -> None:
+    """Raise ValueError, with what to set, if weights of the architecture ``theirs`` do not fit a model of ``ours``."""
+    differing = [name for name in STRUCTURE if not _agree(name, theirs, ours)]
+    if differing:
+        listed = ", ".join(f"{name} is {getattr(theirs, name)} there, not {getattr(ours, name)}" for name in differing)
+        options = " ".join(f"--vit.{name} {getattr(theirs, name)}" for name in differing)
+        raise ValueError(f"weights of {origin} do not fit the model: {listed}; for a model that they fit set {options}")
+
+
+def _agree(name: str, theirs: ViTConfig, ours: ViTConfig) -> bool:
+    if name == "init_values":  # its value is only where training starts
+        return (theirs.init_values is None) == (ours.init_values is None)
+    if name == "mlp_ratio" and (theirs.ffn, theirs.embed_dim) == (ours.ffn, ours.embed_dim):
+        return theirs.ffn_width == ours.ffn_width
+    return bool(getattr(theirs, name) == getattr(ours, name))
 
 
 def load_pretrained(path: str | os.PathLike[str], model: VisionTransformer | None = None) -> VisionTransformer:
@@ -219,3 +343,99 @@ def _replace(file: Path, write: Callable[[Path], object]) -> None:
     partial = file.with_name(f".{file.name}.partial")
     write(partial)
     partial.replace(file)
+
+
+def write_facebook(weights: Weights, folder: Path) -> None:
+    """Our own form: facebook's names, and the fields of :class:`~dinov2.models.ViTConfig`."""
+    backbone: Any = weights.network()["backbone"]
+    save_pretrained(backbone, folder)
+
+
+def write_transformers(weights: Weights, folder: Path) -> None:
+    """For ``AutoModel.from_pretrained(folder)``: ``Dinov2Model`` or, with registers, ``Dinov2WithRegistersModel``.
+
+    Raises:
+        ValueError: transformers has no such model.
+    """
+    vit = weights.vit
+    _require(vit, "transformers", mlp_ratio=int(vit.mlp_ratio), proj_bias=True, ffn_bias=True)
+    kind = "dinov2_with_registers" if vit.num_register_tokens else "dinov2"
+    config: dict[str, Any] = {
+        "model_type": kind,
+        "architectures": ["Dinov2WithRegistersModel" if vit.num_register_tokens else "Dinov2Model"],
+        "hidden_size": vit.embed_dim,
+        "num_hidden_layers": vit.depth,
+        "num_attention_heads": vit.num_heads,
+        "mlp_ratio": int(vit.mlp_ratio),
+        "use_swiglu_ffn": vit.ffn == "swiglu",
+        "qkv_bias": vit.qkv_bias,
+        "image_size": vit.img_size,
+        "patch_size": vit.patch_size,
+        "num_channels": vit.in_chans,
+        "layer_norm_eps": 1e-6,
+        "layerscale_value": 1.0 if vit.init_values is None else vit.init_values,
+        "use_mask_token": True,
+    }
+    if vit.num_register_tokens:
+        config["num_register_tokens"] = vit.num_register_tokens
+    _write(config, to_transformers_names(weights.backbone, vit), folder)
+
+
+def write_timm(weights: Weights, folder: Path) -> None:
+    """For ``timm.create_model("local-dir:FOLDER")``, which converts facebook's names itself.
+
+    Raises:
+        ValueError: timm has no such model.
+    """
+    vit = weights.vit
+    _require(vit, "timm", ffn_bias=vit.proj_bias)
+    arguments: dict[str, Any] = {
+        "img_size": vit.img_size,
+        "patch_size": vit.patch_size,
+        "in_chans": vit.in_chans,
+        "embed_dim": vit.embed_dim,
+        "depth": vit.depth,
+        "num_heads": vit.num_heads,
+        # timm rounds the product with the width down; its gated layer counts both halves.
+        "mlp_ratio": ((2 if vit.ffn == "swiglu" else 1) * vit.ffn_width + 0.5) / vit.embed_dim,
+        "qkv_bias": vit.qkv_bias,
+        "proj_bias": vit.proj_bias,
+        "init_values": vit.init_values,
+        "dynamic_img_size": True,
+    }
+    if vit.num_register_tokens:
+        arguments["reg_tokens"] = vit.num_register_tokens
+    config = {
+        "architecture": f"vit_{'giant' if vit.ffn == 'swiglu' else 'small'}_patch14_"
+        f"{'reg4_' if vit.num_register_tokens else ''}dinov2",
+        "num_classes": 0,
+        "num_features": vit.embed_dim,
+        "model_args": arguments,
+        "pretrained_cfg": {
+            "input_size": [vit.in_chans, vit.img_size, vit.img_size],
+            "interpolation": "bicubic",
+            "num_classes": 0,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+    _write(config, weights.backbone, folder)
+
+
+WRITERS: dict[Format, Callable[[Weights, Path], None]] = {
+    "facebook": write_facebook,
+    "transformers": write_transformers,
+    "timm": write_timm,
+}
+
+
+def _require(vit: ViTConfig, library: str, **expected: Any) -> None:
+    for name, value in expected.items():
+        if getattr(vit, name) != value:
+            raise ValueError(f"{library} has no model with {name} {getattr(vit, name)}, only with {value}")
+
+
+def _write(config: dict[str, Any], tensors: Tensors, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(tensors, folder / WEIGHTS)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
