@@ -18,7 +18,7 @@ from dinov2.curate import STAGES, CurateConfig, Part, curate, only, run_steps
 from dinov2.curate.pipeline import save_config
 from dinov2.curate.report import write_report
 from dinov2.recipes import CURATIONS, curation
-from dinov2.train.config_file import from_json
+from dinov2.train.run_directory import from_json
 
 EXAMPLES = """examples:
   dinov2 curate run laptop --images photos --output curated     a folder of your own images, every stage

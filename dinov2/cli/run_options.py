@@ -15,9 +15,9 @@ import tyro
 
 from dinov2.evaluate import FolderProbe
 from dinov2.train import PretrainConfig, RunConfig, pretrain
-from dinov2.train.config_file import is_run, read_config
 from dinov2.train.planning import plan, print_plan
 from dinov2.train.processes import resolve_device
+from dinov2.train.run_directory import is_run, read_config
 
 Config = TypeVar("Config", bound=RunConfig)
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from dinov2.train.config import PretrainConfig
-from dinov2.train.config_file import read_config
 from dinov2.train.networks import checkpoint_of
+from dinov2.train.run_directory import read_config
 
 STEPS = 10_000
 """As published."""

@@ -12,9 +12,8 @@ from dinov2.models import ViTConfig
 from dinov2.objectives import ObjectiveConfig
 from dinov2.recipes.reference import IMAGES
 from dinov2.train.config import DistillConfig, OptimConfig, TeacherConfig
-from dinov2.train.config_file import read_config
-from dinov2.train.frozen_teacher import digest, read_teacher
-from dinov2.train.networks import run_of
+from dinov2.train.networks import digest, read_teacher, run_of
+from dinov2.train.run_directory import read_config
 
 BATCH_SIZE = 2048
 PEAK_LR = 1e-3

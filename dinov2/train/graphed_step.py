@@ -31,9 +31,8 @@ from torch import Tensor
 from dinov2.objectives import Views
 from dinov2.objectives.batch import send
 from dinov2.train.config import RunConfig
-from dinov2.train.parameter_groups import apply_settings
+from dinov2.train.optimization import Schedules, StepSettings, apply_settings
 from dinov2.train.processes import Processes
-from dinov2.train.schedules import Schedules, StepSettings
 
 WARM_UP = 3
 """Steps before the captured one that run without a graph: they compile and load all kernels, and make what a capture

@@ -12,19 +12,15 @@ from rich.console import Console
 from dinov2.data import ImageDataset, batches, lost_workers_explained, open_dataset
 from dinov2.models import save_pretrained
 from dinov2.models.checkpoints.run import RunCheckpoint
-from dinov2.train.checkpoint import CheckpointDirectory
-from dinov2.train.clock import IntervalClock
 from dinov2.train.config import RunConfig
 from dinov2.train.graphed_step import first_replay
-from dinov2.train.initial_weights import start_from_initial_weights
-from dinov2.train.interruption import Interrupted, StopSignals
-from dinov2.train.metrics import MetricsWriter, StepScalars, check_loss_scale, read_metrics
+from dinov2.train.metrics import IntervalClock, MetricsWriter, StepProfiler, StepScalars, check_loss_scale, read_metrics
+from dinov2.train.networks import start_from_initial_weights
 from dinov2.train.precision import settle_precision
-from dinov2.train.processes import Processes, StepAgreement, join_processes
-from dinov2.train.profiling import StepProfiler
+from dinov2.train.processes import Interrupted, Processes, StepAgreement, StopSignals, join_processes
 from dinov2.train.progress import RunDisplay
 from dinov2.train.run_directory import check_run_directory, write_config
-from dinov2.train.saving import CheckpointSaver
+from dinov2.train.saving import CheckpointDirectory, CheckpointSaver
 from dinov2.train.trainer import Probe, Trainer
 
 

@@ -1,23 +1,32 @@
-"""Metrics of a run: scalars gathered on the device, means written as JSON lines and to TensorBoard."""
+"""Metrics of a run: scalars gathered on the device, speed and memory, traces; as JSON lines and for TensorBoard."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile, schedule
 
+from dinov2.train.config import STEPS_BEFORE_PROFILE, RunConfig
+from dinov2.train.flops import peak_flops, step_flops
+from dinov2.train.processes import Processes
 from dinov2_kernels._extras import require
 
 SKIPPED = "skipped"
 """Scalar of a step in float16: 1 if its gradients overflowed, so that it changed nothing; its mean is their share."""
 GRADIENTS = "grad_norm/"
 """What the names of gradient norms begin with: a skipped step has none."""
+Item = TypeVar("Item")
+GB = 1e9
 
 
 class NonFiniteError(ArithmeticError):
@@ -144,3 +153,110 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a ``metrics.jsonl``; an unfinished last line, as a killed process leaves it, is left out."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class IntervalClock:
+    """Measures the steps since it was last restarted.
+
+    Args:
+        config: the run.
+        teacher: its teacher.
+        processes: those that take part.
+    """
+
+    def __init__(self, config: RunConfig, teacher: nn.ModuleDict, processes: Processes) -> None:
+        self._device = processes.device
+        self._batch_size = config.batch_size
+        self._flops = step_flops(config, teacher) / processes.world_size  # of each process
+        self._peak = peak_flops(config, processes.device)
+        self.restart()
+
+    def restart(self) -> None:
+        """Start an interval."""
+        self._start, self._steps, self._waited = time.monotonic(), 0, 0.0
+
+    def step(self) -> None:
+        """One more step is done."""
+        self._steps += 1
+
+    def waiting(self, items: Iterator[Item]) -> Iterator[Item]:
+        """``items``, and how long they made the loop wait."""
+        while True:
+            start = time.monotonic()
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            self._waited += time.monotonic() - start
+            yield item
+
+    def values(self) -> dict[str, float]:
+        """Metrics of the interval, to be asked for when its steps are really over.
+
+        - images_per_second: of all processes;
+        - data_wait: share of the time in which this process waited for images; a GPU may still have had work then;
+        - tflops: 10^12 operations a second of each process, see :mod:`dinov2.train.flops`;
+        - mfu: these as a share of what the device does at best, where that is known;
+        - memory_gb: most that this process has held so far, in 10^9 bytes: tensors on its GPU, or all of it on a CPU.
+        """
+        seconds = time.monotonic() - self._start
+        flops = self._steps * self._flops / seconds
+        values = {
+            "images_per_second": self._steps * self._batch_size / seconds,
+            "data_wait": self._waited / seconds,
+            "tflops": flops / 1e12,
+            "memory_gb": peak_memory(self._device) / GB,
+        }
+        return values if self._peak is None else values | {"mfu": flops / self._peak}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes of tensors that were on an accelerator at once, at most; on the CPU bytes of the process."""
+    if device.type == "cpu":
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most if sys.platform == "darwin" else 1024 * most  # bytes there, KiB on Linux
+    return torch.accelerator.max_memory_allocated(device)
+
+
+class StepProfiler(AbstractContextManager["StepProfiler"]):
+    """Traces ``config.profile_steps`` steps, after those in which allocators and caches settle.
+
+    Attributes:
+        trace: where the trace is written.
+    """
+
+    def __init__(self, config: RunConfig, start_step: int) -> None:
+        first = start_step + STEPS_BEFORE_PROFILE + 1
+        self.steps = config.profile_steps
+        self.trace = config.output / "profile" / f"steps_{first}_to_{first + self.steps - 1}.json.gz"
+        self.is_written = False
+        self._profile: Any = None
+        if self.steps:
+            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+            self._profile = profile(
+                activities=activities,
+                schedule=schedule(wait=STEPS_BEFORE_PROFILE - 1, warmup=1, active=self.steps, repeat=1),
+                on_trace_ready=self._write,
+                record_shapes=True,
+            )
+
+    def __enter__(self) -> StepProfiler:
+        (self._profile or nullcontext()).__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        (self._profile or nullcontext()).__exit__(*error)
+
+    def step(self) -> bool:
+        """One more step is done; returns whether the trace was written with it."""
+        before = self.is_written
+        if self._profile is not None:
+            self._profile.step()
+        return self.is_written and not before
+
+    def _write(self, finished: Any) -> None:
+        self.trace.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.trace.with_name("partial.json.gz")
+        finished.export_chrome_trace(str(partial))
+        partial.replace(self.trace)
+        self.is_written = True

@@ -1,19 +1,24 @@
-"""The networks of a run, read from its checkpoints, or from files of weights that anyone wrote."""
+"""The networks of a run: read from checkpoints or files of weights, given to a new run, taught by, exported."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-from dinov2.models import ViTConfig, Weights, read_weights, save_heads
+from dinov2.models import HeadConfig, VisionTransformer, ViTConfig, Weights, read_weights, save_heads
+from dinov2.models.checkpoints.run import load_checkpoint
 from dinov2.models.checkpoints.weights import WRITERS, Format, split_heads
-from dinov2.train.checkpoint import CheckpointDirectory, load_checkpoint, step_of
+from dinov2.objectives import SelfDistillation
 from dinov2.train.config import DistillConfig, RunConfig
-from dinov2.train.config_file import is_run, read_config
+from dinov2.train.run_directory import is_run, read_config
+from dinov2.train.saving import CheckpointDirectory, step_of
 
 CENTERS = {"dino_centering.center": "dino_loss.center", "ibot_centering.center": "ibot_patch_loss.center"}
 """Names of the centres in an objective, and in files of weights."""
@@ -159,3 +164,109 @@ def export(
         raise ValueError(f"{weights.origin} has no heads to export")
     WRITERS[format](weights, output)
     return save_heads(weights, output) if heads else output
+
+
+def start_from_initial_weights(objective: SelfDistillation, config: RunConfig) -> str | None:
+    """Give a new run the weights that ``config.initial_weights`` names; without a name do nothing.
+
+    A run's checkpoint gives student, moving average, heads and centres as they were; of any other source both networks
+    take the same weights. Position embeddings are resampled to the run's image size. A head that the source lacks, or
+    has with other sizes, starts anew, as does its centre.
+
+    Returns:
+        In words, where the weights are from and what started anew.
+
+    Raises:
+        FileNotFoundError, ValueError: there is nothing, it cannot be read, or the backbone is of another architecture.
+    """
+    if config.initial_weights is None:
+        return None
+    wanted = {"dino_head": config.dino_head} | ({"ibot_head": config.ibot_head} if config.ibot_head else {})
+    notes: dict[str, None] = {}  # a set in the order of insertion
+    for name, student in objective.students.items():
+        networks = read_networks(config.initial_weights, student=name or None)
+        notes |= {f"from {networks.teacher.origin}": None}
+        fitting = {head: difference(networks.teacher, head, expected) for head, expected in wanted.items()}
+        notes |= {f"{name} {head} starts anew ({reason})".lstrip(): None for head, reason in fitting.items() if reason}
+        heads = [head for head, reason in fitting.items() if not reason]
+        load_whole(student, _tensors(student, networks.student, heads))
+        load_whole(objective.averages[name], _tensors(student, networks.teacher, heads))
+        load_centers(objective, networks.teacher, heads)
+    return "; ".join(notes)
+
+
+def difference(weights: Weights, head: str, wanted: HeadConfig) -> str | None:
+    """Why a head cannot be taken over, in words; None if it can."""
+    if head not in weights.heads:
+        return "the weights come without it"
+    there, here = asdict(weights.head_config(head)), asdict(wanted)
+    differing = [f"{name} is {there[name]} there, {here[name]} here" for name in here if there[name] != here[name]]
+    return ", ".join(differing) or None
+
+
+def load_whole(network: nn.ModuleDict, tensors: Mapping[str, Tensor]) -> None:
+    """Copy whole tensors into a network, which may be split among processes; it keeps what is not among them."""
+    if unknown := tensors.keys() - network.state_dict().keys():
+        raise ValueError(f"the weights have tensors that the model lacks: {', '.join(sorted(unknown)[:5])}")
+    set_model_state_dict(network, dict(tensors), options=StateDictOptions(full_state_dict=True, strict=False))
+
+
+def _tensors(student: nn.ModuleDict, weights: Weights, heads: list[str]) -> dict[str, Tensor]:
+    """Tensors by their names in a network: the backbone at its image size, and these heads."""
+    vit = cast(VisionTransformer, student["backbone"]).config
+    parts = {"backbone": weights.backbone_for(vit)} | {head: weights.heads[head] for head in heads}
+    return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def load_centers(objective: SelfDistillation, weights: Weights, heads: list[str]) -> None:
+    """Continue the centres that belong to these heads, where the objective and the weights have any."""
+    own = dict(objective.named_buffers())
+    patch_head = "ibot_head" if "ibot_head" in objective.teacher else "dino_head"
+    for name, head in {"dino_centering.center": "dino_head", "ibot_centering.center": patch_head}.items():
+        center = weights.centers.get(CENTERS[name])
+        if name in own and head in heads and center is not None:
+            own[name].copy_(center.flatten())
+
+
+def read_teacher(path: Path) -> Weights:
+    """A network that can teach: a backbone with the heads that it was trained with.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        ValueError: it cannot be read, or has no heads.
+    """
+    teacher = read_networks(path).teacher
+    if "dino_head" not in teacher.heads:
+        raise ValueError(
+            f"{path} has no heads, so it cannot teach: students learn what a teacher's heads say of an image."
+            " A run, its checkpoints, an export with heads (dinov2 export --heads) and facebook's"
+            " teacher_checkpoint.pth have them; published weights do not"
+        )
+    return teacher
+
+
+def read_frozen_teacher(config: DistillConfig) -> Weights:
+    """The teacher that a distillation was configured with.
+
+    Raises:
+        FileNotFoundError: it is not there any more.
+        ValueError: there are other weights now.
+    """
+    teacher = read_teacher(config.frozen_teacher)
+    found = digest(teacher)
+    if found != config.frozen_teacher_sha256:
+        raise ValueError(
+            f"frozen_teacher {config.frozen_teacher} is not the teacher of this run: the digest of its weights is"
+            f" {found[:16]}..., but must be {config.frozen_teacher_sha256[:16] or 'given'}..."
+        )
+    return teacher
+
+
+def digest(weights: Weights) -> str:
+    """SHA-256 of names, types, shapes and numbers of backbone and heads, in whatever file they are."""
+    result = hashlib.sha256()
+    for name, tensor in sorted(weights.named_tensors().items()):
+        result.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        result.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return result.hexdigest()

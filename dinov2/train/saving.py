@@ -11,21 +11,35 @@ that in its thread.
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from dinov2.train.checkpoint import CheckpointDirectory
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+
+from dinov2.models.checkpoints.run import MANIFEST, METADATA, file_record, manifest_text
 from dinov2.train.metrics import NonFiniteError, way_back
 from dinov2.train.processes import PeerError, Processes
-from dinov2.train.staging import Stager, WrittenPart, non_finite_tensors
 
 Result = TypeVar("Result")
 FAILED = -1
+
+NAME = re.compile(r"step_(\d+)")
+PARTIAL = ".partial"
 
 
 class CheckpointError(OSError):
@@ -34,6 +48,94 @@ class CheckpointError(OSError):
 
 class CheckpointWarning(UserWarning):
     """A checkpoint was given up when the run ended by another error."""
+
+
+class CheckpointDirectory:
+    """The checkpoints of one run, ``step_00001000/`` and so on; see :mod:`dinov2.models.checkpoints.run`.
+
+    One is written as ``step_00001000.partial`` and renamed when all of it is on the disk; one that is no longer kept is
+    renamed to that before it is deleted. So a process that is killed at any moment leaves complete checkpoints and
+    perhaps a ``.partial``, which nobody reads and the next save removes.
+
+    Args:
+        directory: where they are.
+        keep: how many of the newest stay.
+        keep_every: those whose step is a multiple of it stay, too; None: no others.
+    """
+
+    def __init__(self, directory: Path, keep: int, keep_every: int | None = None) -> None:
+        self.directory = directory
+        self.keep = keep
+        self.keep_every = keep_every
+
+    def all(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        if not self.directory.is_dir():
+            return []
+        return sorted((path for path in self.directory.iterdir() if NAME.fullmatch(path.name)), key=step_of)
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint, None if there is none.
+
+        Raises:
+            ValueError: there are only checkpoints of the form that came before this one.
+        """
+        newest = next(reversed(self.all()), None)
+        if newest is None and (former := sorted(self.directory.glob("step_*.pt"))):
+            raise ValueError(
+                f"{former[-1]} is a checkpoint of an earlier version, which kept one file each; this version cannot"
+                " continue from it: start again with another --output"
+            )
+        return newest
+
+    def path(self, step: int) -> Path:
+        """The checkpoint of ``step`` finished steps, once it is complete."""
+        return self.directory / f"step_{step:08d}"
+
+    def partial(self, step: int) -> Path:
+        """The same while it is being written."""
+        return self.path(step).with_suffix(PARTIAL)
+
+    def begin(self, step: int) -> None:
+        """Make room for the files of a checkpoint, and remove what an interrupted save left."""
+        self.clean()
+        self.partial(step).mkdir(parents=True)
+
+    def clean(self) -> None:
+        """Remove everything that is not complete; nothing must be in the making."""
+        for leftover in self.directory.glob(f"*{PARTIAL}"):
+            shutil.rmtree(leftover)
+
+    def finish(self, step: int, values: dict[str, Any], files: dict[str, dict[str, int]]) -> None:
+        """Write the manifest, give the checkpoint its name, and delete those that are no longer kept."""
+        partial = self.partial(step)
+        with (partial / MANIFEST).open("w") as file:
+            file.write(manifest_text(values, files))
+            file.flush()
+            os.fsync(file.fileno())
+        _sync_directory(partial)
+        partial.rename(self.path(step))
+        _sync_directory(self.directory)
+        for old in self.all()[: -self.keep]:
+            if self.keep_every is None or step_of(old) % self.keep_every:
+                shutil.rmtree(old.rename(old.with_suffix(PARTIAL)))
+
+
+def step_of(path: Path) -> int:
+    """The number of finished steps that a checkpoint's name tells."""
+    match = NAME.fullmatch(path.name)
+    if match is None:
+        raise ValueError(f"a checkpoint is a directory named step_<number>, but this is {path}")
+    return int(match.group(1))
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make new names in it last: they must reach the disk as well as what they name."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @dataclass
@@ -199,3 +301,105 @@ def _reason(error: BaseException) -> str:
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
     return str(cause or error).partition("\n")[0]
+
+
+@dataclass
+class WrittenPart:
+    """What one process wrote.
+
+    Attributes:
+        results: where PyTorch put each tensor.
+        files: size and checksum of each file, by its name.
+    """
+
+    results: list[WriteResult] = field(default_factory=list)
+    files: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+class Stager:
+    """Decides once which process writes which part of the state, and copies this one's to the host at each save.
+
+    Split tensors are written by those who hold the parts, whole ones by one process each, evenly. The copies stay and
+    are overwritten by the next save; a process needs host memory for what it writes, an N-th of the state.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
+        self._names: list[str] = []
+        self._plan = SavePlan([])
+        self._metadata = Metadata({})
+        self._copies: dict[MetadataIndex, Tensor] = {}
+
+    def stage(self, state: dict[str, Any]) -> dict[str, Tensor]:
+        """Copy this process's part of ``state``, tensors in nested dictionaries, to the host. All processes call it.
+
+        Returns:
+            What was copied, as it is on the device, by full names.
+        """
+        planner = DefaultSavePlanner()
+        planner.set_up_planner(state, is_coordinator=self.processes.is_first)
+        if self._names != (names := list(planner.state_dict)):  # the same ones in every process
+            self._names, self._copies = names, {}
+            self._divide(planner)
+        sources = {}
+        for item in self._plan.items:
+            source: Tensor = planner.lookup_object(item.index).detach()
+            copy = self._copies.get(item.index)
+            if copy is None:
+                copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+                self._copies[item.index] = copy
+            copy.copy_(source, non_blocking=source.is_cuda)
+            sources[item.index.fqn] = source
+        if self.processes.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        return sources
+
+    def write(self, directory: Path) -> WrittenPart:
+        """Write the copies, to the disk itself. Exchanges nothing with other processes and runs in any thread."""
+        if not self._plan.items:
+            return WrittenPart()
+        results = _writer(directory).write_data(self._plan, _FromCopies(self._copies)).wait()
+        names = {result.storage_data.relative_path for result in results}
+        return WrittenPart(results, {name: file_record(directory / name) for name in sorted(names)})
+
+    def write_metadata(self, directory: Path, parts: list[WrittenPart]) -> dict[str, dict[str, int]]:
+        """Write what PyTorch must know of all parts, and return the records of all files. The first process does it."""
+        _writer(directory).finish(self._metadata, [part.results for part in parts])
+        files = {name: record for part in parts for name, record in part.files.items()}
+        return files | {METADATA: file_record(directory / METADATA)}
+
+    def _divide(self, planner: DefaultSavePlanner) -> None:
+        plans = self.processes.gather(planner.create_local_plan())
+        plans, self._metadata = self.processes.first(lambda: planner.create_global_plan(plans))
+        self._plan = _writer(Path()).prepare_global_plan(plans)[self.processes.rank]
+
+
+def non_finite_tensors(tensors: dict[str, Tensor]) -> list[str]:
+    """Names of those that hold a NaN or an infinity. Reads each tensor once and asks the device once."""
+    floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()}
+    if not floating:
+        return []
+    device = max((tensor.device for tensor in floating.values()), key=lambda device: device.type != "cpu")
+    bounds = (torch.stack(torch.aminmax(tensor)) for tensor in floating.values())  # NaN if there is one
+    finite = torch.stack([torch.isfinite(both).all().to(device) for both in bounds])
+    return [name for name, is_finite in zip(floating, finite.tolist(), strict=True) if not is_finite]
+
+
+class _FromCopies(DefaultSavePlanner):
+    """Hands a writer the copies on the host."""
+
+    def __init__(self, copies: dict[MetadataIndex, Tensor]) -> None:
+        super().__init__()
+        self._copies = copies
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        return self._copies[write_item.index]
+
+
+class _Writer(FileSystemWriter):
+    def storage_meta(self) -> None:
+        """Nothing: PyTorch's own would name the directory, which is renamed and may be copied."""
+
+
+def _writer(directory: Path) -> _Writer:
+    return _Writer(directory, per_thread_copy_ahead=0)  # everything is on the host already

@@ -27,19 +27,17 @@ from torch.nn.parallel import DistributedDataParallel
 from dinov2.data import Batch, RawBatch, finish
 from dinov2.models import VisionTransformer
 from dinov2.models.checkpoints.run import RunCheckpoint
-from dinov2.objectives import SelfDistillation, Views
+from dinov2.objectives import Distillation, SelfDistillation, Views, build_network, build_networks
 from dinov2.train.blocks import prepare_blocks
-from dinov2.train.building import build_objective
-from dinov2.train.config import RunConfig
+from dinov2.train.config import DistillConfig, RunConfig
 from dinov2.train.graphed_step import Graph, GraphedStep, check_graphable, cuda_graphs
 from dinov2.train.metrics import SKIPPED
-from dinov2.train.parameter_groups import apply_settings, parameter_groups
-from dinov2.train.precision import Arithmetic, with_definite_precision
+from dinov2.train.networks import load_centers, read_frozen_teacher
+from dinov2.train.optimization import Schedules, apply_settings, parameter_groups
+from dinov2.train.precision import Arithmetic, WeightCopies, keeps_weight_copies, with_definite_precision
 from dinov2.train.processes import Processes, resolve_device
 from dinov2.train.run_directory import flatten
-from dinov2.train.schedules import Schedules
 from dinov2.train.sharding import exchange_gradients, gathered, split_objective
-from dinov2.train.weight_copies import WeightCopies, keeps_weight_copies
 
 Probe = Callable[[VisionTransformer], dict[str, float]]
 """Measures the teacher's backbone, in eval mode and without gradients, e.g. the k-NN accuracy on labelled images."""
@@ -277,3 +275,25 @@ def _replicated(objective: SelfDistillation, group: dist.ProcessGroup) -> Distri
 def micro_batch_seed(seed: int, number: int) -> int:
     """Seed of PyTorch's generators for one micro-batch, well mixed so that neighbouring ones share nothing."""
     return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def build_objective(config: RunConfig, group: dist.ProcessGroup | None) -> SelfDistillation:
+    """Students, teacher and objective of a run on the host, with weights drawn by PyTorch's generator.
+
+    A frozen teacher, and the centres that it was trained with, are read from where the configuration says.
+
+    Raises:
+        FileNotFoundError, ValueError: the frozen teacher is not there, has no heads, or is another one than before.
+    """
+    if isinstance(config, DistillConfig):
+        students = {
+            name: build_network(vit, config.dino_head, config.ibot_head) for name, vit in config.students.items()
+        }
+        with torch.device("cpu"):  # also in processes that build their students without memory
+            weights = read_frozen_teacher(config)
+            teacher = weights.network()
+        distillation = Distillation(students, teacher, config.objective, group)
+        load_centers(distillation, weights, list(weights.heads))
+        return distillation
+    student, teacher = build_networks(config.networks["vit"], config.dino_head, config.ibot_head)
+    return SelfDistillation(student, teacher, config.objective, group)

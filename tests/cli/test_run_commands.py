@@ -9,7 +9,7 @@ import pytest
 
 from dinov2.cli import adapt, main
 from dinov2.train import read_metrics
-from dinov2.train.config_file import read_config
+from dinov2.train.run_directory import read_config
 from tests.cli.test_cli import TINY
 
 

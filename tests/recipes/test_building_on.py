@@ -15,9 +15,9 @@ from dinov2.data import AugmentationConfig
 from dinov2.models import DINOHead, VisionTransformer, ViTConfig, Weights
 from dinov2.recipes import adaptation, distillation, recipe
 from dinov2.train import DistillConfig, PretrainConfig
-from dinov2.train.checkpoint import CheckpointDirectory
 from dinov2.train.networks import checkpoint_of
 from dinov2.train.run_directory import write_config
+from dinov2.train.saving import CheckpointDirectory
 
 
 @pytest.fixture

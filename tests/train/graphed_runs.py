@@ -15,9 +15,8 @@ from torch import Tensor
 from dinov2.data import MaskConfig, batches
 from dinov2.models.checkpoints.run import RunCheckpoint
 from dinov2.train import PretrainConfig, TeacherConfig
-from dinov2.train.checkpoint import CheckpointDirectory
 from dinov2.train.graphed_step import WARM_UP
-from dinov2.train.saving import CheckpointSaver
+from dinov2.train.saving import CheckpointDirectory, CheckpointSaver
 from dinov2.train.trainer import Trainer
 
 STEPS = 10

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
+from dinov2.models.checkpoints.run import load_checkpoint
 from dinov2.train import read_metrics
-from dinov2.train.checkpoint import CheckpointDirectory, load_checkpoint
+from dinov2.train.saving import CheckpointDirectory
 
 EXACT = ("total", "dino_local", "dino_global", "koleo", "ibot", "grad_norm/backbone", "target_entropy", "lr")
 

@@ -12,11 +12,10 @@ import pytest
 import torch
 
 from dinov2.models import VisionTransformer, ViTConfig, load_pretrained
+from dinov2.models.checkpoints.run import load_checkpoint
 from dinov2.train import CheckpointError, NonFiniteError
-from dinov2.train.checkpoint import CheckpointDirectory, load_checkpoint
 from dinov2.train.processes import Processes
-from dinov2.train.saving import CheckpointSaver
-from dinov2.train.staging import Stager, non_finite_tensors
+from dinov2.train.saving import CheckpointDirectory, CheckpointSaver, Stager, non_finite_tensors
 
 ALONE = Processes(torch.device("cpu"))
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from dinov2.train import ParallelConfig, PretrainConfig, pretrain, read_metrics
-from dinov2.train.building import build_objective
-from dinov2.train.clock import IntervalClock, peak_memory
 from dinov2.train.flops import step_flops
+from dinov2.train.metrics import IntervalClock, peak_memory
 from dinov2.train.processes import Processes
 from dinov2.train.sharding import mesh_of
+from dinov2.train.trainer import build_objective
 
 
 @pytest.fixture

@@ -11,8 +11,7 @@ import pytest
 from dinov2.models import ViTConfig
 from dinov2.recipes import RECIPES, recipe
 from dinov2.train import DistillConfig, RunConfig
-from dinov2.train.config_file import is_run, read_config
-from dinov2.train.run_directory import config_as_json, write_config
+from dinov2.train.run_directory import config_as_json, is_run, read_config, write_config
 
 DISTILLATION = DistillConfig(
     output=Path("d"), steps=1, batch_size=2, students={"a": ViTConfig(), "b": ViTConfig(depth=3)}

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dinov2.models import VisionTransformer, ViTConfig
-from dinov2.train.weight_copies import WeightCopies
+from dinov2.train.precision import WeightCopies
 from tests.dispatches import VIEWS, Calls
 
 MOST = 41

@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 
 from dinov2.models import ViTConfig, load_pretrained
+from dinov2.models.checkpoints.run import load_checkpoint
 from dinov2.recipes import distillation
 from dinov2.train import DistillConfig, PretrainConfig, pretrain, read_metrics
-from dinov2.train.checkpoint import load_checkpoint
-from dinov2.train.config_file import read_config
-from dinov2.train.frozen_teacher import read_teacher
-from dinov2.train.initial_weights import start_from_initial_weights
-from dinov2.train.networks import checkpoint_of, export, read_networks
+from dinov2.train.networks import checkpoint_of, export, read_networks, read_teacher, start_from_initial_weights
+from dinov2.train.run_directory import read_config
 from dinov2.train.trainer import Trainer
 from tests.train.graphed_runs import STEPS, assert_close, draw, steps
 from tests.train.recorded_graph import RecordedGraph

@@ -12,10 +12,9 @@ from dinov2.models import load_pretrained
 from dinov2.models.checkpoints.run import RunCheckpoint
 from dinov2.recipes import distillation
 from dinov2.train import DistillConfig, ParallelConfig, PretrainConfig, pretrain
-from dinov2.train.checkpoint import CheckpointDirectory
-from dinov2.train.initial_weights import start_from_initial_weights
+from dinov2.train.networks import start_from_initial_weights
 from dinov2.train.processes import Processes
-from dinov2.train.saving import CheckpointSaver
+from dinov2.train.saving import CheckpointDirectory, CheckpointSaver
 from dinov2.train.sharding import gathered
 from dinov2.train.trainer import Trainer
 from tests.process_group import in_processes

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dinov2.cli import main
 from dinov2.models import VisionTransformer, ViTConfig, load_pretrained, read_weights
+from dinov2.models.checkpoints.run import load_checkpoint
 from dinov2.train import PretrainConfig, pretrain
-from dinov2.train.checkpoint import load_checkpoint
 from dinov2.train.networks import checkpoint_of, export
 
 

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 
 from dinov2.data import LostWorkerError, ShardImage, write_shards
+from dinov2.models.checkpoints.run import load_checkpoint
 from dinov2.train import CheckpointError, ParallelConfig, PretrainConfig, pretrain, read_metrics
-from dinov2.train.checkpoint import CheckpointDirectory, load_checkpoint
 from dinov2.train.metrics import MetricsWriter
-from dinov2.train.staging import Stager
+from dinov2.train.saving import CheckpointDirectory, Stager
 from dinov2.train.trainer import Trainer
 from tests.train.lives import checkpoints, ends, error, start, with_small_images
 

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from dinov2.models import load_pretrained, save_pretrained
+from dinov2.models.checkpoints.run import load_checkpoint
 from dinov2.train import PretrainConfig, pretrain, read_metrics
-from dinov2.train.checkpoint import load_checkpoint
-from dinov2.train.initial_weights import start_from_initial_weights
-from dinov2.train.networks import checkpoint_of
+from dinov2.train.networks import checkpoint_of, start_from_initial_weights
 from dinov2.train.trainer import Trainer
 
 

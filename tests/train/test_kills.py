@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from dinov2.models.checkpoints.run import load_checkpoint
 from dinov2.train import ParallelConfig, PretrainConfig, pretrain
-from dinov2.train.checkpoint import CheckpointDirectory, load_checkpoint
+from dinov2.train.saving import CheckpointDirectory
 from tests.train.lives import Fate, checkpoints, ends, start, with_small_images
 from tests.train.same_run import assert_same_run
 

@@ -7,8 +7,7 @@ import torch
 
 from dinov2.models import HeadConfig, ViTConfig
 from dinov2.objectives import build_networks
-from dinov2.train.parameter_groups import apply_settings, group_key, parameter_groups
-from dinov2.train.schedules import StepSettings
+from dinov2.train.optimization import StepSettings, apply_settings, group_key, parameter_groups
 
 
 def key_of(name: str, module: str = "backbone", layer_decay: float = 0.9):

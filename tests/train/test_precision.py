@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from dinov2.data import batches, open_dataset
+from dinov2.models.checkpoints.run import load_checkpoint
 from dinov2.train import NonFiniteError, PretrainConfig, pretrain, read_metrics
-from dinov2.train.checkpoint import load_checkpoint
 from dinov2.train.metrics import StepScalars
 from dinov2.train.precision import definite, settle_precision
 from dinov2.train.trainer import Trainer

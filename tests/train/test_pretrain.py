@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from dinov2.models import load_pretrained
+from dinov2.models.checkpoints.run import load_checkpoint
 from dinov2.train import NonFiniteError, PretrainConfig, pretrain, read_metrics
-from dinov2.train.checkpoint import load_checkpoint
 from dinov2.train.trainer import Trainer, micro_batch_seed
 
 

@@ -20,12 +20,11 @@ import torch.distributed as dist
 
 from dinov2.data import Batch, DataConfig, ImageDataset, batches, open_dataset
 from dinov2.models import load_pretrained
-from dinov2.models.checkpoints.run import RunCheckpoint
+from dinov2.models.checkpoints.run import RunCheckpoint, load_checkpoint
 from dinov2.objectives import ObjectiveConfig
 from dinov2.train import ParallelConfig, PretrainConfig, pretrain, read_metrics
-from dinov2.train.checkpoint import CheckpointDirectory, load_checkpoint
 from dinov2.train.processes import Processes, StepAgreement, join_processes
-from dinov2.train.saving import CheckpointSaver
+from dinov2.train.saving import CheckpointDirectory, CheckpointSaver
 from dinov2.train.sharding import gathered
 from dinov2.train.trainer import Trainer, micro_batch_seed
 from tests.process_group import in_processes

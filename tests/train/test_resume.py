@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dinov2.models.checkpoints.run import load_checkpoint
 from dinov2.train import Interrupted, PretrainConfig, pretrain, read_metrics
-from dinov2.train.checkpoint import load_checkpoint
 from dinov2.train.trainer import Trainer
 from tests.train.same_run import assert_same_run, last, losses
 

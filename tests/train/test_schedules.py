@@ -8,7 +8,7 @@ import math
 import pytest
 
 from dinov2.recipes import vitg14, vitl16_short
-from dinov2.train.schedules import CosineSchedule, Schedules
+from dinov2.train.optimization import CosineSchedule, Schedules
 
 
 def test_golden_values() -> None:

@@ -18,11 +18,10 @@ from dinov2.models.checkpoints.run import RunCheckpoint
 from dinov2.objectives import ObjectiveConfig
 from dinov2.recipes import distillation
 from dinov2.train import ParallelConfig, PretrainConfig, RunConfig, pretrain, trainer
-from dinov2.train.initial_weights import start_from_initial_weights
-from dinov2.train.networks import checkpoint_of
+from dinov2.train.networks import checkpoint_of, start_from_initial_weights
+from dinov2.train.precision import WeightCopies, keeps_weight_copies
 from dinov2.train.processes import Processes
 from dinov2.train.trainer import Trainer
-from dinov2.train.weight_copies import WeightCopies, keeps_weight_copies
 from tests.dispatches import Calls
 from tests.train.test_precision import flat
 

@@ -25,8 +25,7 @@ from dinov2.train.planning.stages import (
     head_stage,
     prototype_stages,
 )
-from dinov2.train.precision import DTYPES, definite
-from dinov2.train.weight_copies import copied_parameters, keeps_weight_copies
+from dinov2.train.precision import DTYPES, copied_parameters, definite, keeps_weight_copies
 
 PROCESSES_OF_A_MACHINE = 8
 """Of a machine with GPUs, where nobody says otherwise."""
