@@ -20,7 +20,7 @@ from scipy.sparse.csgraph import connected_components
 
 from dinov2.curate.copy_network import describe_copies
 from dinov2.curate.screen import ScreenConfig, quality
-from dinov2.data.planted import PlantedImage, planted_images
+from dinov2.demo.planted import PlantedImage, planted_images
 
 THRESHOLDS = np.arange(0.5, 0.96, 0.05)
 

@@ -23,7 +23,7 @@ from dinov2.curate.copy_network import SIZE, CopyNetwork
 from dinov2.data import BundledPhotographs
 from dinov2.data.cropping import resized
 from dinov2.data.decoding import Pixels
-from dinov2.data.patches import half_of
+from dinov2.demo.patches import half_of
 
 BATCH = 192
 PATCH = (96, 160)  # pixels of a side

@@ -21,10 +21,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dinov2.data import BundledPhotographs, cut_patches
-from dinov2.evaluate import PatchProbe, dense_features, neighbourhood_features, pca_colours
-from dinov2.evaluate.handmade import handmade_accuracies
-from dinov2.evaluate.plots import plot_curves, plot_rows
+from dinov2.data import BundledPhotographs
+from dinov2.demo.patches import PatchProbe, cut_patches, handmade_accuracies
+from dinov2.demo.plots import plot_curves, plot_rows
+from dinov2.evaluate import dense_features, neighbourhood_features, pca_colours
 from dinov2.models import VisionTransformer, load_pretrained
 from dinov2.recipes import photos
 from dinov2.train import PretrainConfig, pretrain, read_metrics

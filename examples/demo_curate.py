@@ -34,7 +34,7 @@ from dinov2.curate.pipeline import save_config
 from dinov2.curate.pool import read_table
 from dinov2.curate.report import write_report
 from dinov2.curate.retrieve import RetrieveConfig
-from dinov2.data.planted import PlantedImage, planted_images
+from dinov2.demo.planted import PlantedImage, planted_images
 from dinov2.recipes import laptop, photos
 from dinov2.train import pretrain, read_metrics
 

@@ -16,8 +16,8 @@ from dinov2.curate.pool import Pool, read_array, read_table
 from dinov2.curate.search.vectors import layout_of, read_layout
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task
 from dinov2.data.shards import ShardImage, write_shard
-from dinov2.data.shards.rows import COLUMNS
 from dinov2.data.shards.storage import RangeReader, Storage
+from dinov2.data.shards.writing import COLUMNS
 
 OUT = "cannot be read"
 COLUMNS_OF_STAGES = ("component", "cluster", "times", "seed_set")

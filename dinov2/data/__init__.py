@@ -3,11 +3,8 @@
 from dinov2.data.augmentation import AugmentationConfig, MultiCropAugmentation
 from dinov2.data.batch import Batch, RawBatch, RawCrops, finish
 from dinov2.data.decoding import UnreadableImageError, decode_image, read_image
-from dinov2.data.hugging_face import HuggingFaceImages
-from dinov2.data.image_folder import ImageFolder
 from dinov2.data.loader import DataConfig, ImageDataset, UnreadableDatasetError, UnreadableImageWarning, batches
 from dinov2.data.masking import MaskConfig, batch_masks, mask_counts, sample_block_masks
-from dinov2.data.patches import Patches, cut_patches
 from dinov2.data.photographs import BundledPhotographs
 from dinov2.data.recolouring import normalize
 from dinov2.data.shards import (
@@ -19,7 +16,7 @@ from dinov2.data.shards import (
     write_shard,
     write_shards,
 )
-from dinov2.data.sources import image_names, open_dataset
+from dinov2.data.sources import HuggingFaceImages, ImageFolder, image_names, open_dataset
 from dinov2.data.workers import LostWorkerError, lost_workers_explained
 
 __all__ = [
@@ -34,7 +31,6 @@ __all__ = [
     "LostWorkerError",
     "MaskConfig",
     "MultiCropAugmentation",
-    "Patches",
     "RawBatch",
     "RawCrops",
     "ShardImage",
@@ -45,7 +41,6 @@ __all__ = [
     "UnreadableImageWarning",
     "batch_masks",
     "batches",
-    "cut_patches",
     "decode_image",
     "finish",
     "image_names",

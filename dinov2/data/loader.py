@@ -19,8 +19,7 @@ from dinov2.data.augmentation import AugmentationConfig, MultiCropAugmentation
 from dinov2.data.batch import Batch, FinishedBuffer, RawBatch, RawBuffer
 from dinov2.data.decoding import Pixels, UnreadableImageError
 from dinov2.data.masking import MaskConfig, batch_masks
-from dinov2.data.permutation import random_order
-from dinov2.data.randomness import Stream, derived_generator
+from dinov2.data.randomness import Stream, derived_generator, random_order
 from dinov2.data.workers import next_of_workers, start_worker
 from dinov2_kernels.photometric.reference import BLUR_TAPS
 

@@ -1,12 +1,12 @@
-"""What ``data.root`` may name, recognised by what is there."""
+"""What ``data.root`` may name, recognised by what is there: folders of images, tar shards, Hugging Face's datasets."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
-from dinov2.data.hugging_face import PURPOSE, HuggingFaceImages
-from dinov2.data.image_folder import ImageFolder
+from dinov2.data.decoding import IMAGE_EXTENSIONS, Pixels, UnreadableImageError, decode_image, read_image
 from dinov2.data.loader import DataConfig, ImageDataset
 from dinov2.data.photographs import BundledPhotographs
 from dinov2.data.shards import TarShards
@@ -15,6 +15,7 @@ from dinov2_kernels._extras import require
 
 SAVED_DATASET = frozenset({"state", "dataset_dict"})
 """JSON files that ``save_to_disk`` leaves beside the data of one split, and beside the folders of several."""
+PURPOSE = "HuggingFaceImages"
 
 
 def open_dataset(config: DataConfig) -> ImageDataset:
@@ -54,3 +55,113 @@ def image_names(dataset: ImageDataset) -> list[str]:
     if isinstance(dataset, BundledPhotographs):
         return list(dataset.names)
     return [str(index) for index in range(len(dataset))]
+
+
+class ImageFolder:
+    """All images under a folder, in sorted order of their relative paths.
+
+    A map-style dataset: ``len(folder)``, ``folder[i]`` -> uint8 RGB ``[H, W, 3]``, or as
+    :func:`read_image` says for other numbers of channels; ``folder.paths[i]``. Links to folders are followed; names
+    that start with a dot (hidden files, macOS companions) are not images.
+
+    Args:
+        root: the folder.
+        channels: of every image.
+
+    Raises:
+        ValueError: ``root`` is no folder, or there is no image under it.
+        OSError: a folder under it cannot be listed.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], channels: int = 3) -> None:
+        self.root = Path(root)
+        self.channels = channels
+        if not self.root.is_dir():
+            raise ValueError(f"root must be a folder of images, but {os.fspath(root)!r} is not a folder")
+        self.paths = sorted(
+            os.path.relpath(os.path.join(folder, name), self.root)
+            for folder, _, names in os.walk(self.root, onerror=_refuse, followlinks=True)
+            for name in names
+            if name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
+        )
+        if not self.paths:
+            raise ValueError(
+                f"root must hold images ({', '.join(IMAGE_EXTENSIONS)}), but {os.fspath(root)!r} has none at any depth"
+            )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Pixels:
+        """Image ``index``, ``[H, W, channels]``.
+
+        Raises:
+            UnreadableImageError: the file cannot be decoded; the message names it.
+        """
+        return read_image(self.root / self.paths[index], self.channels)
+
+
+def _refuse(error: OSError) -> None:
+    """Images that are missing unnoticed would make another dataset."""
+    raise type(error)(f"folder {error.filename!r} under root cannot be listed: {error.strerror}") from error
+
+
+class HuggingFaceImages:
+    """One column of a ``datasets.Dataset`` as images; the other columns are never touched.
+
+    A map-style dataset: ``len(images)``, ``images[i]`` -> uint8 RGB ``[H, W, 3]``, or as
+    :func:`~dinov2.data.read_image` says for other numbers of channels. Files are decoded as everywhere in this package,
+    from the bytes in the dataset or from the path that it names.
+
+    Args:
+        dataset: one split, as ``load_dataset(..., split="train")`` or ``load_from_disk`` returns it.
+        column: its name; a column of images, or of the bytes of image files.
+        channels: of every image.
+
+    Raises:
+        ValueError: the dataset holds several splits or is an iterable one, or there is no such column.
+        ImportError: ``datasets`` is missing (extra ``hf``).
+    """
+
+    def __init__(self, dataset: Any, column: str = "image", channels: int = 3) -> None:
+        datasets = require("datasets", extra="hf", purpose=PURPOSE)
+        if isinstance(dataset, datasets.DatasetDict):
+            raise ValueError(
+                f"dataset must be one split (a folder of its own on disk), but holds several: {', '.join(dataset)}"
+            )
+        if not isinstance(dataset, datasets.Dataset):
+            raise ValueError(f"dataset must be a datasets.Dataset, but is a {type(dataset).__name__}")
+        of_bytes = (datasets.Value("binary"), datasets.Value("large_binary"))
+        of_files = {
+            name
+            for name, feature in dataset.features.items()
+            if isinstance(feature, datasets.Image) or feature in of_bytes
+        }
+        if column not in of_files:
+            raise ValueError(
+                f"column must be one of images or of bytes, but is {column!r}; of the columns"
+                f" {', '.join(dataset.column_names)} these are: {', '.join(sorted(of_files)) or 'none'}"
+            )
+        self.column = column
+        self.channels = channels
+        self._rows = dataset.with_format(None).select_columns([column])
+        if isinstance(dataset.features[column], datasets.Image):
+            self._rows = self._rows.cast_column(column, datasets.Image(decode=False))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Pixels:
+        """Image ``index``, ``[H, W, channels]``.
+
+        Raises:
+            UnreadableImageError: there is none in this row, or it cannot be decoded.
+        """
+        value = self._rows[index][self.column]
+        name = f"{index} of the dataset's column {self.column!r}"
+        content, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+        if content is not None:
+            return decode_image(content, name, self.channels)
+        if path is not None:
+            return read_image(path, self.channels)
+        raise UnreadableImageError(f"cannot read image {name}: it is null")

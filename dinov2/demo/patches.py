@@ -1,4 +1,4 @@
-"""Square patches cut out of photographs, from one half of each: what the photographs recipe learns and is tested on."""
+"""The task of the demo: patches of photographs, from which photograph a patch comes, and baselines made by hand."""
 
 from __future__ import annotations
 
@@ -7,8 +7,15 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from dinov2.data import AugmentationConfig
 from dinov2.data.loader import ImageDataset
+from dinov2.evaluate.features import image_features
+from dinov2.evaluate.handmade import descriptors
+from dinov2.evaluate.knn import knn_accuracy
+from dinov2.models import VisionTransformer
+from dinov2_kernels._extras import require
 
 Half = Literal["left", "right"]
 
@@ -65,3 +72,49 @@ def half_of(photograph: npt.NDArray[np.uint8], half: Half) -> npt.NDArray[np.uin
     """The left or right half of a photograph, a view; the right one has the middle column of an odd width."""
     middle = photograph.shape[1] // 2
     return photograph[:, :middle] if half == "left" else photograph[:, middle:]
+
+
+class PatchProbe:
+    """k-NN accuracy of naming the photograph that a patch comes from.
+
+    Args:
+        index: patches whose photograph is known.
+        queries: patches whose photograph is asked for, from other parts of the same photographs.
+        augmentation: what the model is trained with; gives the normalisation.
+        k: neighbours that vote.
+    """
+
+    def __init__(self, index: Patches, queries: Patches, augmentation: AugmentationConfig, k: int = 5) -> None:
+        self.index = index
+        self.queries = queries
+        self.augmentation = augmentation
+        self.k = k
+
+    def __call__(self, model: VisionTransformer) -> dict[str, float]:
+        """``{"knn_accuracy": ...}`` of :func:`~dinov2.evaluate.features.image_features`, between 0 and 1."""
+        accuracy = knn_accuracy(
+            image_features(model, self.index.images, self.augmentation),
+            torch.from_numpy(self.index.labels),
+            image_features(model, self.queries.images, self.augmentation),
+            torch.from_numpy(self.queries.labels),
+            k=self.k,
+        )
+        return {"knn_accuracy": accuracy}
+
+
+def handmade_accuracies(index: Patches, queries: Patches, k: int = 5) -> dict[str, float]:
+    """Accuracy, 0 ... 1, of naming the photograph of each query by the plain vote of its k nearest in the index.
+
+    Raw pixels are compared by Euclidean distance, histograms by the sum of absolute differences, which suits them best.
+
+    Raises:
+        ImportError: scikit-image or scikit-learn is missing (extra ``demo``).
+    """
+    neighbors = require("sklearn.neighbors", extra="demo", purpose="handmade_accuracies")
+    of_index, of_queries = descriptors(index.images), descriptors(queries.images)
+    accuracies = {}
+    for name in of_index:
+        metric = "euclidean" if name == "raw pixels" else "manhattan"
+        classifier = neighbors.KNeighborsClassifier(k, metric=metric).fit(of_index[name], index.labels)
+        accuracies[name] = float(classifier.score(of_queries[name], queries.labels))
+    return accuracies

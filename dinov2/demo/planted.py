@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
-from dinov2.data.patches import Half, half_of
 from dinov2.data.photographs import BundledPhotographs
+from dinov2.demo.patches import Half, half_of
 
 Role = Literal["pool", "evaluation", "seed"]
 Random = np.random.Generator

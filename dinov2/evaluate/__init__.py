@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dinov2.evaluate.embedding import Embedding, embed
-from dinov2.evaluate.features import dense_features, image_features, neighbourhood_features
+from dinov2.evaluate.features import dense_features, image_features, neighbourhood_features, pca_colours
 from dinov2.evaluate.knn import knn_accuracy
-from dinov2.evaluate.patch_probe import PatchProbe
-from dinov2.evaluate.pca import pca_colours
 from dinov2.evaluate.probe import FolderProbe
 
 __all__ = [
     "Embedding",
     "FolderProbe",
-    "PatchProbe",
     "dense_features",
     "embed",
     "image_features",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from dinov2.data.patches import Patches
 from dinov2_kernels._extras import require
 
 TEXTURES = ((8, 1), (8, 2), (16, 2))  # points on a circle and its radius in pixels, for local binary patterns
@@ -63,24 +62,6 @@ def descriptors(images: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[np.float
         "texture histogram (LBP)": texture,
         "colour and texture": np.concatenate([colour, 2 * texture], axis=1),
     }
-
-
-def handmade_accuracies(index: Patches, queries: Patches, k: int = 5) -> dict[str, float]:
-    """Accuracy, 0 ... 1, of naming the photograph of each query by the plain vote of its k nearest in the index.
-
-    Raw pixels are compared by Euclidean distance, histograms by the sum of absolute differences, which suits them best.
-
-    Raises:
-        ImportError: scikit-image or scikit-learn is missing (extra ``demo``).
-    """
-    neighbors = require("sklearn.neighbors", extra="demo", purpose="handmade_accuracies")
-    of_index, of_queries = descriptors(index.images), descriptors(queries.images)
-    accuracies = {}
-    for name in of_index:
-        metric = "euclidean" if name == "raw pixels" else "manhattan"
-        classifier = neighbors.KNeighborsClassifier(k, metric=metric).fit(of_index[name], index.labels)
-        accuracies[name] = float(classifier.score(of_queries[name], queries.labels))
-    return accuracies
 
 
 def _histograms(values: npt.NDArray[np.int64], bins: int) -> npt.NDArray[np.float32]:

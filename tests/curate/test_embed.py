@@ -14,10 +14,11 @@ from dinov2.curate.copy_network import describe_copies
 from dinov2.curate.embed import EmbedConfig, embed
 from dinov2.curate.engines import Inline, ProcessPool
 from dinov2.curate.pool import read_table
-from dinov2.data import AugmentationConfig, BundledPhotographs, cut_patches
+from dinov2.data import AugmentationConfig, BundledPhotographs
 from dinov2.data.cropping import resized
 from dinov2.data.decoding import Pixels
-from dinov2.data.planted import planted_images
+from dinov2.demo.patches import cut_patches
+from dinov2.demo.planted import planted_images
 from dinov2.evaluate.probe import central_view
 from dinov2.models import VisionTransformer, ViTConfig, load_pretrained, save_pretrained
 from tests.curate.pictures import encoded, picture, write_pool

@@ -28,7 +28,7 @@ from dinov2.curate.retrieve import RetrieveConfig
 from dinov2.curate.screen import ScreenConfig
 from dinov2.curate.search import SearchConfig
 from dinov2.curate.steps import ABOUT, COUNTS
-from dinov2.data.planted import planted_images
+from dinov2.demo.planted import planted_images
 from dinov2.recipes import laptop
 from tests.curate.test_runner import contents
 

@@ -19,7 +19,7 @@ from dinov2.curate.report.page import histogram
 from dinov2.curate.report.sections import finished_steps
 from dinov2.curate.screen import ScreenConfig
 from dinov2.data import TarShards
-from dinov2.data.planted import planted_images
+from dinov2.demo.planted import planted_images
 from dinov2.recipes import laptop
 
 

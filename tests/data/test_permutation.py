@@ -8,8 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from dinov2.data.permutation import random_order
-from dinov2.data.randomness import Stream
+from dinov2.data.randomness import Stream, random_order
 
 LVD = 142_109_386  # images of the paper's data set
 

@@ -12,11 +12,15 @@ import pytest
 import torch
 
 from dinov2.data import AugmentationConfig, BundledPhotographs, normalize
-from dinov2.data.patches import Patches, cut_patches, half_of
-from dinov2.evaluate.features import dense_features, image_features, neighbourhood_features
-from dinov2.evaluate.handmade import colour_histogram, handmade_accuracies, raw_pixels, texture_histogram
-from dinov2.evaluate.patch_probe import PatchProbe
-from dinov2.evaluate.pca import pca_colours, principal_components
+from dinov2.demo.patches import Patches, PatchProbe, cut_patches, half_of, handmade_accuracies
+from dinov2.evaluate.features import (
+    dense_features,
+    image_features,
+    neighbourhood_features,
+    pca_colours,
+    principal_components,
+)
+from dinov2.evaluate.handmade import colour_histogram, raw_pixels, texture_histogram
 from dinov2.models import VisionTransformer, ViTConfig, load_pretrained
 
 ROOT = Path(__file__).parents[2]

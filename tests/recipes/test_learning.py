@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dinov2.data import BundledPhotographs, cut_patches
-from dinov2.data.patches import Patches
-from dinov2.evaluate import PatchProbe
+from dinov2.data import BundledPhotographs
+from dinov2.demo.patches import Patches, PatchProbe, cut_patches
 from dinov2.models import ViTConfig, load_pretrained
 from dinov2.recipes import adaptation, distillation, photos
 from dinov2.train import RunConfig, pretrain, read_metrics

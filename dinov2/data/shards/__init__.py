@@ -2,7 +2,6 @@
 
 from dinov2.data.shards.dataset import TarShards
 from dinov2.data.shards.indexing import DamagedTarsError, index_shards
-from dinov2.data.shards.report import ShardReport
-from dinov2.data.shards.writing import ShardImage, write_shard, write_shards
+from dinov2.data.shards.writing import ShardImage, ShardReport, write_shard, write_shards
 
 __all__ = ["DamagedTarsError", "ShardImage", "ShardReport", "TarShards", "index_shards", "write_shard", "write_shards"]

@@ -10,9 +10,8 @@ from collections.abc import Callable
 from typing import IO
 
 from dinov2.data.decoding import IMAGE_EXTENSIONS, UnreadableImageError, read_header
-from dinov2.data.shards.report import ShardReport
-from dinov2.data.shards.rows import MAX_SIZE, Row, make_row, write_rows
 from dinov2.data.shards.storage import Storage
+from dinov2.data.shards.writing import MAX_SIZE, Row, ShardReport, make_row, write_rows
 
 Progress = Callable[[int, int], None]
 """Told after each shard, and before the first: how many are done, and how many there are to do."""

@@ -1,23 +1,84 @@
-"""Writing images into shards."""
+"""Tar shards as they are written: an index row for each image, the tar, and a report of what became of the files."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import IO, Any
 
-from dinov2.data.decoding import UnreadableImageError, read_header
-from dinov2.data.shards.report import ShardReport
-from dinov2.data.shards.rows import COLUMNS, MAX_SIZE, Row, make_row, write_rows
+from dinov2.data.decoding import ImageHeader, UnreadableImageError, read_header
 from dinov2.data.shards.storage import Storage
+from dinov2_kernels._extras import require
 
+# Name and Arrow type; other columns may follow.
+COLUMNS = {
+    "key": "string",  # name of the image, without an extension
+    "offset": "int64",  # of the image's bytes in the tar
+    "size": "int32",  # their number
+    "width": "int32",  # in pixels, as stored
+    "height": "int32",
+    "url": "string",  # where it comes from, if known
+    "sha256": "string",  # of the bytes, 64 hexadecimal digits
+}
+MAX_SIZE = 2**31 - 1
+
+Row = dict[str, Any]
 KEY = re.compile(r"[\w-]+", re.ASCII)
 COMPUTED = COLUMNS.keys() - {"url"}
+
+
+@dataclass
+class ShardReport:
+    """Counts of files.
+
+    Attributes:
+        shards: how many were written or indexed.
+        images: rows of their indices.
+        skipped: what else was there, by reason.
+        finished_before: shards that had an index already and were left alone.
+    """
+
+    shards: int = 0
+    images: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    finished_before: int = 0
+
+    def __str__(self) -> str:
+        lines = [f"{self.images:,} images in {self.shards:,} shards"]
+        lines += [f"  skipped {number:,}: {reason}" for reason, number in self.skipped.most_common()]
+        if self.finished_before:
+            lines.append(f"  {self.finished_before:,} more shards had an index already")
+        return "\n".join(lines)
+
+
+def make_row(key: str, offset: int, content: bytes, header: ImageHeader) -> Row:
+    """What the bytes of an image say themselves; ``url`` and other columns are for the caller to add."""
+    return {
+        "key": key,
+        "offset": offset,
+        "size": len(content),
+        "width": header.width,
+        "height": header.height,
+        "url": None,
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+
+
+def write_rows(rows: Sequence[Row], file: IO[bytes]) -> None:
+    """Write an index; columns beyond :data:`COLUMNS` take the type of their values, absent ones are null."""
+    parquet = require("pyarrow.parquet", extra="data", purpose="the index of tar shards")
+    arrow = require("pyarrow", extra="data", purpose="the index of tar shards")
+    types = {name: arrow.type_for_alias(alias) for name, alias in COLUMNS.items()}
+    names = dict.fromkeys(COLUMNS) | dict.fromkeys(name for row in rows for name in row)
+    columns = {name: arrow.array([row.get(name) for row in rows], types.get(name)) for name in names}
+    parquet.write_table(arrow.table(columns), file)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What only the demos and the tests need: a small task on bundled photographs, a small crawl, and plots."""
