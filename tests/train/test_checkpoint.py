@@ -92,7 +92,7 @@ def no_space(*_: object) -> None:
 
 @pytest.mark.parametrize(
     "place",
-    ["staging.file_record", "staging.Stager.write_metadata", "checkpoint.manifest_text", "checkpoint._sync_directory"],
+    ["saving.file_record", "saving.Stager.write_metadata", "saving.manifest_text", "saving._sync_directory"],
 )
 @pytest.mark.parametrize("noticed", ["after the step", "by the next save", "at the end"])
 def test_a_failed_save_leaves_the_previous_one(
