@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dinov2.cli.run_options import Arguments, parse_fields, saved_config, start, take_options
 from dinov2.recipes import adaptation
-from dinov2.recipes.adaptation import folder_of
+from dinov2.recipes.building_on import folder_of
 from dinov2.train import PretrainConfig
 
 HELP = """usage: dinov2 adapt --from RUN --image-size PIXELS [--FIELD VALUE ...] [--resume] [--probe FOLDER]

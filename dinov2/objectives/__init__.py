@@ -1,7 +1,7 @@
 """Training objectives: what the student learns, and how the teacher follows it."""
 
-from dinov2.objectives.config import ObjectiveConfig
 from dinov2.objectives.distillation import Distillation
+from dinov2.objectives.losses import ObjectiveConfig
 from dinov2.objectives.networks import build_network, build_networks
 from dinov2.objectives.self_distillation import SelfDistillation, Views
 

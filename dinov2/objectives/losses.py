@@ -1,20 +1,66 @@
-"""Centring of the teacher: what keeps its targets from collapsing to one prototype or to the uniform distribution.
+"""The teacher's targets and the losses against them: settings, centring, cross-entropy over the prototypes.
 
-Either way is one bias per prototype: the targets are ``softmax(logits / temperature + bias)``, with bias [K] from
-:class:`SoftmaxCentering` or :class:`SinkhornCentering`.
+Centring keeps the targets from collapsing to one prototype or to the uniform distribution. Either way is one bias per
+prototype: the targets are ``softmax(logits / temperature + bias)``, with bias [K] from :class:`SoftmaxCentering` or
+:class:`SinkhornCentering`. The targets are never written down.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dinov2.objectives.config import ObjectiveConfig
-from dinov2_kernels import sinkhorn_bias, sinkhorn_biases
+from dinov2.objectives.networks import Projected, logits_of
+from dinov2_kernels import sinkhorn_bias, sinkhorn_biases, soft_cross_entropy
 from dinov2_kernels._library import autocast_disabled
+
+CenteringName = Literal["softmax", "sinkhorn_knopp"]
+StudentLogits = Literal["stored", "recomputed"]
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Weights and temperatures of DINO + iBOT + KoLeo. The teacher's temperature is scheduled, so it is not here."""
+
+    centering: CenteringName = "softmax"
+    """How the teacher's targets are kept from collapsing: subtract a moving average of its logits before the softmax,
+    or balance the batch over the prototypes by Sinkhorn-Knopp."""
+    student_temperature: float = 0.1
+    """Temperature of the student's softmax."""
+    dino_weight: float = 1.0
+    """Weight of the loss on class tokens. A term of weight 0 is still measured."""
+    ibot_weight: float = 1.0
+    """Weight of the loss on masked patches."""
+    koleo_weight: float = 0.1
+    """Weight of the loss that spreads the class tokens of a batch; needs at least 2 images in the batch."""
+    center_momentum: float = 0.9
+    """Part of the centre kept at each step, for softmax centring."""
+    sinkhorn_iterations: int = 3
+    """Iterations of Sinkhorn-Knopp."""
+    student_logits: StudentLogits = "stored"
+    """Whether the student's scores over all prototypes are stored for the loss, or made in pieces, and again in the
+    backward pass: that takes memory for neither scores nor their gradients, but a third more arithmetic."""
+
+    def __post_init__(self) -> None:
+        if self.centering not in get_args(CenteringName):
+            raise ValueError(f"centering: expected one of {', '.join(get_args(CenteringName))}, got {self.centering!r}")
+        if self.student_logits not in get_args(StudentLogits):
+            expected = ", ".join(get_args(StudentLogits))
+            raise ValueError(f"student_logits: expected one of {expected}, got {self.student_logits!r}")
+        if not self.student_temperature > 0:
+            raise ValueError(f"student_temperature: expected a number above 0, got {self.student_temperature}")
+        for name in ("dino_weight", "ibot_weight", "koleo_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
+        if not 0 <= self.center_momentum <= 1:
+            raise ValueError(f"center_momentum: expected a number from 0 to 1, got {self.center_momentum}")
+        if self.sinkhorn_iterations < 1:
+            raise ValueError(f"sinkhorn_iterations: expected at least 1, got {self.sinkhorn_iterations}")
 
 
 class SoftmaxCentering(nn.Module):
@@ -100,3 +146,53 @@ def make_centering(config: ObjectiveConfig, num_prototypes: int, group: dist.Pro
     if config.centering == "softmax":
         return SoftmaxCentering(num_prototypes, config.center_momentum, group)
     return SinkhornCentering(config.sinkhorn_iterations, group)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The teacher's targets softmax(logits / temperature + bias), and which students face them.
+
+    Attributes:
+        logits: [M, K] of the teacher.
+        bias: [K] of its centring.
+        temperature: of the teacher.
+        weight: [N] weight of each student's loss.
+        index: [N, J] int64, the targets of each student, whose losses are added; None: N = M, each its own.
+    """
+
+    logits: Tensor
+    bias: Tensor
+    temperature: float
+    weight: Tensor
+    index: Tensor | None = None
+
+
+def prototype_losses(
+    students: tuple[Projected, Projected],
+    targets: tuple[Targets, Targets],
+    student_temperature: float,
+    student_logits: StudentLogits,
+) -> list[Tensor]:
+    """Weighted loss [N] of each student, for class tokens and for patches.
+
+    Stored logits are overwritten by their gradients in the backward pass, which can therefore run only once.
+    """
+    options: list[dict[str, Any]] = [
+        {
+            "student_temperature": student_temperature,
+            "teacher_temperature": target.temperature,
+            "teacher_bias": target.bias,
+            "row_weight": target.weight,
+            "teacher_index": target.index,
+        }
+        for target in targets
+    ]
+    if student_logits == "stored":
+        return [
+            soft_cross_entropy(logits, target.logits, overwrite_student_logits=True, **option)
+            for logits, target, option in zip(logits_of(*students), targets, options, strict=True)
+        ]
+    return [
+        student.prototypes.cross_entropy(student.features, target.logits, **option)
+        for student, target, option in zip(students, targets, options, strict=True)
+    ]

@@ -12,32 +12,7 @@ student rows against the teacher's targets, and l, g1, g2 the class tokens of th
 
     pairs = 2 + max(2 L, 1), so with 8 local crops the two DINO terms carry 16/18 and 2/18 of the whole.
 
-Where the published code has a defect or a surprise, this is what was decided:
-
-==============================================  =====================================================================
-published code                                  here
-==============================================  =====================================================================
-float16 KoLeo is infinite on equal rows         float32 arithmetic, finite
-KoLeo can choose a row as its own neighbour     never, if there is another row
-KoLeo of a single image is a constant           an error at ``koleo_weight > 0``: there is nothing to learn from it
-KoLeo among the images of one GPU               among those of all processes in ``group``
-KoLeo on both crops, the paper says on one      kept: on both
-student log-softmax in half precision           float32
-dino_weight 0 with ibot_weight > 0 crashes      works; a term of weight 0 is still measured
-iBOT Sinkhorn-Knopp needs a process group       only if given one; counts rows nowhere, they cancel
-Sinkhorn-Knopp overflows at |logit / T| > 88    log domain
-iBOT centre: mean of the processes' means       mean over all masked patches
-centre update of the last step not saved        applied at once after use, so a checkpoint holds it
-no masked patch at all: centre becomes NaN      the centre stays, ibot is 0
-teacher neither copied nor updated unless FSDP  :func:`build_networks` copies, :meth:`SelfDistillation.update_average`
-                                                works on any parameters
-logs koleo/2, ibot/2 and the sum of those       logs what is optimised: the formulas above
-iBOT counts unmasked crops in its mean          kept: each masked crop weighs 1/(2B), so masking fewer crops lowers
-                                                the weight of the term
-class tokens of masked crops in DINO and KoLeo  kept
-without local crops, pairs is 3 and not 2       kept
-buffers not averaged into the teacher           kept; ViT and head have none
-==============================================  =====================================================================
+Where the published code has a defect or a surprise, ``docs/differences.md`` says what was decided.
 """
 
 from __future__ import annotations
@@ -50,8 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dinov2.objectives.batch import MaskedPatches, check_shapes, crop_pairs, send
-from dinov2.objectives.centering import biases_of, make_centering
-from dinov2.objectives.config import ObjectiveConfig
+from dinov2.objectives.losses import ObjectiveConfig, Targets, biases_of, make_centering, prototype_losses
 from dinov2.objectives.networks import (
     check_networks,
     check_same_parameters,
@@ -60,7 +34,6 @@ from dinov2.objectives.networks import (
     num_prototypes,
     project,
 )
-from dinov2.objectives.prototype_loss import Targets, prototype_losses
 from dinov2_kernels import koleo_loss
 from dinov2_kernels.cross_entropy.reference import soft_targets
 

@@ -11,12 +11,9 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from dinov2.curate import CurateConfig
-from dinov2.recipes.adaptation import adaptation
+from dinov2.recipes.building_on import adaptation, distillation
 from dinov2.recipes.curation import laptop, lvd142m
-from dinov2.recipes.distillation import distillation
-from dinov2.recipes.photos import photos
-from dinov2.recipes.reference import vitb14, vitg14, vitl14, vitl16_short, vits14
-from dinov2.recipes.small_data import vits14_small_data
+from dinov2.recipes.pretraining import photos, vitb14, vitg14, vitl14, vitl16_short, vits14, vits14_small_data
 from dinov2.train.config import PretrainConfig
 
 Function = TypeVar("Function")

@@ -1,8 +1,8 @@
-"""The configurations of the paper's public code: ImageNet-1k in a day, ImageNet-22k ViT-L and ViT-g.
+"""Recipes that pretrain from nothing but images: on a laptop, on few images, and as published.
 
-They are the published tables with two differences. Position embeddings are interpolated with antialiasing and no
-offset, as in the models with registers: such weights mean the same in Hugging Face and timm. And "epochs", there 1250
-steps whatever the data, are steps here.
+Published are ImageNet-1k in a day, and ImageNet-22k for ViT-L and ViT-g. These recipes follow the published tables with
+two differences. Position embeddings are interpolated with antialiasing and no offset, as in the models with registers:
+such weights mean the same in Hugging Face and timm. And "epochs", there 1250 steps whatever the data, are steps here.
 
 ``accumulation_steps`` splits the global batch into the micro-batches that one GPU of the published runs held, so that
 KoLeo compares as many images as it did there. On one GPU each step then takes as long as it sounds. The processes of
@@ -20,6 +20,85 @@ from dinov2.train.config import OptimConfig, PretrainConfig, TeacherConfig
 
 IMAGES = Path("images")
 """Where the recipes look unless ``--data.root`` says otherwise."""
+
+
+def photos() -> PretrainConfig:
+    """A tiny ViT on the bundled photographs; runs on a laptop, no download.
+
+    Made for images of 128 pixels: a crop takes about as many pixels of one as it has itself, so it keeps their scale,
+    and two crops show two places of one neighbourhood. It differs from the reference because there are minutes and
+    thousands of images, not days and millions: small patches, since fine texture is what tells these images apart;
+    small batches, for many steps; few prototypes with sharp, balanced targets; a learning rate of 0.001 everywhere, and
+    no slow start by LayerScale; colours that are only just disturbed, since they carry meaning here.
+    """
+    return PretrainConfig(
+        output=Path("runs/photos"),
+        steps=3000,
+        batch_size=16,
+        vit=ViTConfig(img_size=32, patch_size=4, embed_dim=64, depth=2, num_heads=1, init_values=1.0),
+        dino_head=HeadConfig(out_dim=64, hidden_dim=256, bottleneck_dim=64),
+        objective=ObjectiveConfig(centering="sinkhorn_knopp"),
+        data=DataConfig(
+            num_workers=1,
+            augmentation=AugmentationConfig(
+                global_size=32,
+                local_size=16,
+                local_crops=4,
+                global_scale=(0.04, 0.125),
+                local_scale=(0.01, 0.03),
+                brightness=0.2,
+                contrast=0.2,
+                saturation=0.1,
+                hue=0.02,
+                grayscale=0.0,
+                blur_sigma=(0.1, 0.5),
+                solarize=0.0,
+            ),
+        ),
+        optim=OptimConfig(
+            base_lr=8e-3,  # 1e-3 for 16 images
+            weight_decay_end=0.2,
+            layer_decay=1.0,
+            patch_embed_lr_scale=1.0,
+            freeze_last_layer_fraction=0.03,
+        ),
+        teacher=TeacherConfig(momentum=0.98, temperature=0.04),
+        log_every=10,
+        probe_every=200,
+        checkpoint_every=500,
+    )
+
+
+def vits14_small_data() -> PretrainConfig:
+    """ViT-S/14 with registers on 10,000 to a million images of your own; one GPU.
+
+    What differs from the large runs, and why:
+
+    - 16,384 prototypes: with few images most of 65,536 would never be anybody's target.
+    - Sinkhorn-Knopp: it balances the prototypes within each batch, where a running centre reacts too late; a loss that
+      sits at ln(prototypes) or falls to 0 early is collapse, and this is the first thing to try against it.
+    - Teacher momentum 0.996: a smaller batch makes noisier students, so the teacher averages over more of them.
+    - Smaller drop path: ViT-S has little capacity to spare.
+    - Prototypes stand still for 2 % of the run, twice as long, while features are still random.
+    - The batch in one piece: prefer memory for a larger micro-batch over accumulation, as Sinkhorn-Knopp and KoLeo
+      look at one micro-batch at a time.
+
+    If the images are alike (microscopy, X-ray, satellite), crop less: ``--data.augmentation.global_scale 0.5 1``; if
+    their colours carry the meaning, jitter less: ``--data.augmentation.hue 0 --data.augmentation.grayscale 0``.
+    """
+    return PretrainConfig(
+        output=Path("runs/vits14_small_data"),
+        steps=50_000,
+        batch_size=256,
+        precision="bf16",
+        vit=ViTConfig.of("vit_small", patch_size=14, num_register_tokens=4, drop_path_rate=0.1),
+        dino_head=HeadConfig(out_dim=16384),
+        objective=ObjectiveConfig(centering="sinkhorn_knopp"),
+        data=DataConfig(root=Path("images"), augmentation=AugmentationConfig(local_size=98), num_workers=8),
+        optim=OptimConfig(base_lr=2e-3, weight_decay_end=0.2, layer_decay=1.0, freeze_last_layer_fraction=0.02),
+        teacher=TeacherConfig(momentum=0.996),
+        log_every=20,
+    )
 
 
 def vitl16_short() -> PretrainConfig:

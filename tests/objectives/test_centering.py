@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dinov2.objectives.centering import SinkhornCentering, SoftmaxCentering, make_centering
-from dinov2.objectives.config import ObjectiveConfig
+from dinov2.objectives.losses import ObjectiveConfig, SinkhornCentering, SoftmaxCentering, make_centering
 from dinov2_kernels import sinkhorn_bias
 
 

@@ -16,7 +16,7 @@ from itertools import pairwise
 
 from dinov2.models import HeadConfig, ViTConfig
 from dinov2.models.dino_head import ROWS
-from dinov2.objectives.config import StudentLogits
+from dinov2.objectives.losses import StudentLogits
 from dinov2.train.config import ActivationCheckpointing
 from dinov2.train.planning.rows import Rows
 from dinov2_kernels.nn import swiglu_hidden_features
