@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,11 +13,12 @@ import tyro
 from rich.console import Console
 
 from dinov2.cli.curation_progress import Progress, table
+from dinov2.cli.run_options import read_options
+from dinov2.configuration import read_json
 from dinov2.curate import STAGES, CurateConfig, Part, curate, only, run_steps
 from dinov2.curate.pipeline import save_config
 from dinov2.curate.report import write_report
 from dinov2.recipes import CURATIONS, curation
-from dinov2.train.run_directory import from_json
 
 EXAMPLES = """examples:
   dinov2 curate run laptop --images photos --output curated     a folder of your own images, every stage
@@ -43,7 +43,7 @@ class Arguments:
 
     config: Annotated[CurateConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
     shard: str = "0/1"
-    """I/N: make only every N-th shard of each step, from the I-th on (counted from 0), and wait for the others."""
+    """Make only every N-th shard of each step, from the I-th on (counted from 0), and wait for the others: I/N."""
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -83,14 +83,8 @@ def parse(what: str, name: str, options: Sequence[str]) -> Arguments:
         description = inspect.getdoc(CURATIONS[name]) or ""
     else:
         config = read_config(name)
-    parsed: Arguments = tyro.cli(
-        Arguments,
-        args=list(options),
-        default=Arguments(config=config),
-        prog=f"dinov2 curate {what} {name}",
-        description=description,
-        use_underscores=True,
-        config=(tyro.conf.AvoidSubcommands,),
+    parsed: Arguments = read_options(
+        Arguments, options, Arguments(config=config), f"dinov2 curate {what} {name}", description
     )
     return parsed
 
@@ -105,10 +99,7 @@ def read_config(path: str) -> CurateConfig:
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {path}; the curations are {', '.join(CURATIONS)}")
-    try:
-        return from_json(CurateConfig, json.loads(file.read_text()))
-    except (TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not the configuration of a curation: {error}") from error
+    return read_json(file, "a curation", lambda values: CurateConfig)
 
 
 def share(text: str) -> Part:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 
 import tyro
 
+from dinov2.configuration import assembled, check
 from dinov2.evaluate import FolderProbe
 from dinov2.train import PretrainConfig, RunConfig, pretrain
 from dinov2.train.planning import plan, print_plan
@@ -28,14 +29,14 @@ class Arguments(Generic[Config]):
 
     config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Continue the run in the output directory from its newest checkpoint (or start it, if it has none yet)."""
+    """Continue the run in the output directory from its newest checkpoint, or start it if it has none yet."""
     probe: Path | None = None
-    """Folder of labelled images, train/CLASS/... and test/CLASS/..., whose k-NN accuracy is measured on the way."""
+    """Measure k-NN accuracy on the way, on this folder of labelled images: train/CLASS/... and test/CLASS/..."""
     dry_run: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Print what the run needs, memory, arithmetic and bytes sent, and train nothing. Name the device that is meant, as
-    in --device cuda, where it is not of this machine."""
+    """Print what the run needs (memory, arithmetic and bytes sent) and train nothing. Name the device if this machine
+    lacks it, as in --device cuda."""
     world_size: int | None = None
-    """Processes to plan for with --dry_run; by default those that torchrun started."""
+    """With --dry_run, plan for this many processes; by default for those that torchrun started."""
 
 
 class TakenOptions(NamedTuple):
@@ -55,15 +56,28 @@ def parse_fields(
     description, _, _ = (inspect.getdoc(recipe) or "").partition("\n\nArgs:")
     config, options = choose_patch_head(config, options)
     kind: Any = Arguments[type(config)]  # type: ignore[misc]
-    parsed: Arguments[Config] = tyro.cli(
-        kind,
-        args=options,
-        default=Arguments(config=config),
-        prog=prog,
-        description=description,
-        use_underscores=True,
-        config=(tyro.conf.AvoidSubcommands,),
+    parsed: Arguments[Config] = read_options(kind, options, Arguments(config=config), prog, description)
+    return parsed
+
+
+def read_options(kind: Any, options: Sequence[str], default: Any, prog: str, description: str) -> Any:
+    """``default``, of the dataclass ``kind`` with a field ``config``, with the overrides of the command line.
+
+    Raises:
+        ValueError: a field is out of its bounds; the message spells it as the command line does.
+    """
+    parsed = assembled(
+        lambda: tyro.cli(
+            kind,
+            args=options,
+            default=default,
+            prog=prog,
+            description=description,
+            use_underscores=True,
+            config=(tyro.conf.AvoidSubcommands,),
+        )
     )
+    check(parsed.config)
     return parsed
 
 

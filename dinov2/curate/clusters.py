@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from dinov2.configuration import Config, Count, CountOr0, Rules
 from dinov2.curate.lloyd import k_means_in_memory, means_of, nearest_centroids, resampled, sums_of
 from dinov2.curate.pool import Pool, read_array, read_table
 from dinov2.curate.search.vectors import PoolVectors, read_layout
@@ -26,37 +27,32 @@ WAITING = 2**20  # candidates at least that are sorted in among those drawn at a
 
 
 @dataclass(frozen=True)
-class ClusterConfig:
+class ClusterConfig(Config, at="clusters"):
     """k-means of a pool's features, and of its own centroids."""
 
-    clusters: int = 0
-    """Of images; 0 is one for each 7,440 of them, the average of DINOv2."""
+    clusters: CountOr0 = 0
+    """The pool is split into this many clusters. 0 makes one for each 7,440 images, the average of DINOv2."""
     levels: tuple[int, ...] = ()
-    """Clusters of clusters, for balanced sampling: their number on each higher level, from below; ever fewer."""
-    iterations: int = 20
-    """Of k-means on a sample."""
-    sample: int = 256
-    """Images of that sample for each cluster."""
-    passes: int = 5
-    """Iterations on all images after that."""
-    resampling: int = 10
-    """Rounds in which higher levels are clustered again by the members nearest to each centroid (arXiv:2405.15613)."""
-    nearest: int = 5
-    """How many of these members a cluster has a say with."""
-    seed: int = 0
-    """Of the sample and of the first centroids."""
+    """Clusters are clustered again for balanced sampling. Give the number of clusters on each higher level, from below;
+    each must be smaller than the one before."""
+    iterations: Count = 20
+    """k-means runs this many iterations on a sample."""
+    sample: Count = 256
+    """The sample holds this many images for each cluster."""
+    passes: CountOr0 = 5
+    """After the sample, k-means runs this many iterations on all images."""
+    resampling: CountOr0 = 10
+    """Higher levels are clustered this many times more, by the members nearest to each centroid (arXiv:2405.15613)."""
+    nearest: Count = 5
+    """Each cluster is represented by this many members when higher levels are clustered again."""
+    seed: CountOr0 = 0
+    """This seed decides the sample and the first centroids."""
 
-    def __post_init__(self) -> None:
-        for name in ("clusters", "passes", "resampling"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, but is {getattr(self, name)}")
-        for name in ("iterations", "sample", "nearest"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, but is {getattr(self, name)}")
-        if not 0 <= self.seed < 2**30:  # Faiss takes 31 bits, of a start or round as much more as its number
-            raise ValueError(f"seed must be from 0 to {2**30 - 1}, but is {self.seed}")
-        if any(upper >= lower for lower, upper in itertools.pairwise((self.clusters or 2**31, *self.levels))):
-            raise ValueError(f"levels must have fewer clusters each than the one below, but are {self.levels}")
+    def rules(self) -> Rules:
+        """Levels shrink; Faiss takes seeds of 31 bits, and ours grow by the number of a start or round."""
+        yield "seed", self.seed < 2**30, f"from 0 to {2**30 - 1}"
+        are_fewer = all(upper < lower for lower, upper in itertools.pairwise((self.clusters or 2**31, *self.levels)))
+        yield "levels", are_fewer, "fewer clusters on each level than on the one below"
 
     def number(self, rows: int) -> int:
         """Clusters of a pool of ``rows`` images."""

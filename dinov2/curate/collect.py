@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from dinov2.configuration import Config, Count
 from dinov2.curate.pool import Pool
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task, digest
 from dinov2.data.decoding import IMAGE_EXTENSIONS
@@ -17,18 +18,13 @@ UNREADABLE, TOO_LARGE = "cannot be opened", "file too large"
 
 
 @dataclass(frozen=True)
-class CollectConfig:
-    """How files become shards."""
+class CollectConfig(Config, at="collect"):
+    """How the collect stage puts files into shards."""
 
-    shard_size: int = 10_000
-    """Files of a shard."""
-    max_bytes: int = 50_000_000
-    """Of a file; larger ones are left out."""
-
-    def __post_init__(self) -> None:
-        for name in ("shard_size", "max_bytes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"collect.{name} must be positive, but is {getattr(self, name)}")
+    shard_size: Count = 10_000
+    """A shard holds this many files."""
+    max_bytes: Count = 50_000_000
+    """Files with more bytes than this are left out."""
 
 
 def collect(images: str, config: CollectConfig, output: str) -> Steps[Pool]:

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dinov2.configuration import Config, Cosine, Count, to_json
 from dinov2.curate.components import Components, Labels
 from dinov2.curate.pool import Pool, read_table, write_decisions
 from dinov2.curate.search import Layout, Neighbours, SearchConfig, exact_cosines, pair_cosines, search
 from dinov2.curate.search.vectors import CHUNK, PoolVectors, Positions, Vectors, read_layout
-from dinov2.curate.steps import Counts, Output, Step, Steps, Task, plain
+from dinov2.curate.steps import Counts, Output, Step, Steps, Task
 from dinov2_kernels._extras import require
 
 NAME = re.compile(r"[\w-]+", re.ASCII)
@@ -25,37 +26,25 @@ NO_FEATURES = "no features to compare"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DedupConfig:
-    """What counts as a copy of what; thresholds are cosines, and what is linked has a larger one.
+class DedupConfig(Config, at="dedup"):
+    """What counts as a copy of what. Thresholds are cosines; images are linked if their cosine is larger."""
 
-    Attributes:
-        neighbours: of each image that it may be linked to.
-        threshold: above which images of the pool are linked; linked ones are one component, of which one is kept.
-        guard_threshold: above which a member of a component is dropped for the one that is kept. Members that are
-            further from it are copies of copies; the best of them is kept too, for those near it, and so on. -1 turns
-            this off: of each component one image remains.
-        guard_rounds: how many images of a component are kept that way before all others of it are kept unseen.
-        reference_threshold: above which an image of the pool is linked to a reference image.
-        reference_reach: above which images of the pool are linked for what follows from that: all images of a component
-            of which one is linked to a reference image are dropped.
-        search: how neighbours are found.
-    """
-
-    neighbours: int = 64
-    threshold: float = 0.6
-    guard_threshold: float = 0.6
-    guard_rounds: int = 8
-    reference_threshold: float = 0.45
-    reference_reach: float = 0.6
+    neighbours: Count = 64
+    """An image is linked to at most this many nearest neighbours."""
+    threshold: Cosine = 0.6
+    """Two images of the pool are linked above this cosine. Linked images form a component, and one of them is kept."""
+    guard_threshold: Cosine = 0.6
+    """A member of a component is dropped only if its cosine to the kept image is above this. Other members are copies
+    of copies: the best of them is kept too, for those near it, and so on. -1 keeps one image of each component."""
+    guard_rounds: Count = 8
+    """A component keeps at most this many images in this way; after that, all its other members are kept unseen."""
+    reference_threshold: Cosine = 0.45
+    """An image of the pool is linked to a reference image above this cosine."""
+    reference_reach: Cosine = 0.6
+    """Images of the pool are also linked above this cosine to find what is near a reference image: if one member of a
+    component is linked to a reference image, all its members are dropped."""
     search: SearchConfig = field(default_factory=SearchConfig)
-
-    def __post_init__(self) -> None:
-        for name in ("neighbours", "guard_rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, but is {getattr(self, name)}")
-        for name in ("threshold", "guard_threshold", "reference_threshold", "reference_reach"):
-            if not -1 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be a cosine, from -1 to 1, but is {getattr(self, name)}")
+    """This is how neighbours are found."""
 
 
 def dedup(pool: Pool, references: Mapping[str, Pool], config: DedupConfig, output: str) -> Steps[Pool]:
@@ -100,7 +89,7 @@ def _decide(
 ) -> Steps[str]:
     """From links to decisions; gives the folder of these."""
     layout = neighbours.searched
-    settings = {name: value for name, value in plain(config).items() if name != "search"}
+    settings = {name: value for name, value in to_json(config).items() if name != "search"}
     settings["references"] = [reference.name for reference in references]
     inputs = (layout, neighbours.folder, *(reference.links.folder for reference in references))
 

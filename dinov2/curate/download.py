@@ -15,6 +15,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dinov2.configuration import AtLeast0, Config, Count, CountOr0, Positive, Rules
 from dinov2.curate.bodies import Inflater
 from dinov2.curate.collect import key_of
 from dinov2.curate.pool import Pool, read_table
@@ -50,60 +51,56 @@ TIMEOUT, NO_CONNECTION, TRUNCATED, BLOCKED = "timeout", "no connection", "trunca
 
 
 @dataclass(frozen=True)
-class DownloadConfig:
-    """What is fetched, and how politely; limits on a host hold within a task, and a host is in one task if it fits."""
+class DownloadConfig(Config, at="download"):
+    """What the download stage fetches, and how politely. Limits on a host hold within a task; all links of a host are
+    in one task if they fit."""
 
     agent: str = "dinov2-curate"
-    """Our name as a robot, in User-Agent and robots.txt."""
+    """This is our name as a robot, in User-Agent and robots.txt."""
     contact: str = ""
-    """Where the owners of servers can complain: your page or address."""
-    links_per_shard: int = 10_000
-    """Links of a task, which makes one tar."""
-    concurrency: int = 64
-    """Requests of a task at once."""
-    per_host: int = 2
-    """Of these to one host."""
-    delay: float = 0.1
-    """Seconds between the beginnings of two requests to a host."""
-    tries: int = 3
-    """Of a link, where the failure may pass: no answer, too many requests, an error of the server."""
-    backoff: float = 1.0
-    """Seconds before the second try, twice as many before each further one."""
-    max_wait: float = 60.0
-    """Seconds to wait at most, whatever a server's Retry-After says."""
-    connect_timeout: float = 10.0
-    """Seconds to a connection."""
-    timeout: float = 60.0
-    """Seconds for all of a try."""
-    max_bytes: int = 20_000_000
-    """Of a file; what is larger is broken off."""
-    max_pixels: int = 100_000_000
-    """Of an image, as its header says."""
-    min_side: int = 32
-    """Pixels of the shorter side; icons and tracking pixels have less."""
-    max_redirects: int = 5
-    """Of a link, each of which is checked like the link itself."""
+    """Owners of servers can complain here: give your page or address."""
+    links_per_shard: Count = 10_000
+    """A task fetches this many links and makes one tar."""
+    concurrency: Count = 64
+    """A task sends this many requests at once."""
+    per_host: Count = 2
+    """A host gets at most this many requests at once."""
+    delay: AtLeast0 = 0.1
+    """Wait this many seconds between two requests to a host."""
+    tries: Count = 3
+    """Try a link this often if the failure may pass: no answer, too many requests, an error of the server."""
+    backoff: AtLeast0 = 1.0
+    """Wait this many seconds before the second try, and twice as long before each further one."""
+    max_wait: AtLeast0 = 60.0
+    """Wait at most this many seconds, whatever a server's Retry-After says."""
+    connect_timeout: Positive = 10.0
+    """A connection must be there within this many seconds."""
+    timeout: Positive = 60.0
+    """A try must end within this many seconds."""
+    max_bytes: Count = 20_000_000
+    """Give up a file that has more bytes than this."""
+    max_pixels: Count = 100_000_000
+    """Leave out images whose header names more pixels than this."""
+    min_side: Count = 32
+    """Leave out images whose shorter side has fewer pixels; icons and tracking pixels have."""
+    max_redirects: CountOr0 = 5
+    """Follow at most this many redirects of a link. Each is checked like the link itself."""
     robots: bool = True
     """Obey robots.txt."""
     honour_opt_out: bool = True
-    """Leave images whose X-Robots-Tag asks so."""
+    """Leave out images whose X-Robots-Tag asks so."""
     opt_out: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex", "none")
-    """The words by which it asks."""
+    """The tag asks by these words."""
     blocked_domains: str = ""
-    """File or URL of domains, one a line, from which nothing is fetched, by redirects neither."""
+    """This file or URL lists domains, one a line. Nothing is fetched from them, not even after a redirect."""
     allow_private_addresses: bool = False
-    """Fetch from this machine and private networks too: for tests and for crawls of an own network."""
+    """Fetch from this machine and private networks too. Tests and crawls of an own network need it."""
 
-    def __post_init__(self) -> None:
-        positive = ("links_per_shard", "concurrency", "per_host", "tries", "max_bytes", "max_pixels", "timeout")
-        for name in (*positive, "connect_timeout", "min_side"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"download.{name} must be positive, but is {getattr(self, name)}")
-        for name in ("delay", "backoff", "max_wait", "max_redirects"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"download.{name} must be 0 or more, but is {getattr(self, name)}")
-        if not self.agent or not self.agent.isascii() or "\n" in self.agent + self.contact:
-            raise ValueError(f"download.agent must be a name in ASCII, but is {self.agent!r}")
+    def rules(self) -> Rules:
+        """What is sent to servers fits into a header."""
+        is_name = bool(self.agent) and self.agent.isascii() and "\n" not in self.agent
+        yield "agent", is_name, "a name in ASCII"
+        yield "contact", "\n" not in self.contact, "one line"
 
     @property
     def user_agent(self) -> str:

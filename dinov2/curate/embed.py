@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dinov2.configuration import Config, Count, CountOr0, Rules
 from dinov2.curate.copy_network import describe_copies
 from dinov2.curate.plugins import identity_of, is_function, load_function, open_onnx
 from dinov2.curate.pool import Pool, write_decisions
@@ -34,34 +35,31 @@ DEFAULT_SIZE = 224
 
 
 @dataclass(frozen=True)
-class EmbedConfig:
-    """Which features images get, and what of an image the model sees."""
+class EmbedConfig(Config, at="embed"):
+    """Which features images get, and what the model sees of an image."""
 
     model: str = "copies"
-    """copies or colour-texture, which are built in; weights of any kind that load_pretrained reads; an ONNX (.onnx) or
-    TorchScript (.pt, .torchscript) file that maps [b, 3, size, size] to [b, D]; or MODULE:FUNCTION, called with a list
-    of uint8 RGB images [H, W, 3] and giving an array [b, D]."""
-    size: int = 0
-    """Side of what the model sees, in pixels; 0 is a model's own, or 224 where it does not say."""
+    """This model computes the features. copies and colour-texture are built in. Otherwise name weights of any kind that
+    load_pretrained reads; an ONNX (.onnx) or TorchScript (.pt, .torchscript) file that maps [b, 3, size, size] to
+    [b, D]; or MODULE:FUNCTION, which is called with a list of uint8 RGB images [H, W, 3] and returns [b, D]."""
+    size: CountOr0 = 0
+    """The model sees squares with sides of this many pixels. 0 takes the model's own size, or 224 if it has none."""
     view: Literal["centre", "squash"] = "centre"
-    """centre: the middle, after the shorter side was made 8/7 of the size. squash: all of the image, its aspect lost,
-    as copy detection wants it."""
+    """centre shows the middle, after the shorter side was resized to 8/7 of the size. squash shows the whole image and
+    changes its aspect, as copy detection wants it."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    """Of each channel, on a scale of 0 to 1."""
+    """This is subtracted from each channel, on a scale from 0 to 1."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    """Of each channel."""
-    batch_size: int = 32
-    """Images of a forward pass."""
+    """Each channel is divided by this after the subtraction."""
+    batch_size: Count = 32
+    """A forward pass takes this many images."""
     device: str = "auto"
-    """cpu, cuda, ...; auto is a GPU if there is one."""
+    """The model runs here: cpu, cuda, ...; auto takes a GPU if there is one."""
 
-    def __post_init__(self) -> None:
-        if self.size < 0:
-            raise ValueError(f"embed.size must be 0 or more, but is {self.size}")
-        if self.batch_size < 1:
-            raise ValueError(f"embed.batch_size must be positive, but is {self.batch_size}")
-        if not len(self.mean) == len(self.std) == 3:
-            raise ValueError(f"embed.mean and std must have 3 values each, but are {self.mean} and {self.std}")
+    def rules(self) -> Rules:
+        """Images are RGB."""
+        for name in ("mean", "std"):
+            yield name, len(getattr(self, name)) == 3, "3 values"
 
 
 def embed(pool: Pool, config: EmbedConfig, output: str) -> Steps[Pool]:

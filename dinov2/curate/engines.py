@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import torch
 
+from dinov2.configuration import AtLeast0, Config, Count, CountOr0, Rules
 from dinov2.curate.steps import Task, run_task
 from dinov2_kernels._extras import require
 
@@ -218,27 +219,24 @@ class RayCluster:
 
 
 @dataclass(frozen=True)
-class EngineConfig:
+class EngineConfig(Config, at="engine"):
     """Where tasks run. Results are the same, byte for byte, whatever is chosen here."""
 
     kind: Literal["inline", "processes", "ray"] = "processes"
-    """inline: one after the other in this process. processes: side by side on this machine. ray: on a cluster."""
-    workers: int = 0
-    """Tasks at once; 0 is one a core, or all that a cluster has room for."""
+    """inline runs one task after the other in this process. processes runs them side by side on this machine. ray runs
+    them on a cluster."""
+    workers: CountOr0 = 0
+    """This many tasks run at once. 0 runs one a core, or as many as a cluster has room for."""
     address: str | None = None
-    """Of a running Ray cluster, as ray.init takes it; by default one starts on this machine."""
-    tries: int = 3
-    """How often a shard is tried before it counts as failed."""
-    patience: float = 3600
-    """Seconds to wait, while no shard appears, for those of other processes (with --shard)."""
+    """Connect to the Ray cluster at this address, as ray.init takes it. By default one starts on this machine."""
+    tries: Count = 3
+    """A shard counts as failed after this many tries."""
+    patience: AtLeast0 = 3600
+    """Wait this many seconds for shards of other processes while none appears (with --shard)."""
 
-    def __post_init__(self) -> None:
-        if self.workers < 0:
-            raise ValueError(f"engine.workers must be 0 or more, but is {self.workers}")
-        if self.tries < 1:
-            raise ValueError(f"engine.tries must be 1 or more, but is {self.tries}")
-        if self.address is not None and self.kind != "ray":
-            raise ValueError(f"engine.address goes with engine.kind ray, but the kind is {self.kind}")
+    def rules(self) -> Rules:
+        """Only Ray has addresses."""
+        yield "address", self.address is None or self.kind == "ray", f"None with engine.kind {self.kind}"
 
     def open(self) -> Engine:
         """The engine.

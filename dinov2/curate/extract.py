@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import IO, Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
+from dinov2.configuration import Config, Count
 from dinov2.curate.bodies import UnknownEncodingError, plain_body
 from dinov2.curate.html import MAX_ALT, Link, Page, parse_page
 from dinov2.curate.sorted_tables import key_of_text, key_ranges, read_range, text_table, write_sorted
@@ -35,31 +36,26 @@ PIECE = 65_536
 
 
 @dataclass(frozen=True)
-class ExtractConfig:
-    """Which links are taken from pages."""
+class ExtractConfig(Config, at="extract"):
+    """Which links the extract stage takes from pages."""
 
     base_url: str = ""
-    """Where plain HTML files come from, if they do not say themselves: their path is appended."""
+    """Plain HTML files come from this address if they do not say where they come from; their path is appended."""
     blocked_domains: str = ""
-    """File or URL of domains, one a line, of which and of whose subdomains nothing is taken: unsafe, restricted."""
+    """This file or URL lists domains, one a line. Nothing is taken from them or from their subdomains."""
     allowed_domains: str = ""
-    """The same of domains of which alone images are taken, unless they are blocked; all if there is no such file."""
+    """This file or URL lists the only domains that images are taken from, unless they are blocked. Without a file, all
+    domains are allowed."""
     agent: str = "dinov2-curate"
-    """Our name as a robot, to whom pages may speak by name."""
+    """This is our name as a robot, by which pages may address us."""
     honour_opt_out: bool = True
-    """Take nothing from pages that ask so: noai, noimageai, noindex or noimageindex in a robots meta tag or in
-    X-Robots-Tag."""
+    """Take nothing from pages that ask so in a robots meta tag or in X-Robots-Tag."""
     opt_out: tuple[str, ...] = ("noai", "noimageai", "noindex", "noimageindex", "none")
-    """The words by which they ask."""
-    max_page_bytes: int = 2_000_000
-    """Of a page; the rest of it is not read."""
-    files_per_shard: int = 1000
-    """HTML files of a task; an archive is a task of its own."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_page_bytes", "files_per_shard"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"extract.{name} must be positive, but is {getattr(self, name)}")
+    """Pages ask by these words."""
+    max_page_bytes: Count = 2_000_000
+    """The rest of a page is not read after this many bytes."""
+    files_per_shard: Count = 1000
+    """A task reads this many HTML files. An archive is a task by itself."""
 
 
 def extract(pages: str, config: ExtractConfig, output: str) -> Steps[str]:

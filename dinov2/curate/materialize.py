@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from dinov2.configuration import Config, Count
 from dinov2.curate.clusters import random_keys
 from dinov2.curate.faces import Box, blurred_file
 from dinov2.curate.pool import Pool, read_array, read_table
@@ -28,21 +29,17 @@ Source = tuple[str, Pool, str]
 
 
 @dataclass(frozen=True)
-class MaterializeConfig:
-    """How the final set is written."""
+class MaterializeConfig(Config, at="materialize"):
+    """How the materialize stage writes the final set."""
 
-    shard_size: int = 10_000
-    """Images of a shard."""
+    shard_size: Count = 10_000
+    """A shard holds this many images."""
     as_is: tuple[str, ...] = ()
-    """Sets of seeds whose own images belong to the set too, by name; * for all. DINOv2 takes ImageNet-22k."""
+    """Name the sets of seeds whose own images join the final set; * names all. DINOv2 takes ImageNet-22k."""
     blur_faces: bool = True
-    """Blur the faces that screening found: the only bytes that curation changes."""
+    """Blur the faces that screening found. Curation changes no other bytes."""
     seed: int = 0
-    """Of the order of the images, which are shuffled over all shards."""
-
-    def __post_init__(self) -> None:
-        if self.shard_size < 1:
-            raise ValueError(f"materialize.shard_size must be positive, but is {self.shard_size}")
+    """This seed decides the order of the images, which are shuffled over all shards."""
 
 
 def materialize(pool: Pool, seeds: Mapping[str, Pool], config: MaterializeConfig, output: str) -> Steps[str]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
+from dinov2.configuration import Config, Rules, to_json
 from dinov2.curate.collect import CollectConfig, collect
 from dinov2.curate.dedup import DedupConfig, dedup
 from dinov2.curate.download import DownloadConfig, download
@@ -17,61 +18,66 @@ from dinov2.curate.materialize import MaterializeConfig, materialize
 from dinov2.curate.pool import Pool
 from dinov2.curate.retrieve import RetrieveConfig, retrieve
 from dinov2.curate.screen import ScreenConfig, screen
-from dinov2.curate.steps import Steps, plain
+from dinov2.curate.steps import Steps
 from dinov2.data.shards.storage import Storage
 
 STAGES = ("extract", "download", "collect", "screen", "embed", "dedup", "retrieve", "materialize")
 
 
 @dataclass(frozen=True)
-class CurateConfig:
+class CurateConfig(Config):
     """What ``dinov2 curate`` does. Paths may be URLs of fsspec, such as ``s3://bucket/pool``."""
 
     output: str = "curated"
-    """Folder of everything that is written. Stages own folders in it, named after their settings."""
+    """Everything is written into this folder. Each stage makes folders in it that are named after its settings."""
     pages: str | None = None
-    """Folder of web pages to take images from: HTML, WARC or WAT. Or give links, or images."""
+    """Take images from the web pages in this folder: HTML, WARC or WAT. Or give links, or images."""
     links: str | None = None
-    """Folder of Parquet tables of links with a column url, to download."""
+    """Download the links in this folder: Parquet tables with a column url."""
     images: str | None = None
-    """Folder of image files of any nesting, or of tar shards with their index."""
+    """Take the image files in this folder, nested in any way, or its tar shards with their index."""
     evaluation_sets: tuple[str, ...] = ()
-    """Folders of images that models will be tested on: nothing that looks like them stays in the pool."""
+    """Models will be tested on the images in these folders: nothing that looks like them stays in the pool."""
     seeds: tuple[str, ...] = ()
-    """Folders of curated images: the pool's images like these are retrieved."""
+    """These folders hold curated images: images like these are retrieved from the pool."""
     extract: ExtractConfig = field(default_factory=ExtractConfig)
+    """The extract stage takes links from pages."""
     download: DownloadConfig = field(default_factory=DownloadConfig)
+    """The download stage fetches images."""
     collect: CollectConfig = field(default_factory=CollectConfig)
+    """The collect stage puts files into shards."""
     screen: ScreenConfig = field(default_factory=ScreenConfig)
+    """The screen stage drops images that are unfit for training."""
     embed_copies: EmbedConfig = field(default_factory=EmbedConfig)
-    """The features by which copies are found."""
+    """These features find copies."""
     dedup: DedupConfig = field(default_factory=DedupConfig)
+    """The dedup stage keeps one of each group of near-copies."""
     embed: EmbedConfig = field(default_factory=lambda: EmbedConfig(model="colour-texture"))
-    """The features by which images are retrieved."""
+    """These features decide which images are retrieved."""
     retrieve: RetrieveConfig = field(default_factory=RetrieveConfig)
+    """The retrieve stage chooses images that are like the seeds, or a balanced sample."""
     materialize: MaterializeConfig = field(default_factory=MaterializeConfig)
+    """The materialize stage writes the final set."""
     engine: EngineConfig = field(default_factory=EngineConfig)
+    """The engine decides where tasks run."""
 
     def __post_init__(self) -> None:
-        sources = {name: getattr(self, name) for name in ("pages", "links", "images")}
-        if sum(source is not None for source in sources.values()) > 1:
-            given = ", ".join(f"{name} {source}" for name, source in sources.items() if source is not None)
-            raise ValueError(f"one of pages, links and images must be given, but there are {given}")
+        super().__post_init__()
         object.__setattr__(self, "output", self.output.rstrip("/") or "/")
+
+    def rules(self) -> Rules:
+        """There is one source, and folders of sets have names of their own."""
+        given = [name for name in ("pages", "links", "images") if getattr(self, name) is not None]
+        for name in given[1:]:
+            yield name, False, f"None with {given[0]}, because a curation has one source"
         for name in ("evaluation_sets", "seeds"):
-            set_names(getattr(self, name), name)
+            paths = getattr(self, name)
+            yield name, len(set_names(paths)) == len(paths), "folders whose last names differ"
 
 
-def set_names(paths: Sequence[str], argument: str) -> dict[str, str]:
-    """Paths by the name of their last folder.
-
-    Raises:
-        ValueError: two have the same name.
-    """
-    names = {PurePosixPath(path).name: path for path in paths}
-    if len(names) != len(paths):
-        raise ValueError(f"{argument} must end in folders of different names, but are {', '.join(paths)}")
-    return names
+def set_names(paths: Sequence[str]) -> dict[str, str]:
+    """Paths by the name of their last folder."""
+    return {PurePosixPath(path).name: path for path in paths}
 
 
 @dataclass(frozen=True)
@@ -94,11 +100,11 @@ def curate(config: CurateConfig) -> Steps[Curated]:
     pool = yield from screen(pool, config.screen, output)
 
     pool = yield from embed(pool, config.embed_copies, output)
-    tests = yield from embedded_sets(config, set_names(config.evaluation_sets, "evaluation_sets"), config.embed_copies)
+    tests = yield from embedded_sets(config, set_names(config.evaluation_sets), config.embed_copies)
     pool = yield from dedup(pool, tests, config.dedup, output)
 
     pool = yield from embed(pool, config.embed, output)
-    seeds = yield from embedded_sets(config, set_names(config.seeds, "seeds"), config.embed)
+    seeds = yield from embedded_sets(config, set_names(config.seeds), config.embed)
     pool = yield from retrieve(pool, seeds, config.retrieve, output)
     root = yield from materialize(pool, seeds, config.materialize, output)
     return Curated(root, pool)
@@ -151,4 +157,4 @@ def save_config(config: CurateConfig) -> None:
     """Write ``config.json`` into the output; of several curations with one output, it is the last one's."""
     storage = Storage(config.output)
     with storage.replace(f"{storage.root}/config.json") as file:
-        file.write(json.dumps(plain(config), indent=1).encode())
+        file.write(json.dumps(to_json(config), indent=1).encode())

@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from dinov2.configuration import Config, Count, CountOr0, Rules
 from dinov2.curate.clusters import PORTION, ClusterConfig, Clusters, balanced_quotas, choose, k_means, water_fill
 from dinov2.curate.lloyd import nearest_centroids
 from dinov2.curate.pool import Pool, read_array, read_table, write_decisions
@@ -18,56 +19,47 @@ from dinov2.curate.steps import Counts, Output, Step, Steps, Task
 from dinov2_kernels._extras import require
 
 NAME = re.compile(r"[\w-]+", re.ASCII)
+OWN_NUMBER = re.compile(r".+=0*[1-9][0-9]*", re.ASCII)
 NOT_CHOSEN = "not retrieved"
 
 
 @dataclass(frozen=True)
-class RetrieveConfig:
-    """Which images of the pool are chosen."""
+class RetrieveConfig(Config, at="retrieve"):
+    """Which images of the pool the retrieve stage chooses."""
 
     method: Literal["auto", "sample", "cluster", "hierarchical"] = "auto"
-    """sample: the nearest of each seed image. cluster: some of each cluster that holds seeds. hierarchical: as many of
-    each cluster of clusters, without seeds. auto: for each set of seeds by its size; without seeds everything."""
-    cluster_below: int = 1_000_000
-    """Images of a set of seeds below which auto is cluster."""
-    neighbours: int = 4
-    """Images for each seed."""
+    """sample takes the nearest images of each seed. cluster takes some of each cluster that holds seeds. hierarchical
+    takes equally many of each cluster of clusters and needs no seeds. auto decides for each set of seeds by its size;
+    without seeds it keeps everything."""
+    cluster_below: CountOr0 = 1_000_000
+    """auto takes cluster for a set of seeds with fewer images than this."""
+    neighbours: Count = 4
+    """sample takes this many images for each seed."""
     neighbours_of: tuple[str, ...] = ()
-    """For some sets another number of them, as in imagenet1k=32."""
-    min_seeds: int = 4
-    """Seeds that a cluster must hold to count: DINOv2 wants more than three."""
-    per_cluster: int = 10_000
-    """Images of such a cluster at most."""
-    cap: int = 1_000_000
-    """Images for a set of seeds whose clusters are asked for, at most; neighbours are not counted."""
-    total: int = 0
-    """Images of a hierarchical sample; 0 is half of the pool."""
+    """Name sets of seeds that take another number of images, as in imagenet1k=32."""
+    min_seeds: Count = 4
+    """A cluster counts if it holds at least this many seeds. DINOv2 wants more than three."""
+    per_cluster: Count = 10_000
+    """cluster takes at most this many images of a cluster."""
+    cap: Count = 1_000_000
+    """A set of seeds gets at most this many images of clusters. Neighbours are not counted."""
+    total: CountOr0 = 0
+    """hierarchical draws this many images. 0 draws half of the pool."""
     seed: int = 0
-    """Of what is drawn."""
+    """This seed decides what is drawn."""
     clusters: ClusterConfig = field(default_factory=ClusterConfig)
+    """This is how images are clustered."""
     search: SearchConfig = field(default_factory=SearchConfig)
+    """This is how neighbours are found."""
 
-    def __post_init__(self) -> None:
-        for name in ("neighbours", "min_seeds", "per_cluster", "cap"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"retrieve.{name} must be positive, but is {getattr(self, name)}")
-        if self.total < 0:
-            raise ValueError(f"retrieve.total must be 0 or more, but is {self.total}")
-        self.own_neighbours()
+    def rules(self) -> Rules:
+        """Other numbers of neighbours are NAME=NUMBER."""
+        are_numbers = all(OWN_NUMBER.fullmatch(entry) for entry in self.neighbours_of)
+        yield "neighbours_of", are_numbers, "entries NAME=NUMBER with a number of at least 1"
 
     def own_neighbours(self) -> dict[str, int]:
-        """What ``neighbours_of`` says, by set.
-
-        Raises:
-            ValueError: an entry is not NAME=NUMBER.
-        """
-        numbers = {}
-        for entry in self.neighbours_of:
-            name, _, number = entry.partition("=")
-            if not name or not number.isdigit() or int(number) < 1:
-                raise ValueError(f"retrieve.neighbours_of must be made of NAME=NUMBER, but holds {entry!r}")
-            numbers[name] = int(number)
-        return numbers
+        """What ``neighbours_of`` says, by set."""
+        return {name: int(number) for name, _, number in (entry.rpartition("=") for entry in self.neighbours_of)}
 
 
 def retrieve(pool: Pool, seeds: Mapping[str, Pool], config: RetrieveConfig, output: str) -> Steps[Pool]:

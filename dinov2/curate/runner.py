@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from dinov2.configuration import to_json
 from dinov2.curate.engines import Call, Engine
-from dinov2.curate.steps import ABOUT, Result, Step, Steps, plain
+from dinov2.curate.steps import ABOUT, Result, Step, Steps
 from dinov2.data.shards.storage import Storage
 
 POLL_SECONDS = 1.0
@@ -147,7 +148,7 @@ def _wait_for_others(step: Step, patience: float, watcher: Watcher) -> None:
 def _describe(step: Step) -> None:
     """Leave a note in the step's folder of what its name stands for."""
     storage = Storage(step.folder)
-    note = {"name": step.name, "settings": plain(step.settings), "inputs": list(step.inputs), "unit": step.unit}
+    note = {"name": step.name, "settings": to_json(step.settings), "inputs": list(step.inputs), "unit": step.unit}
     with storage.replace(f"{storage.root}/{ABOUT}/step.json") as file:
         file.write(json.dumps(note, indent=1, sort_keys=True).encode())
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from dinov2.configuration import AtLeast1, Config, Count, Rules, Share
 from dinov2.curate.components import Components
 from dinov2.curate.faces import Box, open_detector
 from dinov2.curate.hashing import BITS, SIDE, fit_directions, near_pairs, pca_hashes, standardized, thumbnail
@@ -34,44 +35,38 @@ EXACT, NEAR = "exact duplicate", "near-duplicate (PCA hash)"
 
 
 @dataclass(frozen=True)
-class ScreenConfig:
-    """What is unfit for training. Every measure is written; a changed threshold measures nothing again."""
+class ScreenConfig(Config, at="screen"):
+    """What the screen stage drops. Every measure is written, so a changed threshold measures nothing again."""
 
-    min_side: int = 64
-    """Pixels of the shorter side at least."""
-    max_aspect: float = 4.0
-    """Longer side over shorter side at most."""
+    min_side: Count = 64
+    """Drop images whose shorter side has fewer pixels."""
+    max_aspect: AtLeast1 = 4.0
+    """Drop images whose longer side exceeds the shorter side by more than this factor."""
     min_entropy: float = 3.0
-    """Of the histogram of grey levels, in bits of 8: flat colours, blank pages and plain logos have less."""
+    """Drop images whose grey levels have less entropy than this, in bits of 8. Flat colours, blank pages and plain
+    logos have less."""
     min_sharpness: float = 0.0
-    """Variance of the Laplacian of the grey image at 256 pixels, below about 20 where it is blurred. 0 keeps all."""
+    """Drop images whose Laplacian has less variance than this, measured on the grey image at 256 pixels. Blurred images
+    have less than about 20. 0 keeps all."""
     max_distance: int = 2
-    """Bits of 64 in which the PCA hashes of near-duplicates differ at most; -1 looks for none."""
-    hash_sample: int = 5000
-    """Images of the pool that the directions of the PCA hash are fitted to."""
+    """Two images are near-duplicates if their PCA hashes differ in at most this many of 64 bits. -1 looks for none."""
+    hash_sample: Count = 5000
+    """The directions of the PCA hash are fitted to this many images of the pool."""
     nsfw: str = ""
-    """Scorer of nudity and violence: MODULE:FUNCTION, called with a list of uint8 RGB images [H, W, 3] and giving
-    numbers of 0 to 1, or an ONNX file that maps float32 [b, 3, 224, 224] of 0 to 1 to [b] or [b, 1]. None by default:
-    no such model may be bundled."""
-    nsfw_threshold: float = 0.5
-    """Score from which on an image is dropped."""
+    """This scorer of nudity and violence is asked: MODULE:FUNCTION, called with a list of uint8 RGB images [H, W, 3],
+    returns numbers from 0 to 1; or an ONNX file maps float32 [b, 3, 224, 224] from 0 to 1 to [b] or [b, 1]. There is no
+    default, because no such model may be bundled."""
+    nsfw_threshold: Share = 0.5
+    """Drop images whose score is at least this."""
     faces: str = "bundled"
-    """Detector of faces, to be blurred in the final set: bundled, none, or MODULE:FUNCTION, called with a list of uint8
-    RGB images and giving for each a list of boxes (x, y, width, height) in pixels."""
+    """This detector finds the faces that are blurred in the final set: bundled, none, or MODULE:FUNCTION, which is
+    called with a list of uint8 RGB images and returns for each a list of boxes (x, y, width, height) in pixels."""
     seed: int = 0
-    """Of the hash's sample."""
+    """This seed decides which images are the hash's sample."""
 
-    def __post_init__(self) -> None:
-        if self.min_side < 1:
-            raise ValueError(f"screen.min_side must be positive, but is {self.min_side}")
-        if self.max_aspect < 1:
-            raise ValueError(f"screen.max_aspect must be 1 or more, but is {self.max_aspect}")
-        if not -1 <= self.max_distance <= 8:
-            raise ValueError(f"screen.max_distance must be from -1 to 8, but is {self.max_distance}")
-        if not 0 <= self.nsfw_threshold <= 1:
-            raise ValueError(f"screen.nsfw_threshold must be from 0 to 1, but is {self.nsfw_threshold}")
-        if self.hash_sample < 1:
-            raise ValueError(f"screen.hash_sample must be positive, but is {self.hash_sample}")
+    def rules(self) -> Rules:
+        """Hashes are searched by all ways to change so many bits."""
+        yield "max_distance", -1 <= self.max_distance <= 8, "from -1 to 8"
 
 
 def screen(pool: Pool, config: ScreenConfig, output: str) -> Steps[Pool]:

@@ -21,12 +21,12 @@ import json
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from dinov2.configuration import to_json
 from dinov2.data.shards.storage import Storage
 from dinov2_kernels._extras import require
 
@@ -109,7 +109,7 @@ class Step:
     def folder(self) -> str:
         """Where the results lie, ``OUTPUT/NAME-DIGEST``; a folder within the output counts by its name."""
         inputs = [folder.removeprefix(f"{self.output}/") for folder in self.inputs]
-        return f"{self.output}/{self.name}-{digest([plain(self.settings), inputs])}"
+        return f"{self.output}/{self.name}-{digest([to_json(self.settings), inputs])}"
 
     @property
     def stage(self) -> str:
@@ -200,17 +200,6 @@ def digest(value: Any) -> str:
     """Ten hexadecimal digits that stand for a value of JSON's types."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:10]
-
-
-def plain(value: Any) -> Any:
-    """A value in JSON's types: dataclasses as dictionaries, paths as text."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {entry.name: plain(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
 
 
 def _sums(first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:

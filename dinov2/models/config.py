@@ -6,6 +6,7 @@ import difflib
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from dinov2.configuration import Config, Count, CountOr0, Positive, Rate, Rules
 from dinov2_kernels.nn import swiglu_hidden_features
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -21,7 +22,7 @@ The paper's table gives ViT-B 18 blocks; its published weights have 12.
 
 
 @dataclass(frozen=True)
-class ViTConfig:
+class ViTConfig(Config, at="vit"):
     """Architecture of a :class:`~dinov2.models.VisionTransformer`.
 
     The defaults of the position embeddings are those of DINOv2's models with registers, which transformers and timm
@@ -29,53 +30,45 @@ class ViTConfig:
     ``interpolate_antialias=False``; :func:`~dinov2.models.load_pretrained` sets them.
     """
 
-    img_size: int = 224
-    """Height and width in pixels of the images that the position embeddings are made for; others work too."""
-    patch_size: int = 14
-    """Height and width of a patch in pixels."""
-    in_chans: int = 3
-    """Channels of the images."""
-    embed_dim: int = 384
-    """Width of the tokens."""
-    depth: int = 12
-    """Number of transformer blocks."""
-    num_heads: int = 6
-    """Heads of each attention layer."""
-    mlp_ratio: float = 4.0
-    """Width of the feed-forward layers in units of embed_dim; SwiGLU takes about two thirds of it."""
+    img_size: Count = 224
+    """Position embeddings are made for images of this height and width in pixels; others work too."""
+    patch_size: Count = 14
+    """A patch has this height and width in pixels."""
+    in_chans: Count = 3
+    """Images have this many channels."""
+    embed_dim: Count = 384
+    """Tokens have this width."""
+    depth: Count = 12
+    """The network has this many transformer blocks."""
+    num_heads: Count = 6
+    """An attention layer has this many heads."""
+    mlp_ratio: Positive = 4.0
+    """The feed-forward layers are this many times as wide as a token; SwiGLU takes about two thirds of it."""
     ffn: Literal["mlp", "swiglu"] = "mlp"
-    """Kind of feed-forward layer."""
+    """The feed-forward layers are of this kind."""
     qkv_bias: bool = True
-    """Bias of the layer that computes queries, keys and values."""
+    """The layer that computes queries, keys and values has a bias."""
     proj_bias: bool = True
-    """Bias of the attention's output layer."""
+    """The attention's output layer has a bias."""
     ffn_bias: bool = True
-    """Biases of the feed-forward layers."""
+    """The feed-forward layers have biases."""
     init_values: float | None = 1e-5
-    """Initial LayerScale of the residual branches; None for no LayerScale."""
-    num_register_tokens: int = 0
-    """Extra tokens after the class token (arXiv:2309.16588)."""
+    """LayerScale starts at this in each residual branch; None leaves LayerScale out."""
+    num_register_tokens: CountOr0 = 0
+    """This many extra tokens follow the class token (arXiv:2309.16588)."""
     interpolate_offset: float = 0.0
-    """Added to the number of patches in the scale of interpolated position embeddings; 0 for the plain scale."""
+    """This is added to the number of patches in the scale of interpolated position embeddings."""
     interpolate_antialias: bool = True
-    """Smooth position embeddings before interpolating them to fewer patches."""
-    drop_path_rate: float = 0.0
-    """Share of the samples whose residual branches are skipped in training."""
+    """Smooth position embeddings before they are interpolated to fewer patches."""
+    drop_path_rate: Rate = 0.0
+    """Training skips the residual branches of this share of the samples."""
     drop_path_uniform: bool = True
-    """The same rate in every block; otherwise it grows linearly from 0 in the first block to the rate in the last."""
+    """Every block has the same rate; otherwise it grows linearly from 0 in the first block to the rate in the last."""
 
-    def __post_init__(self) -> None:
-        for name in ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.img_size % self.patch_size:
-            raise ValueError(f"img_size: expected a multiple of patch_size = {self.patch_size}, got {self.img_size}")
-        if self.embed_dim % self.num_heads:
-            raise ValueError(f"num_heads: expected a divisor of embed_dim = {self.embed_dim}, got {self.num_heads}")
-        if self.ffn not in ("mlp", "swiglu"):
-            raise ValueError(f'ffn: expected "mlp" or "swiglu", got {self.ffn!r}')
-        if not 0.0 <= self.drop_path_rate < 1.0:
-            raise ValueError(f"drop_path_rate: expected a number in [0, 1), got {self.drop_path_rate}")
+    def rules(self) -> Rules:
+        """Patches tile the image, and heads the token."""
+        yield "img_size", self.img_size % self.patch_size == 0, f"a multiple of patch_size = {self.patch_size}"
+        yield "num_heads", self.embed_dim % self.num_heads == 0, f"a divisor of embed_dim = {self.embed_dim}"
 
     @classmethod
     def of(cls, architecture: str, **fields: Any) -> ViTConfig:

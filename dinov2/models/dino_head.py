@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dinov2.configuration import Config, Count
 from dinov2.models.vision_transformer import init_linear
 from dinov2_kernels import prototype_cross_entropy
 from dinov2_kernels._library import autocast_dtype
@@ -20,17 +21,17 @@ ROWS = 8192  # prototypes whose gradient is taken at a time: intermediate result
 
 
 @dataclass(frozen=True)
-class HeadConfig:
+class HeadConfig(Config, at="dino_head"):
     """Arguments of a :class:`DINOHead`."""
 
-    out_dim: int = 65536
-    """Number of prototypes."""
-    hidden_dim: int = 2048
-    """Width between the linear layers."""
-    bottleneck_dim: int = 256
-    """Width of the normalised features that are compared with the prototypes."""
-    num_layers: int = 3
-    """Linear layers before the prototypes."""
+    out_dim: Count = 65536
+    """The head has this many prototypes."""
+    hidden_dim: Count = 2048
+    """The layers between the linear layers have this width."""
+    bottleneck_dim: Count = 256
+    """The normalised features that are compared with the prototypes have this width."""
+    num_layers: Count = 3
+    """This many linear layers come before the prototypes."""
 
 
 class DINOHead(nn.Module):

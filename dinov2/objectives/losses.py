@@ -9,58 +9,42 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dinov2.configuration import AtLeast0, Config, Count, Positive, Share
 from dinov2.objectives.networks import Projected, logits_of
 from dinov2_kernels import sinkhorn_bias, sinkhorn_biases, soft_cross_entropy
 from dinov2_kernels._library import autocast_disabled
 
-CenteringName = Literal["softmax", "sinkhorn_knopp"]
 StudentLogits = Literal["stored", "recomputed"]
 
 
 @dataclass(frozen=True)
-class ObjectiveConfig:
+class ObjectiveConfig(Config, at="objective"):
     """Weights and temperatures of DINO + iBOT + KoLeo. The teacher's temperature is scheduled, so it is not here."""
 
-    centering: CenteringName = "softmax"
-    """How the teacher's targets are kept from collapsing: subtract a moving average of its logits before the softmax,
-    or balance the batch over the prototypes by Sinkhorn-Knopp."""
-    student_temperature: float = 0.1
-    """Temperature of the student's softmax."""
-    dino_weight: float = 1.0
-    """Weight of the loss on class tokens. A term of weight 0 is still measured."""
-    ibot_weight: float = 1.0
-    """Weight of the loss on masked patches."""
-    koleo_weight: float = 0.1
-    """Weight of the loss that spreads the class tokens of a batch; needs at least 2 images in the batch."""
-    center_momentum: float = 0.9
-    """Part of the centre kept at each step, for softmax centring."""
-    sinkhorn_iterations: int = 3
-    """Iterations of Sinkhorn-Knopp."""
+    centering: Literal["softmax", "sinkhorn_knopp"] = "softmax"
+    """This keeps the teacher's targets from collapsing. softmax subtracts a moving average of the teacher's logits
+    before the softmax. sinkhorn_knopp balances the batch over the prototypes."""
+    student_temperature: Positive = 0.1
+    """The student's softmax has this temperature."""
+    dino_weight: AtLeast0 = 1.0
+    """The loss on class tokens has this weight. A term of weight 0 is still measured."""
+    ibot_weight: AtLeast0 = 1.0
+    """The loss on masked patches has this weight."""
+    koleo_weight: AtLeast0 = 0.1
+    """The loss that spreads the class tokens of a batch has this weight; it needs at least 2 images in a batch."""
+    center_momentum: Share = 0.9
+    """softmax keeps this part of the centre at each step."""
+    sinkhorn_iterations: Count = 3
+    """Sinkhorn-Knopp runs this many iterations."""
     student_logits: StudentLogits = "stored"
-    """Whether the student's scores over all prototypes are stored for the loss, or made in pieces, and again in the
-    backward pass: that takes memory for neither scores nor their gradients, but a third more arithmetic."""
-
-    def __post_init__(self) -> None:
-        if self.centering not in get_args(CenteringName):
-            raise ValueError(f"centering: expected one of {', '.join(get_args(CenteringName))}, got {self.centering!r}")
-        if self.student_logits not in get_args(StudentLogits):
-            expected = ", ".join(get_args(StudentLogits))
-            raise ValueError(f"student_logits: expected one of {expected}, got {self.student_logits!r}")
-        if not self.student_temperature > 0:
-            raise ValueError(f"student_temperature: expected a number above 0, got {self.student_temperature}")
-        for name in ("dino_weight", "ibot_weight", "koleo_weight"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
-        if not 0 <= self.center_momentum <= 1:
-            raise ValueError(f"center_momentum: expected a number from 0 to 1, got {self.center_momentum}")
-        if self.sinkhorn_iterations < 1:
-            raise ValueError(f"sinkhorn_iterations: expected at least 1, got {self.sinkhorn_iterations}")
+    """stored keeps the student's scores over all prototypes for the loss. recomputed makes them in pieces, and again in
+    the backward pass: it needs no memory for the scores and their gradients, but a third more arithmetic."""
 
 
 class SoftmaxCentering(nn.Module):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from dinov2.configuration import replacing
 from dinov2.train.config import STEPS_BEFORE_PROFILE, RunConfig
 from dinov2.train.flops import peak_flops, step_flops
 from dinov2.train.processes import Processes
@@ -128,9 +129,8 @@ class MetricsWriter:
 
         path = directory / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["step"] <= start_step] if start_step else []
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(path)
+        with replacing(path) as file:
+            file.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
         self._tensorboard = SummaryWriter(directory / "tensorboard", purge_step=start_step + 1)
 
@@ -256,7 +256,6 @@ class StepProfiler(AbstractContextManager["StepProfiler"]):
 
     def _write(self, finished: Any) -> None:
         self.trace.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.trace.with_name("partial.json.gz")
-        finished.export_chrome_trace(str(partial))
-        partial.replace(self.trace)
+        with replacing(self.trace) as file:
+            finished.export_chrome_trace(str(file))
         self.is_written = True

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
+from dinov2.configuration import read_json, to_json, write_json
 from dinov2.train.config import DistillConfig, PretrainConfig, RunConfig
 
 MAY_CHANGE = frozenset(
@@ -38,7 +37,6 @@ MAY_CHANGE = frozenset(
 and how long it lasts (a new ``steps`` stretches the schedules of the remaining steps). Anything else would make another
 run of it."""
 CONFIG = "config.json"
-Value = TypeVar("Value")
 
 
 def check_run_directory(config: RunConfig, *, resume: bool) -> None:
@@ -60,15 +58,13 @@ def check_run_directory(config: RunConfig, *, resume: bool) -> None:
         if not config_file.is_file():
             raise ValueError(f"cannot resume in {directory}: it holds files, but no config.json of a run")
         # Read as a configuration, so that a field which is newer than the run has its default there.
-        refuse_changes(config_as_json(read_config(directory)), config_as_json(config), directory)
+        refuse_changes(to_json(read_config(directory)), to_json(config), directory)
 
 
 def write_config(config: RunConfig) -> None:
     """Create the run directory and write its ``config.json``."""
     config.output.mkdir(parents=True, exist_ok=True)
-    partial = config.output / "config.partial"
-    partial.write_text(json.dumps(config_as_json(config), indent=2) + "\n")
-    partial.replace(config.output / CONFIG)
+    write_json(config, config.output / CONFIG)
 
 
 def refuse_changes(saved: dict[str, Any], given: dict[str, Any], directory: Path) -> None:
@@ -84,12 +80,6 @@ def refuse_changes(saved: dict[str, Any], given: dict[str, Any], directory: Path
             f"cannot resume the run in {directory} with another configuration:{''.join(changes)}\n"
             f"Give it the values it was started with; only {', '.join(sorted(MAY_CHANGE))} may change."
         )
-
-
-def config_as_json(config: RunConfig) -> dict[str, Any]:
-    """The configuration in JSON's own types: paths become strings and tuples become lists."""
-    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    return values
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -123,33 +113,4 @@ def read_config(run: Path) -> RunConfig:
     file = run / CONFIG
     if not file.is_file():
         raise FileNotFoundError(f"{run} is no directory of a run: it has no {CONFIG}")
-    try:
-        values = json.loads(file.read_text())
-        kind = DistillConfig if "students" in values else PretrainConfig
-        return from_json(kind, values)
-    except (TypeError, AttributeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{file} is not the configuration of a run: {error}") from error
-
-
-def from_json(kind: type[Value], values: dict[str, Any]) -> Value:
-    """An object of a configuration's dataclass from JSON's own types; fields that are missing keep their defaults.
-
-    Raises:
-        TypeError: a value belongs to no field.
-    """
-    hints = get_type_hints(kind)
-    return kind(**{name: _convert(hints.get(name, Any), value) for name, value in values.items()})
-
-
-def _convert(hint: Any, value: Any) -> Any:
-    if get_origin(hint) in (Union, types.UnionType):
-        if value is None:
-            return None
-        (hint, *_) = [choice for choice in get_args(hint) if choice is not types.NoneType]
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return from_json(hint, value)
-    if get_origin(hint) is dict:
-        return {key: _convert(get_args(hint)[1], item) for key, item in value.items()}
-    if get_origin(hint) is tuple:
-        return tuple(value)
-    return Path(value) if hint is Path else value
+    return read_json(file, "a run", lambda values: DistillConfig if "students" in values else PretrainConfig)

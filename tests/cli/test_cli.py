@@ -69,7 +69,7 @@ def test_help_of_a_recipe_explains_every_field(name: str, capsys: pytest.Capture
         "--probe",
     ):
         assert option in text
-    assert "Learning rate of a batch of 1024 images" in text
+    assert "A batch of 1024 images learns at this rate" in text
 
 
 def test_any_field_can_be_changed() -> None:
@@ -99,7 +99,7 @@ def test_any_field_can_be_changed() -> None:
     [
         (["pretain"], 2, "unknown command 'pretain': did you mean 'pretrain'?"),
         (["pretrain", "photo"], 1, "unknown recipe 'photo': did you mean 'photos'?"),
-        (["pretrain", "photos", "--batch_size", "1"], 1, "KoLeo spreads the images of a micro-batch"),
+        (["pretrain", "photos", "--batch_size", "1"], 1, "KoLeo compares the images of batch_size 1"),
         (["pretrain", "photos", "--data.root", "nowhere"], 1, "root must be a folder of images, but 'nowhere'"),
         (["pretrain", "photos", "--probe", "nowhere"], 1, "root must be a folder of images, but 'nowhere/train'"),
     ],

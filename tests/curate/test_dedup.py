@@ -220,9 +220,9 @@ def test_an_empty_pool(tmp_path: Path, originals: Vectors) -> None:
 
 def test_arguments_are_checked(tmp_path: Path, originals: Vectors) -> None:
     pool = vector_pool(tmp_path / "pool", originals)
-    with pytest.raises(ValueError, match="threshold must be a cosine, from -1 to 1, but is 60"):
+    with pytest.raises(ValueError, match=r"dedup\.threshold: expected a cosine, from -1 to 1, got 60"):
         DedupConfig(threshold=60)
-    with pytest.raises(ValueError, match="neighbours must be positive, but is 0"):
+    with pytest.raises(ValueError, match=r"dedup\.neighbours: expected at least 1, got 0"):
         DedupConfig(neighbours=0)
     with pytest.raises(ValueError, match="references must be named by letters"):
         run(tmp_path, pool, {"../tests": pool})

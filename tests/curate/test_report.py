@@ -179,8 +179,8 @@ def test_any_storage_of_fsspec(curation: CurateConfig) -> None:
 def test_sources_and_names_are_checked() -> None:
     assert CurateConfig(output="out/").output == "out"
     with pytest.raises(
-        ValueError, match="one of pages, links and images must be given, but there are pages a, images b"
+        ValueError, match="images: expected None with pages, because a curation has one source, got 'b'"
     ):
         CurateConfig(pages="a", images="b")
-    with pytest.raises(ValueError, match="seeds must end in folders of different names, but are a/x, b/x/"):
+    with pytest.raises(ValueError, match=r"seeds: expected folders whose last names differ, got \('a/x', 'b/x/'\)"):
         CurateConfig(seeds=("a/x", "b/x/"))

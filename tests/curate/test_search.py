@@ -152,7 +152,7 @@ def test_arguments_are_checked(tmp_path: Path) -> None:
         next(search(pool, pool, SearchConfig(), str(tmp_path), stage="test", k=0))
     with pytest.raises(ValueError, match="queries must have features"):
         next(search(dataclasses.replace(pool, features=None), pool, SearchConfig(), str(tmp_path), stage="test", k=1))
-    with pytest.raises(ValueError, match=r"index must be one of auto, flat, .*but is 'hnsw'"):
+    with pytest.raises(ValueError, match=r"search.index: expected one of auto, flat, .* got 'hnsw'"):
         SearchConfig(index="hnsw")
-    with pytest.raises(ValueError, match="index_rows must be positive, but is 0"):
+    with pytest.raises(ValueError, match=r"search\.index_rows: expected at least 1, got 0"):
         SearchConfig(index_rows=0)

@@ -30,7 +30,7 @@ def test_unknown_architecture_gets_a_suggestion() -> None:
         ({"img_size": 225}, "img_size: expected a multiple of patch_size = 14, got 225"),
         ({"num_heads": 5}, "num_heads: expected a divisor of embed_dim = 384, got 5"),
         ({"depth": 0}, "depth: expected at least 1, got 0"),
-        ({"ffn": "swiglufused"}, 'ffn: expected "mlp" or "swiglu", got \'swiglufused\''),
+        ({"ffn": "swiglufused"}, "ffn: expected one of mlp, swiglu, got 'swiglufused'"),
         ({"drop_path_rate": 1.0}, r"drop_path_rate: expected a number in \[0, 1\), got 1.0"),
     ],
 )

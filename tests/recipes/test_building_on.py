@@ -118,5 +118,5 @@ def test_the_digest_is_of_every_weight(tmp_path: Path) -> None:
 
 
 def test_channels_of_network_and_images_must_agree() -> None:
-    with pytest.raises(ValueError, match=r"vit\.in_chans must be the number of channels of the images, 3 .* but is 4"):
+    with pytest.raises(ValueError, match=r"vit\.in_chans: expected 3, the channels of the images .*, got 4"):
         PretrainConfig(output=Path("x"), steps=1, batch_size=2, vit=ViTConfig(in_chans=4))

@@ -112,5 +112,5 @@ def test_compiled_blocks_that_recompute_can_be_split(
 
 
 def test_unknown_activation_checkpointing(config: PretrainConfig) -> None:
-    with pytest.raises(ValueError, match="must be one of none, selective, full, but is 'some'"):
+    with pytest.raises(ValueError, match="activation_checkpointing: expected one of none, selective, full, got 'some'"):
         dataclasses.replace(config, activation_checkpointing="some")

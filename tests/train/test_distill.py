@@ -147,13 +147,13 @@ def test_a_teacher_without_heads_is_refused(teacher: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"students": {}}, "students must hold at least one student"),
-        ({"students": {"a.b": ViTConfig(patch_size=8)}}, r"names of letters, digits and underscores, .* 'a\.b'"),
+        ({"students": {}}, "students: expected at least one student"),
+        ({"students": {"a.b": ViTConfig(patch_size=8)}}, r"names of letters, digits and underscores, got \['a\.b'\]"),
         (
             {"students": {"a": ViTConfig(patch_size=8), "b": ViTConfig()}},
-            "students must have patches of one size, but they have 8 in a, 14 in b",
+            r"students: expected patches of one size, got \{'a': 8, 'b': 14\}",
         ),
-        ({"students": {"a": ViTConfig(patch_size=8, in_chans=4)}}, r"students\.a\.in_chans must be .* 3 .* but is 4"),
+        ({"students": {"a": ViTConfig(patch_size=8, in_chans=4)}}, r"students\.a\.in_chans: expected 3, .* got 4"),
     ],
 )
 def test_impossible_configurations(distill: DistillConfig, changes: dict, message: str) -> None:

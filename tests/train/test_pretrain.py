@@ -258,12 +258,12 @@ def test_input_errors_leave_no_directory(config: PretrainConfig, tmp_path: Path)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 1}, "KoLeo .* needs at least 2 of them, but batch_size 1 over accumulation_steps 1 leaves 1"),
-        ({"batch_size": 4, "accumulation_steps": 4}, "batch_size 4 over accumulation_steps 4 leaves 1"),
-        ({"batch_size": 5, "accumulation_steps": 2}, "5 images do not split into 2 micro-batches"),
-        ({"steps": 0}, "steps must be at least 1, but is 0"),
-        ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1"),
-        ({"precision": "fp8"}, "precision must be one of auto, fp32, bf16, fp16, but is 'fp8'"),
+        ({"batch_size": 1}, r"koleo_weight: expected 0 .* batch_size 1 / accumulation_steps 1, got"),
+        ({"batch_size": 4, "accumulation_steps": 4}, "batch_size 4 / accumulation_steps 4, got"),
+        ({"batch_size": 5, "accumulation_steps": 2}, "expected a multiple of accumulation_steps = 2, got 5"),
+        ({"steps": 0}, "steps: expected at least 1, got 0"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints: expected at least 1"),
+        ({"precision": "fp8"}, "precision: expected one of auto, fp32, bf16, fp16, got 'fp8'"),
     ],
 )
 def test_impossible_configurations(config: PretrainConfig, changes: dict, message: str) -> None:

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from dinov2.configuration import to_json
 from dinov2.curate.faces import Box
 from dinov2.curate.pipeline import CurateConfig, curate, set_names
 from dinov2.curate.pool import Pool, read_table
 from dinov2.curate.report import page, sections
 from dinov2.curate.report.page import Pictures, histogram
 from dinov2.curate.runner import summarize
-from dinov2.curate.steps import Step, plain
+from dinov2.curate.steps import Step
 from dinov2.data.shards.storage import Storage
 
 REPORT = "report.html"
@@ -58,15 +59,15 @@ def _parts(config: CurateConfig, steps: list[Step]) -> Iterator[str]:
     pool = Pool(_root(config, steps))
     if "screen-decisions" in by_name:
         yield from sections.screened(by_name["screen-decisions"], pool)
-    tests = _sets(set_names(config.evaluation_sets, "evaluation_sets"), steps)
+    tests = _sets(set_names(config.evaluation_sets), steps)
     if "dedup-decisions" in by_name:
         yield from sections.deduplicated(by_name["dedup-decisions"], pool, tests)
-    seeds = _sets(set_names(config.seeds, "seeds"), steps)
+    seeds = _sets(set_names(config.seeds), steps)
     if "retrieve-decisions" in by_name:
         yield from sections.retrieved(by_name["retrieve-decisions"], pool, seeds)
     if not config.screen.nsfw:
         yield page.heading("Not done", "No scorer of unsafe images was given (screen.nsfw): none was looked for.")
-    yield page.heading("Settings") + f"<pre>{escape(json.dumps(plain(config), indent=1))}</pre>"
+    yield page.heading("Settings") + f"<pre>{escape(json.dumps(to_json(config), indent=1))}</pre>"
 
 
 def _root(config: CurateConfig, steps: list[Step]) -> str:

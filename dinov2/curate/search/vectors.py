@@ -5,17 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from dinov2.configuration import Config, Count, CountOr0
 from dinov2.curate.pool import Pool, read_table
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task
 from dinov2.data.shards.storage import Storage
 from dinov2_kernels._extras import require
 
-KINDS = ("auto", "flat", "ivf_sq8", "ivf_rabitq", "ivf_pq")
 Positions = npt.NDArray[np.int64]
 Vectors = npt.NDArray[np.float16]
 
@@ -24,42 +25,28 @@ CHUNK = 8192  # pairs whose vectors are in memory at once
 LENGTH_TOLERANCE = 0.02  # of vectors of unit length; float16 rounds the length of a long vector by 0.0005
 
 
-@dataclass(frozen=True, kw_only=True)
-class SearchConfig:
-    """How neighbours are looked for, and in which portions.
+@dataclass(frozen=True)
+class SearchConfig(Config, at="search"):
+    """How neighbours are looked for, and in which portions."""
 
-    Attributes:
-        index: ``flat`` compares everything with everything and is exact. ``ivf_sq8``, ``ivf_rabitq`` and ``ivf_pq``
-            look into the nearest lists of an inverted file only, whose vectors take 8 bits a dimension, 1 bit a
-            dimension, or 64 bytes in all; what they find is compared again exactly. ``auto`` is ``flat`` or, where
-            there are many rows to search, ``ivf_rabitq``.
-        exact_below: number of rows below which ``auto`` is ``flat``; where there are fewer queries than rows to search,
-            the square root of the number of pairs.
-        lists: of an inverted file; 0 stands for the power of two nearest to 4 sqrt(``index_rows``), or less where there
-            are fewer vectors to train on.
-        probes: lists looked into for each query; 0 stands for one in 64, and 16 at least.
-        query_rows: rows of a portion of queries, rounded to whole shards; a task takes one portion of each side.
-        index_rows: rows of a portion of what is searched. Inverted files hold one portion each.
-        seed: of the sample that inverted files are trained on.
-    """
-
-    index: str = "auto"
-    exact_below: int = 1_000_000
-    lists: int = 0
-    probes: int = 0
-    query_rows: int = 50_000
-    index_rows: int = 500_000
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.index not in KINDS:
-            raise ValueError(f"index must be one of {', '.join(KINDS)}, but is {self.index!r}")
-        for name in ("query_rows", "index_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, but is {getattr(self, name)}")
-        for name in ("exact_below", "lists", "probes", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
+    index: Literal["auto", "flat", "ivf_sq8", "ivf_rabitq", "ivf_pq"] = "auto"
+    """flat compares everything with everything and is exact. The others look into the nearest lists of an inverted file
+    only and compare what they find again exactly; a vector takes 8 bits a dimension (ivf_sq8), 1 bit a dimension
+    (ivf_rabitq), or 64 bytes (ivf_pq). auto takes flat, or ivf_rabitq where there are many rows to search."""
+    exact_below: CountOr0 = 1_000_000
+    """auto takes flat for fewer rows than this. Where there are fewer queries than rows to search, the square root of
+    the number of pairs counts."""
+    lists: CountOr0 = 0
+    """An inverted file has this many lists. 0 takes the power of two nearest to 4 sqrt(index_rows), or less where there
+    are fewer vectors to train on."""
+    probes: CountOr0 = 0
+    """Each query looks into this many lists. 0 looks into one in 64, and 16 at least."""
+    query_rows: Count = 50_000
+    """A portion of queries has this many rows, rounded to whole shards. A task takes one portion of each side."""
+    index_rows: Count = 500_000
+    """A portion of what is searched has this many rows. An inverted file holds one portion."""
+    seed: CountOr0 = 0
+    """This seed decides which vectors inverted files are trained on."""
 
     def kind(self, rows: int) -> str:
         """What ``auto`` is for a number of rows that search and are searched; else what was set."""

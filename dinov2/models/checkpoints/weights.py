@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from dinov2.configuration import from_json, replacing, write_json
 from dinov2.models.checkpoints.names import (
     CENTERS,
     Source,
@@ -250,9 +251,8 @@ def save_pretrained(model: VisionTransformer, path: str | os.PathLike[str]) -> P
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    config = json.dumps({"model_type": MODEL_TYPE, **asdict(model.config)}, indent=2) + "\n"
     write_tensors(model.state_dict(), folder / WEIGHTS)
-    _replace(folder / CONFIG, lambda file: file.write_text(config))
+    write_json({"model_type": MODEL_TYPE, **asdict(model.config)}, folder / CONFIG)
     return folder
 
 
@@ -301,7 +301,7 @@ def _config(file: Path, content: Any, tensors: Tensors, source: Source) -> ViTCo
     try:
         fields = json.loads(beside.read_text())
         if fields.pop("model_type", None) == MODEL_TYPE:
-            return ViTConfig(**fields)
+            return from_json(ViTConfig, fields)
         if "architecture" in fields:  # a folder of timm, which may hold facebook's names
             source = "timm"
         num_heads = fields.get("num_attention_heads") or fields.get("model_args", {}).get("num_heads")
@@ -335,14 +335,8 @@ def _load(model: VisionTransformer, tensors: Tensors) -> None:
 def write_tensors(tensors: Tensors, file: Path) -> None:
     """Write a safetensors file, which replaces an older one only when it is complete."""
     on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    _replace(file, lambda partial: safetensors.torch.save_file(on_host, partial, metadata={"format": "pt"}))
-
-
-def _replace(file: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under another name and move it to its place, so that a crash leaves the old one whole."""
-    partial = file.with_name(f".{file.name}.partial")
-    write(partial)
-    partial.replace(file)
+    with replacing(file) as partial:
+        safetensors.torch.save_file(on_host, partial, metadata={"format": "pt"})
 
 
 def write_facebook(weights: Weights, folder: Path) -> None:
@@ -438,4 +432,4 @@ def _require(vit: ViTConfig, library: str, **expected: Any) -> None:
 def _write(config: dict[str, Any], tensors: Tensors, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(tensors, folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    write_json(config, folder / CONFIG)
