@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 COMMANDS = {
     "pretrain": "train a ViT on images without labels",
-    "distill": "train small ViTs to say what a large one says",
+    "distill": "train small ViTs that learn from a large one",
     "adapt": "let a pretrained ViT go on with larger images",
     "export": "write the weights of a run as files that anyone can read",
     "embed": "write the features that a model has for images",
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USAGE_ERROR
     try:
         with warnings_in_a_line(name):
-            importlib.import_module(f"dinov2.cli.{name}").run(rest)
+            importlib.import_module(f"dinov2.cli.{name}").run(list(map(underscored, rest)))
     except (ValueError, OSError, ImportError, ArithmeticError) as error:
         print(f"dinov2 {name}: {error}", file=sys.stderr)
         return FAILURE
@@ -48,6 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dinov2 {name}: {interruption}" if str(interruption) else f"dinov2 {name}: stopped", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def underscored(argument: str) -> str:
+    """An option as help and documentation spell it: ``--batch-size=4`` is ``--batch_size=4``."""
+    if not argument.startswith("--"):
+        return argument
+    name, mark, value = argument[2:].partition("=")
+    return f"--{name.replace('-', '_')}{mark}{value}"
 
 
 @contextmanager
@@ -75,10 +83,10 @@ def help_text() -> str:
     commands = "\n".join(f"  {name:<{width}}  {description}" for name, description in COMMANDS.items())
     return (
         "usage: dinov2 COMMAND [OPTIONS]\n\n"
-        "DINOv2: features from images without labels.\n\n"
+        "DINOv2 learns features from images without labels.\n\n"
         f"commands:\n{commands}\n\n"
         "First steps:\n"
         "  dinov2 pretrain photos           train a small ViT on bundled photographs, in minutes on a CPU\n"
-        "  dinov2 pretrain --help           the recipes\n"
-        "  dinov2 pretrain photos --help    every setting of a recipe, with its value"
+        "  dinov2 pretrain --help           list the recipes\n"
+        "  dinov2 pretrain photos --help    show every setting of a recipe with its value"
     )

@@ -12,18 +12,18 @@ from dinov2.recipes import adaptation
 from dinov2.recipes.building_on import folder_of
 from dinov2.train import PretrainConfig
 
-HELP = """usage: dinov2 adapt --from RUN --image-size PIXELS [--FIELD VALUE ...] [--resume] [--probe FOLDER]
+HELP = """usage: dinov2 adapt --from RUN --image_size PIXELS [--FIELD VALUE ...] [--resume] [--probe FOLDER]
 
-Let a pretrained run go on with larger images: 10,000 steps of its own recipe, compressed, at a tenth of its rate.
+Let a pretrained run go on with larger images. It runs its own recipe in 10,000 steps, at a tenth of its learning rate.
 
-  --from RUN           directory of the run; student, teacher, heads and centres go on from its newest checkpoint
-  --image-size PIXELS  side of the global crops, a multiple of the patch size; local crops grow by the same factor
+  --from RUN           go on from the newest checkpoint of this run: student, EMA teacher, heads and centres
+  --image_size PIXELS  cut global crops of this side, a multiple of the patch size; local crops grow by the same factor
 
 examples:
-  dinov2 adapt --from runs/first --image-size 518                     writes runs/first-518
-  dinov2 adapt --from runs/first --image-size 518 --resume            continue after Ctrl-C, or anything worse
-  dinov2 adapt --from runs/first --image-size 518 --steps 2000 --output runs/short --optim.base_lr 1e-4
-  dinov2 adapt --from runs/first --image-size 518 --help              every field, with its value
+  dinov2 adapt --from runs/first --image_size 518                     write runs/first-518
+  dinov2 adapt --from runs/first --image_size 518 --resume            continue after Ctrl-C, or anything worse
+  dinov2 adapt --from runs/first --image_size 518 --steps 2000 --output runs/short --optim.base_lr 1e-4
+  dinov2 adapt --from runs/first --image_size 518 --help              show every field with its value
 
 A run writes its directory (--output) as dinov2 pretrain does, with the finished model in teacher/."""
 
@@ -50,4 +50,4 @@ def parse(options: Sequence[str]) -> Arguments[PretrainConfig]:
 
 def _declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from", dest="run", type=Path, required=True)
-    parser.add_argument("--image-size", "--image_size", type=int, required=True)
+    parser.add_argument("--image_size", type=int, required=True)

@@ -21,18 +21,18 @@ from dinov2.curate.report import write_report
 from dinov2.recipes import CURATIONS, curation
 
 EXAMPLES = """examples:
-  dinov2 curate run laptop --images photos --output curated     a folder of your own images, every stage
-  dinov2 curate run laptop --pages crawl --output curated       from web pages: HTML, WARC or WAT files
-  dinov2 curate run laptop --images photos --seeds mine --evaluation_sets test    like mine, unlike test
+  dinov2 curate run laptop --images photos --output curated     run every stage on a folder of your own images
+  dinov2 curate run laptop --pages crawl --output curated       start from web pages: HTML, WARC or WAT files
+  dinov2 curate run laptop --images photos --seeds mine --evaluation_sets test    keep what is like mine and unlike test
   dinov2 curate run curated/config.json                         go on after Ctrl-C, or anything worse
-  dinov2 curate dedup curated/config.json                       one stage, where those before it are done
-  dinov2 curate run curated/config.json --shard 3/64            one of 64 jobs that share the work
-  dinov2 curate run curated/config.json --engine.kind ray       on a cluster
+  dinov2 curate dedup curated/config.json                       run one stage, where those before it are done
+  dinov2 curate run curated/config.json --shard 3/64            run one of 64 jobs that share the work
+  dinov2 curate run curated/config.json --engine.kind ray       run on a cluster
   dinov2 curate report curated/config.json                      write the report of what is there
-  dinov2 curate run laptop --help                               every setting, with its value
+  dinov2 curate run laptop --help                               show every setting with its value
 
 What is done is not done again: results lie in folders named after their settings, and a changed setting makes anew only
-what depends on it. At the end stands where the set is, for dinov2 pretrain --data.root."""
+what depends on it. The last line says where the set is, for dinov2 pretrain --data.root."""
 
 SHARE = re.compile(r"(\d+)/(\d+)", re.ASCII)
 

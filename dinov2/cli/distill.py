@@ -17,16 +17,16 @@ HELP = f"""usage: dinov2 distill --teacher WEIGHTS --student NAME [NAME ...]
 
 Let small ViTs learn from a large one that stands still: better than training them from scratch.
 
-  --teacher WEIGHTS     a run, a checkpoint in one, an export with heads, or facebook's teacher_checkpoint.pth
-  --student NAME [...]  {", ".join(ARCHITECTURES)}; several learn from one pass of the teacher
+  --teacher WEIGHTS     learn from this run, checkpoint or export with heads, or facebook's teacher_checkpoint.pth
+  --student NAME [...]  train {", ".join(ARCHITECTURES)}; several learn from one pass of the teacher
 
 examples:
   dinov2 distill --teacher runs/large --student vit_small                start, on the images of that run
   dinov2 distill --teacher runs/large --student vit_small --resume       continue after Ctrl-C, or anything worse
-  dinov2 distill --teacher runs/large --student vit_small vit_base       two students in one run
+  dinov2 distill --teacher runs/large --student vit_small vit_base       train two students in one run
   dinov2 distill --teacher large_with_heads --student vit_small --data.root IMAGES --output runs/small
   dinov2 distill --teacher runs/large --student vit_small --students.vit_small.depth 6 --steps 50000
-  dinov2 distill --teacher runs/large --student vit_small --help         every field, with its value
+  dinov2 distill --teacher runs/large --student vit_small --help         show every field with its value
 
 A run writes its directory (--output) as dinov2 pretrain does, with the finished models in students/NAME/."""
 

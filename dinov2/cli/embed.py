@@ -13,14 +13,14 @@ from dinov2.cli.counting import counting_bar
 DESCRIPTION = """Write the class token of every image into OUTPUT/features.npy, float32, one row an image; the names of
 the rows' images into OUTPUT/images.csv; and images that cannot be read, with the reason, into OUTPUT/skipped.csv.
 
-Of each image the model sees the centre: its shorter side is resized to 8/7 of --size, then SIZE x SIZE pixels are cut
+The model sees the centre of each image: the shorter side is resized to 8/7 of --size, then SIZE x SIZE pixels are cut
 from the middle and normalised."""
 
 EXAMPLES = """examples:
-  dinov2 embed runs/first/teacher photos features              the teacher of a run, a folder of images
-  dinov2 embed dinov2_vits14_pretrain.pth pool features        facebook's weights, tar shards with an index
-  dinov2 embed vits14 s3://bucket/pool features --size 518     larger images, from elsewhere
-  dinov2 embed runs/bands/teacher tiles features --mean 0.1 0.2 --std 0.05 0.07    a model of two channels
+  dinov2 embed runs/first/teacher photos features              embed a folder of images by the teacher of a run
+  dinov2 embed dinov2_vits14_pretrain.pth pool features        embed tar shards by facebook's weights
+  dinov2 embed vits14 s3://bucket/pool features --size 518     show the model larger images
+  dinov2 embed runs/bands/teacher tiles features --mean 0.1 0.2 --std 0.05 0.07    use a model of two channels
 
 Read it back with numpy.load("features/features.npy")."""
 
@@ -76,22 +76,43 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    result.add_argument("model", metavar="MODEL", type=Path, help="weights of any kind that load_pretrained reads")
-    result.add_argument("images", metavar="IMAGES", help="folder of images, or folder or URL of tar shards")
-    result.add_argument("output", metavar="OUTPUT", type=Path, help="folder to write, new or empty")
-    result.add_argument("--size", type=int, help="side of what the model sees, in pixels (default: the model's own)")
-    for name, default in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
-        help_text = f"of each channel, as in training (default: {' '.join(map(str, default))})"
-        result.add_argument(f"--{name}", type=float, nargs="+", default=default, help=help_text)
-    result.add_argument("--batch-size", type=int, default=64, help="images of a forward pass (default: 64)")
     result.add_argument(
-        "--num-workers", type=int, default=2, help="processes that read and decode; 0 is this one (default: 2)"
+        "model",
+        metavar="MODEL",
+        type=Path,
+        help="read the model from here: weights of any kind that load_pretrained reads",
     )
-    result.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    result.add_argument(
+        "images",
+        metavar="IMAGES",
+        help="read the images from here: a folder of images, or a folder or URL of tar shards",
+    )
+    result.add_argument(
+        "output", metavar="OUTPUT", type=Path, help="write into this folder, which must be new or empty"
+    )
+    result.add_argument(
+        "--size", type=int, help="show the model squares of this many pixels (default: the model's own size)"
+    )
+    for name, verb, default in (
+        ("mean", "subtract this from each channel", (0.485, 0.456, 0.406)),
+        ("std", "divide each channel by this", (0.229, 0.224, 0.225)),
+    ):
+        help_text = f"{verb}, as in training (default: {' '.join(map(str, default))})"
+        result.add_argument(f"--{name}", type=float, nargs="+", default=default, help=help_text)
+    result.add_argument("--batch_size", type=int, default=64, help="run this many images at once (default: 64)")
+    result.add_argument(
+        "--num_workers",
+        type=int,
+        default=2,
+        help="read and decode in this many processes; 0 takes this one (default: 2)",
+    )
+    result.add_argument(
+        "--device", default="auto", help="run the model here: cpu, cuda, cuda:1, ... (default: a GPU if there is one)"
+    )
     result.add_argument(
         "--precision",
         choices=["auto", "fp32", "bf16", "fp16"],
         default="auto",
-        help="of the model (default: bf16 on a GPU, fp32 on the CPU)",
+        help="run the model in this precision (default: bf16 on a GPU, fp32 on the CPU)",
     )
     return result

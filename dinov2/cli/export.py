@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 EXAMPLES = """examples:
-  dinov2 export runs/first first                        the teacher of the newest checkpoint
-  dinov2 export runs/first first --heads                with its heads, to distil from it or to go on with it
-  dinov2 export runs/first early --step 5000            an earlier checkpoint, if it was kept
-  dinov2 export runs/small base --student vit_base      one of several distilled students
-  dinov2 export runs/first for_hf --format transformers  for AutoModel.from_pretrained("for_hf")
-  dinov2 export dinov2_vits14_pretrain.pth vits14       facebook's weights (or transformers', timm's) in this form
+  dinov2 export runs/first first                         export the teacher of the newest checkpoint
+  dinov2 export runs/first first --heads                 export its heads too, to distil from it or to go on with it
+  dinov2 export runs/first early --step 5000             export an earlier checkpoint, if it was kept
+  dinov2 export runs/small base --student vit_base       export one of several distilled students
+  dinov2 export runs/first for_hf --format transformers   write what AutoModel.from_pretrained("for_hf") reads
+  dinov2 export dinov2_vits14_pretrain.pth vits14        convert facebook's weights (or transformers', timm's)
 
 Read it back with dinov2.models.load_pretrained("first"), whatever its format."""
 
@@ -42,18 +42,22 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    result.add_argument("source", type=Path, help="directory of a run, a checkpoint in it, or other weights")
-    result.add_argument("output", type=Path, help="folder to write, new or empty")
-    result.add_argument("--step", type=int, help="the checkpoint after so many steps (default: the newest)")
+    result.add_argument(
+        "source",
+        type=Path,
+        help="read the weights from here: the directory of a run, a checkpoint in it, or other weights",
+    )
+    result.add_argument("output", type=Path, help="write into this folder, which must be new or empty")
+    result.add_argument("--step", type=int, help="take the checkpoint after this many steps (default: the newest)")
     result.add_argument("--heads", action="store_true", help="also write heads.safetensors: heads, prototypes, centres")
     result.add_argument(
-        "--network", choices=["teacher", "student"], default="teacher", help="which network (default: teacher)"
+        "--network", choices=["teacher", "student"], default="teacher", help="write this network (default: teacher)"
     )
     result.add_argument(
         "--format",
         choices=["facebook", "transformers", "timm"],
         default="facebook",
-        help="whose loader shall read it (default: facebook's names and our configuration)",
+        help="write for this library's loader (default: facebook's names and our configuration)",
     )
-    result.add_argument("--student", metavar="NAME", help="which student of a distillation with several")
+    result.add_argument("--student", metavar="NAME", help="name the student, where a distillation has several")
     return result

@@ -22,8 +22,8 @@ read once, from end to end, and stay as they are. Those that have an index are s
 finished by calling again. To index a tar that has changed, delete its index first."""
 
 EXAMPLES = """examples:
-  dinov2 index pool                                       a folder of tars, as img2dataset or tar wrote them
-  dinov2 index s3://bucket/pool                           any URL of fsspec, with its package for the protocol
+  dinov2 index pool                                       index a folder of tars, as img2dataset or tar wrote them
+  dinov2 index s3://bucket/pool                           index any URL of fsspec; its protocol may need a package
   dinov2 pretrain vits14_small_data --data.root pool      then train on it"""
 
 
@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    result.add_argument("root", metavar="ROOT", help="folder or URL that holds the tars")
+    result.add_argument("root", metavar="ROOT", help="index the tars in this folder or under this URL")
     return result
 
 

@@ -38,10 +38,10 @@ def help_text() -> str:
         "  dinov2 pretrain photos                                  start, on bundled photographs\n"
         "  dinov2 pretrain photos --resume                         continue after Ctrl-C, or anything worse\n"
         "  dinov2 pretrain photos --steps 2000 --output runs/long  change any field\n"
-        "  dinov2 pretrain vits14_small_data --data.root PHOTOS    your own folder of images, of any nesting\n"
+        "  dinov2 pretrain vits14_small_data --data.root PHOTOS    train on your own folder of images\n"
         "  dinov2 pretrain vits14_small_data --initial_weights W   start from weights that you have\n"
-        "  dinov2 pretrain vitl16_short --dry_run --world_size 8   what a run needs; trains nothing\n"
-        "  dinov2 pretrain photos --help                           every field of a recipe, with its value\n\n"
+        "  dinov2 pretrain vitl16_short --dry_run --world_size 8   print what a run needs; train nothing\n"
+        "  dinov2 pretrain photos --help                           show every field of a recipe with its value\n\n"
         "A run writes its directory (--output): config.json, metrics.jsonl, tensorboard/, checkpoints/\n"
         "and, at the end, teacher/: model.safetensors and its config.json."
     )

@@ -22,7 +22,7 @@ ROWS = 8192  # prototypes whose gradient is taken at a time: intermediate result
 
 @dataclass(frozen=True)
 class HeadConfig(Config, at="dino_head"):
-    """Arguments of a :class:`DINOHead`."""
+    """A :class:`DINOHead` has these sizes."""
 
     out_dim: Count = 65536
     """The head has this many prototypes."""

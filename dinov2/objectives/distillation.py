@@ -63,6 +63,10 @@ class Distillation(SelfDistillation):
         """Their moving averages, by the same names."""
         return cast("dict[str, nn.ModuleDict]", dict(self._average.items()))
 
+    def label(self, student: str, value: str) -> str:
+        """Values of several students are told apart by their names."""
+        return f"{student}/{value}"
+
     @property
     def networks(self) -> list[nn.ModuleDict]:
         """Every network of the objective once."""

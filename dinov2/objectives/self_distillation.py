@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dinov2.models.checkpoints.run import LONE_STUDENT
 from dinov2.objectives.batch import MaskedPatches, check_shapes, crop_pairs, send
 from dinov2.objectives.losses import ObjectiveConfig, Targets, biases_of, make_centering, prototype_losses
 from dinov2.objectives.networks import (
@@ -99,13 +100,17 @@ class SelfDistillation(nn.Module):
 
     @property
     def students(self) -> dict[str, nn.ModuleDict]:
-        """The networks that learn, by name; a lone student has none."""
-        return {"": self.student}
+        """The networks that learn, by name."""
+        return {LONE_STUDENT: self.student}
 
     @property
     def averages(self) -> dict[str, nn.ModuleDict]:
         """Their moving averages, by the same names."""
-        return {"": self.average}
+        return {LONE_STUDENT: self.average}
+
+    def label(self, student: str, value: str) -> str:
+        """What a value of a student is called among the values of all: by its own name, where there is one student."""
+        return value
 
     @property
     def networks(self) -> list[nn.ModuleDict]:

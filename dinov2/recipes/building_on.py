@@ -24,19 +24,19 @@ PEAK_LR = 1e-3
 
 
 def adaptation(run: Path, image_size: int, steps: int = STEPS) -> PretrainConfig:
-    """The configuration that goes on from a run's newest checkpoint with larger images.
+    """Let a run go on from its newest checkpoint with larger images.
 
-    Published: 10,000 steps at 518 pixels; all hyperparameters as before, all schedules compressed to these steps, and
-    a reduced learning rate. So every field is that of the run, but
+    The published adaptation takes 10,000 steps at 518 pixels, keeps all hyperparameters, compresses all schedules to
+    these steps, and reduces the learning rate. So every field is as in the run, with these exceptions:
 
-    - ``initial_weights``: the checkpoint, of which student, teacher, heads and centres go on, position embeddings
-      resampled; the optimiser starts anew;
-    - ``vit.img_size`` and ``data.augmentation.global_size``: ``image_size``;
-    - ``data.augmentation.local_size``: grows by the same factor, to whole patches. This is not published. It keeps what
-      was learned with: local crops show things at the scale of the global ones;
-    - ``optim.base_lr``: a tenth. This is not published either. The run has ended at a rate near zero; its full rate
-      would first undo part of what the last, slow steps learned, and 10,000 steps are few to learn it again;
-    - ``output``: a new folder beside the run.
+    - ``initial_weights`` is the checkpoint: student, EMA teacher, heads and centres go on, position embeddings are
+      resampled, and the optimiser starts anew.
+    - ``vit.img_size`` and ``data.augmentation.global_size`` are ``image_size``.
+    - ``data.augmentation.local_size`` grows by the same factor, to whole patches. This is not published. Local crops
+      then still show things at the scale of the global ones.
+    - ``optim.base_lr`` is a tenth. This is not published either. The run ended at a rate near zero; its full rate would
+      first undo part of what the last, slow steps learned, and 10,000 steps are few to learn it again.
+    - ``output`` is a new folder beside the run.
 
     Args:
         run: the directory of a run of pretraining.
@@ -73,7 +73,7 @@ def folder_of(run: Path, image_size: int) -> Path:
 
 
 def distillation(teacher: Path, students: Sequence[str], data: DataConfig | None = None) -> DistillConfig:
-    """The published recipe for students of a frozen teacher: 625,000 steps of 2048 images.
+    """Train students of a frozen teacher by the published recipe, for 625,000 steps of 2048 images.
 
     Published: learning rate 1e-3, no stochastic depth, MLP as feed-forward layer, weight decay 0.04 to 0.2, 100,000
     steps of warm-up, momentum 0.994 to 1, and else the teacher's own recipe, which is that of ``vitg14``. The table

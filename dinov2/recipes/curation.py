@@ -10,7 +10,7 @@ from dinov2.curate.retrieve import RetrieveConfig
 
 
 def laptop() -> CurateConfig:
-    """Thousands to a million images on one machine, with features that are built in.
+    """Curate thousands to a million images on one machine, with features that are built in.
 
     Near-copies go, and nothing like an evaluation image stays. With seeds, images of their clusters are retrieved.
     Better features are a setting: --embed_copies.model takes SSCD's TorchScript file, --embed.model any ViT.
@@ -23,7 +23,7 @@ def laptop() -> CurateConfig:
 
 
 def lvd142m() -> CurateConfig:
-    """The pipeline of DINOv2's LVD-142M with its published numbers; the models are yours to give.
+    """Run the pipeline of DINOv2's LVD-142M with its published numbers; you give the models.
 
     Copies by SSCD at a cosine of 0.6 among 64 neighbours, and of 0.45 to evaluation images; 4 neighbours for each seed
     of sets of a million images or more (32 for ImageNet-1k), and for smaller sets up to 10,000 images of each of

@@ -23,7 +23,7 @@ IMAGES = Path("images")
 
 
 def photos() -> PretrainConfig:
-    """A tiny ViT on the bundled photographs; runs on a laptop, no download.
+    """Train a tiny ViT on the bundled photographs; it runs on a laptop and downloads nothing.
 
     Made for images of 128 pixels: a crop takes about as many pixels of one as it has itself, so it keeps their scale,
     and two crops show two places of one neighbourhood. It differs from the reference because there are minutes and
@@ -70,7 +70,7 @@ def photos() -> PretrainConfig:
 
 
 def vits14_small_data() -> PretrainConfig:
-    """ViT-S/14 with registers on 10,000 to a million images of your own; one GPU.
+    """Train ViT-S/14 with registers on 10,000 to a million images of your own, on one GPU.
 
     What differs from the large runs, and why:
 
@@ -102,7 +102,7 @@ def vits14_small_data() -> PretrainConfig:
 
 
 def vitl16_short() -> PretrainConfig:
-    """ViT-L/16 on ImageNet-1k: 125,000 steps of 2048 images (81.6 % k-NN published)."""
+    """Train ViT-L/16 on ImageNet-1k for 125,000 steps of 2048 images (81.6 % k-NN published)."""
     return PretrainConfig(
         output=Path("runs/vitl16_short"),
         steps=125_000,
@@ -123,7 +123,7 @@ def vitl16_short() -> PretrainConfig:
 
 
 def vitl14() -> PretrainConfig:
-    """ViT-L/14 on ImageNet-22k: 625,000 steps of 3072 images (82.0 % k-NN published)."""
+    """Train ViT-L/14 on ImageNet-22k for 625,000 steps of 3072 images (82.0 % k-NN published)."""
     return _imagenet22k(
         Path("runs/vitl14"),
         ViTConfig.of("vit_large", patch_size=14, ffn="swiglu", drop_path_rate=0.4),
@@ -132,7 +132,7 @@ def vitl14() -> PretrainConfig:
 
 
 def vitg14() -> PretrainConfig:
-    """ViT-g/14, the largest DINOv2: 625,000 steps of 3072 images (83.5 % k-NN published, on LVD-142M)."""
+    """Train ViT-g/14, the largest DINOv2, for 625,000 steps of 3072 images (83.5 % k-NN published, on LVD-142M)."""
     return _imagenet22k(
         Path("runs/vitg14"),
         ViTConfig.of("vit_giant2", patch_size=14, drop_path_rate=0.4),
@@ -141,10 +141,11 @@ def vitg14() -> PretrainConfig:
 
 
 def vitb14() -> PretrainConfig:
-    """ViT-B/14 from scratch, by the recipe of ViT-L/14; the published ViT-B is distilled, and better.
+    """Train ViT-B/14 from scratch by the recipe of ViT-L/14; the published ViT-B is distilled, and better.
 
-    Nobody published how a small model trains from scratch. All is that of ``vitl14`` but the architecture, which is the
-    published one, with an MLP; half its drop path, as there is less capacity to spare; and larger micro-batches.
+    Nobody published how a small model trains from scratch. Everything is as in ``vitl14``, with three exceptions: the
+    architecture is the published one, with an MLP; drop path is half as large, because there is less capacity to spare;
+    micro-batches are larger.
     """
     return _imagenet22k(
         Path("runs/vitb14"), ViTConfig.of("vit_base", patch_size=14, drop_path_rate=0.2), accumulation_steps=48
@@ -152,9 +153,9 @@ def vitb14() -> PretrainConfig:
 
 
 def vits14() -> PretrainConfig:
-    """ViT-S/14 from scratch, by the recipe of ViT-L/14; the published ViT-S is distilled, and better.
+    """Train ViT-S/14 from scratch by the recipe of ViT-L/14; the published ViT-S is distilled, and better.
 
-    As ``vitb14``, with a drop path of 0.1.
+    Everything is as in ``vitb14``, but drop path is 0.1.
     """
     return _imagenet22k(
         Path("runs/vits14"), ViTConfig.of("vit_small", patch_size=14, drop_path_rate=0.1), accumulation_steps=24

@@ -202,7 +202,7 @@ class RunConfig(Config):
         raise NotImplementedError
 
     def product_folder(self, name: str) -> Path:
-        """Where the finished backbone of a student is written; a lone student's name is empty."""
+        """Where the finished backbone of a student is written."""
         raise NotImplementedError
 
     @property

@@ -184,10 +184,12 @@ def start_from_initial_weights(objective: SelfDistillation, config: RunConfig) -
     wanted = {"dino_head": config.dino_head} | ({"ibot_head": config.ibot_head} if config.ibot_head else {})
     notes: dict[str, None] = {}  # a set in the order of insertion
     for name, student in objective.students.items():
-        networks = read_networks(config.initial_weights, student=name or None)
+        networks = read_networks(config.initial_weights, student=name if isinstance(config, DistillConfig) else None)
         notes |= {f"from {networks.teacher.origin}": None}
         fitting = {head: difference(networks.teacher, head, expected) for head, expected in wanted.items()}
-        notes |= {f"{name} {head} starts anew ({reason})".lstrip(): None for head, reason in fitting.items() if reason}
+        notes |= {
+            f"{objective.label(name, head)} starts anew ({reason})": None for head, reason in fitting.items() if reason
+        }
         heads = [head for head, reason in fitting.items() if not reason]
         load_whole(student, _tensors(student, networks.student, heads))
         load_whole(objective.averages[name], _tensors(student, networks.teacher, heads))

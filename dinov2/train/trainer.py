@@ -136,7 +136,7 @@ class Trainer:
         """Backbone and heads of every student, by name."""
         for student, network in self.objective.students.items():
             for name, module in network.items():
-                yield f"{student}/{name}".lstrip("/"), module
+                yield self.objective.label(student, name), module
 
     def _on_device(self, batch: Batch | RawBatch, number: int) -> Batch:
         """Micro-batch ``number`` of the run, finished; random numbers from here on are its own."""
@@ -186,14 +186,14 @@ class Trainer:
         uncompiled = torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
         with torch.no_grad(), self.arithmetic.autocast(), uncompiled:
             return {
-                f"{name}/{metric}".lstrip("/"): value
+                self.objective.label(name, metric): value
                 for name, backbone in self.products.items()
                 for metric, value in probe(backbone).items()
             }
 
     @property
     def products(self) -> dict[str, VisionTransformer]:
-        """The backbones that a run is for, by the name of the student; a lone student has none."""
+        """The backbones that a run is for, by the name of the student."""
         return {name: cast(VisionTransformer, network["backbone"]) for name, network in self.objective.averages.items()}
 
     def state_dict(self) -> dict[str, Any]:

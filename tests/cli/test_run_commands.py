@@ -21,7 +21,7 @@ def run(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("command", "options"), [("adapt", ["--from", "--image-size"]), ("distill", ["--teacher", "--student"])]
+    ("command", "options"), [("adapt", ["--from", "--image_size"]), ("distill", ["--teacher", "--student"])]
 )
 def test_help(command: str, options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == main([command]) == 0

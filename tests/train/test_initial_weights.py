@@ -44,7 +44,7 @@ def test_a_run_hands_over_all_that_it_learned(config: PretrainConfig, separate: 
 def test_a_backbone_alone(config: PretrainConfig, tmp_path: Path) -> None:
     torch.manual_seed(1)
     larger = dataclasses.replace(config, vit=dataclasses.replace(config.vit, img_size=32))
-    model = Trainer(larger).products[""]
+    model = Trainer(larger).products["student"]
     folder = save_pretrained(model, tmp_path / "weights")
     trainer, words = started(config, folder)
     fresh = Trainer(trainer.config).objective.teacher["dino_head"].state_dict()
@@ -102,4 +102,4 @@ def test_a_run_without_a_checkpoint(config: PretrainConfig, tmp_path: Path) -> N
     with pytest.raises(FileNotFoundError, match="has no checkpoint"):
         started(config, run)
     trainer, _ = started(config, run / "teacher")
-    assert tensors_equal(trainer.products[""].state_dict(), load_pretrained(run / "teacher").state_dict())
+    assert tensors_equal(trainer.products["student"].state_dict(), load_pretrained(run / "teacher").state_dict())

@@ -201,7 +201,7 @@ def check_state(trainer: Trainer, replicated: Trainer, split: Trainer, directory
     alone = Trainer(trainer.config)
     alone.restore(RunCheckpoint(path))
     torch.testing.assert_close(alone.state_dict(), state, rtol=0, atol=0)
-    backbone = trainer.finished_backbones()[""].state_dict()
+    backbone = trainer.finished_backbones()["student"].state_dict()
     assert all(torch.equal(state["teacher"][f"backbone.{name}"], tensor) for name, tensor in backbone.items())
     part = split.objective.student["dino_head"].last_layer.weight_v.to_local()
     assert len(part) == 64 // WORLD_SIZE

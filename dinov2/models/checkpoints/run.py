@@ -29,6 +29,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict_loader import load
 
 MANIFEST, METADATA = "manifest.json", ".metadata"
+LONE_STUDENT = "student"
+"""Name of a student that has no other: its tensors go without a name in front."""
 PARTS = ("student", "teacher", "objective", "optimizer")
 """What the tensors of a checkpoint belong to."""
 CHUNK = 1 << 22  # bytes read at once for a checksum
@@ -59,7 +61,7 @@ def load_checkpoint(path: str | Path, parts: Collection[str] = PARTS) -> dict[st
         student and teacher: tensors by facebook's names, ``backbone.cls_token`` and so on; objective: its centres, if
         it has any; optimizer: AdamW's step, exp_avg and exp_avg_sq of each of the student's parameters by its name.
         Beside them the values of the manifest: step (number of finished steps), num_images, scalars, loss_scale, and
-        vit (the configuration of each student's backbone, by its name; a lone student's is empty).
+        vit (the configuration of each student's backbone, by its name).
 
     Raises:
         ValueError: it is damaged, or is no checkpoint of pretraining.

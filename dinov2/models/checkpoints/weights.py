@@ -287,8 +287,7 @@ def _read_run_checkpoint(directory: Path) -> dict[str, Any]:
     if len(content["vit"]) > 1:
         raise ValueError(f"it holds the students {', '.join(content['vit'])}: write one to a file with dinov2 export")
     ((name, vit),) = content["vit"].items()
-    prefix = f"{name}." if name else ""
-    return {"teacher": {key.removeprefix(prefix): x for key, x in content["teacher"].items()}, "vit": vit}
+    return {"teacher": {key.removeprefix(f"{name}."): x for key, x in content["teacher"].items()}, "vit": vit}
 
 
 def _config(file: Path, content: Any, tensors: Tensors, source: Source) -> ViTConfig:
