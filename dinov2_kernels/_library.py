@@ -24,7 +24,7 @@ import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +76,16 @@ class Operator:
 
     def call_triton(self, *args: Any) -> Any:
         """Run the Triton implementation, importing it on the first call."""
+        return self._launcher(*args)
+
+    @cached_property
+    def _launcher(self) -> Implementation:
+        """The Triton implementation, found once: looking it up takes longer than the rest of a call."""
         if self.triton is None:
             raise NotImplementedError(f"{self.name} has no Triton implementation")
         module, function = self.triton.split(":")
-        return getattr(importlib.import_module(module), function)(*args)
+        launcher: Implementation = getattr(importlib.import_module(module), function)
+        return launcher
 
 
 OPERATORS: dict[str, Operator] = {}
