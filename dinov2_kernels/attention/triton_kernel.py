@@ -37,16 +37,9 @@ def attention_forward(
 
 
 def attention_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor | None,
-    runs: Sequence[int],
-    scale: float,
-) -> Tensor:
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    cu_seqlens: Tensor | None, runs: Sequence[int], scale: float,
+) -> Tensor:  # fmt: skip
     """Gradients [T, 3, H, D] of q, k and v, given that of the result, grad [T, H, D].
 
     Bytes, with e per element: 8 T H D e. Beyond 64 tokens a sequence, blocks of it are read again by its other blocks,

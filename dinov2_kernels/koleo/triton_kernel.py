@@ -82,21 +82,10 @@ def _tiles(x: Tensor, B: int, block: int, k: int) -> tuple[tuple[int, int], dict
 
 @triton.jit(do_not_specialize=["rank"])
 def _nearest(
-    x,
-    index,
-    cosine,
-    N,
-    D,
-    B,
-    block,
-    rank,
-    eps: tl.float64,
-    k,
-    SLOTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
+    x, index, cosine,
+    N, D, B, block, rank, eps: tl.float64, k,
+    SLOTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
     eps = tl.full([], eps, cosine.dtype.element_ty)
     own, inside = _own_rows(block, ROWS)
     row = tl.cast(rank, tl.int64) * B + own
@@ -110,21 +99,10 @@ def _nearest(
 
 @triton.jit(do_not_specialize=["rank"])
 def _forward(
-    x,
-    index,
-    shares,
-    N,
-    D,
-    B,
-    block,
-    rank,
-    eps: tl.float64,
-    k,
-    SLOTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
+    x, index, shares,
+    N, D, B, block, rank, eps: tl.float64, k,
+    SLOTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
     eps = tl.full([], eps, shares.dtype.element_ty)
     own, inside = _own_rows(block, ROWS)
     row = tl.cast(rank, tl.int64) * B + own

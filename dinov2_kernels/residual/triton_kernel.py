@@ -43,16 +43,9 @@ def residual_gather_norm(
 
 
 def residual_gather_norm_backward(
-    grad_h: Tensor,
-    grad_x: Tensor,
-    x: Tensor | None,
-    h: Tensor | None,
-    rows: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_h: Tensor, grad_x: Tensor, x: Tensor | None, h: Tensor | None, rows: Tensor | None,
+    mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x [T, C], weight [C] and bias [C]; the normalised rows come from x, or from h where x is None.
 
     Moves 2 m + 2 M elements: reads grad_h, grad_x and the kept rows of x (or h), writes the gradient of x. Programs add
@@ -66,35 +59,17 @@ def residual_gather_norm_backward(
     sums = torch.empty(2, programs, C, dtype=mean.dtype, device=grad_x.device)  # [2, programs, C]: weight, bias
     with torch.cuda.device_of(grad_x):
         gather_norm_backward[(programs,)](
-            grad_h,
-            grad_x,
-            x,
-            h,
-            rows,
-            mean,
-            rstd,
-            weight,
-            bias,
-            dx,
-            sums,
-            T,
-            t,
-            t.bit_length(),
-            **shape,
-            maxnreg=registers,
-        )
+            grad_h, grad_x, x, h, rows, mean, rstd, weight, bias, dx, sums,
+            T, t, t.bit_length(), **shape, maxnreg=registers,
+        )  # fmt: skip
     dweight, dbias = sums.sum(dim=1).unbind()
     return dx, dweight, dbias
 
 
 def residual_scatter(
-    x: Tensor,
-    residual: Tensor,
-    position: Tensor | None,
-    scale: Tensor | None,
-    gamma: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:
+    x: Tensor, residual: Tensor, position: Tensor | None,
+    scale: Tensor | None, gamma: Tensor | None, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
     """x [T, C] plus scale * gamma * (residual [t, C] + bias) on the kept rows.
 
     Moves m + 2 M elements: reads the residual and x, writes the result.
@@ -109,13 +84,9 @@ def residual_scatter(
 
 
 def residual_scatter_(
-    x: Tensor,
-    residual: Tensor,
-    rows: Tensor | None,
-    scale: Tensor | None,
-    gamma: Tensor | None,
-    bias: Tensor | None,
-) -> None:
+    x: Tensor, residual: Tensor, rows: Tensor | None,
+    scale: Tensor | None, gamma: Tensor | None, bias: Tensor | None,
+) -> None:  # fmt: skip
     """:func:`residual_scatter` in place of x. Moves 3 m elements: reads the residual, reads and writes x."""
     t, C = residual.shape
     shape = _shape_of_pieces(C, accumulation_dtype(x))
@@ -125,14 +96,9 @@ def residual_scatter_(
 
 
 def residual_scatter_backward(
-    grad: Tensor,
-    residual: Tensor | None,
-    rows: Tensor | None,
-    scale: Tensor | None,
-    gamma: Tensor | None,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, residual: Tensor | None, rows: Tensor | None,
+    scale: Tensor | None, gamma: Tensor | None, bias: Tensor | None, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the residual [t, C] in ``dtype``, of gamma [C] and of bias [C], given that of the result [T, C].
 
     Moves 3 m elements: reads the kept rows of grad, reads the residual where there is a gamma, writes its gradient.
@@ -158,19 +124,11 @@ def residual_scatter_backward(
 
 
 def residual_scatter_gather_norm(
-    x: Tensor,
-    residual: Tensor,
-    position: Tensor | None,
-    scale: Tensor | None,
-    gamma: Tensor | None,
-    bias: Tensor | None,
-    next_rows: Tensor | None,
-    next_position: Tensor | None,
-    weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, residual: Tensor, position: Tensor | None,
+    scale: Tensor | None, gamma: Tensor | None, bias: Tensor | None,
+    next_rows: Tensor | None, next_position: Tensor | None,
+    weight: Tensor | None, norm_bias: Tensor | None, eps: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """:func:`residual_scatter`, and :func:`residual_gather_norm` of its result for the next branch.
 
     Moves 2 m + 2 M elements: reads the residual and x, writes the result and h.
@@ -190,24 +148,12 @@ def residual_scatter_gather_norm(
 
 
 def residual_scatter_gather_norm_backward(
-    grad_h: Tensor,
-    grad_y: Tensor,
-    y: Tensor | None,
-    h: Tensor | None,
-    next_rows: Tensor | None,
-    next_position: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    norm_bias: Tensor | None,
-    residual: Tensor | None,
-    rows: Tensor | None,
-    position: Tensor | None,
-    scale: Tensor | None,
-    gamma: Tensor | None,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad_h: Tensor, grad_y: Tensor,
+    y: Tensor | None, h: Tensor | None, next_rows: Tensor | None, next_position: Tensor | None,
+    mean: Tensor, rstd: Tensor, weight: Tensor | None, norm_bias: Tensor | None,
+    residual: Tensor | None, rows: Tensor | None, position: Tensor | None,
+    scale: Tensor | None, gamma: Tensor | None, bias: Tensor | None, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x [T, C], weight, norm_bias [C], residual [t, C] in ``dtype``, gamma and bias [C].
 
     Moves 4 m + 2 M elements: reads grad_h, grad_y, the next branch's rows of y (or h), and the residual where there is
