@@ -21,7 +21,7 @@ from dinov2_kernels._library import accumulation_dtype
 from dinov2_kernels._triton import num_multiprocessors
 from dinov2_kernels.residual.triton_gather import gather_norm, gather_norm_backward
 from dinov2_kernels.residual.triton_scatter import scatter, scatter_backward, scatter_in_place
-from dinov2_kernels.residual.triton_scatter_gather import scatter_gather_norm, scatter_gather_norm_backward
+from dinov2_kernels.residual.triton_passes import scatter_gather_norm, scatter_gather_norm_backward
 
 
 def residual_gather_norm(
