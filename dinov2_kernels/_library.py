@@ -8,7 +8,7 @@ dispatch key        implementation
 any device          ``reference.py`` (CompositeExplicitAutograd), unless a more specific key below has one; for an
                     operator that is made of others, how it is made of them
 CPU                 ``csrc/<op>/cpu.cpp``, which registers itself when ``_native_cpu.so`` is loaded
-CUDA                ``triton_kernel.py``, imported on its first call
+CUDA                ``triton_kernel.py``, which has the launchers, imported on its first call
 ==================  ===============================================================================================
 
 CUDA C++ (``csrc/<op>/cuda.cu``) registers the same schema in the namespace ``dinov2_kernels_cuda``: tests and

@@ -32,7 +32,7 @@ _kept_rows = define(
     "residual_kept_rows(Tensor keys, SymInt[] runs, SymInt[] kept) -> (Tensor, Tensor)",
     reference=reference.residual_kept_rows,
     fake=_fake_kept_rows,
-    triton="dinov2_kernels.residual.triton_sampling:residual_kept_rows",
+    triton="dinov2_kernels.residual.triton_kernel:residual_kept_rows",
 ).call
 
 

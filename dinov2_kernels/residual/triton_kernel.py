@@ -12,16 +12,47 @@ sums, and one piece otherwise. A thread moves 8 or 16 bytes at a time where C is
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import accumulate
+from operator import mul
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from dinov2_kernels._library import accumulation_dtype
+from dinov2_kernels._tables import table_cache
 from dinov2_kernels._triton import num_multiprocessors
-from dinov2_kernels.residual.triton_gather import gather_norm, gather_norm_backward
-from dinov2_kernels.residual.triton_scatter import scatter, scatter_backward, scatter_in_place
-from dinov2_kernels.residual.triton_passes import scatter_gather_norm, scatter_gather_norm_backward
+from dinov2_kernels.residual.triton_passes import (
+    gather_norm,
+    gather_norm_backward,
+    kept_rows,
+    scatter,
+    scatter_backward,
+    scatter_gather_norm,
+    scatter_gather_norm_backward,
+    scatter_in_place,
+)
+
+
+def residual_kept_rows(keys: Tensor, runs: list[int], kept: list[int]) -> tuple[Tensor, Tensor]:
+    """rows [t] and position [T] of every draw: the samples with the smallest keys [draws, S] of their runs.
+
+    Keys lie in [0, 1). One launch. Every program finds the largest key that a draw keeps of a run, and then writes a
+    few tokens of each sample. Bytes: 4 (t + T) per draw, and the keys of a run for each of its programs, from L2.
+    """
+    counts, lengths = runs[::2], runs[1::2]
+    with torch.cuda.device_of(keys):
+        table = _table(tuple(counts), tuple(lengths), tuple(kept), keys.device)
+        rows = torch.empty(table.num_rows, dtype=torch.int32, device=keys.device)
+        position = torch.empty(table.num_places, dtype=torch.int32, device=keys.device)
+        if table.num_places:
+            samples = triton.next_power_of_2(max(counts))
+            tokens = min(16, max(1, 4096 // samples))  # of each sample, in one program
+            grid = (triton.cdiv(max(lengths), tokens), len(kept))
+            warps = min(16, max(4, samples // 512))
+            kept_rows[grid](keys, table.numbers, rows, position, SAMPLES=samples, TOKENS=tokens, num_warps=warps)
+    return rows, position
 
 
 def residual_gather_norm(
@@ -179,6 +210,47 @@ def residual_scatter_gather_norm_backward(
     dgamma = nothing if gamma is None else totals[2]
     dbias = nothing if bias is None else totals[3]
     return dx, totals[0], totals[1], dresidual, dgamma, dbias
+
+
+class _Table(NamedTuple):
+    """Where things are.
+
+    Attributes:
+        numbers: [draws * runs, 10] int32; kept_rows names the columns.
+        num_rows, num_places: sizes of the results.
+    """
+
+    numbers: Tensor
+    num_rows: int
+    num_places: int
+
+
+@table_cache(maxsize=128)
+def _table(counts: tuple[int, ...], lengths: tuple[int, ...], kept: tuple[int, ...], device: torch.device) -> _Table:
+    """On the device from the first call on, so that later ones copy nothing.
+
+    Numbers given to Triton by value would make it compile a kernel for every pattern of ones and multiples of 16.
+    """
+    num_runs, S, T = len(counts), sum(counts), sum(map(mul, counts, lengths))
+    samples_before, tokens_before = _before(counts), _before(list(map(mul, counts, lengths)))
+    table, end_of_rows, end_of_places = [], 0, 0
+    for d in range(len(kept) // num_runs if num_runs else 0):
+        kept_counts = kept[d * num_runs : (d + 1) * num_runs]
+        num_rows = list(map(mul, kept_counts, lengths))
+        row_gap, place_gap = -end_of_rows % 4, -end_of_places % 4  # before this draw
+        first_row, first_place = end_of_rows + row_gap, end_of_places + place_gap
+        end_of_rows, end_of_places = first_row + sum(num_rows), first_place + T
+        for r, rows_before in enumerate(_before(num_rows)):
+            of_run = counts[r], lengths[r], kept_counts[r], d * S + samples_before[r], tokens_before[r], rows_before
+            gaps = (row_gap, place_gap) if r == 0 else (0, 0)
+            table.append((*of_run, first_row, first_place, *gaps))
+    numbers = torch.tensor(table, dtype=torch.int32, device=device).view(-1, 10)
+    return _Table(numbers, end_of_rows, end_of_places)
+
+
+def _before(sizes: list[int] | tuple[int, ...]) -> list[int]:
+    """The sum of what comes before each of the sizes."""
+    return list(accumulate([0, *sizes]))[:-1]
 
 
 def _persistent(rows: int, shape: dict[str, int], device: torch.device) -> tuple[int, int]:
