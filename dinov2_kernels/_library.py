@@ -14,6 +14,8 @@ CUDA                ``triton_kernel.py``, which has the launchers, imported on i
 CUDA C++ (``csrc/<op>/cuda.cu``) registers the same schema in the namespace ``dinov2_kernels_cuda``: tests and
 benchmarks reach it there through ``use_backend("native")``, and it becomes an operator's implementation for CUDA when a
 committed benchmark shows that it is the fastest.
+
+Below stands what the ``op.py`` of several operators share: dtypes, autocast, autograd and process groups.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 Implementation = Callable[..., Any]
 
@@ -160,6 +163,20 @@ def differentiably(function: type[torch.autograd.Function], *args: Any) -> Any:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def place_in(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """How many processes the group has, and which of them this one is; None means this process alone.
+
+    Raises:
+        ValueError: this process is not a member of the group.
+    """
+    if group is None:
+        return 1, 0
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError("group: expected a process group to which this process belongs, got one to which it does not")
+    return dist.get_world_size(group), rank
 
 
 def triton_is_installed() -> bool:

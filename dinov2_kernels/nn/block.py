@@ -1,16 +1,16 @@
-"""The pre-norm transformer block of DINOv2."""
+"""The pre-norm transformer block of DINOv2, many of them in a row, and the small modules of residual branches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 from dinov2_kernels._modules import is_unwatched
 from dinov2_kernels.nn.attention import Attention
 from dinov2_kernels.nn.feed_forward import Mlp, SwiGLUFFN
-from dinov2_kernels.nn.layer_scale import LayerScale
 from dinov2_kernels.packing import PackedLayout
 from dinov2_kernels.residual import Connection, Subset, draw_subsets, residual_chain
 
@@ -179,6 +179,59 @@ def run_blocks(
             chain += plain.connections(of_block)
             recompute = plain.recompute
     return residual_chain(x, layout, chain, recompute=recompute) if chain else x
+
+
+class LayerScale(nn.Module):
+    """Multiplies every channel by a learned factor that starts small (Touvron et al., arXiv:2103.17239).
+
+    Args:
+        dim: number of channels C.
+        init_values: initial value of the factors, one number or [C].
+        inplace: overwrite the argument.
+    """
+
+    def __init__(self, dim: int, init_values: float | Tensor = 1e-5, inplace: bool = False) -> None:
+        super().__init__()
+        self.init_values = init_values
+        self.inplace = inplace
+        self.gamma = nn.Parameter(torch.empty(dim))  # [C]
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set every factor to its initial value."""
+        with torch.no_grad():
+            self.gamma.copy_(torch.as_tensor(self.init_values))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., C]; returns the same shape."""
+        return x.mul_(self.gamma) if self.inplace else x * self.gamma
+
+
+class DropPath(nn.Module):
+    """Sets the residual of every sample to zero with a given probability, in training (arXiv:1603.09382).
+
+    The residual is computed all the same: :func:`dinov2_kernels.stochastic_depth` and :class:`Block` save that work.
+
+    Args:
+        drop_prob: probability of dropping a sample.
+        scale_by_keep: divide what is kept by ``1 - drop_prob``, which preserves the expectation.
+    """
+
+    def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+        self.scale_by_keep = scale_by_keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, ...]; returns the same shape."""
+        if not self.training or not self.drop_prob:
+            return x
+        keep_prob = 1 - self.drop_prob
+        kept = x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(keep_prob)  # [B, 1, ...]
+        return x * (kept / keep_prob if self.scale_by_keep and keep_prob else kept)
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob:.3f}"
 
 
 def _is_plain(block: nn.Module) -> TypeGuard[Block]:

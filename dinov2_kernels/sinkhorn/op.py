@@ -8,8 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dinov2_kernels._distributed import place_in
-from dinov2_kernels._library import accumulation_dtype, define
+from dinov2_kernels._library import accumulation_dtype, define, place_in
 from dinov2_kernels.sinkhorn import reference
 
 _TRITON = "dinov2_kernels.sinkhorn.triton_kernel"
