@@ -96,6 +96,19 @@ def soft_cross_entropy(
 
     Raises:
         TypeError, ValueError: an argument is not as described.
+
+    Examples:
+        >>> student, teacher = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8)
+        >>> loss = soft_cross_entropy(student, teacher, student_temperature=0.1, teacher_temperature=0.04)
+        >>> loss.shape
+        torch.Size([4])
+        >>> loss.mean().backward()
+        >>> student.grad.shape
+        torch.Size([4, 8])
+        >>> index = torch.tensor([[0, 1], [1, 0], [0, 1], [1, 0]])  # each student faces two teachers
+        >>> temperatures = {"student_temperature": 0.1, "teacher_temperature": 0.04}
+        >>> soft_cross_entropy(student, teacher[:2], teacher_index=index, **temperatures).shape
+        torch.Size([4])
     """
     beside, shape = ("student_logits", student_logits), student_logits.shape
     check_tensor("student_logits", student_logits, len(shape) == 2 and shape[1] > 0, ("N", "K"), "with K >= 1", beside)

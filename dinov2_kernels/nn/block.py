@@ -48,6 +48,13 @@ class Block(nn.Module):
         recompute: keep 2 T C elements less for backward, which then recovers the normalised tokens from what the
             branches keep anyhow. The gradient of norm weights loses precision where they are small beside their biases,
             in bfloat16 up to ten times; all other gradients are the same.
+
+    Examples:
+        >>> block = Block(128, num_heads=2, init_values=1e-5, drop_path=0.3)
+        >>> block(torch.randn(4, 10, 128)).shape  # a batch of equal lengths
+        torch.Size([4, 10, 128])
+        >>> block(torch.randn(16, 128), PackedLayout([(2, 5), (3, 2)])).shape  # packed
+        torch.Size([16, 128])
     """
 
     def __init__(
@@ -147,11 +154,6 @@ def run_blocks(
     of one is one pass with the start of the next. A block is called by itself where that would be noticed: it has
     hooks (as FSDP sets them), another forward (as recomputed activations need), or is compiled by itself.
 
-    Example::
-
-        subsets = draw_subsets(x, layout, [rate for block in blocks for rate in block.drop_rates])
-        x = run_blocks(blocks, x, layout, list(zip(subsets[::2], subsets[1::2])))
-
     Args:
         blocks: modules called as :class:`Block` is.
         x: [T, C] packed as ``layout`` says.
@@ -163,6 +165,14 @@ def run_blocks(
 
     Raises:
         ValueError: there are more or fewer subsets than blocks, or an argument is not as described.
+
+    Examples:
+        >>> blocks = [Block(128, num_heads=2, drop_path=0.3) for _ in range(2)]
+        >>> layout = PackedLayout([(2, 5), (3, 2)])
+        >>> x = torch.randn(layout.total_tokens, 128)
+        >>> subsets = draw_subsets(x, layout, [rate for block in blocks for rate in block.drop_rates])
+        >>> run_blocks(blocks, x, layout, [subsets[:2], subsets[2:]]).shape
+        torch.Size([16, 128])
     """
     if len(blocks) != len(subsets):
         raise ValueError(f"subsets: expected one pair for each of the {len(blocks)} blocks, got {len(subsets)}")
@@ -188,6 +198,12 @@ class LayerScale(nn.Module):
         dim: number of channels C.
         init_values: initial value of the factors, one number or [C].
         inplace: overwrite the argument.
+
+    Examples:
+        >>> LayerScale(2, init_values=0.5)(torch.ones(3, 2)).detach()
+        tensor([[0.5000, 0.5000],
+                [0.5000, 0.5000],
+                [0.5000, 0.5000]])
     """
 
     def __init__(self, dim: int, init_values: float | Tensor = 1e-5, inplace: bool = False) -> None:
@@ -215,6 +231,11 @@ class DropPath(nn.Module):
     Args:
         drop_prob: probability of dropping a sample.
         scale_by_keep: divide what is kept by ``1 - drop_prob``, which preserves the expectation.
+
+    Examples:
+        >>> y = DropPath(0.5)(torch.ones(1000, 3))
+        >>> y.unique()  # samples are dropped, or counted twice
+        tensor([0., 2.])
     """
 
     def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True) -> None:

@@ -100,6 +100,16 @@ def prototype_cross_entropy(
 
     Raises:
         TypeError, ValueError: an argument is not as described.
+
+    Examples:
+        >>> features, prototypes, teacher = torch.randn(4, 16), torch.randn(8, 16), torch.randn(4, 8)
+        >>> temperatures = {"student_temperature": 0.1, "teacher_temperature": 0.04}
+        >>> loss = prototype_cross_entropy(features, prototypes, teacher, **temperatures)
+        >>> loss.shape
+        torch.Size([4])
+        >>> expected = soft_cross_entropy(features @ prototypes.T, teacher, **temperatures)
+        >>> torch.allclose(loss, expected, rtol=1e-4, atol=1e-4)
+        True
     """
     beside, shape = ("features", features), features.shape
     check_tensor("features", features, len(shape) == 2 and shape[1] > 0, ("N", "D"), "with D >= 1", beside)
