@@ -19,9 +19,6 @@ class use_backend(TorchDispatchMode):
 
     For tests and benchmarks; ordinary use leaves the choice to the dispatcher.
 
-    >>> with use_backend("reference"):
-    ...     bias = sinkhorn_bias(logits, 0.07)
-
     Args:
         name: ``"reference"`` (plain PyTorch, any device), ``"triton"`` (CUDA, or CPU under Triton's interpreter) or
             ``"native"`` (the compiled C++ or CUDA extension).
@@ -29,6 +26,14 @@ class use_backend(TorchDispatchMode):
     Raises:
         ValueError: the name is none of these.
         NotImplementedError: raised by an operator called inside that has no such implementation for its device.
+
+    Examples:
+        >>> logits = torch.randn(6, 4)
+        >>> bias = sinkhorn_bias(logits, 0.07)
+        >>> with use_backend("reference"):
+        ...     expected = sinkhorn_bias(logits, 0.07)
+        >>> torch.allclose(bias, expected, atol=1e-4)
+        True
     """
 
     def __init__(self, name: Backend) -> None:
@@ -61,6 +66,13 @@ def info() -> dict[str, Any]:
         A dictionary with the versions, per device type why compiled kernels are missing (None: they are there), how
         the extension was built, and for each operator that is not made of others what the dispatcher will run on CPU
         and on CUDA. An operator whose CUDA kernels no GPU has confirmed yet says so.
+
+    Examples:
+        >>> report = info()
+        >>> list(report["operators"]["swiglu"])
+        ['cpu', 'cuda', 'verified_on_gpu']
+        >>> report["operators"]["swiglu"]["cpu"] in ("native", "reference")
+        True
     """
     with_kernels = {name: x for name, x in sorted(_library.OPERATORS.items()) if x.composite is None}
     return {

@@ -8,12 +8,14 @@ dispatch key        implementation
 any device          ``reference.py`` (CompositeExplicitAutograd), unless a more specific key below has one; for an
                     operator that is made of others, how it is made of them
 CPU                 ``csrc/<op>/cpu.cpp``, which registers itself when ``_native_cpu.so`` is loaded
-CUDA                ``triton_kernel.py``, imported on its first call
+CUDA                ``triton_kernel.py``, which has the launchers, imported on its first call
 ==================  ===============================================================================================
 
 CUDA C++ (``csrc/<op>/cuda.cu``) registers the same schema in the namespace ``dinov2_kernels_cuda``: tests and
 benchmarks reach it there through ``use_backend("native")``, and it becomes an operator's implementation for CUDA when a
 committed benchmark shows that it is the fastest.
+
+Below stands what the ``op.py`` of several operators share: dtypes, autocast, autograd and process groups.
 """
 
 from __future__ import annotations
@@ -24,11 +26,12 @@ import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 Implementation = Callable[..., Any]
 
@@ -76,10 +79,16 @@ class Operator:
 
     def call_triton(self, *args: Any) -> Any:
         """Run the Triton implementation, importing it on the first call."""
+        return self._launcher(*args)
+
+    @cached_property
+    def _launcher(self) -> Implementation:
+        """The Triton implementation, found once: looking it up takes longer than the rest of a call."""
         if self.triton is None:
             raise NotImplementedError(f"{self.name} has no Triton implementation")
         module, function = self.triton.split(":")
-        return getattr(importlib.import_module(module), function)(*args)
+        launcher: Implementation = getattr(importlib.import_module(module), function)
+        return launcher
 
 
 OPERATORS: dict[str, Operator] = {}
@@ -154,6 +163,20 @@ def differentiably(function: type[torch.autograd.Function], *args: Any) -> Any:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def place_in(group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """How many processes the group has, and which of them this one is; None means this process alone.
+
+    Raises:
+        ValueError: this process is not a member of the group.
+    """
+    if group is None:
+        return 1, 0
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError("group: expected a process group to which this process belongs, got one to which it does not")
+    return dist.get_world_size(group), rank
 
 
 def triton_is_installed() -> bool:

@@ -1,6 +1,6 @@
-"""What both losses against soft targets demand of the arguments that they share.
+"""What both losses against soft targets demand of their arguments.
 
-``beside`` is the tensor that others are compared with: its name and itself, of N rows.
+``beside`` is the tensor that others are compared with, the students' N rows: its name and itself.
 """
 
 from __future__ import annotations
@@ -11,52 +11,77 @@ from torch import Tensor
 Beside = tuple[str, Tensor]
 
 
-def check_device(name: str, tensor: Tensor, beside: Beside) -> None:
-    """Raise ValueError unless the tensor lies where the other one does."""
-    if tensor.device != beside[1].device:
-        raise ValueError(f"{name}: expected the device of {beside[0]}, {beside[1].device}, got {tensor.device}")
+Shape = tuple[int | str, ...]
 
 
-def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...], beside: Beside) -> None:
-    """Raise ValueError unless the tensor has this shape and lies where the other one does."""
-    if tensor.shape != expected:
-        raise ValueError(f"{name}: expected shape {list(expected)} to match {beside[0]}, got {list(tensor.shape)}")
-    check_device(name, tensor, beside)
+def check_tensor(name: str, tensor: Tensor, has_shape: bool, shape: Shape, note: str, beside: Beside) -> None:
+    """Raise TypeError or ValueError unless the tensor is floating and passes :func:`check_shape`."""
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+    check_shape(name, tensor, has_shape, shape, note, beside)
 
 
-def check_numbers(weight: Tensor) -> None:
-    """Raise ValueError if ``row_weight`` [N] holds a NaN; looked at on a CPU only."""
-    if _values_are_known(weight) and weight.isnan().any():
-        raise ValueError(f"row_weight: expected numbers, got NaN in row {int(weight.isnan().nonzero()[0, 0])}")
+def check_shape(name: str, tensor: Tensor, has_shape: bool, shape: Shape, note: str, beside: Beside) -> None:
+    """Raise ValueError unless the tensor has its shape, which the message names, and lies where the other one does."""
+    if not has_shape:
+        sizes = ", ".join(map(str, shape))  # made here alone: to put words together takes longer than to look
+        raise ValueError(f"{name}: expected shape [{sizes}] {note}, got {list(tensor.shape)}")
+    _check_device(name, tensor, beside)
 
 
-def check_temperatures(student_temperature: float, teacher_temperature: float) -> None:
-    """Raise ValueError unless both are above 0."""
+def checked_targets(
+    *,
+    beside: Beside,
+    M: int,
+    K: int,
+    teacher_bias: Tensor | None,
+    row_weight: Tensor | None,
+    teacher_index: Tensor | None,
+    student_temperature: float,
+    teacher_temperature: float,
+) -> Tensor | None:
+    """What makes targets of M rows of teacher logits [M, K], and which of them the N rows face.
+
+    Returns:
+        The index as operators take it, int64 [N, J], or None.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; values of tensors are looked at on a CPU only.
+    """
+    N = beside[1].shape[0]
+    if teacher_bias is not None:
+        check_shape("teacher_bias", teacher_bias, teacher_bias.shape == (K,), (K,), "to match teacher_logits", beside)
+    if row_weight is not None:
+        check_shape("row_weight", row_weight, row_weight.shape == (N,), (N,), "for the rows of students", beside)
+        if _values_are_known(row_weight) and row_weight.isnan().any():
+            raise ValueError(f"row_weight: expected numbers, got NaN in row {int(row_weight.isnan().nonzero()[0, 0])}")
     for name, temperature in (
         ("student_temperature", student_temperature),
         ("teacher_temperature", teacher_temperature),
     ):
         if not temperature > 0:
             raise ValueError(f"{name}: expected a number above 0, got {temperature}")
+    return None if teacher_index is None else _checked_index(teacher_index, M, beside)
 
 
-def checked_index(index: Tensor, M: int, beside: Beside) -> Tensor:
-    """``teacher_index`` [N] or [N, J] as operators take it: int64 [N, J], with rows of the M teachers.
-
-    Raises:
-        TypeError, ValueError: it is none; values are looked at on a CPU only.
-    """
+def _checked_index(index: Tensor, M: int, beside: Beside) -> Tensor:
+    """``teacher_index`` [N] or [N, J] as operators take it: int64 [N, J], with rows of the M teachers."""
     if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
         raise TypeError(f"teacher_index: expected integers, got {index.dtype}")
     N = beside[1].shape[0]
     if index.dim() not in (1, 2) or index.shape[0] != N or index.shape[-1] == 0 < N:
         raise ValueError(f"teacher_index: expected shape [{N}] or [{N}, J] with J >= 1, got {list(index.shape)}")
-    check_device("teacher_index", index, beside)
+    _check_device("teacher_index", index, beside)
     if index.numel() and _values_are_known(index):
         low, high = (int(bound) for bound in torch.aminmax(index))
         if low < 0 or high >= M:
             raise ValueError(f"teacher_index: expected rows from 0 to {M - 1}, got {low if low < 0 else high}")
     return index.long().reshape(N, -1 if N else 1).contiguous()
+
+
+def _check_device(name: str, tensor: Tensor, beside: Beside) -> None:
+    if tensor.device != beside[1].device:
+        raise ValueError(f"{name}: expected the device of {beside[0]}, {beside[1].device}, got {tensor.device}")
 
 
 def _values_are_known(x: Tensor) -> bool:

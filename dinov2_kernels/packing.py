@@ -33,6 +33,18 @@ class PackedLayout:
 
     Raises:
         ValueError: a run is not a pair of non-negative integers.
+
+    Examples:
+        >>> layout = PackedLayout([(2, 5), (3, 2)])  # two sequences of 5 tokens, then three of 2
+        >>> layout.num_sequences, layout.total_tokens, layout.max_length
+        (5, 16, 5)
+        >>> packed = layout.pack([torch.zeros(2, 5, 8), torch.ones(3, 2, 8)])
+        >>> packed.shape
+        torch.Size([16, 8])
+        >>> [tokens.shape for tokens in layout.unpack(packed)]
+        [torch.Size([2, 5, 8]), torch.Size([3, 2, 8])]
+        >>> layout.cu_seqlens("cpu")
+        tensor([ 0,  5, 10, 12, 14, 16], dtype=torch.int32)
     """
 
     runs: tuple[tuple[int, int], ...]

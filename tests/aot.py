@@ -5,7 +5,7 @@ that calls its launchers on meta tensors, and a stand-in for Triton's driver com
 compiled from ``csrc/<op>/cuda.cu`` by nvcc; ``CUDA_THREADS`` in ``cases.py`` are the threads of its blocks. Both end in
 ptxas, whose report is read.
 
-    python -m tests.aot sinkhorn        prints the table of docs/operators/sinkhorn.md
+    python -m tests.aot sinkhorn > benchmarks/results/gpu_kernels/sinkhorn.md        prints all of it as a page
 """
 
 from __future__ import annotations
@@ -213,6 +213,23 @@ def as_markdown(usages: list[Usage]) -> str:
     return "\n".join(rows)
 
 
+def as_page(operator: str, usages: list[Usage]) -> str:
+    """What stands in benchmarks/results/gpu_kernels/<operator>.md."""
+    import triton
+
+    compilers = f"Triton {triton.__version__}"
+    if (ROOT / "csrc" / operator / "cuda.cu").exists():
+        compilers += f" and nvcc {re.search(r'release ([0-9.]+)', run([find_nvcc(), '--version']))[1]}"
+    return f"""# The GPU kernels of {operator}, as compiled
+
+{compilers} made them, without a GPU: `python -m tests.aot {operator}` prints this page. The shapes stand in
+`launches()` in `tests/{operator}/cases.py`. A name shows the dtype of the first argument, and the kernel's constants. A
+field has several figures where they differ from target to target, or where a kernel has several forms, with and without
+an optional argument for example.
+
+{as_markdown(usages)}"""
+
+
 def main(arguments: list[str]) -> None:
     if arguments[0] == "--triton":
         print(json.dumps([asdict(usage) for usage in compile_launches(arguments[1], *map(int, arguments[2:]))]))
@@ -222,7 +239,7 @@ def main(arguments: list[str]) -> None:
     if (ROOT / "csrc" / operator / "cuda.cu").exists():
         threads = importlib.import_module(f"tests.{operator}.cases").CUDA_THREADS
         usages += [usage for target in CUDA_TARGETS for usage in compile_cuda(operator, target, threads)]
-    print(as_markdown(usages))
+    print(as_page(operator, usages))
 
 
 if __name__ == "__main__":

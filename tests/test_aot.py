@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from tests.aot import Usage, as_markdown, find_nvcc, parse_ptxas
+from tests.aot import ROOT, Usage, as_markdown, find_nvcc, parse_ptxas
 
 REPORT = """
 ptxas info    : 28 bytes gmem
@@ -71,3 +73,12 @@ def test_continuous_integration_may_not_lack_nvcc(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("CI", "true")
     with pytest.raises(RuntimeError, match="nvcc"):
         find_nvcc()
+
+
+@pytest.mark.parametrize("operator", sorted(path.stem for path in (ROOT / "docs/operators").glob("*.md")))
+def test_every_operator_links_to_the_figures_of_its_kernels(operator: str) -> None:
+    page = Path("benchmarks/results/gpu_kernels", f"{operator}.md")
+    assert f"(../../{page})" in (ROOT / "docs/operators" / f"{operator}.md").read_text()
+    figures = (ROOT / page).read_text()
+    assert f"`python -m tests.aot {operator}`" in figures
+    assert "\n| kernel | targets | threads |" in figures

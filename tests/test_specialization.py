@@ -80,10 +80,10 @@ def _prototype_cross_entropy(n: int) -> None:
 
 
 def _residual(n: int) -> None:
-    from dinov2_kernels.residual import triton_kernel, triton_sampling
+    from dinov2_kernels.residual import triton_kernel
 
     T, t, C = 50 * n + 256, 50 * (n - n // 3) + 256, 384
-    triton_sampling.residual_kept_rows(_empty(2, n + 1, dtype=torch.float32), [n, 50, 1, 256], [n - n // 3, 1] * 2)
+    triton_kernel.residual_kept_rows(_empty(2, n + 1, dtype=torch.float32), [n, 50, 1, 256], [n - n // 3, 1] * 2)
     x, h, vector = _empty(T, C, dtype=torch.float32), _empty(t, C), _empty(C, dtype=torch.float32)
     rows, position = _empty(t, dtype=torch.int32), _empty(T, dtype=torch.int32)
     mean = scale = _empty(t, dtype=torch.float32)

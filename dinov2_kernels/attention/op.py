@@ -78,6 +78,14 @@ def varlen_attention(
 
     Raises:
         TypeError, ValueError: an argument is not as described.
+
+    Examples:
+        >>> layout = PackedLayout([(2, 5), (3, 2)])  # two sequences of 5 tokens, then three of 2
+        >>> q, k, v = torch.randn(3, layout.total_tokens, 4, 64)  # 4 heads of width 64
+        >>> varlen_attention(q, k, v, layout).shape
+        torch.Size([16, 4, 64])
+        >>> varlen_attention(q, k, v, layout.cu_seqlens("cpu")).shape  # the same, given by offsets
+        torch.Size([16, 4, 64])
     """
     _check_heads(q, k, v)
     cu_seqlens, runs = _sequences(layout, q, "q", validate)
@@ -106,6 +114,13 @@ def varlen_attention_qkvpacked(
 
     Raises:
         TypeError, ValueError: an argument is not as described.
+
+    Examples:
+        >>> layout = PackedLayout([(2, 5), (3, 2)])
+        >>> project = nn.Linear(256, 3 * 256)
+        >>> qkv = project(torch.randn(layout.total_tokens, 256)).view(16, 3, 4, 64)
+        >>> varlen_attention_qkvpacked(qkv, layout).shape
+        torch.Size([16, 4, 64])
     """
     if qkv.dim() != 4 or qkv.shape[1] != 3:
         raise ValueError(f"qkv: expected shape [T, 3, H, D], got {list(qkv.shape)}")

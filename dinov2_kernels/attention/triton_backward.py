@@ -27,25 +27,11 @@ from dinov2_kernels.attention.triton_tiles import (
 
 @triton.jit(do_not_specialize=["start", "length", "blocks", "T"])
 def backward_short(
-    grad,
-    q,
-    k,
-    v,
-    out,
-    lse,
-    dqkv,
-    table,
-    start: tl.int64,
-    length: tl.int32,
-    blocks: tl.int32,
-    token_stride,
-    head_stride,
-    T,
-    H,
-    scale,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    grad, q, k, v, out, lse, dqkv,
+    table, start: tl.int64, length: tl.int32, blocks: tl.int32,
+    token_stride, head_stride, T, H, scale,
+    D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """A program takes one sequence of at most ROWS tokens and one head, in one tile: five matrix products, no loop.
 
     Probabilities are kept transposed, [keys, queries]: two of the products then find their left operand in registers.
@@ -102,27 +88,11 @@ def _probabilities(x, y, gx, gy, norm, delta, scale):
 
 @triton.jit(do_not_specialize=["start", "length", "blocks", "T"])
 def backward_blocks(
-    grad,
-    q,
-    k,
-    v,
-    out,
-    lse,
-    dqkv,
-    table,
-    start: tl.int64,
-    length: tl.int32,
-    blocks: tl.int32,
-    token_stride,
-    head_stride,
-    T,
-    H,
-    scale,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STEP: tl.constexpr,
-    OFFSETS: tl.constexpr,
-):
+    grad, q, k, v, out, lse, dqkv,
+    table, start: tl.int64, length: tl.int32, blocks: tl.int32,
+    token_stride, head_stride, T, H, scale,
+    D: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, OFFSETS: tl.constexpr,
+):  # fmt: skip
     """Two programs share a block of one sequence and one head: one takes its queries and one its keys.
 
     Programs of a sequence are neighbours, and run at a time: what one has read the others find in L2.
@@ -148,22 +118,10 @@ def backward_blocks(
 
 @triton.jit
 def _take_queries(
-    grad,
-    q,
-    k,
-    v,
-    out,
-    lse,
-    dqkv,
-    first_row,
-    length,
-    token_stride,
-    H,
-    scale,
-    D: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-):
+    grad, q, k, v, out, lse, dqkv,
+    first_row, length, token_stride, H, scale,
+    D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
     """dq of a block of queries: three products for each block of keys."""
     queries = load_tile(q, first_row, length, token_stride, QUERIES, D, True)
     grads = load_tile(grad, first_row, length, H * D, QUERIES, D, True)
@@ -186,21 +144,9 @@ def _take_queries(
 
 @triton.jit
 def _visit_keys(
-    queries,
-    grads,
-    k,
-    v,
-    token_stride,
-    norm,
-    delta,
-    dq,
-    first_key,
-    length,
-    scale,
-    D: tl.constexpr,
-    KEYS: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    queries, grads, k, v, token_stride, norm, delta, dq, first_key, length, scale,
+    D: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     key = first_key + tl.arange(0, KEYS)
     keys = load_tile(k, first_key, length, token_stride, KEYS, D, MASKED)
     values = load_tile(v, first_key, length, token_stride, KEYS, D, MASKED)
@@ -221,22 +167,10 @@ def _without_rounding(ds, tokens, length):
 
 @triton.jit
 def _take_keys(
-    grad,
-    q,
-    k,
-    v,
-    out,
-    lse,
-    dqkv,
-    first_key,
-    length,
-    token_stride,
-    H,
-    scale,
-    D: tl.constexpr,
-    KEYS: tl.constexpr,
-    QUERIES: tl.constexpr,
-):
+    grad, q, k, v, out, lse, dqkv,
+    first_key, length, token_stride, H, scale,
+    D: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
+):  # fmt: skip
     """dk and dv of a block of keys: four products, and delta once more, for each block of queries."""
     keys = load_tile(k, first_key, length, token_stride, KEYS, D, True)
     values = load_tile(v, first_key, length, token_stride, KEYS, D, True)
@@ -266,23 +200,9 @@ def _take_keys(
 
 @triton.jit
 def _visit_queries(
-    keys,
-    values,
-    q,
-    grad,
-    out,
-    lse,
-    token_stride,
-    grad_token,
-    dk,
-    dv,
-    first_row,
-    length,
-    scale,
-    D: tl.constexpr,
-    QUERIES: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    keys, values, q, grad, out, lse, token_stride, grad_token, dk, dv, first_row, length, scale,
+    D: tl.constexpr, QUERIES: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     queries = load_tile(q, first_row, length, token_stride, QUERIES, D, MASKED)
     grads = load_tile(grad, first_row, length, grad_token, QUERIES, D, MASKED)
     norm, delta = _load_queries(grads, out, lse, first_row, length, grad_token, QUERIES, D, MASKED)

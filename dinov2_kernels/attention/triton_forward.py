@@ -30,24 +30,11 @@ from dinov2_kernels.attention.triton_tiles import (
 
 @triton.jit(do_not_specialize=["start", "length", "blocks", "T"])
 def forward_resident(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    table,
-    start: tl.int64,
-    length: tl.int32,
-    blocks: tl.int32,
-    token_stride,
-    head_stride,
-    T,
-    H,
-    scale,
-    D: tl.constexpr,
-    PARTS: tl.constexpr,
-    QUERIES: tl.constexpr,
-):
+    q, k, v, out, lse,
+    table, start: tl.int64, length: tl.int32, blocks: tl.int32,
+    token_stride, head_stride, T, H, scale,
+    D: tl.constexpr, PARTS: tl.constexpr, QUERIES: tl.constexpr,
+):  # fmt: skip
     """A program takes one sequence of at most sum(PARTS) tokens and one head.
 
     All keys and values are read once and stay in shared memory; a block of queries sees all of its scores at once, so
@@ -78,20 +65,9 @@ def forward_resident(
 
 @triton.jit
 def _attend(
-    q,
-    out,
-    lse,
-    token_stride,
-    H,
-    first_row,
-    length,
-    scale,
-    keys,
-    values,
-    D: tl.constexpr,
-    PARTS: tl.constexpr,
-    QUERIES: tl.constexpr,
-):
+    q, out, lse, token_stride, H, first_row, length, scale, keys, values,
+    D: tl.constexpr, PARTS: tl.constexpr, QUERIES: tl.constexpr,
+):  # fmt: skip
     """A block of queries: all of its scores at once."""
     row = first_row + tl.arange(0, QUERIES)
     queries = load_tile(q, first_row, length, token_stride, QUERIES, D, True)
@@ -116,20 +92,9 @@ def _attend(
 
 @triton.jit
 def _attend_few(
-    q,
-    out,
-    lse,
-    token_stride,
-    H,
-    first_row,
-    length,
-    scale,
-    keys,
-    values,
-    D: tl.constexpr,
-    PARTS: tl.constexpr,
-    QUERIES: tl.constexpr,
-):
+    q, out, lse, token_stride, H, first_row, length, scale, keys, values,
+    D: tl.constexpr, PARTS: tl.constexpr, QUERIES: tl.constexpr,
+):  # fmt: skip
     """The same for less than 64 queries, transposed: Hopper's matrix instructions want 64 rows on the left."""
     row = first_row + tl.arange(0, QUERIES)
     queries = load_tile(q, first_row, length, token_stride, QUERIES, D, True)
@@ -154,25 +119,11 @@ def _attend_few(
 
 @triton.jit(do_not_specialize=["start", "length", "blocks", "T"])
 def forward_streaming(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    table,
-    start: tl.int64,
-    length: tl.int32,
-    blocks: tl.int32,
-    token_stride,
-    head_stride,
-    T,
-    H,
-    scale,
-    D: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    OFFSETS: tl.constexpr,
-):
+    q, k, v, out, lse,
+    table, start: tl.int64, length: tl.int32, blocks: tl.int32,
+    token_stride, head_stride, T, H, scale,
+    D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, OFFSETS: tl.constexpr,
+):  # fmt: skip
     """A program takes one block of queries of one sequence and one head; keys stream past, with a running maximum."""
     program = tl.program_id(0)
     head = program % H
@@ -205,20 +156,9 @@ def forward_streaming(
 
 @triton.jit
 def _attend_more(
-    queries,
-    k,
-    v,
-    token_stride,
-    first_key,
-    length,
-    scale,
-    maximum,
-    norm,
-    attended,
-    D: tl.constexpr,
-    KEYS: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    queries, k, v, token_stride, first_key, length, scale, maximum, norm, attended,
+    D: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     key = first_key + tl.arange(0, KEYS)
     keys = load_tile(k, first_key, length, token_stride, KEYS, D, MASKED)
     scores = inner_products(queries, keys) * (scale * LOG2E)  # [QUERIES, KEYS]

@@ -48,15 +48,9 @@ def load_tile(x, first, end, row_stride, ROWS: tl.constexpr, D: tl.constexpr, MA
 
 @triton.jit
 def _load_chunk(
-    x,
-    end,
-    row_stride,
-    ROWS: tl.constexpr,
-    D: tl.constexpr,
-    FIRST: tl.constexpr,
-    WIDTH: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    x, end, row_stride, ROWS: tl.constexpr,
+    D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     row = tl.arange(0, ROWS)[:, None]
     column = FIRST + tl.arange(0, WIDTH)[None, :]
     address = x + row * row_stride + column

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dinov2_kernels._library import accumulation_dtype, define, differentiably, needs_gradient
-from dinov2_kernels._soft_targets import check_numbers, check_shape, check_temperatures, checked_index
+from dinov2_kernels._soft_targets import check_tensor, checked_targets
 from dinov2_kernels.cross_entropy import reference
 
 _TRITON = "dinov2_kernels.cross_entropy.triton_kernel"
@@ -96,28 +96,43 @@ def soft_cross_entropy(
 
     Raises:
         TypeError, ValueError: an argument is not as described.
+
+    Examples:
+        >>> student, teacher = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8)
+        >>> loss = soft_cross_entropy(student, teacher, student_temperature=0.1, teacher_temperature=0.04)
+        >>> loss.shape
+        torch.Size([4])
+        >>> loss.mean().backward()
+        >>> student.grad.shape
+        torch.Size([4, 8])
+        >>> index = torch.tensor([[0, 1], [1, 0], [0, 1], [1, 0]])  # each student faces two teachers
+        >>> temperatures = {"student_temperature": 0.1, "teacher_temperature": 0.04}
+        >>> soft_cross_entropy(student, teacher[:2], teacher_index=index, **temperatures).shape
+        torch.Size([4])
     """
-    for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
-        if not logits.is_floating_point():
-            raise TypeError(f"{name}: expected a floating-point tensor, got {logits.dtype}")
-        if logits.dim() != 2 or logits.shape[1] == 0:
-            raise ValueError(f"{name}: expected shape [N, K] with K >= 1, got {list(logits.shape)}")
-    N, K = student_logits.shape
+    beside, shape = ("student_logits", student_logits), student_logits.shape
+    check_tensor("student_logits", student_logits, len(shape) == 2 and shape[1] > 0, ("N", "K"), "with K >= 1", beside)
+    N, K = shape
+    is_teacher = teacher_logits.dim() == 2 and teacher_logits.shape[1] == K
+    is_teacher = is_teacher and (teacher_index is not None or teacher_logits.shape[0] == N)
+    rows = N if teacher_index is None else "M"
+    check_tensor("teacher_logits", teacher_logits, is_teacher, (rows, K), "to match student_logits", beside)
+    M = teacher_logits.shape[0]
     dtype = accumulation_dtype(student_logits)
     if accumulation_dtype(teacher_logits) != dtype:
         raise TypeError(
             f"teacher_logits: expected float64 beside float64 student_logits only, got {teacher_logits.dtype}"
         )
-    M = N if teacher_index is None else teacher_logits.shape[0]
-    beside = ("student_logits", student_logits)
-    check_shape("teacher_logits", teacher_logits, (M, K), beside)
-    if teacher_bias is not None:
-        check_shape("teacher_bias", teacher_bias, (K,), beside)
-    if row_weight is not None:
-        check_shape("row_weight", row_weight, (N,), beside)
-        check_numbers(row_weight)
-    index = None if teacher_index is None else checked_index(teacher_index, M, beside)
-    check_temperatures(student_temperature, teacher_temperature)
+    index = checked_targets(
+        beside=beside,
+        M=M,
+        K=K,
+        teacher_bias=teacher_bias,
+        row_weight=row_weight,
+        teacher_index=teacher_index,
+        student_temperature=student_temperature,
+        teacher_temperature=teacher_temperature,
+    )
     if overwrite_student_logits and not student_logits.is_contiguous():
         raise ValueError("overwrite_student_logits: expected contiguous student_logits")
     student, teacher = student_logits.contiguous(), teacher_logits.detach().contiguous()

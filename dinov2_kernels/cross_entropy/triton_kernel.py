@@ -22,14 +22,9 @@ _LOWEST = tl.constexpr(-3.0e38)  # where a running maximum starts: -inf would gi
 
 
 def soft_cross_entropy(
-    student: Tensor,
-    teacher: Tensor,
-    index: Tensor | None,
-    bias: Tensor | None,
-    weight: Tensor | None,
-    student_temperature: float,
-    teacher_temperature: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    student: Tensor, teacher: Tensor, index: Tensor | None, bias: Tensor | None, weight: Tensor | None,
+    student_temperature: float, teacher_temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss [N], norms of students [N, 2] and of teachers [M, 2].
 
     Bytes: one read of the students, and J reads of a teacher row for every student, from L2 where students share it
@@ -61,18 +56,11 @@ def soft_cross_entropy_backward_(student: Tensor, grad: Tensor, *args: Any) -> N
 
 
 def _write_gradient(
-    out: Tensor,
-    student: Tensor,
-    grad: Tensor,
-    teacher: Tensor,
-    index: Tensor | None,
-    bias: Tensor | None,
-    weight: Tensor | None,
-    student_temperature: float,
-    teacher_temperature: float,
-    student_norm: Tensor,
-    teacher_norm: Tensor,
-) -> None:
+    out: Tensor, student: Tensor, grad: Tensor,
+    teacher: Tensor, index: Tensor | None, bias: Tensor | None, weight: Tensor | None,
+    student_temperature: float, teacher_temperature: float,
+    student_norm: Tensor, teacher_norm: Tensor,
+) -> None:  # fmt: skip
     N, K = student.shape
     shape = _tile(index, columns=4096)
     pieces = triton.cdiv(K, shape["COLUMNS"])
@@ -93,21 +81,10 @@ def _tile(index: Tensor | None, columns: int) -> dict[str, int]:
 
 @triton.jit
 def _forward(
-    student,
-    teacher,
-    index,
-    bias,
-    weight,
-    loss,
-    student_norm,
-    teacher_norm,
-    K,
-    student_scale: tl.float64,
-    teacher_scale: tl.float64,
-    J: tl.constexpr,
-    JS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    student, teacher, index, bias, weight, loss, student_norm, teacher_norm,
+    K, student_scale: tl.float64, teacher_scale: tl.float64,
+    J: tl.constexpr, JS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """One student: its sum of exponentials, those of its teachers, and sum_k e_jk (max - x_k), all online."""
     dtype: tl.constexpr = loss.dtype.element_ty
     n = tl.program_id(0).to(tl.int64)
@@ -150,23 +127,10 @@ def _forward(
 
 @triton.jit
 def _backward(
-    student,
-    teacher,
-    index,
-    bias,
-    weight,
-    grad,
-    student_norm,
-    teacher_norm,
-    out,
-    K,
-    pieces,
-    student_scale: tl.float64,
-    teacher_scale: tl.float64,
-    J: tl.constexpr,
-    JS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    student, teacher, index, bias, weight, grad, student_norm, teacher_norm, out,
+    K, pieces, student_scale: tl.float64, teacher_scale: tl.float64,
+    J: tl.constexpr, JS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """A tile of one student."""
     dtype: tl.constexpr = grad.dtype.element_ty
     n = (tl.program_id(0) // pieces).to(tl.int64)

@@ -40,6 +40,14 @@ def gelu_backward_(grad: Tensor, z: Tensor, *, approximate: str = "none") -> tup
 
     Raises:
         TypeError, ValueError: an argument is not as described.
+
+    Examples:
+        >>> z, grad = torch.randn(5, 8), torch.ones(5, 8)
+        >>> h, dz_sum = gelu_backward_(grad, z)
+        >>> torch.allclose(h, nn.functional.gelu(z), atol=1e-6)
+        True
+        >>> torch.allclose(dz_sum, grad.sum(dim=0), atol=1e-6)  # grad is now the gradient of z
+        True
     """
     if approximate not in ("none", "tanh"):
         raise ValueError(f"approximate: expected 'none' or 'tanh', got {approximate!r}")

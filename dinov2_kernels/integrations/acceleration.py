@@ -70,6 +70,14 @@ def accelerate(model: Model) -> Model:
 
     Warns:
         UserWarning: nothing in the model runs on the kernels.
+
+    Examples:
+        >>> from timm.models.vision_transformer import VisionTransformer
+        >>> model = VisionTransformer(img_size=28, patch_size=14, embed_dim=64, depth=2, num_heads=1)
+        >>> images = torch.randn(2, 3, 28, 28)
+        >>> expected = model(images)
+        >>> torch.allclose(accelerate(model)(images), expected, atol=1e-4)
+        True
     """
     for module in model.modules():
         recipe = _find_recipe(module)
@@ -87,6 +95,14 @@ def restore(model: Model) -> Model:
 
     Returns:
         The model.
+
+    Examples:
+        >>> from timm.models.vision_transformer import VisionTransformer
+        >>> model = accelerate(VisionTransformer(img_size=28, patch_size=14, embed_dim=64, depth=2, num_heads=1))
+        >>> report(model).on_kernels
+        4
+        >>> report(restore(model)).on_kernels
+        0
     """
     for module in model.modules():
         if (cls := original_class(module)) is not None:
@@ -98,6 +114,15 @@ def report(model: nn.Module) -> Report:
     """What of a model runs on the kernels, and what is left and why; before :func:`accelerate`, what would.
 
     Prints as a table.
+
+    Examples:
+        >>> from timm.models.vision_transformer import VisionTransformer
+        >>> model = VisionTransformer(img_size=28, patch_size=14, embed_dim=64, depth=2, num_heads=1)
+        >>> print(report(model))
+        VisionTransformer: 0 modules run on dinov2_kernels
+        module     count  status
+        Block      2      ready   stochastic_depth, after accelerate(model)
+        Attention  2      ready   varlen_attention, after accelerate(model)
     """
     return summarise(model, _status)
 

@@ -30,13 +30,16 @@ _backward = torch.ops.dinov2_kernels.attention_backward.default
 def register_flash_attention() -> None:
     """Tell PyTorch of this library's attention under the name ``"DINOV2"``; a user then activates it.
 
-    >>> register_flash_attention()
-    >>> torch.nn.attention.activate_flash_attention_impl("DINOV2")
-    >>> y = F.scaled_dot_product_attention(q, k, v)
-    >>> torch.nn.attention.restore_flash_attention_impl()
-
     Raises:
         RuntimeError: this PyTorch cannot replace its flash attention and restore it.
+
+    Examples:
+        >>> register_flash_attention()
+        >>> torch.nn.attention.activate_flash_attention_impl("DINOV2")
+        >>> q, k, v = torch.randn(3, 2, 4, 10, 64)  # 2 sequences, 4 heads, 10 tokens
+        >>> nn.functional.scaled_dot_product_attention(q, k, v).shape
+        torch.Size([2, 4, 10, 64])
+        >>> torch.nn.attention.restore_flash_attention_impl()
     """
     if not hasattr(torch.nn.attention, "restore_flash_attention_impl"):
         raise RuntimeError(

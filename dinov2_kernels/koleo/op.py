@@ -8,8 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dinov2_kernels._distributed import place_in
-from dinov2_kernels._library import accumulation_dtype, define, differentiably, needs_gradient
+from dinov2_kernels._library import accumulation_dtype, define, differentiably, needs_gradient, place_in
 from dinov2_kernels.koleo import reference
 
 _TRITON = "dinov2_kernels.koleo.triton_kernel"
@@ -81,6 +80,14 @@ def koleo_loss(
 
     Raises:
         TypeError, ValueError: an argument is not as described.
+
+    Examples:
+        >>> spread = torch.eye(4)  # four rows at right angles
+        >>> crowded = torch.ones(4, 4) + 0.1 * spread
+        >>> koleo_loss(spread).shape
+        torch.Size([])
+        >>> koleo_loss(spread) < koleo_loss(crowded)
+        tensor(True)
     """
     world_size, rank = place_in(group)
     members = _check(x, n_groups, world_size)
@@ -118,6 +125,16 @@ def nearest_neighbors(
 
     Raises:
         TypeError, ValueError: an argument is not as described.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 1.0], [3.0, 1.0]])
+        >>> index, cosine = nearest_neighbors(x)
+        >>> index
+        tensor([[2],
+                [2],
+                [0]])
+        >>> cosine.shape
+        torch.Size([3, 1])
     """
     world_size, rank = place_in(group)
     members = _check(x, n_groups, world_size)

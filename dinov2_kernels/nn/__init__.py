@@ -1,9 +1,7 @@
 """Modules of a vision transformer with facebook's parameter names, for packed batches and ordinary ones."""
 
 from dinov2_kernels.nn.attention import Attention
-from dinov2_kernels.nn.block import Block, run_blocks
-from dinov2_kernels.nn.drop_path import DropPath
+from dinov2_kernels.nn.block import Block, DropPath, LayerScale, run_blocks
 from dinov2_kernels.nn.feed_forward import Mlp, SwiGLUFFN, swiglu_hidden_features
-from dinov2_kernels.nn.layer_scale import LayerScale
 
 __all__ = ["Attention", "Block", "DropPath", "LayerScale", "Mlp", "SwiGLUFFN", "run_blocks", "swiglu_hidden_features"]

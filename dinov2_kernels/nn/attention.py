@@ -26,6 +26,13 @@ class Attention(nn.Module):
 
     Raises:
         ValueError: ``num_heads`` does not divide ``dim``, or ``attn_drop`` is not 0.
+
+    Examples:
+        >>> attention = Attention(128, num_heads=2)
+        >>> attention(torch.randn(4, 10, 128)).shape  # a batch of equal lengths
+        torch.Size([4, 10, 128])
+        >>> attention(torch.randn(16, 128), PackedLayout([(2, 5), (3, 2)])).shape  # packed
+        torch.Size([16, 128])
     """
 
     def __init__(

@@ -1,16 +1,16 @@
-"""The pre-norm transformer block of DINOv2."""
+"""The pre-norm transformer block of DINOv2, many of them in a row, and the small modules of residual branches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 from dinov2_kernels._modules import is_unwatched
 from dinov2_kernels.nn.attention import Attention
 from dinov2_kernels.nn.feed_forward import Mlp, SwiGLUFFN
-from dinov2_kernels.nn.layer_scale import LayerScale
 from dinov2_kernels.packing import PackedLayout
 from dinov2_kernels.residual import Connection, Subset, draw_subsets, residual_chain
 
@@ -48,6 +48,13 @@ class Block(nn.Module):
         recompute: keep 2 T C elements less for backward, which then recovers the normalised tokens from what the
             branches keep anyhow. The gradient of norm weights loses precision where they are small beside their biases,
             in bfloat16 up to ten times; all other gradients are the same.
+
+    Examples:
+        >>> block = Block(128, num_heads=2, init_values=1e-5, drop_path=0.3)
+        >>> block(torch.randn(4, 10, 128)).shape  # a batch of equal lengths
+        torch.Size([4, 10, 128])
+        >>> block(torch.randn(16, 128), PackedLayout([(2, 5), (3, 2)])).shape  # packed
+        torch.Size([16, 128])
     """
 
     def __init__(
@@ -147,11 +154,6 @@ def run_blocks(
     of one is one pass with the start of the next. A block is called by itself where that would be noticed: it has
     hooks (as FSDP sets them), another forward (as recomputed activations need), or is compiled by itself.
 
-    Example::
-
-        subsets = draw_subsets(x, layout, [rate for block in blocks for rate in block.drop_rates])
-        x = run_blocks(blocks, x, layout, list(zip(subsets[::2], subsets[1::2])))
-
     Args:
         blocks: modules called as :class:`Block` is.
         x: [T, C] packed as ``layout`` says.
@@ -163,6 +165,14 @@ def run_blocks(
 
     Raises:
         ValueError: there are more or fewer subsets than blocks, or an argument is not as described.
+
+    Examples:
+        >>> blocks = [Block(128, num_heads=2, drop_path=0.3) for _ in range(2)]
+        >>> layout = PackedLayout([(2, 5), (3, 2)])
+        >>> x = torch.randn(layout.total_tokens, 128)
+        >>> subsets = draw_subsets(x, layout, [rate for block in blocks for rate in block.drop_rates])
+        >>> run_blocks(blocks, x, layout, [subsets[:2], subsets[2:]]).shape
+        torch.Size([16, 128])
     """
     if len(blocks) != len(subsets):
         raise ValueError(f"subsets: expected one pair for each of the {len(blocks)} blocks, got {len(subsets)}")
@@ -179,6 +189,70 @@ def run_blocks(
             chain += plain.connections(of_block)
             recompute = plain.recompute
     return residual_chain(x, layout, chain, recompute=recompute) if chain else x
+
+
+class LayerScale(nn.Module):
+    """Multiplies every channel by a learned factor that starts small (Touvron et al., arXiv:2103.17239).
+
+    Args:
+        dim: number of channels C.
+        init_values: initial value of the factors, one number or [C].
+        inplace: overwrite the argument.
+
+    Examples:
+        >>> LayerScale(2, init_values=0.5)(torch.ones(3, 2)).detach()
+        tensor([[0.5000, 0.5000],
+                [0.5000, 0.5000],
+                [0.5000, 0.5000]])
+    """
+
+    def __init__(self, dim: int, init_values: float | Tensor = 1e-5, inplace: bool = False) -> None:
+        super().__init__()
+        self.init_values = init_values
+        self.inplace = inplace
+        self.gamma = nn.Parameter(torch.empty(dim))  # [C]
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set every factor to its initial value."""
+        with torch.no_grad():
+            self.gamma.copy_(torch.as_tensor(self.init_values))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., C]; returns the same shape."""
+        return x.mul_(self.gamma) if self.inplace else x * self.gamma
+
+
+class DropPath(nn.Module):
+    """Sets the residual of every sample to zero with a given probability, in training (arXiv:1603.09382).
+
+    The residual is computed all the same: :func:`dinov2_kernels.stochastic_depth` and :class:`Block` save that work.
+
+    Args:
+        drop_prob: probability of dropping a sample.
+        scale_by_keep: divide what is kept by ``1 - drop_prob``, which preserves the expectation.
+
+    Examples:
+        >>> y = DropPath(0.5)(torch.ones(1000, 3))
+        >>> y.unique()  # samples are dropped, or counted twice
+        tensor([0., 2.])
+    """
+
+    def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+        self.scale_by_keep = scale_by_keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, ...]; returns the same shape."""
+        if not self.training or not self.drop_prob:
+            return x
+        keep_prob = 1 - self.drop_prob
+        kept = x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(keep_prob)  # [B, 1, ...]
+        return x * (kept / keep_prob if self.scale_by_keep and keep_prob else kept)
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob:.3f}"
 
 
 def _is_plain(block: nn.Module) -> TypeGuard[Block]:

@@ -25,6 +25,10 @@ class Mlp(nn.Module):
         drop: dropout after the activation and of the result; a pair for different rates.
         bias: biases of the linear layers; a pair for different choices.
         norm_layer: makes a norm of the hidden features from their width; none by default.
+
+    Examples:
+        >>> Mlp(64, 256)(torch.randn(4, 10, 64)).shape
+        torch.Size([4, 10, 64])
     """
 
     def __init__(
@@ -84,6 +88,13 @@ class SwiGLUFFN(nn.Module):
         act_layer: accepted as an Mlp's is, and not used: the gate is SiLU.
         drop: dropout after the gate and of the result.
         bias: biases of both linear layers.
+
+    Examples:
+        >>> layer = SwiGLUFFN(64, 256)
+        >>> layer(torch.randn(4, 10, 64)).shape
+        torch.Size([4, 10, 64])
+        >>> layer.w3.in_features  # two thirds of 256, rounded up
+        176
     """
 
     def __init__(
@@ -121,5 +132,10 @@ class SwiGLUFFN(nn.Module):
 
 
 def swiglu_hidden_features(mlp_hidden_features: int) -> int:
-    """Width of a SwiGLU layer with the parameters of an Mlp: two thirds of its width, rounded up to a multiple of 8."""
+    """Width of a SwiGLU layer with the parameters of an Mlp: two thirds of its width, rounded up to a multiple of 8.
+
+    Examples:
+        >>> swiglu_hidden_features(4 * 1536)
+        4096
+    """
     return (int(mlp_hidden_features * 2 / 3) + 7) // 8 * 8

@@ -55,6 +55,13 @@ def photometric(
 
     Raises:
         TypeError, ValueError: an argument is not as described.
+
+    Examples:
+        >>> images = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8)
+        >>> plan = draw_plan(PhotometricDistribution(), [np.random.default_rng(seed) for seed in range(2)])
+        >>> mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+        >>> photometric(images, plan, mean=mean, std=std).shape
+        torch.Size([2, 3, 32, 32])
     """
     if images.dtype != torch.uint8:
         raise TypeError(f"images: expected torch.uint8, got {images.dtype}")

@@ -104,6 +104,13 @@ class PhotometricPlan:
 
     Raises:
         TypeError, ValueError: the table is not as described. Its values, which may lie on a device, are not looked at.
+
+    Examples:
+        >>> plan = PhotometricPlan.of([ImagePlan(flip=True), ImagePlan(jitters=((Jitter.HUE, 0.25),))])
+        >>> len(plan), plan.table.shape
+        (2, torch.Size([2, 12]))
+        >>> plan.images()[0].flip
+        True
     """
 
     table: Tensor

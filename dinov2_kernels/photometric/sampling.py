@@ -29,6 +29,11 @@ class PhotometricDistribution:
 
     Raises:
         ValueError: a value is not as described.
+
+    Examples:
+        >>> flips = PhotometricDistribution(flip=1, jitter=0, grayscale=0, blur=0)
+        >>> flips.draw(np.random.default_rng(0))
+        ImagePlan(flip=True, jitters=(), grayscale=False, blur_sigma=0.0, solarize_threshold=inf)
     """
 
     flip: float = 0.5
@@ -96,6 +101,14 @@ def draw_plan(distribution: PhotometricDistribution, generators: Iterable[np.ran
 
     Returns:
         A plan of N images.
+
+    Examples:
+        >>> generators = [np.random.default_rng([0, number]) for number in range(3)]
+        >>> plan = draw_plan(PhotometricDistribution(blur=1.0), generators)
+        >>> plan.table.shape
+        torch.Size([3, 12])
+        >>> all(image.blur_sigma > 0 for image in plan.images())
+        True
     """
     return PhotometricPlan.of(distribution.draw(generator) for generator in generators)
 

@@ -19,23 +19,56 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dinov2_kernels._library import accumulation_dtype
-from dinov2_kernels.prototype_cross_entropy import chunk_ops
-from dinov2_kernels.prototype_cross_entropy.reference import (
-    initial_state,
-    prototypes_backward,
-    prototypes_of,
-    row_scale_of,
-)
+from dinov2_kernels._library import accumulation_dtype, define
+from dinov2_kernels.prototype_cross_entropy import reference
+
+_TRITON = "dinov2_kernels.prototype_cross_entropy.triton_kernel"
 
 # Of logits, targets and prototypes together. On a CPU they stay in the last-level cache; on a GPU a chunk lasts longer
 # than the host takes for its 25 launches.
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
 LEAST_COLUMNS = 256  # where rows are so many that fewer columns would fit: matrix products of fewer are slow
+
+
+def _fake_target_norm(teacher_logits: Tensor, bias: Tensor, temperature: float) -> Tensor:
+    return teacher_logits.new_empty(2, teacher_logits.shape[0], dtype=accumulation_dtype(teacher_logits))
+
+
+def _fake_in_place(*_: Any) -> None:
+    pass
+
+
+# Rows of teacher_logits may lie any distance apart; all else is contiguous. Shapes stand in reference.py.
+_target_norm = define(
+    "prototype_target_norm(Tensor teacher_logits, Tensor bias, float temperature) -> Tensor",
+    reference=reference.prototype_target_norm,
+    fake=_fake_target_norm,
+    triton=f"{_TRITON}:prototype_target_norm",
+).call
+_targets_ = define(
+    "prototype_targets_(Tensor(a!) targets, Tensor teacher_logits, Tensor bias, Tensor norm, float temperature) -> ()",
+    reference=reference.prototype_targets_,
+    fake=_fake_in_place,
+    triton=f"{_TRITON}:prototype_targets_",
+).call
+_accumulate_ = define(
+    "prototype_accumulate_(Tensor(a!) state, Tensor logits, Tensor targets, Tensor? index, float temperature) -> ()",
+    reference=reference.prototype_accumulate_,
+    fake=_fake_in_place,
+    triton=f"{_TRITON}:prototype_accumulate_",
+).call
+_gradient_ = define(
+    "prototype_gradient_(Tensor(a!) logits, Tensor state, Tensor targets, Tensor? index, Tensor row_scale, "
+    "float temperature) -> ()",
+    reference=reference.prototype_gradient_,
+    fake=_fake_in_place,
+    triton=f"{_TRITON}:prototype_gradient_",
+).call
 
 
 @dataclass(frozen=True)
@@ -62,10 +95,10 @@ def prototype_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [N], state [4, N] and norm [2, M] of the targets."""
     features = features.to(dtype)
-    norm = chunk_ops.target_norm(teacher_logits, teacher_bias, teacher_temperature)  # [2, M]
-    state = initial_state(len(features), features)  # [4, N]
+    norm = _target_norm(teacher_logits, teacher_bias, teacher_temperature)  # [2, M]
+    state = reference.initial_state(len(features), features)  # [4, N]
     for chunk in _chunks(features, weight, weight_gain, teacher_logits, teacher_bias, norm, teacher_temperature):
-        chunk_ops.accumulate_(state, chunk.logits, chunk.targets, teacher_index, student_temperature)
+        _accumulate_(state, chunk.logits, chunk.targets, teacher_index, student_temperature)
     _, total, mass, cross = state
     loss = mass * total.log() - cross / student_temperature  # [N]
     return loss if row_weight is None else loss * row_weight, state, norm
@@ -93,9 +126,9 @@ def prototype_cross_entropy_backward(
     dfeatures = torch.zeros_like(h, dtype=accumulation_dtype(h)) if features_wanted else h.new_empty(0)  # [N, D]
     dweight = torch.empty_like(weight) if weight_wanted else weight.new_empty(0)  # [K, D]
     dgain = weight.new_empty(0) if weight_gain is None or not weight_wanted else torch.empty_like(weight_gain)  # [K, 1]
-    row_scale = row_scale_of(grad, row_weight, student_temperature)  # [N]
+    row_scale = reference.row_scale_of(grad, row_weight, student_temperature)  # [N]
     for chunk in _chunks(h, weight, weight_gain, teacher_logits, teacher_bias, norm, teacher_temperature):
-        chunk_ops.gradient_(chunk.logits, state, chunk.targets, teacher_index, row_scale, student_temperature)
+        _gradient_(chunk.logits, state, chunk.targets, teacher_index, row_scale, student_temperature)
         if features_wanted:
             dfeatures += torch.mm(chunk.logits, chunk.prototypes, out=torch.empty_like(h))
         if weight_wanted:
@@ -104,7 +137,7 @@ def prototype_cross_entropy_backward(
             if weight_gain is None:
                 dweight[columns] = dprototypes
             else:
-                dweight[columns], dgain[columns] = prototypes_backward(
+                dweight[columns], dgain[columns] = reference.prototypes_backward(
                     dprototypes, weight[columns], weight_gain[columns]
                 )
     return dfeatures.to(features.dtype), dweight, dgain
@@ -128,10 +161,10 @@ def _chunks(
         columns = slice(start, min(start + width, K))
         c = columns.stop - start
         gain = None if weight_gain is None else weight_gain[columns]
-        prototypes = prototypes_of(weight[columns], gain, h.dtype)
+        prototypes = reference.prototypes_of(weight[columns], gain, h.dtype)
         logits, targets = logits_memory[: N * c].view(N, c), targets_memory[: M * c].view(M, c)
         torch.mm(h, prototypes.t(), out=logits)
-        chunk_ops.targets_(targets, teacher_logits[:, columns], teacher_bias[columns], norm, temperature)
+        _targets_(targets, teacher_logits[:, columns], teacher_bias[columns], norm, temperature)
         yield Chunk(columns, prototypes, logits, targets)
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from dinov2_kernels._library import accumulation_dtype, autocast_dtype, define, differentiably, needs_gradient
+from dinov2_kernels._soft_targets import check_tensor, checked_targets
 from dinov2_kernels.prototype_cross_entropy import chunked, reference
-from dinov2_kernels.prototype_cross_entropy.arguments import check
 
 
 def _fake_forward(
@@ -100,19 +100,42 @@ def prototype_cross_entropy(
 
     Raises:
         TypeError, ValueError: an argument is not as described.
+
+    Examples:
+        >>> features, prototypes, teacher = torch.randn(4, 16), torch.randn(8, 16), torch.randn(4, 8)
+        >>> temperatures = {"student_temperature": 0.1, "teacher_temperature": 0.04}
+        >>> loss = prototype_cross_entropy(features, prototypes, teacher, **temperatures)
+        >>> loss.shape
+        torch.Size([4])
+        >>> expected = soft_cross_entropy(features @ prototypes.T, teacher, **temperatures)
+        >>> torch.allclose(loss, expected, rtol=1e-4, atol=1e-4)
+        True
     """
-    index = check(
-        features=features,
-        weight=weight,
-        teacher_logits=teacher_logits,
+    beside, shape = ("features", features), features.shape
+    check_tensor("features", features, len(shape) == 2 and shape[1] > 0, ("N", "D"), "with D >= 1", beside)
+    N, D = shape
+    is_weight = weight.dim() == 2 and weight.shape[1] == D and weight.shape[0] > 0
+    check_tensor("weight", weight, is_weight, ("K", D), "with K >= 1 to match features", beside)
+    K = weight.shape[0]
+    is_teacher = teacher_logits.dim() == 2 and teacher_logits.shape[1] == K
+    check_tensor("teacher_logits", teacher_logits, is_teacher, ("M", K), "to match weight", beside)
+    M = teacher_logits.shape[0]
+    if M != N and teacher_index is None:
+        raise ValueError(f"teacher_logits: without teacher_index expected a row for each of features, {N}, got {M}")
+    if weight_gain is not None:
+        is_gain = weight_gain.shape in ((K,), (K, 1))
+        check_tensor("weight_gain", weight_gain, is_gain, (K,), f"or [{K}, 1] to match weight", beside)
+    index = checked_targets(
+        beside=beside,
+        M=M,
+        K=K,
         teacher_bias=teacher_bias,
         row_weight=row_weight,
         teacher_index=teacher_index,
-        weight_gain=weight_gain,
         student_temperature=student_temperature,
         teacher_temperature=teacher_temperature,
     )
-    K, dtype = weight.shape[0], accumulation_dtype(features)
+    dtype = accumulation_dtype(features)
     teacher_logits = teacher_logits.detach()
     if accumulation_dtype(teacher_logits) != dtype:
         teacher_logits = teacher_logits.to(dtype)

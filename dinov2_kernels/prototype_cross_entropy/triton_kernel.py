@@ -1,4 +1,4 @@
-"""The operators of :mod:`dinov2_kernels.prototype_cross_entropy.chunk_ops` in Triton, for CUDA tensors.
+"""The operators on a chunk of :mod:`dinov2_kernels.prototype_cross_entropy.chunked` in Triton, for CUDA tensors.
 
 Legend: c columns of a chunk; teacher logits [M, c], whose rows lie `stride` apart, and student logits [N, c], in
 float64, float32, bfloat16 or float16; bias [c], targets [M, c], norm [2, M] and state [4, N] in the dtype of

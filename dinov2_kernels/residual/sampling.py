@@ -32,7 +32,7 @@ _kept_rows = define(
     "residual_kept_rows(Tensor keys, SymInt[] runs, SymInt[] kept) -> (Tensor, Tensor)",
     reference=reference.residual_kept_rows,
     fake=_fake_kept_rows,
-    triton="dinov2_kernels.residual.triton_sampling:residual_kept_rows",
+    triton="dinov2_kernels.residual.triton_kernel:residual_kept_rows",
 ).call
 
 
@@ -56,6 +56,10 @@ def num_kept_samples(num_samples: int, drop_rate: float) -> int:
     """Samples of a run that go through the branch: max(1, int(n * (1 - drop_rate))), and 0 of an empty run.
 
     The product is truncated in floating point, as in DINOv2's code: of 90 samples at rate 0.3 it keeps 62, not 63.
+
+    Examples:
+        >>> num_kept_samples(10, 0.3), num_kept_samples(1, 0.3), num_kept_samples(0, 0.3)
+        (7, 1, 0)
     """
     # index() turns torch.compile's symbolic numbers into numbers: a graph serves one number of samples, of any length.
     return index(min(num_samples, max(1, int(num_samples * (1 - drop_rate)))))
@@ -82,6 +86,17 @@ def draw_subsets(
     Raises:
         ValueError: a rate is not in [0, 1).
         RuntimeError: a CUDA graph is being captured, and nothing was drawn for this layout and these rates before.
+
+    Examples:
+        >>> layout = PackedLayout([(4, 5), (8, 2)])  # four samples of 5 tokens, then eight of 2
+        >>> x = torch.randn(layout.total_tokens, 16)
+        >>> first, second = draw_subsets(x, layout, [0.5, 0.0])
+        >>> first.layout
+        PackedLayout(runs=((2, 5), (4, 2)))
+        >>> first.rows.shape, first.position.shape
+        (torch.Size([18]), torch.Size([36]))
+        >>> second.rows is None  # all are kept
+        True
     """
     for rate in drop_rates:
         if not 0.0 <= rate < 1.0:

@@ -77,6 +77,17 @@ def stochastic_depth(
 
     Raises:
         TypeError, ValueError: an argument or the residual is not as described.
+
+    Examples:
+        >>> layout = PackedLayout([(4, 5), (8, 2)])  # four samples of 5 tokens, then eight of 2
+        >>> x = torch.zeros(layout.total_tokens, 16)
+        >>> def branch(tokens, kept_layout):
+        ...     print(tokens.shape, kept_layout)
+        ...     return torch.ones_like(tokens)
+        >>> y = stochastic_depth(x, layout, branch, drop_rate=0.5)
+        torch.Size([18, 16]) PackedLayout(runs=((2, 5), (4, 2)))
+        >>> y.unique()  # half of the samples pass unchanged, the residual of the others counts twice
+        tensor([0., 2.])
     """
     _check(x, layout)
     if inplace:
@@ -122,11 +133,6 @@ def residual_chain(
     On a CPU these are two passes behind one call, which moves as much as :func:`stochastic_depth` twice. Where samples
     are dropped, 4 bytes more of each token and connection are kept for backward: its place.
 
-    Example::
-
-        first, second = draw_subsets(x, layout, [0.3, 0.3])
-        x = residual_chain(x, layout, [Connection(attention, first, norm1), Connection(mlp, second, norm2)])
-
     Args:
         x: [T, C] packed tokens.
         layout: the samples of x.
@@ -138,6 +144,18 @@ def residual_chain(
 
     Raises:
         TypeError, ValueError: an argument or a residual is not as described.
+
+    Examples:
+        >>> layout = PackedLayout([(4, 5), (8, 2)])
+        >>> x = torch.randn(layout.total_tokens, 16)
+        >>> first, second = draw_subsets(x, layout, [0.5, 0.5])
+        >>> layer, next_layer = nn.Linear(16, 16), nn.Linear(16, 16)
+        >>> connections = [
+        ...     Connection(lambda tokens, kept_layout: layer(tokens), first, norm=nn.LayerNorm(16)),
+        ...     Connection(lambda tokens, kept_layout: next_layer(tokens), second, norm=nn.LayerNorm(16)),
+        ... ]
+        >>> residual_chain(x, layout, connections).shape
+        torch.Size([36, 16])
     """
     if not connections:
         raise ValueError("connections: expected at least one, got none")

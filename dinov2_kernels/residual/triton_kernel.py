@@ -12,16 +12,47 @@ sums, and one piece otherwise. A thread moves 8 or 16 bytes at a time where C is
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import accumulate
+from operator import mul
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from dinov2_kernels._library import accumulation_dtype
+from dinov2_kernels._tables import table_cache
 from dinov2_kernels._triton import num_multiprocessors
-from dinov2_kernels.residual.triton_gather import gather_norm, gather_norm_backward
-from dinov2_kernels.residual.triton_scatter import scatter, scatter_backward, scatter_in_place
-from dinov2_kernels.residual.triton_scatter_gather import scatter_gather_norm, scatter_gather_norm_backward
+from dinov2_kernels.residual.triton_passes import (
+    gather_norm,
+    gather_norm_backward,
+    kept_rows,
+    scatter,
+    scatter_backward,
+    scatter_gather_norm,
+    scatter_gather_norm_backward,
+    scatter_in_place,
+)
+
+
+def residual_kept_rows(keys: Tensor, runs: list[int], kept: list[int]) -> tuple[Tensor, Tensor]:
+    """rows [t] and position [T] of every draw: the samples with the smallest keys [draws, S] of their runs.
+
+    Keys lie in [0, 1). One launch. Every program finds the largest key that a draw keeps of a run, and then writes a
+    few tokens of each sample. Bytes: 4 (t + T) per draw, and the keys of a run for each of its programs, from L2.
+    """
+    counts, lengths = runs[::2], runs[1::2]
+    with torch.cuda.device_of(keys):
+        table = _table(tuple(counts), tuple(lengths), tuple(kept), keys.device)
+        rows = torch.empty(table.num_rows, dtype=torch.int32, device=keys.device)
+        position = torch.empty(table.num_places, dtype=torch.int32, device=keys.device)
+        if table.num_places:
+            samples = triton.next_power_of_2(max(counts))
+            tokens = min(16, max(1, 4096 // samples))  # of each sample, in one program
+            grid = (triton.cdiv(max(lengths), tokens), len(kept))
+            warps = min(16, max(4, samples // 512))
+            kept_rows[grid](keys, table.numbers, rows, position, SAMPLES=samples, TOKENS=tokens, num_warps=warps)
+    return rows, position
 
 
 def residual_gather_norm(
@@ -43,16 +74,9 @@ def residual_gather_norm(
 
 
 def residual_gather_norm_backward(
-    grad_h: Tensor,
-    grad_x: Tensor,
-    x: Tensor | None,
-    h: Tensor | None,
-    rows: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_h: Tensor, grad_x: Tensor, x: Tensor | None, h: Tensor | None, rows: Tensor | None,
+    mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x [T, C], weight [C] and bias [C]; the normalised rows come from x, or from h where x is None.
 
     Moves 2 m + 2 M elements: reads grad_h, grad_x and the kept rows of x (or h), writes the gradient of x. Programs add
@@ -66,35 +90,17 @@ def residual_gather_norm_backward(
     sums = torch.empty(2, programs, C, dtype=mean.dtype, device=grad_x.device)  # [2, programs, C]: weight, bias
     with torch.cuda.device_of(grad_x):
         gather_norm_backward[(programs,)](
-            grad_h,
-            grad_x,
-            x,
-            h,
-            rows,
-            mean,
-            rstd,
-            weight,
-            bias,
-            dx,
-            sums,
-            T,
-            t,
-            t.bit_length(),
-            **shape,
-            maxnreg=registers,
-        )
+            grad_h, grad_x, x, h, rows, mean, rstd, weight, bias, dx, sums,
+            T, t, t.bit_length(), **shape, maxnreg=registers,
+        )  # fmt: skip
     dweight, dbias = sums.sum(dim=1).unbind()
     return dx, dweight, dbias
 
 
 def residual_scatter(
-    x: Tensor,
-    residual: Tensor,
-    position: Tensor | None,
-    scale: Tensor | None,
-    gamma: Tensor | None,
-    bias: Tensor | None,
-) -> Tensor:
+    x: Tensor, residual: Tensor, position: Tensor | None,
+    scale: Tensor | None, gamma: Tensor | None, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
     """x [T, C] plus scale * gamma * (residual [t, C] + bias) on the kept rows.
 
     Moves m + 2 M elements: reads the residual and x, writes the result.
@@ -109,13 +115,9 @@ def residual_scatter(
 
 
 def residual_scatter_(
-    x: Tensor,
-    residual: Tensor,
-    rows: Tensor | None,
-    scale: Tensor | None,
-    gamma: Tensor | None,
-    bias: Tensor | None,
-) -> None:
+    x: Tensor, residual: Tensor, rows: Tensor | None,
+    scale: Tensor | None, gamma: Tensor | None, bias: Tensor | None,
+) -> None:  # fmt: skip
     """:func:`residual_scatter` in place of x. Moves 3 m elements: reads the residual, reads and writes x."""
     t, C = residual.shape
     shape = _shape_of_pieces(C, accumulation_dtype(x))
@@ -125,14 +127,9 @@ def residual_scatter_(
 
 
 def residual_scatter_backward(
-    grad: Tensor,
-    residual: Tensor | None,
-    rows: Tensor | None,
-    scale: Tensor | None,
-    gamma: Tensor | None,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, residual: Tensor | None, rows: Tensor | None,
+    scale: Tensor | None, gamma: Tensor | None, bias: Tensor | None, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of the residual [t, C] in ``dtype``, of gamma [C] and of bias [C], given that of the result [T, C].
 
     Moves 3 m elements: reads the kept rows of grad, reads the residual where there is a gamma, writes its gradient.
@@ -158,19 +155,11 @@ def residual_scatter_backward(
 
 
 def residual_scatter_gather_norm(
-    x: Tensor,
-    residual: Tensor,
-    position: Tensor | None,
-    scale: Tensor | None,
-    gamma: Tensor | None,
-    bias: Tensor | None,
-    next_rows: Tensor | None,
-    next_position: Tensor | None,
-    weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x: Tensor, residual: Tensor, position: Tensor | None,
+    scale: Tensor | None, gamma: Tensor | None, bias: Tensor | None,
+    next_rows: Tensor | None, next_position: Tensor | None,
+    weight: Tensor | None, norm_bias: Tensor | None, eps: float, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """:func:`residual_scatter`, and :func:`residual_gather_norm` of its result for the next branch.
 
     Moves 2 m + 2 M elements: reads the residual and x, writes the result and h.
@@ -190,24 +179,12 @@ def residual_scatter_gather_norm(
 
 
 def residual_scatter_gather_norm_backward(
-    grad_h: Tensor,
-    grad_y: Tensor,
-    y: Tensor | None,
-    h: Tensor | None,
-    next_rows: Tensor | None,
-    next_position: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    norm_bias: Tensor | None,
-    residual: Tensor | None,
-    rows: Tensor | None,
-    position: Tensor | None,
-    scale: Tensor | None,
-    gamma: Tensor | None,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad_h: Tensor, grad_y: Tensor,
+    y: Tensor | None, h: Tensor | None, next_rows: Tensor | None, next_position: Tensor | None,
+    mean: Tensor, rstd: Tensor, weight: Tensor | None, norm_bias: Tensor | None,
+    residual: Tensor | None, rows: Tensor | None, position: Tensor | None,
+    scale: Tensor | None, gamma: Tensor | None, bias: Tensor | None, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x [T, C], weight, norm_bias [C], residual [t, C] in ``dtype``, gamma and bias [C].
 
     Moves 4 m + 2 M elements: reads grad_h, grad_y, the next branch's rows of y (or h), and the residual where there is
@@ -233,6 +210,47 @@ def residual_scatter_gather_norm_backward(
     dgamma = nothing if gamma is None else totals[2]
     dbias = nothing if bias is None else totals[3]
     return dx, totals[0], totals[1], dresidual, dgamma, dbias
+
+
+class _Table(NamedTuple):
+    """Where things are.
+
+    Attributes:
+        numbers: [draws * runs, 10] int32; kept_rows names the columns.
+        num_rows, num_places: sizes of the results.
+    """
+
+    numbers: Tensor
+    num_rows: int
+    num_places: int
+
+
+@table_cache(maxsize=128)
+def _table(counts: tuple[int, ...], lengths: tuple[int, ...], kept: tuple[int, ...], device: torch.device) -> _Table:
+    """On the device from the first call on, so that later ones copy nothing.
+
+    Numbers given to Triton by value would make it compile a kernel for every pattern of ones and multiples of 16.
+    """
+    num_runs, S, T = len(counts), sum(counts), sum(map(mul, counts, lengths))
+    samples_before, tokens_before = _before(counts), _before(list(map(mul, counts, lengths)))
+    table, end_of_rows, end_of_places = [], 0, 0
+    for d in range(len(kept) // num_runs if num_runs else 0):
+        kept_counts = kept[d * num_runs : (d + 1) * num_runs]
+        num_rows = list(map(mul, kept_counts, lengths))
+        row_gap, place_gap = -end_of_rows % 4, -end_of_places % 4  # before this draw
+        first_row, first_place = end_of_rows + row_gap, end_of_places + place_gap
+        end_of_rows, end_of_places = first_row + sum(num_rows), first_place + T
+        for r, rows_before in enumerate(_before(num_rows)):
+            of_run = counts[r], lengths[r], kept_counts[r], d * S + samples_before[r], tokens_before[r], rows_before
+            gaps = (row_gap, place_gap) if r == 0 else (0, 0)
+            table.append((*of_run, first_row, first_place, *gaps))
+    numbers = torch.tensor(table, dtype=torch.int32, device=device).view(-1, 10)
+    return _Table(numbers, end_of_rows, end_of_places)
+
+
+def _before(sizes: list[int] | tuple[int, ...]) -> list[int]:
+    """The sum of what comes before each of the sizes."""
+    return list(accumulate([0, *sizes]))[:-1]
 
 
 def _persistent(rows: int, shape: dict[str, int], device: torch.device) -> tuple[int, int]:

@@ -8,8 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dinov2_kernels._distributed import place_in
-from dinov2_kernels._library import accumulation_dtype, define
+from dinov2_kernels._library import accumulation_dtype, define, place_in
 from dinov2_kernels.sinkhorn import reference
 
 _TRITON = "dinov2_kernels.sinkhorn.triton_kernel"
@@ -75,6 +74,15 @@ def sinkhorn_bias(
 
     Raises:
         TypeError, ValueError: an argument is not as described.
+
+    Examples:
+        >>> logits = torch.randn(6, 4)  # 6 samples, 4 prototypes
+        >>> bias = sinkhorn_bias(logits, 0.5, n_iterations=50)
+        >>> bias.shape
+        torch.Size([4])
+        >>> targets = torch.softmax(logits / 0.5 + bias, dim=1)
+        >>> torch.allclose(targets.sum(dim=0), torch.tensor(6 / 4), rtol=1e-3)  # prototypes share the samples equally
+        True
     """
     (bias,) = _biases([logits], temperature, n_iterations, group)
     return bias.float()
@@ -98,6 +106,11 @@ def sinkhorn_biases(
 
     Raises:
         TypeError, ValueError: an argument is not as described.
+
+    Examples:
+        >>> class_tokens, patches = torch.randn(6, 4), torch.randn(20, 4)
+        >>> [bias.shape for bias in sinkhorn_biases([class_tokens, patches], 0.07)]
+        [torch.Size([4]), torch.Size([4])]
     """
     return [bias.float() for bias in _biases(logits, temperature, n_iterations, group)]
 
@@ -120,6 +133,13 @@ def sinkhorn_knopp(
 
     Raises:
         TypeError, ValueError: an argument is not as described.
+
+    Examples:
+        >>> assignments = sinkhorn_knopp(torch.randn(6, 4), 0.07)
+        >>> assignments.shape
+        torch.Size([6, 4])
+        >>> torch.allclose(assignments.sum(dim=1), torch.ones(6))
+        True
     """
     (bias,) = _biases([logits], temperature, n_iterations, group)
     assignments: Tensor = _assign(logits.contiguous(), temperature, bias)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from dinov2_kernels import PackedLayout
-from dinov2_kernels.attention import reference, triton_kernel, triton_schedule
+from dinov2_kernels.attention import reference, triton_kernel
 from dinov2_kernels.attention.triton_tiles import find_block
 from tests.attention.cases import CASES, Case, assert_matches_reference
 from tests.triton_interpreter import exact_bfloat16, ptx_arithmetic
@@ -56,9 +56,9 @@ def test_values_in_the_arithmetic_of_a_gpu(case: Case, offsets: bool, monkeypatc
 def test_values_in_the_tiles_of_half_precision(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """float32, whose errors are a thousand times smaller, in tiles that only narrower dtypes use on a GPU."""
     for direction in ("forward", "backward"):
-        choose = getattr(triton_schedule, f"{direction}_tile")
+        choose = getattr(triton_kernel, f"{direction}_tile")
         monkeypatch.setattr(
-            triton_schedule,
+            triton_kernel,
             f"{direction}_tile",
             lambda n, D, _, hopper, choose=choose: choose(n, D, torch.half, hopper),
         )
@@ -117,14 +117,14 @@ RAGGED = Case(((2, 5), (1, 3), (1, 9), (1, 80), (1, 0), (2, 70), (1, 75)), H=1)
 
 def test_many_different_lengths_share_a_launch() -> None:
     q = torch.empty(0, 1, 64, dtype=torch.float16)
-    assert len(triton_schedule.forward_launches(None, RAGGED.layout.flat_runs, q)) == 2
-    assert len(triton_schedule.backward_launches(None, RAGGED.layout.flat_runs, q)) == 2
+    assert len(triton_kernel.forward_launches(None, RAGGED.layout.flat_runs, q)) == 2
+    assert len(triton_kernel.backward_launches(None, RAGGED.layout.flat_runs, q)) == 2
     assert_matches_reference(*OPERATORS, RAGGED, torch.float16)
 
 
 def test_launches_are_planned_once() -> None:
     q = torch.empty(0, 1, 64, dtype=torch.float16)
-    first, again = (triton_schedule.forward_launches(None, list(RAGGED.layout.flat_runs), q) for _ in range(2))
+    first, again = (triton_kernel.forward_launches(None, list(RAGGED.layout.flat_runs), q) for _ in range(2))
     assert first is again
 
 

@@ -293,6 +293,13 @@ def test_activation_checkpointing() -> None:
     torch.testing.assert_close(gradients_of(again, arguments), gradients_of(expected, arguments), rtol=0, atol=0)
 
 
+def test_weights_of_rows_may_be_integers_as_in_soft_cross_entropy() -> None:
+    arguments = Case(4, 4, 37).loss_arguments(torch.float32)
+    weight = torch.tensor([0, 1, 2, 1])
+    result = prototype_cross_entropy(**arguments | {"row_weight": weight})
+    assert torch.equal(result, prototype_cross_entropy(**arguments | {"row_weight": weight.float()}))
+
+
 NAN = torch.tensor([0.0, torch.nan, 0.0, 0.0])
 WRONG_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"features": torch.zeros(4)}, ValueError, r"features: expected shape \[N, D\] .* got \[4\]"),

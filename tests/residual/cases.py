@@ -196,14 +196,14 @@ def assert_matches_reference(
 
 def launches() -> Iterator[None]:
     """Every launch whose Triton kernels tests/aot.py compiles: (128, 257) + (512, 50) tokens, three tenths dropped."""
-    from dinov2_kernels.residual import triton_kernel, triton_sampling
+    from dinov2_kernels.residual import triton_kernel
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     T, t = 58496, 40773
     rows, position = empty(t, dtype=torch.int32), empty(T, dtype=torch.int32)
-    yield triton_sampling.residual_kept_rows(empty(2, 640, dtype=torch.float32), [128, 257, 512, 50], [89, 358] * 2)
+    yield triton_kernel.residual_kept_rows(empty(2, 640, dtype=torch.float32), [128, 257, 512, 50], [89, 358] * 2)
     of_autocast = [(torch.float32, torch.bfloat16, C) for C in (384, 768, 1024, 1280, 1536, 1537)]
     alike = [(dtype, dtype, 1280) for dtype in DTYPES]
     for dtype, branch_dtype, C in of_autocast + alike:

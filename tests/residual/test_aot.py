@@ -7,7 +7,7 @@ import pytest
 from tests import aot
 
 KERNELS = {
-    "_kept_rows",
+    "kept_rows",
     "gather_norm",
     "gather_norm_backward",
     "scatter",

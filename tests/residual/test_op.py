@@ -260,11 +260,11 @@ def test_bad_subsets() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, test_gpu.py captures a graph")
 def test_no_table_is_made_while_a_cuda_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """The graph would own its memory; what was made before the capture serves within it."""
-    triton_sampling = pytest.importorskip("dinov2_kernels.residual.triton_sampling")
+    triton_kernel = pytest.importorskip("dinov2_kernels.residual.triton_kernel")
     layout, x = PackedLayout([(7, 11), (1, 23)]), torch.zeros(100, 2)  # runs of no other test
     draws = (
         lambda: draw_subsets(x, layout, [0.5]),
-        lambda: triton_sampling.residual_kept_rows(torch.rand(1, 8), layout.flat_runs, [3, 1]),
+        lambda: triton_kernel.residual_kept_rows(torch.rand(1, 8), layout.flat_runs, [3, 1]),
     )
     for draw in draws:
         monkeypatch.setattr(_tables, "is_capturing", lambda: True)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
 
 from dinov2_kernels import PackedLayout, stochastic_depth, use_backend
 from dinov2_kernels._backend import Backend
-from dinov2_kernels.residual import reference, triton_kernel, triton_sampling
+from dinov2_kernels.residual import reference, triton_kernel
 from tests.residual.cases import (
     CASES,
     DRAWS,
@@ -27,8 +25,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, test_gpu.py runs the compiled kernels"),
 ]
 
-TRITON = SimpleNamespace(**(vars(triton_kernel) | vars(triton_sampling)))
-operators = operators_of(TRITON)
+operators = operators_of(triton_kernel)
 
 # All cases take float32 in the arithmetic of a GPU, below; here they take the dtypes by turns. Wide rows differ from
 # narrow ones in nothing but shapes.
@@ -66,7 +63,7 @@ def test_a_weight_near_zero_beside_rows_that_are_not_there() -> None:
     x = torch.randn(t, C)
     h, mean, rstd = reference.residual_gather_norm(x, None, weight, bias, 1e-6, torch.float32)
     of_norm = (None, h, None, mean, rstd, weight, bias)
-    actual = TRITON.residual_gather_norm_backward(x, x, *of_norm)
+    actual = triton_kernel.residual_gather_norm_backward(x, x, *of_norm)
     torch.testing.assert_close(actual, reference.residual_gather_norm_backward(x, x, *of_norm))
 
 
@@ -90,7 +87,7 @@ def test_kept_rows_of_equal_keys(count: int, kept: int, dtype: torch.dtype) -> N
     keys = (torch.rand(1, count + 5, generator=torch.Generator().manual_seed(count)) * 4).floor().div(4).to(dtype)
     arguments = keys, [count, 3, 0, 4, 5, 0], [kept, 0, 2]
     for result, expected in zip(
-        triton_sampling.residual_kept_rows(*arguments), reference.residual_kept_rows(*arguments), strict=True
+        triton_kernel.residual_kept_rows(*arguments), reference.residual_kept_rows(*arguments), strict=True
     ):
         assert torch.equal(result, expected)
 
@@ -117,7 +114,7 @@ def test_mixed_dtypes_of_autocast() -> None:
         of_y = ops.scatter_backward(grad_x, residual, rows, scale, gamma, bias, torch.bfloat16)
         return [h, mean, rstd, *of_x, *of_h, y, ops.scatter(x, residual, position, scale, gamma, bias), *of_y]
 
-    for result, expected in zip(run(TRITON), run(reference), strict=True):
+    for result, expected in zip(run(triton_kernel), run(reference), strict=True):
         torch.testing.assert_close(result, expected)
 
 
