@@ -21,19 +21,20 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 KIT_VENV := .venv-gpu-kit
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*)
 
-# A stamp in .venv says which extras of pyproject.toml are installed there. Where a stamp of more is there already, a demo
-# uses that one: the whole .venv then stays up to date, and nothing is installed twice.
+# A stamp in .venv says which extras of pyproject.toml are installed there. Where a stamp of more is there already, a
+# demo uses that one: the whole .venv then stays up to date, and nothing is installed twice.
 EVERYTHING := $(VENV)/ready
 FOR_DEMO_CURATE := $(firstword $(wildcard $(EVERYTHING)) $(VENV)/demo-curate-ready)
 FOR_DEMO := $(firstword $(wildcard $(EVERYTHING) $(VENV)/demo-curate-ready) $(VENV)/demo-ready)
 
-# PyPI's PyTorch brings CUDA on Linux, and on no other system. Where nothing can use CUDA, a message says how to spare it.
+# PyPI's PyTorch brings CUDA on Linux, and on no other system. Where nothing can use CUDA, a message says how to spare
+# it. PyTorch alone comes from TORCH_INDEX, which need not have the pinned versions of what PyTorch needs.
 NVIDIA_DRIVER := /proc/driver/nvidia
 GPU = $(wildcard $(NVIDIA_DRIVER)) $(shell command -v nvidia-smi 2>/dev/null)
 SYSTEM = $(shell uname -s)-$(shell uname -m)
 NEEDLESS_CUDA = $(if $(strip $(TORCH_INDEX) $(GPU)),,$(filter Linux-x86_64 Linux-aarch64,$(SYSTEM)))
-MESSAGE = No NVIDIA GPU was found, but PyPI's PyTorch for Linux brings CUDA: 2.8 GB to download, not 0.2 GB. To spare it, \
-	stop this and run: make $(MAKECMDGOALS) TORCH_INDEX=https://download.pytorch.org/whl/cpu
+MESSAGE = No NVIDIA GPU was found, but PyPI's PyTorch for Linux brings CUDA: nearly 3 GB to download, not 0.2 GB. To spare \
+	it, stop this and run: make $(MAKECMDGOALS) TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
 .PHONY: help setup demo demo-curate test check format bench gpu gpu-kit gpu-rehearsal test-gpu bench-gpu clean
 .NOTPARALLEL: # two set-ups at once would write to the same .venv
