@@ -87,6 +87,8 @@ class NinjaBuild(build_ext):
         import ninja
 
         build = Path(self.build_temp).resolve()
+        if self.editable_mode:  # setuptools gives a temporary folder, in which everything would be compiled each time
+            build = ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
         with open(build / "build.ninja", "w") as file:
             self.write_ninja(ninja.ninja_syntax.Writer(file, width=120), build)

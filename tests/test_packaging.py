@@ -73,9 +73,14 @@ def unpacked_sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / archive.name.removesuffix(".tar.gz")
 
 
+@pytest.fixture(scope="module")
+def wheel(unpacked_sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel that is compiled from the unpacked source distribution."""
+    return build("wheel", unpacked_sdist, tmp_path_factory.mktemp("wheel"), DINOV2_KERNELS_CUDA="0")
+
+
 @pytest.mark.xdist_group("packaging")
-def test_wheel_from_the_source_distribution_runs_outside_the_checkout(unpacked_sdist: Path, tmp_path: Path) -> None:
-    wheel = build("wheel", unpacked_sdist, tmp_path, DINOV2_KERNELS_CUDA="0")
+def test_wheel_from_the_source_distribution_runs_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "dinov2_kernels/_native_cpu.so" in names
     assert any(name.startswith("dinov2_kernels/_host.") for name in names)
@@ -83,6 +88,26 @@ def test_wheel_from_the_source_distribution_runs_outside_the_checkout(unpacked_s
     info = info_of_installed(wheel, tmp_path)
     assert info["native_cpu"] == "loaded"
     assert {operator["cpu"] for operator in info["operators"].values()} == {"native"}  # type: ignore[attr-defined]
+
+
+@pytest.mark.xdist_group("packaging")
+@pytest.mark.usefixtures("wheel")
+def test_an_editable_install_compiles_only_what_changed(unpacked_sdist: Path, tmp_path: Path) -> None:
+    """It uses the objects of the build before it. setuptools itself would give it a folder without any."""
+
+    def compiled() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in unpacked_sdist.glob("build/**/*.o")}
+
+    before = compiled()
+    (unpacked_sdist / "csrc" / "koleo" / "cpu.cpp").touch()
+    hook = f"import setuptools.build_meta as backend; backend.build_editable({str(tmp_path)!r})"
+    run(sys.executable, "-c", hook, cwd=unpacked_sdist, DINOV2_KERNELS_CUDA="0")
+    again = [path for path, time in compiled().items() if time != before.get(path)]
+    assert [path.parts[-2:] for path in again] == [("koleo", "cpu.o")]
+    libraries = list(unpacked_sdist.glob("dinov2_kernels/*.so"))
+    assert len(libraries) == 2
+    for library in libraries:
+        library.unlink()  # other tests build from this folder, too
 
 
 @pytest.mark.xdist_group("packaging")
