@@ -16,7 +16,7 @@ from dinov2.cli import main
 from dinov2.models import HeadConfig, VisionTransformer, ViTConfig
 from dinov2.recipes import RECIPES, recipe
 from dinov2.train.planning import plan
-from dinov2.train.planning.rows import Rows
+from dinov2.train.planning.sizes import Rows
 from dinov2.train.planning.stages import attention_stage, feed_forward_stage
 from dinov2_kernels.residual import draw_subsets
 

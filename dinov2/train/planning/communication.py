@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dinov2.train.config import PretrainConfig
 from dinov2.train.planning.memory import Parameters, bytes_of_products, shards
-from dinov2.train.planning.rows import Rows
+from dinov2.train.planning.sizes import Rows
 from dinov2.train.planning.stages import FLOAT
 
 

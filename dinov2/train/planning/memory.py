@@ -16,7 +16,7 @@ from torch import nn
 
 from dinov2.models import DINOHead, VisionTransformer, ViTConfig
 from dinov2.train.config import PretrainConfig
-from dinov2.train.planning.rows import Rows
+from dinov2.train.planning.sizes import Rows
 from dinov2.train.planning.stages import (
     FLOAT,
     Stage,

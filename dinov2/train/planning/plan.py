@@ -12,7 +12,7 @@ from dinov2.train.flops import step_flops
 from dinov2.train.graphed_step import check_graphable
 from dinov2.train.planning.communication import bytes_sent
 from dinov2.train.planning.memory import Parameters, Peak, parameters_of, peak_memory
-from dinov2.train.planning.rows import Rows
+from dinov2.train.planning.sizes import Rows
 from dinov2.train.precision import with_definite_precision
 from dinov2.train.processes import Processes
 

@@ -18,7 +18,7 @@ from dinov2.models import HeadConfig, ViTConfig
 from dinov2.models.dino_head import ROWS
 from dinov2.objectives.config import StudentLogits
 from dinov2.train.config import ActivationCheckpointing
-from dinov2.train.planning.rows import Rows
+from dinov2.train.planning.sizes import Rows
 from dinov2_kernels.nn import swiglu_hidden_features
 from dinov2_kernels.prototype_cross_entropy.chunked import columns_of_a_chunk
 
