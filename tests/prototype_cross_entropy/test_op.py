@@ -58,7 +58,8 @@ def test_fake_tensors_have_no_values_to_look_at() -> None:
         loss = prototype_cross_entropy(features, weight, torch.empty(4, 37), **rest, **TEMPERATURES)
         loss.sum().backward()
     assert loss.shape == (6,)
-    assert weight.grad is not None and weight.grad.shape == (37, 8)
+    assert weight.grad is not None
+    assert weight.grad.shape == (37, 8)
 
 
 @pytest.mark.parametrize("case", [Case(5, 5, 37, J=0), Case(6, 4, 37, J=2)], ids=str)
