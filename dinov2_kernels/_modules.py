@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from dinov2_kernels._library import autocast_dtype
+
+PLAIN = (Tensor, nn.Parameter, FakeTensor)
+"""Types of tensors that functions run on as they are. Others have rules of their own."""
 
 
 def is_unwatched(module: nn.Module) -> bool:
@@ -23,7 +27,7 @@ def is_plain_linear(module: nn.Module) -> bool:
     """Whether a call of the module does nothing but ``F.linear`` with a plain weight and bias."""
     if type(module) is not nn.Linear or not is_unwatched(module):
         return False
-    return all(p is None or type(p) in (nn.Parameter, Tensor) for p in (module.weight, module.bias))
+    return all(p is None or type(p) in PLAIN for p in (module.weight, module.bias))
 
 
 def separable_bias(layer: nn.Module, drop: nn.Dropout) -> Tensor | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 Beside = tuple[str, Tensor]
 
@@ -85,5 +86,5 @@ def _check_device(name: str, tensor: Tensor, beside: Beside) -> None:
 
 
 def _values_are_known(x: Tensor) -> bool:
-    """Whether looking at values waits for no GPU and splits no graph."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether there are values, and looking at them waits for no GPU and splits no graph."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)

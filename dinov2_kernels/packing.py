@@ -8,7 +8,6 @@ from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
 
 from dinov2_kernels._tables import table_cache
 
@@ -83,9 +82,8 @@ class PackedLayout:
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
-        # A fake tensor must not enter the cache, nor a real one a traced graph.
-        fake = torch.compiler.is_compiling() or detect_fake_mode() is not None
-        return _cu_seqlens(self, device) if fake else _cached_cu_seqlens(self, device)
+        # A real tensor must not enter a traced graph.
+        return (_cu_seqlens if torch.compiler.is_compiling() else _cached_cu_seqlens)(self, device)
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         """Lay the tensors of the runs behind each other.

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dinov2_kernels._library import autocast_dtype, differentiably, needs_gradient
-from dinov2_kernels._modules import is_plain_linear, linear
+from dinov2_kernels._modules import PLAIN, is_plain_linear, linear
 from dinov2_kernels.gelu import gelu_backward_
 from dinov2_kernels.swiglu import swiglu, swiglu_backward_
 
@@ -84,7 +84,7 @@ def fused_mlp(first: nn.Module, activation: Activation, second: nn.Module, x: Te
 
 
 def _can_fuse(first: nn.Module, second: nn.Module, x: Tensor) -> bool:
-    if not (is_plain_linear(first) and is_plain_linear(second) and type(x) in (Tensor, nn.Parameter) and x.numel()):
+    if not (is_plain_linear(first) and is_plain_linear(second) and type(x) in PLAIN and x.numel()):
         return False
     parameters = [p for p in (first.weight, first.bias, second.weight, second.bias) if isinstance(p, Tensor)]
     if not needs_gradient(x, *parameters):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -48,6 +49,17 @@ def test_equals_the_loss_of_logits_in_memory(case: Case, gain: bool) -> None:
         # Large logits are sums of rounded products: features and weight fix them to 1e-16 of themselves, no better.
         rounding = 1e-12 * max(1.0, case.magnitude)
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=rounding, atol=rounding * scale)
+
+
+def test_fake_tensors_have_no_values_to_look_at() -> None:
+    with FakeTensorMode():
+        features, weight = torch.empty(6, 8, requires_grad=True), torch.empty(37, 8, requires_grad=True)
+        rest = {"row_weight": torch.empty(6), "teacher_index": torch.empty(6, 2, dtype=torch.int64)}
+        loss = prototype_cross_entropy(features, weight, torch.empty(4, 37), **rest, **TEMPERATURES)
+        loss.sum().backward()
+    assert loss.shape == (6,)
+    assert weight.grad is not None
+    assert weight.grad.shape == (37, 8)
 
 
 @pytest.mark.parametrize("case", [Case(5, 5, 37, J=0), Case(6, 4, 37, J=2)], ids=str)

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dinov2.cli import main
 from dinov2.models import HeadConfig, VisionTransformer, ViTConfig
 from dinov2.recipes import RECIPES, recipe
 from dinov2.train.planning import plan
-from dinov2.train.planning.rows import Rows
-from dinov2.train.planning.stages import attention_stage, feed_forward_stage
+from dinov2.train.planning.memory import Recorder, make_fake
+from dinov2.train.planning.sizes import Rows
 from dinov2_kernels.residual import draw_subsets
 
 ROOT = Path(__file__).parents[2]
@@ -93,28 +94,37 @@ def test_peak_is_what_a_run_takes(name: str) -> None:
 def test_what_a_block_keeps_to_the_byte(ffn: str, rate: float, e: int, s: int, init_values: float | None) -> None:
     config = example("activations, bfloat16")
     vit = replace(config.vit, embed_dim=64, num_heads=2, depth=1, ffn=ffn, drop_path_rate=rate, init_values=init_values)
-    rows, block = Rows.of(replace(config, vit=vit), 3), VisionTransformer(vit).blocks[0]
-    known = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+    rows = Rows.of(replace(config, vit=vit), 3)
+    layout = rows.crops
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in known:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
+        kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    x = torch.randn(rows.crops.total_tokens, 64, dtype={4: torch.float32, 2: torch.bfloat16}[s], requires_grad=True)
-    subsets = [draw_subsets(x, rows.crops, [rate])[0] for _ in range(2)]  # apart, so that there is no gap between them
-    bf16 = e == 2
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
-    ):
-        y = block(x, rows.crops, subsets)
+    def forward(block: nn.Module) -> Tensor:
+        dtype = {4: torch.float32, 2: torch.bfloat16}[s]
+        x = torch.randn(layout.total_tokens, 64, dtype=dtype, requires_grad=True)
+        subsets = [draw_subsets(x, layout, [rate])[0] for _ in range(2)]  # apart, so that there is no gap between them
+        with torch.autocast("cpu", torch.bfloat16, enabled=e == 2):
+            return block(x, layout, subsets)
+
+    block = VisionTransformer(vit).blocks[0]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = forward(block)
     assert y.requires_grad
-    stages = attention_stage(vit, rows, rate, e, s, casts=bf16), feed_forward_stage(vit, rows, rate, e, s, casts=bf16)
-    shared = 4 * rows.kept(rate) if rate else 0  # the samples' scale, of which all blocks have one
+    for parameter in block.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
     got = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    assert got == sum(stage.kept["activations"] for stage in stages) + shared
+    with FakeTensorMode():
+        make_fake(block)
+        recorder = Recorder(e, "cpu")
+        recorder.ignore(block.parameters())
+        with recorder:
+            graph = forward(block).grad_fn  # and not the result, which is no part of it
+    assert graph is not None
+    scale = 4 * rows.kept(rate) if rate else 0  # a table of both draws, which is made for each where tensors are fake
+    assert got + scale == sum(storage.size for storage in recorder.there)
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dinov2.train.planning.plan import Plan, plan
-from dinov2.train.planning.report import print_plan
+from dinov2.train.planning.plan import Plan, plan, print_plan
 
 __all__ = ["Plan", "plan", "print_plan"]

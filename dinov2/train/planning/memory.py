@@ -1,63 +1,56 @@
-"""Bytes that one process holds at the peak of a training step, walked through stage by stage.
+"""Bytes that one process holds at the peak of a training step, which is rehearsed without memory.
 
-Weights, moments and teacher stand all the time. The teacher runs first and leaves its logits; the student's forward
-pass adds what its stages keep; the backward pass gives that back from the last stage to the first, and adds gradients.
-The peak is the largest sum on this way. Left out are libraries' own buffers, and a few vectors.
+Weights, moments, the teacher and the batch stand all the time; they follow from numbers of parameters. What comes and
+goes is observed: one forward and one backward pass run on tensors that have shapes but no values (FakeTensorMode), and
+a :class:`Recorder` notes when each storage comes and when it goes. So nobody writes down what a kernel keeps, and a
+kernel that changes changes the plan. The update behind the two passes works in place.
+
+The rehearsal is that of one process on a CPU, and it sees no further than operators. The rest is arithmetic:
+
+- A GPU. Operators and shapes are the same there; precision, copies of weights and the size of chunks go by the type of
+  the device. Tensors of a GPU cannot take part: PyTorch without CUDA ends the process when autograd meets one.
+- What an operator takes while it runs. Only the chunks of :func:`dinov2_kernels.prototype_cross_entropy` are large.
+- Other processes: what DistributedDataParallel keeps, and what FSDP keeps and gathers.
+
+Left out are libraries' own buffers. ``torch.distributed._tools.MemTracker`` does not serve here, up to PyTorch 2.13: it
+fails on parameters that need no gradient, such as the teacher's, and its hooks on all modules turn off the layers that
+are computed as one, which made up to 22 % of a step's memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import cast
+import weakref
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from dinov2.models import DINOHead, VisionTransformer, ViTConfig
+from dinov2.models import VisionTransformer
+from dinov2.objectives import SelfDistillation, Views, build_networks
+from dinov2.train.blocks import prepare_blocks
 from dinov2.train.config import PretrainConfig
-from dinov2.train.planning.rows import Rows
-from dinov2.train.planning.stages import (
-    FLOAT,
-    Stage,
-    backbone_stages,
-    feed_forward_widths,
-    head_stage,
-    prototype_stages,
+from dinov2.train.planning.sizes import FLOAT, Parameters, Rows, batch_bytes, dtype_of_products, shards
+from dinov2.train.precision import WeightCopies, keeps_weight_copies
+from dinov2_kernels.prototype_cross_entropy.chunked import columns_of_a_chunk
+
+TEACHER, STUDENT, BACKWARD = "forward pass of the teacher", "forward pass of the student", "backward pass"
+
+CHUNKED = frozenset(
+    {
+        torch.ops.dinov2_kernels.prototype_cross_entropy.default,
+        torch.ops.dinov2_kernels.prototype_cross_entropy_backward.default,
+    }
 )
-from dinov2.train.precision import DTYPES, copied_parameters, definite, keeps_weight_copies
 
-PROCESSES_OF_A_MACHINE = 8
-"""Of a machine with GPUs, where nobody says otherwise."""
-
-Bytes = dict[str, float]
+Bytes = Mapping[str, float]
 """Bytes by kind."""
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Numbers of parameters.
-
-    Attributes:
-        modules: of each module of the student, by name.
-        teacher: of the teacher, and of what else follows the student.
-        blocks: of all blocks of the student.
-        block: of one block, which is gathered at a time where networks are split.
-        prototypes: of the largest last layer of a head, likewise.
-        copied: of the linear layers of student and teacher, of which low precision keeps copies.
-    """
-
-    modules: Mapping[str, int]
-    teacher: int
-    blocks: int
-    block: int
-    prototypes: int
-    copied: int
-
-    @property
-    def student(self) -> int:
-        """All that is trained."""
-        return sum(self.modules.values())
 
 
 @dataclass(frozen=True)
@@ -65,7 +58,7 @@ class Peak:
     """The largest sum of a step.
 
     Attributes:
-        moment: where it falls.
+        moment: where it falls: a phase of the step, and the operator that runs.
         bytes: what is held then, by kind.
     """
 
@@ -83,6 +76,8 @@ def peak_memory(
 ) -> Peak:
     """The peak of a step after the first one, in which the optimiser's moments are already there.
 
+    It takes as long as Python needs for the operators of a step: 2 to 3 s for the 40 blocks of a ViT-g.
+
     Args:
         config: the run.
         parameters: of its networks.
@@ -90,13 +85,7 @@ def peak_memory(
         world_size: processes.
         device_type: where they train.
     """
-    return max(_moments(config, parameters, rows, world_size, device_type), key=lambda peak: peak.total)
-
-
-def _moments(
-    config: PretrainConfig, parameters: Parameters, rows: Rows, world_size: int, device_type: str
-) -> Iterator[Peak]:
-    e = bytes_of_products(config, device_type)
+    e = dtype_of_products(config, device_type).itemsize
     share = shards(config, world_size)
     is_split = share > 1
     held = {
@@ -107,132 +96,218 @@ def _moments(
     }
     # Gradients of earlier micro-batches are whole; DistributedDataParallel keeps buckets for all of them at any time.
     has_gradients = config.accumulation_steps > 1 or (world_size > 1 and not is_split)
-    whole = FLOAT * parameters.student if has_gradients else 0.0
+    held["gradients"] = FLOAT * parameters.student if has_gradients else 0.0
+    leaving = 0.0
     if is_split:
         # A block, the next one, and the buffer in which that arrives; or prototypes, in float32, and their buffer.
         held["gathered weights"] = max(3 * e * parameters.block, 2 * FLOAT * parameters.prototypes)
         # Gradients as they are made, and in float32 to be averaged.
         leaving = max((e + FLOAT) * parameters.block, 2 * FLOAT * parameters.prototypes)
-    keeps_copies = keeps_weight_copies(config, device_type, is_split=is_split)
-    if keeps_copies:
+    if keeps_weight_copies(config, device_type, is_split=is_split):
         held["copies of weights"] = e * parameters.copied
-    targets = teacher_logits(config, rows, e)
-    working = teacher_working(config.vit, rows, e, bytes_of_tokens(config, e))
+    recorder = rehearse(config, rows, device_type, is_split=is_split, has_gradients=has_gradients)
+    if is_split:
+        for storage in recorder.gradients:  # each process keeps a part, averaged in float32
+            storage.size = FLOAT * storage.shape.numel() / share
+    peaks = recorder.peaks({head.out_dim for head in (config.dino_head, config.ibot_head) if head}, leaving)
     if config.cuda_graph:
         # Graphs keep their memory. Inputs are copied for them, and statistics of the targets take memory beside it.
-        statistics = working + e * rows.teacher.num_sequences * config.dino_head.out_dim
-        held["beside the graphs"] = batch_bytes(config, rows) + statistics
-    held_and_gradients = held | {"gradients": whole}
-    yield Peak(
-        "forward pass of the teacher", held_and_gradients | {"teacher logits": targets, "working memory": working}
-    )
+        logits = e * rows.teacher.num_sequences * config.dino_head.out_dim
+        held["beside the graphs"] = held["batch"] + peaks[TEACHER].bytes.get("working memory", 0.0) + logits
+    return max((Peak(peak.moment, _sum(held, peak.bytes)) for peak in peaks.values()), key=lambda peak: peak.total)
 
-    kept: Bytes = {"teacher logits": targets}
-    heads_cast = e < FLOAT and not keeps_copies
-    blocks_cast = heads_cast and not is_split
-    stages = list(student_stages(config, rows, e, device_type, blocks_cast=blocks_cast, heads_cast=heads_cast))
-    for stage in stages:
-        kept = _sum(kept, stage.kept)
-        yield Peak(f"forward pass, {stage.name}", _sum(held_and_gradients, kept, {"working memory": stage.forward}))
-    if config.objective.student_logits == "stored":
-        del kept["teacher logits"]  # both losses come first in the backward pass
-    made = 0.0
-    for stage in reversed(stages):
-        for moment in stage.backward:
-            gradients = whole + moment.fresh if whole else made + moment.made
-            if is_split:
-                gradients = whole + made / share + leaving
-            yield Peak(
-                f"backward pass, {stage.name}",
-                _sum(held, kept, {"gradients": gradients, "working memory": moment.working}),
+
+def rehearse(config: PretrainConfig, rows: Rows, device_type: str, *, is_split: bool, has_gradients: bool) -> Recorder:
+    """Record both passes of one micro-batch.
+
+    Args:
+        config: the run.
+        rows: of the pass.
+        device_type: where the run trains.
+        is_split: whether its networks are split among processes.
+        has_gradients: whether there are gradients already, which those of this pass are added to.
+    """
+    dtype = dtype_of_products(config, device_type)
+    with torch.device("meta"):  # to draw weights is to look at values, which fake tensors lack
+        student, teacher = networks = build_networks(config.vit, config.dino_head, config.ibot_head)
+    if is_split:
+        for network in networks:
+            cast(VisionTransformer, network["backbone"]).blocks.to(dtype)  # FSDP gathers them so
+    with FakeTensorMode():
+        for network in networks:
+            make_fake(network)
+        objective = SelfDistillation(student, teacher, config.objective)
+        prepare_blocks(objective, replace(config, compile=False))
+        keeps_copies = keeps_weight_copies(config, device_type, is_split=is_split)
+        copies = WeightCopies(networks if keeps_copies else [], dtype)
+        if has_gradients and not is_split:
+            for parameter in student.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+        views = views_of(config, rows)
+        recorder = Recorder(dtype.itemsize, device_type)
+        recorder.ignore(objective.parameters(), objective.buffers(), _gradients(student), copies.tensors, views)
+        with recorder, copies.in_place():
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                recorder.phase = TEACHER
+                targets = objective._targets(views, 0.07)
+                recorder.phase = STUDENT
+                loss = objective._losses(student, views, targets)["total"]
+            del targets
+            recorder.phase = BACKWARD
+            loss.backward()
+        recorder.gradients = recorder.storages_of(_gradients(student))
+    return recorder
+
+
+@dataclass(eq=False)
+class Storage:
+    """Memory that an operator made.
+
+    Attributes:
+        size: in bytes.
+        shape: of the tensor that it was made for.
+        born, died: the phases in which it came and went; died is empty while it is there.
+    """
+
+    size: float
+    shape: torch.Size
+    born: str
+    died: str = ""
+
+
+class Recorder(TorchDispatchMode):
+    """Notes when storages come and go while operators run.
+
+    Args:
+        itemsize: bytes of an element of the result of a product.
+        device_type: where chunks of recomputed logits lie.
+
+    Attributes:
+        phase: of the step; whoever runs it says so.
+        gradients: storages of the weights' gradients; likewise, afterwards.
+    """
+
+    def __init__(self, itemsize: int, device_type: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._itemsize, self._device_type = itemsize, device_type
+        self.phase = ""
+        self.gradients: list[Storage] = []
+        self._ignored: dict[int, torch.UntypedStorage] = {}
+        self._there: dict[int, tuple[Storage, weakref.ref[torch.UntypedStorage]]] = {}
+        self._events: list[tuple[Storage, int, str, str]] = []  # storage, 1 or -1, phase, operator
+
+    def ignore(self, *tensors: Iterable[Tensor | None]) -> None:
+        """Leave these tensors out, which were there before."""
+        for tensor in chain.from_iterable(tensors):
+            if tensor is not None:
+                storage = tensor.untyped_storage()
+                self._ignored[id(storage)] = storage
+
+    @property
+    def there(self) -> list[Storage]:
+        """Those that came and did not go."""
+        return [storage for storage, _ in self._there.values()]
+
+    def storages_of(self, tensors: Iterable[Tensor]) -> list[Storage]:
+        """Those that are there and were not ignored."""
+        keys = (id(tensor.untyped_storage()) for tensor in tensors)
+        return [self._there[key][0] for key in keys if key in self._there]
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = operator(*args, **(kwargs or {}))
+        name = operator._schema.name.partition("::")[2]
+        for result in tree_leaves(results):
+            if isinstance(result, Tensor):
+                self.note(result.untyped_storage(), result.shape, name)
+        if operator in CHUNKED:
+            names = (argument.name for argument in operator._schema.arguments)
+            chunk = Storage(
+                self._chunk_bytes(**dict(zip(names, args, strict=False))), torch.Size(), self.phase, self.phase
             )
-        kept = _sum(kept, {kind: -size for kind, size in stage.kept.items()})
-        made += stage.gradient
-    yield Peak("update of the weights", held | {"gradients": whole / share if whole else made / share})
+            self._events += [(chunk, 1, self.phase, name), (chunk, -1, self.phase, name)]
+        return results
+
+    def note(self, memory: torch.UntypedStorage, shape: torch.Size, operator: str) -> None:
+        """An operator returned a tensor in this memory, which may be new."""
+        key = id(memory)
+        if key in self._ignored or key in self._there:
+            return
+        storage = Storage(memory.nbytes(), shape, self.phase)
+        self._there[key] = storage, weakref.ref(memory, lambda _: self.forget(key))
+        self._events.append((storage, 1, self.phase, operator))
+
+    def forget(self, key: int) -> None:
+        """The memory with this id is gone."""
+        storage, _ = self._there.pop(key)
+        storage.died = self.phase
+        self._events.append((storage, -1, self.phase, ""))
+
+    def _chunk_bytes(self, features: Tensor, weight: Tensor, teacher_logits: Tensor, **_: Any) -> float:
+        """Logits and targets of a chunk, and prototypes, their gradient and what these are made through."""
+        (N, d), (M, K), e = features.shape, teacher_logits.shape, self._itemsize
+        c = columns_of_a_chunk(N * e + M * FLOAT + d * FLOAT, K, self._device_type)
+        return c * (N * e + M * FLOAT + d * (2 * e + 4 * FLOAT))
+
+    def peaks(self, prototypes: Collection[int], leaving: float) -> dict[str, Peak]:
+        """The peak of each phase.
+
+        Args:
+            prototypes: numbers of columns by which logits are known.
+            leaving: bytes that are there beside the gradients from the first one on.
+        """
+        peaks: dict[str, Peak] = {}
+        gradients = set(self.gradients)
+        now: defaultdict[str, float] = defaultdict(float)
+        for storage, sign, phase, operator in self._events:
+            kind = _kind(storage, gradients, prototypes)
+            now[kind] += sign * storage.size
+            if kind == "gradients":
+                now[kind], leaving = now[kind] + leaving, 0.0
+            total = sum(now.values())
+            if sign > 0 and (phase not in peaks or total > peaks[phase].total):
+                peaks[phase] = Peak(f"{phase}, at {operator}", dict(now))
+        return peaks
 
 
-def student_stages(
-    config: PretrainConfig, rows: Rows, e: int, device_type: str, *, blocks_cast: bool, heads_cast: bool
-) -> Iterator[Stage]:
-    """The student's forward pass, in its order; ``blocks_cast``, ``heads_cast``: these cast their weights."""
-    vit = config.vit
-    yield from backbone_stages(
-        vit, rows, e, bytes_of_tokens(config, e), checkpointing=config.activation_checkpointing, casts=blocks_cast
-    )
-    logits = (config.objective.student_logits, e, device_type)
-    classes, patches = (rows.class_tokens, rows.teacher.num_sequences), (rows.masked, rows.masked)
-    n = rows.class_tokens + rows.masked
-    if config.ibot_head is None:
-        yield head_stage("shared head", vit.embed_dim, config.dino_head, n, e, copied=True, casts=heads_cast)
-        yield from prototype_stages(config.dino_head, {"class tokens": classes, "patches": patches}, *logits)
-        return
-    for name, head, count in (
-        ("head of class tokens", config.dino_head, rows.class_tokens),
-        ("head of patches", config.ibot_head, rows.masked),
-    ):
-        yield head_stage(name, vit.embed_dim, head, count, e, copied=e < FLOAT, casts=heads_cast)
-    yield from prototype_stages(config.dino_head, {"class tokens": classes}, *logits)
-    yield from prototype_stages(config.ibot_head, {"patches": patches}, *logits)
+def _kind(storage: Storage, gradients: Collection[Storage], prototypes: Collection[int]) -> str:
+    """What a plan calls it."""
+    if storage in gradients:
+        return "gradients"
+    if storage.born in (BACKWARD, storage.died):
+        return "working memory"
+    if len(storage.shape) == 2 and storage.shape[1] in prototypes:
+        return "teacher logits" if storage.born == TEACHER else "student logits"
+    return "activations"
 
 
-def teacher_logits(config: PretrainConfig, rows: Rows, e: int) -> float:
-    """Logits of the teacher, which the losses keep."""
-    patch_head = config.ibot_head or config.dino_head
-    return e * (rows.teacher.num_sequences * config.dino_head.out_dim + rows.masked * patch_head.out_dim)
+def make_fake(network: nn.Module) -> None:
+    """Put fake tensors on the CPU in the place of its parameters; call it under FakeTensorMode."""
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            fake = torch.empty(parameter.shape, dtype=parameter.dtype)
+            setattr(module, name, nn.Parameter(fake, parameter.requires_grad))
 
 
-def teacher_working(vit: ViTConfig, rows: Rows, e: int, s: int) -> float:
-    """What the teacher's blocks take while they run: tokens, and the argument and result of an activation."""
-    width = vit.embed_dim + sum(feed_forward_widths(vit))
-    return rows.teacher.total_tokens * (s * vit.embed_dim + e * width)
-
-
-def batch_bytes(config: PretrainConfig, rows: Rows) -> float:
-    """Crops of one pass in float32, and masks."""
-    views, channels = config.data.augmentation, config.vit.in_chans
-    pixels = rows.teacher.num_sequences * views.global_size**2 + rows.local * views.local_size**2
-    return FLOAT * channels * pixels + rows.teacher.total_tokens
-
-
-def bytes_of_products(config: PretrainConfig, device_type: str) -> int:
-    """Bytes of an element of the result of a product."""
-    return DTYPES[definite(config.precision, torch.device(device_type))].itemsize
-
-
-def bytes_of_tokens(config: PretrainConfig, e: int) -> int:
-    """Bytes of an element of the tokens between blocks, where a product's result has ``e``."""
-    return FLOAT if config.residual_in_fp32 else e
-
-
-def shards(config: PretrainConfig, world_size: int) -> int:
-    """Processes that hold the networks together."""
-    if config.parallel.sharding == "replicate":
-        return 1
-    if config.parallel.sharding == "full":
-        return world_size
-    return min(world_size, config.parallel.shard_size or PROCESSES_OF_A_MACHINE)
-
-
-def parameters_of(student: nn.ModuleDict, teacher: nn.ModuleDict) -> Parameters:
-    """Count them; the networks may be on the meta device."""
-    backbone = cast(VisionTransformer, student["backbone"])
-    heads = [cast(DINOHead, module) for name, module in student.items() if name != "backbone"]
-    return Parameters(
-        modules={name: _count(module) for name, module in student.items()},
-        teacher=_count(teacher),
-        blocks=_count(backbone.blocks),
-        block=_count(backbone.blocks[0]),
-        prototypes=max(_count(head.last_layer) for head in heads),
-        copied=sum(weight.numel() for network in (student, teacher) for _, _, weight in copied_parameters(network)),
+def views_of(config: PretrainConfig, rows: Rows) -> Views:
+    """What the networks see of one micro-batch, with the expected number of masked patches."""
+    crops, channels, masked = config.data.augmentation, config.vit.in_chans, round(rows.masked)
+    patches = (crops.global_size // config.vit.patch_size) ** 2
+    n = rows.teacher.num_sequences
+    return Views(
+        torch.empty(n, channels, crops.global_size, crops.global_size),
+        torch.empty(rows.local, channels, crops.local_size, crops.local_size),
+        torch.empty(n, patches, dtype=torch.bool),
+        torch.empty(masked, dtype=torch.int64),
+        torch.empty(masked),
     )
 
 
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _gradients(network: nn.Module) -> list[Tensor]:
+    return [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
 
 
-def _sum(*terms: Mapping[str, float]) -> Bytes:
-    total: Bytes = {}
+def _sum(*terms: Bytes) -> dict[str, float]:
+    total: dict[str, float] = {}
     for term in terms:
         for kind, size in term.items():
             total[kind] = total.get(kind, 0.0) + size
