@@ -33,9 +33,10 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
+from benchmarks.photometric_opencv import recolour
+from dinov2.data import normalize
 from dinov2_kernels import PhotometricDistribution, PhotometricPlan, draw_plan, photometric
 from dinov2_kernels.photometric import ImagePlan, Jitter, reference
-from tests.photometric import uint8
 from tests.photometric.cases import MEAN, STD
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def opencv(images: Tensor, plans: list[ImagePlan], pool: ThreadPoolExecutor) -> 
     out = np.empty((len(images), 3, *images.shape[1:3]), np.float32)
 
     def augment(n: int) -> None:
-        out[n] = uint8.augment(arrays[n], plans[n])
+        out[n] = normalize(recolour(arrays[n], plans[n]), tuple(MEAN), tuple(STD))
 
     arrays = images.numpy()
     list(pool.map(augment, range(len(images))))

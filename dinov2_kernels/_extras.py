@@ -10,9 +10,9 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
     """Import an optional dependency.
 
     Args:
-        module: name to import, e.g. ``"cv2"``.
+        module: name to import, e.g. ``"tensorboard"``.
         extra: the extra of this distribution that installs it, e.g. ``"train"``.
-        purpose: what needs it, for the error message, e.g. ``"colour augmentation"``.
+        purpose: what needs it, for the error message, e.g. ``"writing TensorBoard metrics"``.
 
     Raises:
         ImportError: the module is not installed; the message names the extra.

@@ -1,12 +1,12 @@
 """Images, their random views and the masks: everything between files and the training step."""
 
 from dinov2.data.augmentation import AugmentationConfig, MultiCropAugmentation
-from dinov2.data.batch import Batch, RawBatch, RawCrops, finish
+from dinov2.data.batch import Batch, RawBatch, RawCrops, finish, finishes_crops
 from dinov2.data.decoding import UnreadableImageError, decode_image, read_image
 from dinov2.data.loader import DataConfig, ImageDataset, UnreadableDatasetError, UnreadableImageWarning, batches
 from dinov2.data.masking import MaskConfig, batch_masks, mask_counts, sample_block_masks
+from dinov2.data.multichannel import normalize
 from dinov2.data.photographs import BundledPhotographs
-from dinov2.data.recolouring import normalize
 from dinov2.data.shards import (
     DamagedTarsError,
     ShardImage,
@@ -43,6 +43,7 @@ __all__ = [
     "batches",
     "decode_image",
     "finish",
+    "finishes_crops",
     "image_names",
     "index_shards",
     "lost_workers_explained",

@@ -1,4 +1,4 @@
-"""A batch: finished, as the objective takes it, or raw, as workers send it where the device is to finish it.
+"""A batch: raw, as crops are cut, or finished, as the objective takes it. Workers finish batches, or a GPU does.
 
 B images of C channels, L local crops of each. Crops are in crop-major order: the first crops of all images, then the
 second ones, and so on.
@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinov2.data.augmentation import AugmentationConfig, Crop, MultiCropAugmentation
+from dinov2.data import multichannel
+from dinov2.data.augmentation import AugmentationConfig, Crop
 from dinov2_kernels import PhotometricPlan, photometric
+from dinov2_kernels._library import triton_is_installed
 from dinov2_kernels.photometric import ImagePlan
 
 
@@ -38,6 +40,11 @@ class RawBatch(TypedDict):
     global_crops: RawCrops  # 2 * B
     local_crops: RawCrops  # L * B
     masks: Tensor  # [2 * B, patches] bool, as in a Batch
+
+
+def finishes_crops(device: torch.device) -> bool:
+    """Whether a device has a kernel for what follows the cut; elsewhere that is for the workers."""
+    return device.type == "cuda" and triton_is_installed()
 
 
 def finish(batch: Batch | RawBatch, augmentation: AugmentationConfig, device: torch.device) -> Batch:
@@ -69,27 +76,11 @@ def finish(batch: Batch | RawBatch, augmentation: AugmentationConfig, device: to
     )
 
 
-class FinishedBuffer:
-    """Room for some crops of each of ``images`` images, which are finished on the host as they come."""
+class RGBBuffer:
+    """Room for some crops of each of ``images`` RGB images, which are left as they are."""
 
-    def __init__(self, augment: MultiCropAugmentation, crops: int, images: int, size: int) -> None:
-        self._augment = augment
-        self._pixels = np.empty((crops, images, augment.config.channels, size, size), np.float32)
-
-    def put(self, number: int, image: int, crop: Crop) -> None:
-        """Crop ``number`` of an image."""
-        self._pixels[number, image] = self._augment.finish(crop)
-
-    def crops(self) -> Tensor:
-        """All of them, once they are here."""
-        return torch.from_numpy(self._pixels).flatten(0, 1)
-
-
-class RawBuffer:
-    """As :class:`FinishedBuffer`, of crops that are left as they are."""
-
-    def __init__(self, augment: MultiCropAugmentation, crops: int, images: int, size: int) -> None:
-        self._pixels = np.empty((crops, images, size, size, augment.config.channels), np.uint8)
+    def __init__(self, config: AugmentationConfig, crops: int, images: int, size: int) -> None:
+        self._pixels = np.empty((crops, images, size, size, config.channels), np.uint8)
         self._plans = [[ImagePlan()] * images for _ in range(crops)]
 
     def put(self, number: int, image: int, crop: Crop) -> None:
@@ -100,3 +91,20 @@ class RawBuffer:
         """All of them, once they are here."""
         table = PhotometricPlan.of(plan for of_all in self._plans for plan in of_all).table
         return RawCrops(torch.from_numpy(self._pixels).flatten(0, 1), table)
+
+
+class MultichannelBuffer:
+    """As :class:`RGBBuffer`, of images that may differ in their type, and are finished as they come."""
+
+    def __init__(self, config: AugmentationConfig, crops: int, images: int, size: int) -> None:
+        self._config = config
+        self._pixels = np.empty((crops, images, config.channels, size, size), np.float32)
+
+    def put(self, number: int, image: int, crop: Crop) -> None:
+        """Crop ``number`` of an image."""
+        config = self._config
+        self._pixels[number, image] = multichannel.finish(*crop, config.blur_kernel, config.mean, config.std)
+
+    def crops(self) -> Tensor:
+        """All of them, once they are here."""
+        return torch.from_numpy(self._pixels).flatten(0, 1)

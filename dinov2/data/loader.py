@@ -10,20 +10,18 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast, get_args
+from typing import Any, Protocol, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from dinov2.data.augmentation import AugmentationConfig, MultiCropAugmentation
-from dinov2.data.batch import Batch, FinishedBuffer, RawBatch, RawBuffer
+from dinov2.data.batch import Batch, MultichannelBuffer, RawBatch, RGBBuffer, finish
 from dinov2.data.decoding import Pixels, UnreadableImageError
 from dinov2.data.masking import MaskConfig, batch_masks
 from dinov2.data.randomness import Stream, derived_generator, random_order
 from dinov2.data.workers import next_of_workers, start_worker
-from dinov2_kernels.photometric.reference import BLUR_TAPS
 
-Photometric = Literal["workers", "device"]
 MAX_ATTEMPTS = 1000  # unreadable images in a row: then it is the whole dataset that cannot be read
 
 
@@ -55,36 +53,18 @@ class DataConfig:
         root: a folder of images, of any nesting; a folder or URL of tar shards, or of a saved Hugging Face dataset;
             None stands for the bundled photographs.
         num_workers: processes that prepare batches; 0 prepares them in the training process. No effect on results.
-        photometric: where crops are flipped, coloured, blurred, solarised and normalised. workers: where they are cut,
-            by OpenCV, in whole levels. device: where the networks are, by the kernels, in float32, for 8-bit RGB and
-            blur_kernel 9; workers send a quarter of the bytes. Both draw the same numbers.
         augmentation: the random views.
         masks: the patches that the student must predict.
     """
 
     root: str | Path | None = None
     num_workers: int = 2
-    photometric: Photometric = "workers"
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     masks: MaskConfig = field(default_factory=MaskConfig)
 
     def __post_init__(self) -> None:
         if self.num_workers < 0:
             raise ValueError(f"num_workers must not be negative, but is {self.num_workers}")
-        if self.photometric not in get_args(Photometric):
-            raise ValueError(
-                f"photometric must be one of {', '.join(get_args(Photometric))}, but is {self.photometric!r}"
-            )
-        views = self.augmentation
-        if self.photometric == "device" and views.channels != 3:
-            raise ValueError(
-                f"photometric must be workers for the {views.channels} channels of augmentation.mean and std, but is"
-                " device, which is for red, green and blue"
-            )
-        if self.photometric == "device" and views.blur_kernel != BLUR_TAPS:
-            raise ValueError(
-                f"augmentation.blur_kernel must be {BLUR_TAPS} with photometric device, but is {views.blur_kernel}"
-            )
 
 
 def batches(
@@ -97,6 +77,7 @@ def batches(
     start_step: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    raw: bool = False,
 ) -> Generator[Batch | RawBatch, None, None]:
     """Batches without end, from ``start_step`` on.
 
@@ -105,7 +86,7 @@ def batches(
     and rank. So to resume is to pass the next step, in the middle of a pass too, and processes never share a sample:
     whatever their number, together they draw the images and views that one process would draw. An image that cannot be
     read is replaced by another, which the seed and the number of the sample choose, with a warning that counts such
-    images. Batches are raw with ``photometric="device"``; :func:`~dinov2.data.finish` takes both kinds.
+    images.
 
     Args:
         dataset: images; see :class:`ImageDataset`.
@@ -116,12 +97,13 @@ def batches(
         start_step: step of the first batch.
         rank: number of this process.
         world_size: number of processes; together they draw ``world_size * batch_size`` images a step.
+        raw: leave RGB crops as they were cut, a quarter of the bytes, for :func:`~dinov2.data.finish` to carry out
+            their plans on a device; see :func:`~dinov2.data.finishes_crops`.
 
     Raises:
         ValueError: an argument is out of its range, a crop is no multiple of the patch.
         UnreadableDatasetError: no image can be read; a ValueError, when a batch is asked for.
         LostWorkerError: a worker was killed; an OSError, when a batch is asked for.
-        ImportError: OpenCV is missing (extra ``train``).
     """
     if len(dataset) == 0:
         raise ValueError("dataset must hold at least one image, but is empty")
@@ -136,7 +118,7 @@ def batches(
             raise ValueError(f"{name} must be a multiple of the patch size {patch_size}, but is {size}")
 
     augment = MultiCropAugmentation(config.augmentation)
-    steps = _Steps(dataset, config, augment, batch_size, patch_size, seed, rank, world_size)
+    steps = _Steps(dataset, config, augment, batch_size, patch_size, seed, rank, world_size, raw)
     loader = DataLoader(
         steps,
         batch_size=None,  # an item is a batch already
@@ -166,6 +148,7 @@ class _Steps(Dataset[_Item]):
     seed: int
     rank: int
     world_size: int
+    raw: bool
 
     def __getitem__(self, step: int) -> _Item:
         unreadable: dict[int, str] = {}
@@ -176,9 +159,9 @@ class _Steps(Dataset[_Item]):
 
     def _batch(self, step: int, unreadable: dict[int, str]) -> Batch | RawBatch:
         B, views = self.batch_size, self.config.augmentation
-        new_buffer = FinishedBuffer if self.config.photometric == "workers" else RawBuffer
-        global_buffer = new_buffer(self.augment, 2, B, views.global_size)
-        local_buffer = new_buffer(self.augment, views.local_crops, B, views.local_size)
+        new_buffer = RGBBuffer if views.channels == 3 else MultichannelBuffer
+        global_buffer = new_buffer(views, 2, B, views.global_size)
+        local_buffer = new_buffer(views, views.local_crops, B, views.local_size)
         first = (step * self.world_size + self.rank) * B
         samples = range(first, first + B)  # their numbers in the run
         for i, (sample, image) in enumerate(zip(samples, self._images(samples, unreadable), strict=True)):
@@ -189,12 +172,15 @@ class _Steps(Dataset[_Item]):
 
         side = views.global_size // self.patch_size
         masks = batch_masks((side, side), 2 * B, self.config.masks, seed=self.seed, position=(step, self.rank))
-        batch = {
-            "global_crops": global_buffer.crops(),
-            "local_crops": local_buffer.crops(),
-            "masks": torch.from_numpy(masks),
-        }
-        return cast(Batch | RawBatch, batch)
+        batch = cast(
+            Batch | RawBatch,
+            {
+                "global_crops": global_buffer.crops(),
+                "local_crops": local_buffer.crops(),
+                "masks": torch.from_numpy(masks),
+            },
+        )
+        return batch if self.raw else finish(batch, views, torch.device("cpu"))
 
     def _images(self, samples: range, unreadable: dict[int, str]) -> Iterator[Pixels]:
         """The images of samples in their order, as many at once as the dataset allows."""

@@ -1,22 +1,69 @@
-"""Brightness, contrast, blur and solarisation of images that are not RGB: ``[H, W, C]`` in, the same out.
+"""What follows the crop of images that are not RGB, in NumPy: brightness, contrast, blur, solarisation, normalisation.
 
-What :mod:`dinov2.data.photometric` does to 8-bit RGB, for any number of channels and every type in
-:data:`~dinov2.data.decoding.LEVELS`. Whole-number levels are rounded down and kept in their range; of float32, 1 is the
-full level, but nothing is kept from going beyond, nor below 0. Hue, saturation and grey are missing: they are defined
-by how the eye sees red, green and blue.
+:func:`dinov2_kernels.photometric` does this to 8-bit RGB. Here it is for any number of channels and every type in
+:data:`~dinov2.data.decoding.LEVELS`; each step takes an image ``[H, W, C]`` and returns one. Whole-number levels are
+rounded after each step, down except by the blur, and kept in their range. Float32 is not: 1 is the full level, but
+levels may be above it, or below 0. Hue, saturation and grey are missing: they are defined by how the eye sees red,
+green and blue.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dinov2.data.decoding import LEVELS, Pixels
-from dinov2_kernels._extras import require
+from dinov2_kernels.photometric import ImagePlan, Jitter
 
-FILTERED_AT_ONCE = 64  # channels; OpenCV's filters take 128
+
+def finish(
+    image: Pixels, plan: ImagePlan, blur_kernel: int, mean: tuple[float, ...], std: tuple[float, ...]
+) -> npt.NDArray[np.float32]:
+    """Carry out the plan of a crop and normalise it.
+
+    Args:
+        image: uint8, uint16 or float32 ``[H, W, C]``.
+        plan: what is to be done, with neither saturation nor hue nor grey.
+        blur_kernel: side of the blur's kernel, odd, in pixels.
+        mean: of each channel, see :func:`normalize`.
+        std: of each channel, see :func:`normalize`.
+
+    Returns:
+        Float32 ``[C, H, W]``.
+    """
+    if plan.flip:
+        image = flip(image)
+    for jitter, strength in plan.jitters:
+        image = JITTERS[jitter](image, strength)
+    if plan.blur_sigma > 0:
+        image = gaussian_blur(image, plan.blur_sigma, blur_kernel)
+    if math.isfinite(plan.solarize_threshold):
+        image = solarize(image, plan.solarize_threshold)
+    return normalize(image, mean, std)
+
+
+def normalize(image: Pixels, mean: tuple[float, ...], std: tuple[float, ...]) -> npt.NDArray[np.float32]:
+    """``(image / full level - mean) / std``, channels first: uint8, uint16 or float32 ``[H, W, C]`` to float32
+    ``[C, H, W]``; the full level is 255, 65535 or 1."""
+    scale, shift = _scale_and_shift(mean, std, LEVELS[image.dtype])
+    normalized = np.empty((image.shape[2], *image.shape[:2]), dtype=np.float32)
+    np.multiply(image.transpose(2, 0, 1), scale, out=normalized)
+    normalized += shift
+    return normalized
+
+
+@functools.cache
+def _scale_and_shift(
+    mean: tuple[float, ...], std: tuple[float, ...], full_level: float
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Float32 ``[C, 1, 1]`` each, such that ``level * scale + shift`` is the normalised value."""
+    channels = np.array([mean, std])[:, :, None, None]  # [2, C, 1, 1]
+    return (1 / (full_level * channels[1])).astype(np.float32), (-channels[0] / channels[1]).astype(np.float32)
 
 
 def _as_levels(values: npt.NDArray[np.float32], dtype: np.dtype[Any]) -> Pixels:
@@ -33,9 +80,10 @@ def adjust_brightness(image: Pixels, factor: float) -> Pixels:
 
 def adjust_contrast(image: Pixels, factor: float) -> Pixels:
     """Move the levels of each channel away from its own mean, by ``factor``."""
-    mean = image.mean(axis=(0, 1), dtype=np.float64).astype(np.float32)  # [C]
+    mean = image.mean(axis=0, dtype=np.float64).mean(axis=0).astype(np.float32)  # [C]; faster than both axes at once
     if image.dtype != np.float32:
         mean = np.floor(mean + np.float32(0.5))
+    mean = np.tile(mean, (image.shape[1], 1))  # [W, C]: NumPy is slow where it repeats a few numbers for each pixel
     return _as_levels(mean + np.float32(factor) * (image - mean), image.dtype)
 
 
@@ -49,16 +97,32 @@ def solarize(image: Pixels, threshold: float) -> Pixels:
 
 def gaussian_blur(image: Pixels, sigma: float, kernel_size: int) -> Pixels:
     """Convolve with a Gaussian of ``sigma`` pixels cut to ``kernel_size``, borders reflected."""
-    cv2 = require("cv2", extra="train", purpose="blur")
-    kernel = cv2.getGaussianKernel(kernel_size, sigma, cv2.CV_32F)
-    blurred = np.empty_like(image)
-    for first in range(0, image.shape[2], FILTERED_AT_ONCE):
-        part = np.ascontiguousarray(image[..., first : first + FILTERED_AT_ONCE])
-        filtered = cv2.sepFilter2D(part, -1, kernel, kernel, borderType=cv2.BORDER_REFLECT_101)
-        blurred[..., first : first + FILTERED_AT_ONCE] = filtered.reshape(part.shape)  # OpenCV drops a single channel
-    return blurred
+    reach, (height, width, _) = kernel_size // 2, image.shape
+    weight = np.exp(-0.5 * (np.arange(reach + 1) / sigma) ** 2)  # from the middle outwards
+    weight = (weight / (weight[0] + 2 * weight[1:].sum())).astype(np.float32)
+    margins = ((reach, reach), (reach, reach), (0, 0))
+    padded = np.pad(image, margins, mode="reflect").astype(np.float32)
+    along_columns = _weighted(lambda k: padded[reach + k : reach + k + height], weight)
+    blurred = _weighted(lambda k: along_columns[:, reach + k : reach + k + width], weight)
+    return blurred if image.dtype == np.float32 else np.rint(blurred).astype(image.dtype)
+
+
+def _weighted(
+    shifted: Callable[[int], npt.NDArray[np.float32]], weight: npt.NDArray[np.float32]
+) -> npt.NDArray[np.float32]:
+    """The sum of ``shifted(k)`` over k from minus to plus the reach of a symmetric kernel, each by its weight."""
+    total: npt.NDArray[np.float32] = weight[0] * shifted(0)
+    pair = np.empty_like(total)
+    for k in range(1, len(weight)):
+        np.add(shifted(-k), shifted(k), out=pair)
+        pair *= weight[k]
+        total += pair
+    return total
 
 
 def flip(image: Pixels) -> Pixels:
     """Mirror left and right."""
     return np.ascontiguousarray(image[:, ::-1])
+
+
+JITTERS = {Jitter.BRIGHTNESS: adjust_brightness, Jitter.CONTRAST: adjust_contrast}

@@ -24,9 +24,6 @@ class LostWorkerError(ChildProcessError):
 def start_worker(_: int) -> None:
     """What a worker does first."""
     os.setpgid(0, 0)  # Ctrl-C and SIGTERM to the process group are for the training process, which stops its workers
-    import cv2
-
-    cv2.setNumThreads(0)  # one thread a worker; PyTorch limits its own
     sys.excepthook = _quiet_about_connections
 
 

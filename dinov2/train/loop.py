@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from dinov2.data import ImageDataset, batches, lost_workers_explained, open_dataset
+from dinov2.data import ImageDataset, batches, finishes_crops, lost_workers_explained, open_dataset
 from dinov2.models import save_pretrained
 from dinov2.models.checkpoints.run import RunCheckpoint
 from dinov2.train.config import RunConfig
@@ -99,6 +99,7 @@ class Run:
             start_step=start * config.accumulation_steps,
             rank=self.processes.rank,
             world_size=self.processes.world_size,
+            raw=finishes_crops(self.trainer.device),
         )
         # From here on the directory holds a run; what was wrong with its input has been said.
         self.processes.first(lambda: write_config(config))

@@ -95,9 +95,10 @@ def blur(x: Tensor, sigma: float) -> Tensor:
     weight = weight / weight.sum()  # [9]
     for dim in (1, 2):
         size = x.shape[dim]
-        places = [[reflect(place + tap, size) for place in range(size)] for tap in range(-reach, reach + 1)]
-        taps = torch.stack([x.index_select(dim, torch.tensor(place, device=x.device)) for place in places])
-        x = (weight[:, None, None, None] * taps).sum(0)
+        places = [reflect(place, size) for place in range(-reach, size + reach)]
+        padded = x.index_select(dim, torch.tensor(places, device=x.device))
+        taps = [factor * padded.narrow(dim, tap, size) for tap, factor in enumerate(weight)]
+        x = torch.stack(taps).sum(0)
     return x
 
 

@@ -1,4 +1,4 @@
-"""Both ways to finish crops, by the workers and on the device: the same draws, and the augmentation that was meant."""
+"""Crops finished by the workers or on the device: the same bits, and the augmentation that was meant."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from dinov2.data import (
     Batch,
     BundledPhotographs,
     DataConfig,
+    RawBatch,
     RawCrops,
     batches,
     finish,
-    photometric_reference,
+    finishes_crops,
 )
+from dinov2.data import batch as batch_module
 from dinov2.data.cropping import random_box
-from dinov2.data.loader import Photometric
+from dinov2_kernels import PhotometricPlan
+from tests.photometric import pillow
 
 CPU = torch.device("cpu")
 IN_LEVELS = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255,) * 3}
@@ -43,20 +46,15 @@ class Photographs:
         return self.images[index]
 
 
-def drawn(photometric: Photometric, number: int, **options: int) -> list[Batch]:
-    """Finished batches of ten images."""
-    config = DataConfig(augmentation=VIEWS, num_workers=0, photometric=photometric)
+def drawn(number: int, **options: int) -> list[Batch | RawBatch]:
+    """Batches of ten images."""
+    config = DataConfig(augmentation=VIEWS, num_workers=0)
     arguments = {"batch_size": 10, "patch_size": 8, "seed": 0} | options
-    return [finish(batch, VIEWS, CPU) for batch in islice(batches(Photographs(), config, **arguments), number)]
-
-
-def crops_of(found: list[Batch]) -> list[Levels]:
-    return [crop.numpy() for batch in found for name in ("global_crops", "local_crops") for crop in batch[name]]
+    return list(islice(batches(Photographs(), config, **arguments), number))
 
 
 def test_a_raw_batch() -> None:
-    config = DataConfig(augmentation=VIEWS, num_workers=0, photometric="device")
-    batch = next(batches(Photographs(), config, batch_size=5, patch_size=8, seed=0))
+    (batch,) = drawn(1, batch_size=5, raw=True)
     for name, number, size in (("global_crops", 10, 32), ("local_crops", 10, 16)):
         crops = batch[name]
         assert isinstance(crops, RawCrops)
@@ -67,36 +65,46 @@ def test_a_raw_batch() -> None:
 
 def test_without_local_crops() -> None:
     views = AugmentationConfig(global_size=16, local_size=8, local_crops=0)
-    config = DataConfig(augmentation=views, num_workers=0, photometric="device")
-    batch = finish(next(batches(Photographs(), config, batch_size=2, patch_size=8, seed=0)), views, CPU)
+    config = DataConfig(augmentation=views, num_workers=0)
+    batch = finish(next(batches(Photographs(), config, batch_size=2, patch_size=8, seed=0, raw=True)), views, CPU)
     assert batch["global_crops"].shape == (4, 3, 16, 16)
     assert batch["local_crops"].shape == (0, 3, 8, 8)
 
 
 def test_a_finished_batch_is_only_moved() -> None:
-    config = DataConfig(augmentation=VIEWS, num_workers=0)
-    batch = next(batches(Photographs(), config, batch_size=2, patch_size=8, seed=0))
+    (batch,) = drawn(1)
     moved = finish(batch, VIEWS, torch.device("meta"))
     assert moved["global_crops"].device.type == moved["local_crops"].device.type == "meta"
     assert moved["masks"].device.type == "cpu"
     assert all(finish(batch, VIEWS, CPU)[name] is batch[name] for name in batch)
 
 
-def test_crop_by_crop_the_same_but_for_rounding() -> None:
-    """Workers round to whole levels after each of up to six steps, down or to the nearest, and the hue to a 256th of
-    the circle: in docs/operators/photometric.md 0.84 levels of an image on average, and 2.2 at most. A level that
-    another draw had chosen would be off by tens."""
-    workers, device = drawn("workers", 10), drawn("device", 10)
-    differences = [np.abs(a - b).mean() for a, b in zip(crops_of(workers), crops_of(device), strict=True)]
+def test_workers_and_the_device_finish_alike() -> None:
+    """One operator carries out the plans; on one device its results are the same bits, wherever it is called."""
+    for workers, raw in zip(drawn(10), drawn(10, raw=True), strict=True):
+        device = finish(raw, VIEWS, CPU)
+        for name in ("global_crops", "local_crops", "masks"):
+            assert torch.equal(workers[name], device[name])
+
+
+def test_crop_by_crop_that_of_pillow_but_for_rounding() -> None:
+    """Pillow rounds to whole levels after each of up to six steps, down or to the nearest, and the hue to a 256th of
+    the circle. A level that another draw had chosen would be off by tens."""
+    differences = []
+    for batch in drawn(10, raw=True):
+        finished = finish(batch, VIEWS, CPU)
+        for name in ("global_crops", "local_crops"):
+            plans = PhotometricPlan(batch[name].plan).images()
+            for pixels, plan, crop in zip(batch[name].pixels, plans, finished[name], strict=True):
+                expected = pillow.recolour(pixels.numpy(), plan).transpose(2, 0, 1)
+                differences.append(np.abs(crop.numpy() - expected).mean())
     assert len(differences) == 10 * 10 * 4
     assert np.mean(differences) < 1.2
     assert max(differences) < 4
-    assert all(torch.equal(a["masks"], b["masks"]) for a, b in zip(workers, device, strict=True))
 
 
 def by_the_paper(image: npt.NDArray[np.uint8], number: int, rng: np.random.Generator) -> Levels:
     """Crop ``number`` of an image, written down once more with Pillow's operations and draws of its own."""
-    pillow = photometric_reference
     size, scale = (32, (0.32, 1.0)) if number < 2 else (16, (0.05, 0.32))
     height, width, _ = image.shape
     crop = pillow.resized_crop(image, random_box(width, height, scale=scale, ratio=(3 / 4, 4 / 3), rng=rng), size)
@@ -145,15 +153,12 @@ def of_the_paper() -> dict[tuple[int, str], list[float]]:
     return found
 
 
-@pytest.mark.parametrize("photometric", ["workers", "device"])
-def test_distributions_are_those_of_the_paper(
-    photometric: Photometric, of_the_paper: dict[tuple[int, str], list[float]]
-) -> None:
+def test_distributions_are_those_of_the_paper(of_the_paper: dict[tuple[int, str], list[float]]) -> None:
     """Two-sample Kolmogorov-Smirnov tests, at the distance that equal distributions exceed once in a thousand times.
 
     Seeds are fixed, so what passes once passes always.
     """
-    found = drawn(photometric, IMAGES // 10, seed=1)
+    found = drawn(IMAGES // 10, seed=1)
     for number in range(4):
         name, place = ("global_crops", number) if number < 2 else ("local_crops", number - 2)
         crops = [crop.numpy() for batch in found for crop in batch[name][10 * place :][:10]]
@@ -170,10 +175,22 @@ def kolmogorov_smirnov(first: list[float], second: list[float]) -> float:
     return float(np.abs(shares[0] - shares[1]).max())
 
 
-def test_what_the_device_cannot_do_is_refused() -> None:
-    with pytest.raises(ValueError, match="photometric must be one of workers, device, but is 'gpu'"):
-        DataConfig(photometric="gpu")
-    with pytest.raises(ValueError, match=r"photometric must be workers for the 2 channels of augmentation\.mean and"):
-        DataConfig(photometric="device", augmentation=AugmentationConfig(mean=(0.5, 0.5), std=(0.2, 0.2)))
-    with pytest.raises(ValueError, match=r"augmentation\.blur_kernel must be 9 with photometric device, but is 5"):
-        DataConfig(photometric="device", augmentation=AugmentationConfig(blur_kernel=5))
+def test_gpus_with_kernels_finish_crops(monkeypatch: pytest.MonkeyPatch) -> None:
+    for installed in (True, False):
+        monkeypatch.setattr(batch_module, "triton_is_installed", lambda installed=installed: installed)
+        assert finishes_crops(torch.device("cuda", 1)) == installed
+        assert not finishes_crops(CPU)
+        assert not finishes_crops(torch.device("mps"))
+
+
+def test_images_of_other_channels_are_never_raw() -> None:
+    """They may differ in their type, and the operator is for RGB."""
+    views = AugmentationConfig(global_size=16, local_size=8, local_crops=1, mean=(0.5,) * 2, std=(0.2,) * 2)
+    images = [np.full((20, 20, 2), 0.5, np.float32), np.full((20, 20, 2), 128, np.uint8)]
+    config = DataConfig(augmentation=views, num_workers=0)
+    raw, finished = (
+        next(batches(images, config, batch_size=2, patch_size=8, seed=0, raw=raw)) for raw in (True, False)
+    )
+    for name in ("global_crops", "local_crops"):
+        assert raw[name].dtype == torch.float32
+        assert torch.equal(raw[name], finished[name])

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dinov2.data import MaskConfig, batches
+from dinov2.data import MaskConfig, batches, finishes_crops
 from dinov2.models.checkpoints.run import RunCheckpoint
 from dinov2.train import PretrainConfig, TeacherConfig
 from dinov2.train.graphed_step import WARM_UP
@@ -64,6 +64,7 @@ def draw(config: PretrainConfig) -> list[dict[str, Tensor]]:
         batch_size=config.micro_batch_size,
         patch_size=config.patch_size,
         seed=config.seed,
+        raw=finishes_crops(torch.device(config.device)),
     )
     return list(itertools.islice(stream, STEPS * config.accumulation_steps))
 

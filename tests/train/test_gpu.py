@@ -40,15 +40,13 @@ CHANGES: dict[str, dict[str, Any]] = {
         "ibot_head": HeadConfig(out_dim=48, hidden_dim=64, bottleneck_dim=32),
     },
     "recomputed logits": {"objective": ObjectiveConfig(student_logits="recomputed")},
-    "finished on the device": {"finish": True},
 }
 
 
-def on_gpu(config: PretrainConfig, *, finish: bool = False, **changes: Any) -> PretrainConfig:
+def on_gpu(config: PretrainConfig, **changes: Any) -> PretrainConfig:
     """Networks with heads of 64 channels, as the attention of real ones."""
     vit = ViTConfig(img_size=16, patch_size=8, embed_dim=128, depth=3, num_heads=2, drop_path_rate=0.3)
-    config = with_static_shapes(replace(config, device="cuda", vit=vit, precision="fp32", cuda_graph=False), **changes)
-    return replace(config, data=replace(config.data, photometric="device")) if finish else config
+    return with_static_shapes(replace(config, device="cuda", vit=vit, precision="fp32", cuda_graph=False), **changes)
 
 
 @pytest.fixture(params=CHANGES.values(), ids=CHANGES.keys())

@@ -1,11 +1,36 @@
-"""The definition of each operation of :mod:`dinov2.data.photometric`, in Pillow and NumPy."""
+"""What the augmentation is compared with: each of its operations by Pillow, the blur by NumPy, and whole plans.
+
+Every step rounds to whole levels: brightness, contrast and saturation down, as Pillow's blend does, the others to the
+nearest.
+"""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageEnhance, ImageOps
 
-from dinov2.data.photometric import RGBImage
+from dinov2_kernels.photometric import ImagePlan, Jitter
+from dinov2_kernels.photometric.reference import BLUR_TAPS
+
+RGBImage = npt.NDArray[np.uint8]  # [H, W, 3]
+
+
+def recolour(image: RGBImage, plan: ImagePlan) -> RGBImage:
+    """All steps of a plan."""
+    if plan.flip:
+        image = flip(image)
+    for jitter, strength in plan.jitters:
+        image = JITTERS[jitter](image, strength)
+    if plan.grayscale:
+        image = grayscale(image)
+    if plan.blur_sigma > 0:
+        image = gaussian_blur(image, plan.blur_sigma, BLUR_TAPS)
+    if math.isfinite(plan.solarize_threshold):
+        image = solarize(image, int(plan.solarize_threshold))
+    return image
 
 
 def grayscale(image: RGBImage) -> RGBImage:
@@ -52,3 +77,11 @@ def flip(image: RGBImage) -> RGBImage:
 
 def resized_crop(image: RGBImage, box: tuple[int, int, int, int], size: int) -> RGBImage:
     return np.asarray(Image.fromarray(image).crop(box).resize((size, size), Image.Resampling.BICUBIC))
+
+
+JITTERS = {
+    Jitter.BRIGHTNESS: adjust_brightness,
+    Jitter.CONTRAST: adjust_contrast,
+    Jitter.SATURATION: adjust_saturation,
+    Jitter.HUE: adjust_hue,
+}
