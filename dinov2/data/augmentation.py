@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dinov2.configuration import Config, Count, CountOr0, PartRange, Range, Rules, Share
 from dinov2.data import multichannel
 from dinov2.data.cropping import random_box, resized_crop
 from dinov2.data.decoding import LEVELS, Pixels
@@ -27,95 +28,67 @@ COLOUR = {"saturation": 0.2, "hue": 0.1, "grayscale": 0.2}
 
 
 @dataclass(frozen=True, kw_only=True)
-class AugmentationConfig:
-    """Random views of an image. The defaults are DINOv2's.
+class AugmentationConfig(Config, at="data.augmentation"):
+    """Random views of an image. The defaults are DINOv2's."""
 
-    Attributes:
-        global_size: side of the two global crops, in pixels.
-        local_size: side of the local crops, in pixels.
-        local_crops: how many local crops.
-        global_scale: smallest and largest share of the image's area in a global crop.
-        local_scale: the same for local crops.
-        ratio: smallest and largest width-to-height ratio of a crop before it is resized.
-        flip: chance of a left-right flip.
-        jitter: chance of a colour jitter: brightness, contrast, saturation and hue in random order.
-        brightness: its factor is uniform in 1 - brightness ... 1 + brightness.
-        contrast: as brightness.
-        saturation: as brightness; None is 0.2 for images of three channels and 0, the only choice, for others.
-        hue: the hue turns by up to this share of the circle, either way; at most 0.5. None is 0.1 or 0 likewise.
-        grayscale: chance of losing all colour; None is 0.2 or 0 likewise.
-        blur: how often a crop is blurred: ``"released"`` as for the published weights (first global crop 0, second
-            0.9, local 0.5), ``"paper"`` as written (1, 0.1, 0.5).
-        blur_sigma: smallest and largest standard deviation of the blur, in pixels.
-        blur_kernel: side of the blur's kernel, odd, in pixels; 9 for images of three channels.
-        solarize: chance of solarisation, of the second global crop only.
-        solarize_threshold: levels from this one on (of 0 ... 255) are inverted.
-        mean: subtracted from each channel, on a scale where 1 is level 255 of 8 bits, 65535 of 16 bits, 1 of float32.
-            Its length is the number of channels.
-        std: each channel is divided by it, after the subtraction.
-    """
-
-    global_size: int = 224
-    local_size: int = 96
-    local_crops: int = 8
-    global_scale: tuple[float, float] = (0.32, 1.0)
-    local_scale: tuple[float, float] = (0.05, 0.32)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.5
-    jitter: float = 0.8
-    brightness: float = 0.4
-    contrast: float = 0.4
-    saturation: float | None = None
-    hue: float | None = None
-    grayscale: float | None = None
+    global_size: Count = 224
+    """The two global crops have sides of this many pixels."""
+    local_size: Count = 96
+    """The local crops have sides of this many pixels."""
+    local_crops: CountOr0 = 8
+    """An image has this many local crops."""
+    global_scale: PartRange = (0.32, 1.0)
+    """A global crop covers a share of the image's area between these."""
+    local_scale: PartRange = (0.05, 0.32)
+    """A local crop covers a share of the image's area between these."""
+    ratio: Range = (3 / 4, 4 / 3)
+    """A crop has a ratio of width to height between these before it is resized."""
+    flip: Share = 0.5
+    """A crop is flipped left to right with this chance."""
+    jitter: Share = 0.8
+    """Brightness, contrast, saturation and hue of a crop change, in random order, with this chance."""
+    brightness: Share = 0.4
+    """Brightness is multiplied by a factor between 1 - brightness and 1 + brightness."""
+    contrast: Share = 0.4
+    """Contrast is multiplied by a factor between 1 - contrast and 1 + contrast."""
+    saturation: Share | None = None
+    """Saturation is multiplied by a factor between 1 - saturation and 1 + saturation. None is 0.2 for images of three
+    channels and 0, the only choice, for others."""
+    hue: Share | None = None
+    """The hue turns by up to this share of the circle, either way; it is at most 0.5. None is 0.1 for images of three
+    channels and 0, the only choice, for others."""
+    grayscale: Share | None = None
+    """A crop loses all colour with this chance. None is 0.2 for images of three channels and 0, the only choice, for
+    others."""
     blur: Literal["released", "paper"] = "released"
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    blur_kernel: int = 9
-    solarize: float = 0.2
-    solarize_threshold: int = 128
+    """released blurs the first global crop never, the second with chance 0.9 and local crops with 0.5, as the published
+    weights were trained. paper takes 1, 0.1 and 0.5, as the paper says."""
+    blur_sigma: Range = (0.1, 2.0)
+    """The blur has a standard deviation between these, in pixels."""
+    blur_kernel: Count = 9
+    """The blur's kernel has this side in pixels. It is odd, and 9 for images of three channels."""
+    solarize: Share = 0.2
+    """The second global crop is solarised with this chance."""
+    solarize_threshold: CountOr0 = 128
+    """Solarisation inverts levels from this one on (0 to 255)."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """These are subtracted from the channels, on a scale where 1 is level 255 of 8 bits, 65535 of 16 bits, and 1 of
+    float32. There is one number for each channel of the images."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    """The channels are divided by these after the subtraction."""
 
-    def __post_init__(self) -> None:
-        for name in ("global_size", "local_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, but is {getattr(self, name)}")
-        if len(self.mean) != len(self.std) or not self.mean or min(self.std) <= 0:
-            raise ValueError(
-                "mean and std must have one value for each channel, those of std positive, but are"
-                f" {self.mean} and {self.std}"
-            )
+    def rules(self) -> Rules:
+        """What the number of channels decides."""
+        yield "mean", bool(self.mean), "one value for each channel"
+        is_std = len(self.std) == self.channels and min(self.std) > 0
+        yield "std", is_std, f"{self.channels} values above 0, one for each of mean"
         for name in COLOUR:
-            if self.channels != 3 and getattr(self, name):
-                raise ValueError(
-                    f"{name} is for images of red, green and blue, so it must be 0 for the {self.channels} channels of"
-                    f" mean and std, but is {getattr(self, name)}"
-                )
-        for name in ("flip", "jitter", "solarize"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is a chance in [0, 1], but is {getattr(self, name)}")
-        for name in ("brightness", "contrast"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], but is {getattr(self, name)}")
-        for name in ("global_scale", "local_scale"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high <= 1:
-                raise ValueError(f"{name} must be (low, high) with 0 < low <= high <= 1, but is {(low, high)}")
-        for name in ("ratio", "blur_sigma"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high:
-                raise ValueError(f"{name} must be (low, high) with 0 < low <= high, but is {(low, high)}")
-        if self.local_crops < 0:
-            raise ValueError(f"local_crops must not be negative, but is {self.local_crops}")
-        for name, most in {"saturation": 1, "hue": 0.5, "grayscale": 1}.items():
-            if not 0 <= self.colour(name) <= most:
-                raise ValueError(f"{name} must lie in [0, {most}], but is {getattr(self, name)}")
-        if self.blur not in BLUR_PROBABILITIES:
-            raise ValueError(f"blur must be one of {', '.join(BLUR_PROBABILITIES)}, but is {self.blur!r}")
-        if self.blur_kernel < 1 or self.blur_kernel % 2 == 0:
-            raise ValueError(f"blur_kernel must be odd and positive, but is {self.blur_kernel}")
-        if self.channels == 3 and self.blur_kernel != BLUR_TAPS:
-            raise ValueError(f"blur_kernel must be {BLUR_TAPS} for images of three channels, but is {self.blur_kernel}")
+            is_colour = self.channels == 3 or not getattr(self, name)
+            yield name, is_colour, f"0 for the {self.channels} channels of mean, because only RGB has it"
+        yield "hue", self.colour("hue") <= 0.5, "a number from 0 to 0.5"
+        yield "blur_kernel", self.blur_kernel % 2 == 1, "an odd number"
+        is_kernel = self.channels != 3 or self.blur_kernel == BLUR_TAPS
+        yield "blur_kernel", is_kernel, f"{BLUR_TAPS} for images of three channels"
 
     @property
     def channels(self) -> int:

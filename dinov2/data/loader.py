@@ -15,6 +15,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from dinov2.configuration import Config, CountOr0
 from dinov2.data.augmentation import AugmentationConfig, MultiCropAugmentation
 from dinov2.data.batch import Batch, MultichannelBuffer, RawBatch, RGBBuffer, finish
 from dinov2.data.decoding import Pixels, UnreadableImageError
@@ -46,25 +47,18 @@ class ImageDataset(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where images come from and what is made of them.
-
-    Attributes:
-        root: a folder of images, of any nesting; a folder or URL of tar shards, or of a saved Hugging Face dataset;
-            None stands for the bundled photographs.
-        num_workers: processes that prepare batches; 0 prepares them in the training process. No effect on results.
-        augmentation: the random views.
-        masks: the patches that the student must predict.
-    """
+class DataConfig(Config, at="data"):
+    """Where images come from and what is made of them."""
 
     root: str | Path | None = None
-    num_workers: int = 2
+    """Images come from this folder, nested in any way, or from this folder or URL of tar shards or of a saved Hugging
+    Face dataset. None takes the bundled photographs."""
+    num_workers: CountOr0 = 2
+    """This many processes prepare batches; 0 prepares them in the training process. Results do not depend on it."""
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    """Random views are drawn like this."""
     masks: MaskConfig = field(default_factory=MaskConfig)
-
-    def __post_init__(self) -> None:
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers must not be negative, but is {self.num_workers}")
+    """Patches that the student must predict are masked like this."""
 
 
 def batches(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from dinov2.configuration import Config, Count, Positive, Range, Rules, Share
 from dinov2.data import masking_reference
 from dinov2.data.randomness import Stream, derived_generator
 
@@ -22,33 +23,28 @@ except ImportError:  # installed without a compiler
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskConfig:
-    """How many of the global crops are masked, and how much of each.
+class MaskConfig(Config, at="data.masks"):
+    """How many of the global crops are masked, and how much of each."""
 
-    Attributes:
-        probability: share of the global crops of a batch that are masked at all.
-        ratio: smallest and largest share of a masked crop's patches; the masked crops of a batch spread evenly over it.
-        min_patches: smallest area of a block before clipping to what is left to mask, in patches.
-        max_block_share: largest area of one block, as a share of the grid.
-        aspect: smallest and largest height-to-width ratio of a block, drawn log-uniformly.
-        same_total: every batch masks equally many patches, so that no shape of a training step changes: each masked
-            crop the middle of its share of ratio, and where blocks do not reach that, single patches do.
-    """
-
-    probability: float = 0.5
+    probability: Share = 0.5
+    """This share of the global crops of a batch is masked at all."""
     ratio: tuple[float, float] = (0.1, 0.5)
-    min_patches: int = 4
-    max_block_share: float = 0.5
-    aspect: tuple[float, float] = (0.3, 1 / 0.3)
+    """A masked crop has a share of its patches masked between these; the crops of a batch spread evenly over them."""
+    min_patches: Count = 4
+    """A block covers at least this many patches, before it is clipped to what is left to mask."""
+    max_block_share: Positive = 0.5
+    """A block covers at most this share of the grid."""
+    aspect: Range = (0.3, 1 / 0.3)
+    """A block has a ratio of height to width between these, drawn log-uniformly."""
     same_total: bool = False
+    """Every batch masks equally many patches, so that no shape of a training step changes. Each masked crop then takes
+    the middle of its share of ratio; where blocks do not reach it, single patches do."""
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.probability <= 1:
-            raise ValueError(f"probability must lie in [0, 1], but is {self.probability}")
-        if not 0 <= self.ratio[0] <= self.ratio[1] <= 1:
-            raise ValueError(f"ratio must be (low, high) with 0 <= low <= high <= 1, but is {self.ratio}")
-        if not 0 < self.max_block_share <= 1:
-            raise ValueError(f"max_block_share must lie in (0, 1], but is {self.max_block_share}")
+    def rules(self) -> Rules:
+        """Shares are at most 1, and nothing may be masked."""
+        low, high = self.ratio
+        yield "ratio", 0 <= low <= high <= 1, "(low, high) with 0 <= low <= high <= 1"
+        yield "max_block_share", self.max_block_share <= 1, "a number in (0, 1]"
 
 
 def sample_block_masks(

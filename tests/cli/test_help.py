@@ -22,14 +22,14 @@ VERBS = frozenset(
         r"[a-z]+",
         """
     add allow are ask average balance become begin belong blur build change choose clip come complain compress
-    compute connect continue convert copy count curate cut decay decide deduplicate detect differ divide do
-    download draw drop embed end evaluate exceed exist exit expect export fail fetch find finish fit follow give
-    go goes grow has have hold honour improve include index interpolate is keep know lack learn leave let lie
-    limit link list look make map mark mask match mean measure move must name need obey open optimise order pack
-    pass permute plan precede prefer pretrain print process put quit raise read recompute reduce refuse remove
-    replace replay represent resize resume retrieve return reverse rise run sample save say screen see seed send
-    set share show shrink shuffle skip smooth solarise split stand start stay stop store subtract suit take tell
-    time train treat try turn use wait want was were write
+    compute connect continue convert copy count cover curate cut decay decide deduplicate depend detect differ
+    divide do download draw drop embed end evaluate exceed exist exit expect export fail fetch find finish fit
+    follow get give go goes grow has have hold honour improve include index interpolate invert is keep know lack
+    learn leave let lie limit link list look lose make map mark mask match mean measure move must name need obey
+    open optimise order pack pass permute plan precede prefer pretrain print process put quit raise read
+    recompute reduce refuse remove replace replay represent resize resume retrieve return reverse rise run
+    sample save say screen see seed send set share show shrink shuffle skip smooth solarise split stand start
+    stay stop store stretch subtract suit take tell time train treat try turn use wait want was were write
     """,
     )
 )

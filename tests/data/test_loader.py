@@ -279,7 +279,7 @@ def test_empty_dataset() -> None:
 
 
 def test_negative_workers() -> None:
-    with pytest.raises(ValueError, match="num_workers must not be negative, but is -1"):
+    with pytest.raises(ValueError, match=r"data\.num_workers: expected at least 0, got -1"):
         DataConfig(num_workers=-1)
 
 
