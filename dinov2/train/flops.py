@@ -11,6 +11,9 @@ width of T tokens in sequences of N, H hidden features:
 and 2 T D P^2 C for patches of P^2 pixels of C channels. A head takes 2 per weight of its linear layers and row, and its
 prototypes as much. The teacher runs forward on the global crops; the student forward on all crops and backward, which
 is two products for each of the forward pass.
+
+``torch.utils.flop_counter.FlopCounterMode`` does not take the place of these formulas: it counts what runs, with all
+that is computed again, and it needs a step. A test holds the formulas against it.
 """
 
 from __future__ import annotations

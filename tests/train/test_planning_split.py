@@ -74,6 +74,7 @@ def run(sharding: str, passes: int) -> PretrainConfig:
 
 def peak_of_fsdp(sharding: str, passes: int) -> float:
     """Of one process, in the second step."""
+    import torch.distributed._tools.fake_collectives  # PyTorch 2.10 cannot gather fake tensors without it
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=PROCESSES)
