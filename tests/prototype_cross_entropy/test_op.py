@@ -312,6 +312,14 @@ def test_weights_of_rows_may_be_integers_as_in_soft_cross_entropy() -> None:
     assert torch.equal(result, prototype_cross_entropy(**arguments | {"row_weight": weight.float()}))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64])
+def test_the_bias_may_have_any_dtype_as_in_soft_cross_entropy(dtype: torch.dtype) -> None:
+    arguments = Case(4, 4, 37).loss_arguments(torch.float32)
+    bias = arguments["teacher_bias"].detach().mul(4).to(dtype)
+    result = prototype_cross_entropy(**arguments | {"teacher_bias": bias})
+    assert torch.equal(result, prototype_cross_entropy(**arguments | {"teacher_bias": bias.float()}))
+
+
 NAN = torch.tensor([0.0, torch.nan, 0.0, 0.0])
 WRONG_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"features": torch.zeros(4)}, ValueError, r"features: expected shape \[N, D\] .* got \[4\]"),
