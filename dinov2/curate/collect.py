@@ -83,7 +83,7 @@ def _write(output: Output, images: str, paths: tuple[str, ...], config: CollectC
             full = f"{storage.root}/{path}"
             try:
                 entry = storage.filesystem.info(full)
-                if entry["type"] != "file":  # reading a pipe would wait for ever
+                if entry["type"] != "file":  # a pipe would block the read
                     dropped[UNREADABLE] += 1
                     continue
                 if entry["size"] > config.max_bytes:

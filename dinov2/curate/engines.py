@@ -108,7 +108,7 @@ class ProcessPool:
             yield from self._until_broken(waiting, width)
 
     def _until_broken(self, waiting: deque[Call], width: int) -> Iterator[Outcome]:
-        """Run waiting calls, ``width`` at once, until all are done or a process is lost; then the rest have not begun."""
+        """Run waiting calls, ``width`` at once, until all are done or a process is lost; the rest still wait then."""
         if self._executor is None:
             self._executor = ProcessPoolExecutor(self.workers, _context(), initializer=_begin)
         executor = self._executor

@@ -137,7 +137,7 @@ def _pages(pages: str, paths: tuple[str, ...], config: ExtractConfig, troubles: 
     storage = Storage(pages)
     for path in paths:
         try:
-            if storage.filesystem.info(f"{storage.root}/{path}")["type"] != "file":  # reading a pipe would wait for ever
+            if storage.filesystem.info(f"{storage.root}/{path}")["type"] != "file":  # a pipe would block the read
                 raise FileNotFoundError
             file = storage.filesystem.open(f"{storage.root}/{path}", "rb")
         except (FileNotFoundError, PermissionError):  # such as a broken link; other errors may be temporary

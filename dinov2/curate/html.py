@@ -44,7 +44,7 @@ def parse_page(content: bytes, url: str, charset: str | None = None, agent: str 
     """Read a page, however malformed, in time that grows with its length.
 
     An ``img`` gives the largest candidate of its srcset, else its src or an attribute in which scripts that load late
-    keep the link. A ``picture`` gives its first source.
+    keep the link. Each ``source`` of a ``picture`` gives its largest candidate.
 
     Args:
         content: bytes of the page.

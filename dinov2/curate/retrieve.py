@@ -125,7 +125,7 @@ def _cluster(
     name: str, seeds: Pool, layout: str, clusters: Clusters, config: RetrieveConfig, output: str
 ) -> Steps[str]:
     """Choose some images of each cluster that holds enough seeds."""
-    assert seeds.features is not None  # clusters come from features
+    assert seeds.features is not None  # without features there are no clusters
     settings = [config.min_seeds, config.per_cluster, config.cap]
     inputs = (clusters.centroids, clusters.assignments, seeds.features, *seeds.decisions, layout)
     task = Task("all", quotas_by_seeds, (clusters, seeds, layout, config))
