@@ -78,9 +78,7 @@ def embed(pool: Pool, config: EmbedConfig, output: str) -> Steps[Pool]:
     """
     name = config.model
     if not (name in BUILT_IN or is_function(name) or Path(name).exists()):
-        raise FileNotFoundError(
-            f"embed.model: expected {', '.join(BUILT_IN)}, MODULE:FUNCTION or a file, got {name!r}"
-        )
+        raise FileNotFoundError(f"embed.model: expected {', '.join(BUILT_IN)}, MODULE:FUNCTION or a file, got {name!r}")
     settings = dataclasses.replace(config, device="auto", model=name if name in BUILT_IN else identity_of(name))
     tasks = [Task(shard, _embed, (pool, shard, config)) for shard in pool.shards()]
     features = Step(output, "embed-features", settings, (pool.images, *pool.decisions), tasks, gpu=True)

@@ -187,8 +187,7 @@ class StageSummary(NamedTuple):
 def summarize(steps: Iterable[Step]) -> list[StageSummary]:
     """Sum up stages in the order of their steps. Consecutive steps of one stage are one run of it.
 
-    The rows out of a run are those of its last step. The rows dropped are summed over all its steps with the same unit as
-    the last step.
+    The rows out of a run are those of its last step. Dropped rows are summed over its steps with the last step's unit.
     """
     summaries = []
     for name, group in itertools.groupby(steps, key=lambda step: step.stage):

@@ -109,7 +109,7 @@ def test_sets_choose_their_method_by_size(tmp_path: Path, vectors: np.ndarray) -
 def test_without_seeds_everything_stays(tmp_path: Path, vectors: np.ndarray) -> None:
     pool = vector_pool(tmp_path / "pool", vectors)
     assert run_steps(retrieve(pool, {}, RetrieveConfig(), str(tmp_path / "out")), Inline()) == pool
-    with pytest.raises(ValueError, match="seeds: expected at least one set for retrieve.method sample"):
+    with pytest.raises(ValueError, match=r"seeds: expected at least one set for retrieve\.method sample"):
         run_steps(retrieve(pool, {}, RetrieveConfig(method="sample"), str(tmp_path / "out")), Inline())
 
 
