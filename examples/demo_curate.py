@@ -46,7 +46,7 @@ WANTED = frozenset({"retina", "hubble", "coffee", "flower", "brick", "motorcycle
 class Found(NamedTuple):
     """How much of the planted images a curation has found."""
 
-    copies_precision: float  # share of images dropped as copies whose kept image is the same picture
+    copies_precision: float  # share of dropped copies whose kept image shows the same picture
     copies_recall: float  # share of copies that were dropped as copies
     evaluation_left: int  # number of copies of evaluation images that were kept
     evaluation_wrongly: int  # number of images dropped as near an evaluation image that are no copies of one

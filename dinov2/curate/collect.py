@@ -101,5 +101,5 @@ def _write(output: Output, images: str, paths: tuple[str, ...], config: CollectC
 
 
 def key_of(name: str) -> str:
-    """32 hexadecimal digits that stand for a path or a URL."""
+    """32 hexadecimal digits that identify a path or a URL."""
     return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:32]

@@ -50,7 +50,7 @@ def materialize(pool: Pool, seeds: Mapping[str, Pool], config: MaterializeConfig
     results of the stages: component, cluster, times, seed_set.
 
     Args:
-        pool: images, of which the kept ones are written.
+        pool: images; those that are still in are written.
         seeds: sets that ``config.as_is`` may name.
         config: size of shards, whole sets, blurring and seed.
         output: folder or URL of the whole curation.
