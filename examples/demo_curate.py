@@ -1,11 +1,11 @@
-"""Curation from web pages to a set to pretrain on, in minutes on two CPU cores, offline, with the truth known.
+"""Curate a set to pretrain on from web pages: offline, in minutes on two CPU cores, with known copies.
 
     python examples/demo_curate.py [--seed 0] [--output runs/curation] [--steps 40]
 
-Patches of the photographs inside scikit-image and scikit-learn are served by a web server on this machine, in pages of
-every kind of sloppiness: copies of each other, copies of evaluation images, pictures of nothing, dead links. All stages
-run: extract, download, screen, embed, dedup, retrieve, materialize. A small ViT then trains on what is left, for a few
-steps. As it is known what was planted, the last table says how much of it was found.
+A web server on this machine serves sloppy pages with patches of the photographs inside scikit-image and scikit-learn.
+They contain copies of each other, copies of evaluation images, blank pictures and dead links. All stages run: extract,
+download, screen, embed, dedup, retrieve, materialize. Then a small ViT trains on the result for a few steps. The demo
+knows what it planted, so the last table shows how much of it the curation found.
 """
 
 from __future__ import annotations
@@ -40,29 +40,31 @@ from dinov2.train import pretrain, read_metrics
 
 PER_PAGE = 25
 WANTED = frozenset({"retina", "hubble", "coffee", "flower", "brick", "motorcycle"})
-"""Photographs that the seeds are of: retrieval should find the patches of these."""
+"""Photographs of the seeds. Retrieval should find their patches."""
 
 
 class Found(NamedTuple):
-    """How much of what was planted a curation has found."""
+    """How much of the planted images a curation has found."""
 
-    copies_precision: float  # of the images dropped as copies, those whose kept image is the same picture
-    copies_recall: float  # of the images that are copies, those dropped so
-    evaluation_left: int  # copies of evaluation images that stayed
-    evaluation_wrongly: int  # images dropped for an evaluation image of which they are no copy
-    retrieval_precision: float  # of the images retrieved, those of the seeds' photographs
-    retrieval_recall: float  # of the images of these photographs that got so far, those retrieved
+    copies_precision: float  # share of dropped copies whose kept image shows the same picture
+    copies_recall: float  # share of copies that were dropped as copies
+    evaluation_left: int  # number of copies of evaluation images that were kept
+    evaluation_wrongly: int  # number of images dropped as near an evaluation image that are no copies of one
+    retrieval_precision: float  # share of retrieved images that come from the seeds' photographs
+    retrieval_recall: float  # share of retrieved images among those of these photographs after dedup
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="of the patches and of their copies")
+    parser.add_argument("--seed", type=int, default=0, help="decides the patches and their copies")
     parser.add_argument("--output", type=Path, help="folder of the curation (default: a new one in runs/)")
-    parser.add_argument("--steps", type=int, default=40, help="of pretraining on the result (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=40, help="steps of pretraining on the result (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     output = arguments.output or Path("runs") / f"curation-{datetime.now():%Y%m%d-%H%M%S}"
     if output.exists():
-        parser.error(f"--output must be a new folder, but {output} exists")
+        parser.error(f"--output: expected a new folder, got {str(output)!r}, which exists")
 
     console = Console()
     images = planted_images(arguments.seed)
@@ -84,7 +86,7 @@ def main() -> None:
 
 
 def configuration(output: Path, address: str) -> CurateConfig:
-    """All stages, for a pool of some hundred images."""
+    """The configuration of all stages for a pool of some hundred images."""
     return dataclasses.replace(
         laptop(),
         output=str(output / "curated"),
@@ -101,7 +103,7 @@ def configuration(output: Path, address: str) -> CurateConfig:
 
 @contextmanager
 def site(images: list[PlantedImage], folder: Path) -> Iterator[str]:
-    """Serve pages and images from a folder that is made; gives the address. Beside them lie the sets of images."""
+    """Make a folder of pages, images and sets of images, serve it, and yield the address."""
     for place in ("images", "pages", "evaluation", "wanted"):
         (folder / place).mkdir(parents=True)
     pool = [image for image in images if image.role == "pool"]
@@ -132,7 +134,7 @@ def file_name(image: PlantedImage) -> str:
 
 
 def page(images: list[PlantedImage], number: int) -> str:
-    """A page that shows images in one way or another, with what the web has beside them."""
+    """An HTML page that shows images in several ways, together with broken links as on the web."""
     ways = (
         '<img src="../images/{name}" alt="{alt}">',
         '<img src="data:image/gif;base64,R0lGODlhAQABAAAAACw=" data-src="../images/{name}" alt="{alt}">',
@@ -148,11 +150,11 @@ def page(images: list[PlantedImage], number: int) -> str:
 
 
 def compare(images: list[PlantedImage], steps: list[Step], chosen: Pool) -> Found:
-    """What a curation decided beside what was planted."""
+    """Compare the decisions of a curation with the planted images."""
     by_file = {file_name(image): image for image in images}
     evaluation = {image.name for image in images if image.role == "evaluation"}
     decided = {step.stage: step.folder for step in steps if step.name.endswith("-decisions")}
-    planted: list[PlantedImage] = []  # of all rows of all shards
+    planted: list[PlantedImage] = []  # one for each row of all shards
     places: dict[tuple[str, int], int] = {}
     columns: dict[str, list[dict[str, object]]] = {stage: [] for stage in decided}
     for shard in chosen.shards():
@@ -195,14 +197,14 @@ def compare(images: list[PlantedImage], steps: list[Step], chosen: Pool) -> Foun
 
 
 def truth_table(found: Found) -> Table:
-    """What was planted, and how much of it was found."""
-    table = Table("beside what was planted")
+    """A table of the planted images and how many were found."""
+    table = Table("compared with the planted images")
     table.add_column("precision", justify="right")
     table.add_column("recall", justify="right")
     table.add_row("copies dropped (screen and dedup)", f"{found.copies_precision:.1%}", f"{found.copies_recall:.1%}")
     table.add_row("retrieved for seeds", f"{found.retrieval_precision:.1%}", f"{found.retrieval_recall:.1%}")
     table.add_row("copies of evaluation images left", str(found.evaluation_left), "")
-    table.add_row("others dropped for an evaluation image", str(found.evaluation_wrongly), "")
+    table.add_row("other images dropped as near an evaluation image", str(found.evaluation_wrongly), "")
     return table
 
 
@@ -210,4 +212,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        raise SystemExit("Stopped; the next demo starts anew.") from None
+        raise SystemExit("Stopped. The next demo starts from the beginning.") from None

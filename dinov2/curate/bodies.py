@@ -1,14 +1,14 @@
-"""Bodies of HTTP: as crawls store them, some as pages are and some as they were sent, and as servers send them."""
+"""Decodes bodies of HTTP responses: those that crawls store, decoded or not, and those that servers send."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
 
-AUTOMATIC = 47  # zlib's largest window, and its own header or that of gzip
-MAX_CHUNK_LINE = 64  # bytes: 16 of a length, and an extension that nobody uses
+AUTOMATIC = 47  # zlib's largest window; the header may be zlib's or gzip's
+MAX_CHUNK_LINE = 64  # bytes: 16 for a length, the rest for an extension that nobody uses
 
-_INFLATE: dict[str, Callable[[], zlib._Decompress]] = {  # 15: zlib's largest window; 32 more: a header of gzip too
+_INFLATE: dict[str, Callable[[], zlib._Decompress]] = {  # 47 = 15, zlib's largest window, + 32, either header
     "gzip": lambda: zlib.decompressobj(47),
     "x-gzip": lambda: zlib.decompressobj(47),
     "deflate": lambda: zlib.decompressobj(47),
@@ -16,22 +16,22 @@ _INFLATE: dict[str, Callable[[], zlib._Decompress]] = {  # 15: zlib's largest wi
 
 
 class UnknownEncodingError(ValueError):
-    """A body is compressed in a way that is not read here."""
+    """A body has a compression that is not supported here."""
 
 
 def plain_body(body: bytes, transfer: str, encoding: str, limit: int) -> bytes:
-    """A page as it is, up to a limit; as much as there is of one that was cut off.
+    """Decode a page up to a limit. If the page was cut off, the result is its beginning.
 
-    Many archives hold bodies that were decoded, under headers which say that they are not: what does not begin as its
-    headers say is taken to be plain.
+    Many archives hold decoded bodies whose headers say that they are encoded. A body that does not begin as its headers
+    say is taken to be plain.
 
     Args:
-        body: as stored.
-        transfer, encoding: values of Transfer-Encoding and Content-Encoding, "" where there are none.
-        limit: bytes of the page.
+        body: bytes as the archive stores them.
+        transfer, encoding: values of Transfer-Encoding and Content-Encoding, "" for a missing header.
+        limit: largest number of bytes of the page.
 
     Raises:
-        UnknownEncodingError: such as Brotli.
+        UnknownEncodingError: the encoding is not supported, such as Brotli.
     """
     if transfer.strip().lower() == "chunked":
         body = _unchunked(body)
@@ -44,7 +44,7 @@ def plain_body(body: bytes, transfer: str, encoding: str, limit: int) -> bytes:
 
 
 def _unchunked(body: bytes) -> bytes:
-    """The chunks of a body in one, those before the first that is damaged; a body without any as it is."""
+    """Join the chunks of a body up to the first damaged one. A body without chunks is returned as it is."""
     parts, position = list[bytes](), 0
     while (end := body.find(b"\r\n", position, position + MAX_CHUNK_LINE)) >= 0:
         try:
@@ -72,10 +72,10 @@ def _inflated(body: bytes, name: str, limit: int) -> bytes:
 
 
 class Inflater:
-    """Decompresses zlib's and gzip's streams bit by bit; several of gzip's may follow one another.
+    """Decompresses streams of zlib and gzip piece by piece. Several streams may follow one another.
 
     Attributes:
-        complete: whether what came so far ends where a stream does.
+        complete: whether the input so far ends at the end of a stream.
     """
 
     def __init__(self) -> None:
@@ -83,10 +83,10 @@ class Inflater:
         self.complete = True
 
     def __call__(self, chunk: bytes, limit: int) -> bytes:
-        """What a chunk holds, ``limit`` bytes at most, after which nothing may follow.
+        """Decompress a chunk to at most ``limit`` bytes. After a result of ``limit`` bytes no chunk may follow.
 
         Raises:
-            zlib.error: this is no such stream.
+            zlib.error: the input is no such stream.
         """
         body = b""
         while chunk and len(body) < limit:

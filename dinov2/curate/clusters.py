@@ -1,4 +1,4 @@
-"""Clusters of a pool's features by k-means, a hierarchy of them, and what a balanced sample takes of each."""
+"""k-means clusters of a pool's features, a hierarchy of clusters, and balanced samples from it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from dinov2.curate.search.vectors import PoolVectors, read_layout
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task
 
 ROWS_PER_CLUSTER = 7_440  # DINOv2: 744 million images in 100,000 clusters
-ROWS_OF_TASK = 500_000  # of a pass
+ROWS_OF_TASK = 500_000  # rows of one task in a pass over the pool
 PORTION = 65_536  # rows in memory at once
 Integers = npt.NDArray[np.int64]
 Positions = npt.NDArray[np.int64]
 Keys = npt.NDArray[np.uint64]
 
-WAITING = 2**20  # candidates at least that are sorted in among those drawn at a time
+WAITING = 2**20  # least number of candidates that are sorted together
 
 
 @dataclass(frozen=True)
@@ -49,26 +49,27 @@ class ClusterConfig(Config, at="clusters"):
     """This seed decides the sample and the first centroids."""
 
     def rules(self) -> Rules:
-        """Levels shrink; Faiss takes seeds of 31 bits, and ours grow by the number of a start or round."""
+        """Levels shrink. Faiss takes seeds of 31 bits, and the number of a start or round is added to ours."""
         yield "seed", self.seed < 2**30, f"from 0 to {2**30 - 1}"
         are_fewer = all(upper < lower for lower, upper in itertools.pairwise((self.clusters or 2**31, *self.levels)))
         yield "levels", are_fewer, "fewer clusters on each level than on the one below"
 
     def number(self, rows: int) -> int:
-        """Clusters of a pool of ``rows`` images."""
+        """The number of clusters of a pool of ``rows`` images."""
         return min(self.clusters or max(rows // ROWS_PER_CLUSTER, 1), max(rows, 1))
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """What k-means has found; small, so that tasks may take it as an argument.
+    """The result of k-means, as paths: small enough to be an argument of tasks.
 
     Attributes:
         centroids: folder of ``all.npy``, float32 [K, D].
-        assignments: folder of a table a shard with ``cluster`` (int32, -1 for rows that are out) and ``distance``
-            (float32, squared; NaN for these).
-        upper: folder of ``all.parents.N.npy``, for each higher level N the cluster there of each one below; or None.
-        levels: how many higher levels there are.
+        assignments: folder of one table a shard, with ``cluster`` (int32, -1 for rows that are out) and ``distance``
+            (float32, squared; NaN for rows that are out).
+        upper: folder of ``all.parents.N.npy``, which gives for each cluster its parent on the higher level N; None if
+            there are no higher levels.
+        levels: number of higher levels.
         layout: folder of the pool's layout.
     """
 
@@ -83,7 +84,7 @@ class Clusters:
         return np.array(read_array(self.centroids, "all"), np.float32)
 
     def read_parents(self) -> list[npt.NDArray[np.int64]]:
-        """For each level the cluster on the next one, as :func:`balanced_quotas` takes it."""
+        """For each level the parent of each cluster, as :func:`balanced_quotas` takes it."""
         if self.upper is None:
             return []
         return [np.array(read_array(self.upper, f"all.parents.{level}")) for level in range(self.levels)]
@@ -95,12 +96,12 @@ class Clusters:
 
 
 def k_means(pool: Pool, layout: str, config: ClusterConfig, output: str, stage: str) -> Steps[Clusters]:
-    """Cluster a pool's features by squared Euclidean distance, which for unit vectors orders as the cosine does.
+    """Cluster a pool's features by squared Euclidean distance. For unit vectors it gives the same order as the cosine.
 
     Args:
-        pool: with features.
-        layout: folder of its layout.
-        config: how many clusters, and how long.
+        pool: images with features.
+        layout: folder of the pool's layout.
+        config: number of clusters and iterations.
         output: folder or URL of the whole curation.
         stage: first part of the steps' names.
 
@@ -108,7 +109,7 @@ def k_means(pool: Pool, layout: str, config: ClusterConfig, output: str, stage: 
         ValueError: the pool has no features.
     """
     if pool.features is None:
-        raise ValueError("pool must have features, but has none: embed it first")
+        raise ValueError("pool: expected features, got none: embed it first")
     inputs = (layout, pool.features, *pool.decisions)
     first = Step(output, f"{stage}-start", config, inputs, [Task("all", _start, (pool, layout, config))], gpu=True)
     yield first
@@ -135,13 +136,13 @@ def k_means(pool: Pool, layout: str, config: ClusterConfig, output: str, stage: 
 
 
 def _start(output: Output, pool: Pool, layout: str, config: ClusterConfig) -> Counts:
-    """Task: centroids of a sample."""
+    """Task: compute centroids of a sample."""
     places = read_layout(layout)
     rows = np.concatenate(
         [np.zeros(0, np.int64), *(_present(pool, shard, places.range_of(shard)[0]) for shard in places.names)]
     )
     if not len(rows):
-        raise ValueError("pool must have images with features to cluster, but has none")
+        raise ValueError("pool: expected images with features to cluster, got none")
     k = config.number(len(rows))
     rng = np.random.default_rng(config.seed)
     chosen = np.sort(rng.choice(rows, min(len(rows), k * config.sample), replace=False))
@@ -158,7 +159,7 @@ def _present(pool: Pool, shard: str, start: int) -> npt.NDArray[np.int64]:
 
 
 def _sum(output: Output, pool: Pool, layout: str, group: tuple[str, ...], centroids: str) -> Counts:
-    """Task: sums, numbers and distances of the clusters in a group of shards."""
+    """Task: add up the vectors, numbers and distances of each cluster in a group of shards."""
     places, C = read_layout(layout), np.array(read_array(centroids, "all"), np.float32)
     vectors, total, rows = PoolVectors(pool, places), np.zeros((len(C), C.shape[1] + 2)), 0
     start, stop = places.range_of(group[0])[0], places.range_of(group[-1])[1]
@@ -172,7 +173,7 @@ def _sum(output: Output, pool: Pool, layout: str, group: tuple[str, ...], centro
 
 
 def _average(output: Output, sums: str, names: tuple[str, ...], centroids: str) -> Counts:
-    """Task: new centroids."""
+    """Task: compute new centroids from the sums."""
     before = np.array(read_array(centroids, "all"), np.float32)
     total = np.zeros((len(before), before.shape[1] + 2))
     for name in names:
@@ -188,7 +189,7 @@ def _average(output: Output, sums: str, names: tuple[str, ...], centroids: str) 
 
 
 def _assign(output: Output, pool: Pool, layout: str, shard: str, centroids: str) -> Counts:
-    """Task: the cluster of each row of a shard."""
+    """Task: assign each row of a shard to a cluster."""
     places, C = read_layout(layout), np.array(read_array(centroids, "all"), np.float32)
     start, stop = places.range_of(shard)
     cluster, distance = np.full(stop - start, -1, np.int32), np.full(stop - start, np.nan, np.float32)
@@ -204,7 +205,7 @@ def _assign(output: Output, pool: Pool, layout: str, shard: str, centroids: str)
 
 
 def _levels(output: Output, centroids: str, config: ClusterConfig) -> Counts:
-    """Task: clusters of clusters."""
+    """Task: cluster the centroids, level by level."""
     points = np.array(read_array(centroids, "all"), np.float32)
     for level, number in enumerate(config.levels):
         number = min(number, len(points))
@@ -217,15 +218,15 @@ def _levels(output: Output, centroids: str, config: ClusterConfig) -> Counts:
 
 
 def water_fill(sizes: Integers, total: int) -> Integers:
-    """Shares of ``total`` as equal as ``sizes`` allow: nobody gets more than his size, and none more than another who
-    would have room for it, but for the remainder, of which the first get one each.
+    """Share out ``total`` as equally as ``sizes`` allow. No share exceeds its size, and no share exceeds another that
+    still has room. The remainder goes to the first shares with room, one each.
 
     Args:
-        sizes: int64 [K], not negative.
-        total: to be shared; where it exceeds their sum, all get their size.
+        sizes: largest share of each, int64 [K], not negative.
+        total: sum of all shares; if it exceeds the sum of sizes, each share is its size.
 
     Returns:
-        int64 [K] whose sum is the smaller of ``total`` and the sum of sizes.
+        Shares, int64 [K]; their sum is the smaller of ``total`` and the sum of sizes.
     """
     if total >= sizes.sum():
         return sizes.copy()
@@ -243,21 +244,21 @@ def water_fill(sizes: Integers, total: int) -> Integers:
 
 
 def balanced_quotas(sizes: Integers, parents: Sequence[Integers], total: int) -> Integers:
-    """Shares of the lowest clusters in a hierarchy: on each level, from the top, a cluster's share is filled into its
-    own clusters like water.
+    """Share out images over the lowest clusters of a hierarchy. From the top level down, :func:`water_fill` shares out
+    each cluster's share over its own clusters.
 
     Args:
-        sizes: images of each of the lowest clusters, int64 [K].
-        parents: for each level from below the cluster on the next one that each belongs to; none for a single level.
-        total: images wanted.
+        sizes: number of images of each lowest cluster, int64 [K].
+        parents: for each level, from the lowest up, the parent of each cluster; empty for a single level.
+        total: number of images wanted.
 
     Returns:
-        int64 [K].
+        Shares of the lowest clusters, int64 [K].
     """
     if not parents:
         return water_fill(sizes, total)
     parent = parents[0]
-    number = len(parents[1]) if len(parents) > 1 else 0  # of clusters there; the last ones may be without any of these
+    number = len(parents[1]) if len(parents) > 1 else 0  # of clusters on the next level; the last may have no children
     above = np.zeros(max(number, int(parent.max(initial=-1)) + 1), np.int64)
     np.add.at(above, parent, sizes)
     shares = balanced_quotas(above, parents[1:], total)
@@ -273,15 +274,15 @@ def balanced_quotas(sizes: Integers, parents: Sequence[Integers], total: int) ->
 def choose(output: Output, clusters: Clusters, quotas: str, seed: int, purpose: str) -> Counts:
     """Task: write ``all.npy``, the positions int64 of ``quotas[k]`` images of each cluster k, ascending.
 
-    Every position has a random key, and those with the smallest keys of a cluster are drawn. What is in memory are one
-    shard, the images drawn and at most as many (or :data:`WAITING`) candidates.
+    Every position has a random key. The positions with the smallest keys of a cluster are drawn. Memory holds one
+    shard, the images drawn, and at most as many candidates again (or :data:`WAITING`).
 
     Args:
-        output: of the task.
-        clusters: of the pool.
+        output: where the task writes.
+        clusters: clusters of the pool.
         quotas: folder of ``all.npy``, int64 [K].
-        seed: of the keys.
-        purpose: whose draw it is; each purpose has keys of its own.
+        seed: decides the keys.
+        purpose: name of the draw; each purpose has keys of its own.
     """
     layout = read_layout(clusters.layout)
     smallest = SmallestKeys(np.array(read_array(quotas, "all")))
@@ -295,10 +296,10 @@ def choose(output: Output, clusters: Clusters, quotas: str, seed: int, purpose: 
 
 
 class SmallestKeys:
-    """Of all positions that are offered the ``quotas[k]`` of each cluster k that have the smallest keys.
+    """Keeps, for each cluster k, the ``quotas[k]`` offered positions that have the smallest keys.
 
-    A cluster that has its number takes only keys up to its largest. Of N images n are drawn, so about
-    n (1 + log(N / n)) are ever sorted, in runs that are no shorter than what they are sorted into.
+    A cluster that is full accepts only keys up to its largest. If n of N images are drawn, about n (1 + log(N / n)) are
+    ever sorted. Each run of new candidates is at least as long as the list that it is sorted into.
     """
 
     def __init__(self, quotas: Positions, waiting: int = WAITING) -> None:
@@ -310,7 +311,7 @@ class SmallestKeys:
         self._rows_waiting = 0
 
     def offer(self, clusters: npt.NDArray[np.int32], positions: Positions, keys: Keys) -> None:
-        """Clusters [N], positions [N] and keys [N], which differ from each other and from all before."""
+        """Take clusters [N], positions [N] and keys [N]. All keys of all calls differ."""
         wanted = keys <= self._bounds[clusters]
         self._waiting.append((clusters[wanted], positions[wanted], keys[wanted]))
         self._rows_waiting += int(wanted.sum())
@@ -318,7 +319,7 @@ class SmallestKeys:
             self._sort_in()
 
     def drawn(self) -> Positions:
-        """Their positions, ascending."""
+        """The positions drawn, ascending."""
         self._sort_in()
         return np.sort(self._drawn[1])
 
@@ -329,16 +330,16 @@ class SmallestKeys:
         ordered = clusters[order]
         place = np.arange(len(order)) - np.searchsorted(ordered, ordered, side="left")
         quotas = self._quotas[ordered]
-        last = order[place == quotas - 1]  # of each cluster that has its number
+        last = order[place == quotas - 1]  # the largest key of each full cluster
         self._bounds[clusters[last]] = keys[last]
         order = order[place < quotas]
         self._drawn = clusters[order], positions[order], keys[order]
 
 
 def random_keys(positions: Positions, seed: int, purpose: str) -> Keys:
-    """A random number for each position, no two alike; those of another seed or purpose have nothing to do with them.
+    """A random number for each position, all different and independent of those of another seed or purpose.
 
-    SplitMix64 (Steele, Lea, Flood, 2014) of the position, and again of that with a digest of seed and purpose.
+    SplitMix64 (Steele, Lea, Flood, 2014) mixes the position, then mixes the result with a digest of seed and purpose.
     """
     stream = hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:8]
     with np.errstate(over="ignore"):

@@ -1,4 +1,4 @@
-"""The collect stage: a pool from images that are there already, as files in folders or as tar shards."""
+"""The collect stage: makes a pool of images on your storage, which are files in folders or tar shards."""
 
 from __future__ import annotations
 
@@ -28,17 +28,16 @@ class CollectConfig(Config, at="collect"):
 
 
 def collect(images: str, config: CollectConfig, output: str) -> Steps[Pool]:
-    r"""A pool of the images in a folder or under a URL.
+    r"""Make a pool of the images in a folder or under a URL.
 
-    Tar shards with their index (``dinov2 index`` writes one) are taken where they are, without any step. Of other
-    folders all files of any nesting go into shards whose names end as images' do, in the order of their paths; hidden
-    ones, and those in hidden folders, are left out. A file that is no image is counted and left out, as is what has the
-    name of an image but cannot be read as a file: broken links, pipes. Of names that are not UTF-8 the column ``path``
-    has the other bytes as ``\xNN``.
+    Tar shards with their index (``dinov2 index`` writes one) are used where they are, without any step. In other
+    folders, of any nesting, all files with the name of an image go into shards in the order of their paths. Hidden
+    files and folders are left out. Files that are no images, or that cannot be read (broken links, pipes), are counted
+    and left out. If a name is not UTF-8, the column ``path`` has its other bytes as ``\xNN``.
 
     Args:
         images: folder or URL.
-        config: the size of shards.
+        config: size of shards and limit of files.
         output: folder or URL of the whole curation.
 
     Raises:
@@ -48,7 +47,7 @@ def collect(images: str, config: CollectConfig, output: str) -> Steps[Pool]:
     if storage.shards():
         if missing := storage.shards().keys() - storage.indices().keys():
             raise ValueError(
-                f"images must have an index for each tar, but under {images!r} {len(missing)} have none:"
+                f"images: expected an index for each tar, got {len(missing)} tars without one under {images!r}:"
                 f" write them with dinov2 index {images}"
             )
         return Pool(images)
@@ -59,7 +58,7 @@ def collect(images: str, config: CollectConfig, output: str) -> Steps[Pool]:
     }
     paths = sorted(sizes)
     if not paths:
-        raise ValueError(f"images must be a folder of images or of tar shards, but {images!r} has neither")
+        raise ValueError(f"images: expected a folder of images or of tar shards, got {images!r}, which has neither")
     pieces = [paths[start : start + config.shard_size] for start in range(0, len(paths), config.shard_size)]
     tasks = [
         Task(f"{number:05d}", _write, (images, tuple(path[len(storage.root) + 1 :] for path in piece), config))
@@ -76,7 +75,7 @@ def _is_image(path: str) -> bool:
 
 
 def _write(output: Output, images: str, paths: tuple[str, ...], config: CollectConfig) -> Counts:
-    """Task: one shard."""
+    """Task: write one shard."""
     storage, dropped = Storage(images), Counter[str]()
 
     def files() -> Iterator[ShardImage]:
@@ -84,7 +83,7 @@ def _write(output: Output, images: str, paths: tuple[str, ...], config: CollectC
             full = f"{storage.root}/{path}"
             try:
                 entry = storage.filesystem.info(full)
-                if entry["type"] != "file":  # a pipe would be waited for, for ever
+                if entry["type"] != "file":  # a pipe would block the read
                     dropped[UNREADABLE] += 1
                     continue
                 if entry["size"] > config.max_bytes:
@@ -102,5 +101,5 @@ def _write(output: Output, images: str, paths: tuple[str, ...], config: CollectC
 
 
 def key_of(name: str) -> str:
-    """32 hexadecimal digits that stand for a path or a URL."""
+    """32 hexadecimal digits that identify a path or a URL."""
     return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:32]

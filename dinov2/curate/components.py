@@ -1,7 +1,7 @@
-"""Connected components of a graph whose edges come bit by bit.
+"""Connected components of a graph whose edges come in pieces.
 
-The functions are their definition in NumPy: each node has a parent of lower number or itself, and the root of a
-component is its lowest node. Where the package was built with native code, ``dinov2_kernels._host`` does the same.
+The functions here define them in NumPy. The parent of a node is a node of lower number or the node itself. The root of
+a component is its lowest node. If the package was built with native code, ``dinov2_kernels._host`` does the same.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ Labels = npt.NDArray[np.uint32] | npt.NDArray[np.int64]
 def join_components(parent: Labels, first: npt.NDArray[np.int64], second: npt.NDArray[np.int64]) -> None:
     """Join nodes ``first`` [E] with nodes ``second`` [E], in place in ``parent`` [N].
 
-    The higher root of every edge is hung below the lowest of those it has edges to, until edges have one root.
+    For each edge, the higher root becomes a child of the lowest root that it has an edge to. This repeats until both
+    nodes of every edge have one root.
     """
     for nodes in (first, second):
         if nodes.size and not (nodes.min() >= 0 and nodes.max() < len(parent)):
@@ -28,12 +29,12 @@ def join_components(parent: Labels, first: npt.NDArray[np.int64], second: npt.ND
 
 
 def label_components(parent: Labels) -> None:
-    """Make ``parent`` [N], in place, the lowest node of each node's component."""
+    """Replace ``parent`` [N], in place, by the lowest node of each node's component."""
     parent[:] = _roots(parent, np.arange(len(parent)))
 
 
 def _roots(parent: Labels, nodes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The root of each of some nodes [E]."""
+    """The root of each node of ``nodes`` [E]."""
     while True:
         above = parent[nodes].astype(np.int64)
         if np.array_equal(above, nodes):
@@ -50,10 +51,10 @@ except ImportError:  # installed without a compiler
 
 
 class Components:
-    """Disjoint sets of nodes, 4 bytes a node below 2^32 of them and 8 from there on; edges are not kept.
+    """Disjoint sets of nodes. They take 4 bytes a node below 2^32 nodes, and 8 from there on. Edges are not kept.
 
     Args:
-        nodes: how many there are.
+        nodes: number of nodes.
     """
 
     def __init__(self, nodes: int) -> None:
@@ -63,11 +64,11 @@ class Components:
         """Put the nodes ``first`` [E] and ``second`` [E] of each edge in one component.
 
         Raises:
-            IndexError: there is no such node.
+            IndexError: an edge names a node that does not exist.
         """
         _join(self._parent, first, second)
 
     def labels(self) -> Labels:
-        """The lowest node of each node's component [N]; shares memory with this object."""
+        """The lowest node of each node's component [N]. The array shares memory with this object."""
         _label(self._parent)
         return self._parent

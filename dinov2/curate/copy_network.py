@@ -1,8 +1,8 @@
 """A small convolutional network that tells copies of an image from images that merely look alike.
 
-It stands in for SSCD (Pizzi et al., arXiv:2202.10261), whose weights cannot be had offline, and was trained like it:
-two views of a patch are to be told from all other patches, and KoLeo spreads what is different.
-``examples/copy_network.py`` made its weights, of the left halves of the bundled photographs.
+It replaces SSCD (Pizzi et al., arXiv:2202.10261), whose weights cannot be had offline, and was trained like it: the
+network tells two views of a patch from all other patches, and KoLeo spreads the vectors of different patches.
+``examples/copy_network.py`` trained its weights on the left halves of the bundled photographs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CONTRAST_FLOOR = 0.02  # added to the standard deviation of an image, on a scale
 
 
 class CopyNetwork(nn.Module):
-    """Images float32 [b, 3, 64, 64] on a scale of 0 to 1 to unit vectors [b, 128]."""
+    """Maps images float32 [b, 3, 64, 64] on a scale from 0 to 1 to unit vectors [b, 128]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,11 +38,11 @@ class CopyNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Vectors of views."""
-        # Brightness and contrast of all channels together are what a copy may change.
+        # A copy may change the brightness and contrast of all channels together.
         x = (x - x.mean(dim=(1, 2, 3), keepdim=True)) / (x.std(dim=(1, 2, 3), keepdim=True) + CONTRAST_FLOOR)
         y = self.stages(x.contiguous(memory_format=torch.channels_last))  # [b, C, 4, 4]
         pooled = y.clamp_min(1e-6).pow(3).mean(dim=(2, 3)).pow(1 / 3)  # GeM (arXiv:1711.02512), [b, C]
-        places = F.adaptive_avg_pool2d(y, 2).flatten(1)  # [b, 4 C]: what is where
+        places = F.adaptive_avg_pool2d(y, 2).flatten(1)  # [b, 4 C]: coarse positions
         return F.normalize(self.head(torch.cat([pooled, places], dim=1)), dim=1)
 
     def describe(self, x: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class CopyNetwork(nn.Module):
 
 
 def _stage(a: int, b: int) -> nn.Sequential:
-    """Half the size: [n, a, h, w] to [n, b, h / 2, w / 2]."""
+    """A stage that halves the size: [n, a, h, w] to [n, b, h / 2, w / 2]."""
     return nn.Sequential(
         nn.Conv2d(a, b, 3, stride=2, padding=1, bias=False),
         nn.BatchNorm2d(b),
@@ -64,7 +64,7 @@ def _stage(a: int, b: int) -> nn.Sequential:
 
 @torch.inference_mode()
 def describe_copies(images: list[Pixels]) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
-    """Features [b, 128] of uint8 RGB images [H, W, 3]; of each the whole is looked at, squashed to a square."""
+    """Features [b, 128] of uint8 RGB images [H, W, 3], each squashed to a square as a whole."""
     views = np.stack([resized(image, SIZE, SIZE).transpose(2, 0, 1) for image in images])  # [b, 3, SIZE, SIZE]
     return _network().describe(torch.from_numpy(views).float() / 255).numpy()
 

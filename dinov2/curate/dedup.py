@@ -1,4 +1,4 @@
-"""The dedup stage: one of each group of near-copies stays, and nothing that is near an image to test models on."""
+"""The dedup stage keeps one image of each group of near-copies, and drops images that are near an evaluation image."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ class DedupConfig(Config, at="dedup"):
 
 
 def dedup(pool: Pool, references: Mapping[str, Pool], config: DedupConfig, output: str) -> Steps[Pool]:
-    """Keep one of each group of near-copies, and nothing that is near a reference image (appendix A of DINOv2).
+    """Keep one image of each group of near-copies, and none that is near a reference image (appendix A of DINOv2).
 
-    Each image is linked to its nearest neighbours above a threshold; linked images are a component, as are those linked
-    to these. Components that are linked to a reference image are dropped as a whole. Of each other component the
-    largest image is kept, of equally large ones the first; and of the images that a guard finds unlike it, likewise.
-    Images without features cannot be compared, so these are dropped too.
+    Each image is linked to its nearest neighbours above a threshold. Images connected by links form a component. A
+    component that is linked to a reference image is dropped as a whole. Each other component keeps its largest image;
+    among equals, the first. A guard finds the members that are unlike the kept image; of these the largest is kept too,
+    and so on. Images without features cannot be compared, so they are dropped.
 
     Args:
-        pool: with features.
-        references: pools of evaluation images with features of the same kind, by a name for each.
+        pool: images with features.
+        references: pools of evaluation images by name, with features of the same kind.
         config: thresholds, and how neighbours are found.
         output: folder or URL of the whole curation.
 
@@ -69,7 +69,7 @@ def dedup(pool: Pool, references: Mapping[str, Pool], config: DedupConfig, outpu
     """
     for name in references:
         if not NAME.fullmatch(name):
-            raise ValueError(f"references must be named by letters, digits, '_' and '-', but one is {name!r}")
+            raise ValueError(f"references: expected names of letters, digits, '_' and '-', got {name!r}")
     threshold = min(config.threshold, config.reference_reach) if references else config.threshold
     neighbours = yield from search(
         pool, pool, config.search, output, stage="dedup", k=config.neighbours, threshold=threshold
@@ -87,7 +87,7 @@ def dedup(pool: Pool, references: Mapping[str, Pool], config: DedupConfig, outpu
 def _decide(
     pool: Pool, neighbours: Neighbours, references: tuple[Reference, ...], config: DedupConfig, output: str
 ) -> Steps[str]:
-    """From links to decisions; gives the folder of these."""
+    """Steps from links to decisions; the value is the folder of the decisions."""
     layout = neighbours.searched
     settings = {name: value for name, value in to_json(config).items() if name != "search"}
     settings["references"] = [reference.name for reference in references]
@@ -118,9 +118,9 @@ class Reference:
     """Images that must not be in the pool.
 
     Attributes:
-        name: of the set.
-        pool: its images, with features.
-        links: the nearest of them to each image of the pool, where one is near enough.
+        name: name of the set.
+        pool: images of the set, with features.
+        links: for each image of the curated pool, the nearest image of the set, if one is near enough.
     """
 
     name: str
@@ -129,23 +129,25 @@ class Reference:
 
 
 def part_name(number: int) -> str:
-    """Of the tables of one part of all members."""
+    """The name of the tables of one part of all members."""
     return f"part-{number:05d}"
 
 
 def find_components(
     output: Output, pool: Pool, neighbours: Neighbours, references: tuple[Reference, ...], config: DedupConfig
 ) -> Counts:
-    """Task: components of the whole pool, in one pass over the links with 4 bytes a row; 8 for a ``reference_reach``.
+    """Task: find the components of the whole pool, in one pass over the links.
 
-    For each shard a table ``all.SHARD.parquet`` with a row for each of its rows:
+    This takes 4 bytes a row, or 8 if there is a ``reference_reach``.
 
-    - component, int64: the lowest position of its component;
-    - reference, int16: number of the reference set for which the component is dropped, -1 where it is not;
-    - reference_position, int64: of the reference image nearest to any of the component.
+    For each shard it writes a table ``all.SHARD.parquet`` with one row for each row of the shard:
 
-    Of all members of components that are not dropped, by component and then from the best down, tables
-    ``all.part-NUMBER.parquet`` of :data:`PART` members each: position, component, best (position of the best).
+    - component, int64: lowest position of the row's component;
+    - reference, int16: number of the reference set for which the component is dropped, -1 if it is not dropped;
+    - reference_position, int64: position of the reference image that is nearest to any image of the component.
+
+    It also writes tables ``all.part-NUMBER.parquet``, each of :data:`PART` members of components that are not dropped,
+    sorted by component and then from the best image down: position, component, best (position of the best image).
     """
     layout = neighbours.layout()
     labels = _components(layout, neighbours, config.threshold).labels()
@@ -182,14 +184,14 @@ def find_components(
 
 @dataclass(frozen=True)
 class _Nearest:
-    """Components that are linked to a reference image, by label, and which one is nearest to any of their images."""
+    """Components that are linked to a reference image, and for each the nearest reference image."""
 
     label: npt.NDArray[np.int64]  # [C], sorted
     reference: npt.NDArray[np.int16]  # [C]
     position: npt.NDArray[np.int64]  # [C]
 
     def of(self, labels: Labels) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int64]]:
-        """The reference set and the position in it for labels [N]; -1 where there is none."""
+        """The reference set and the position in it for labels [N]; -1 for components without a reference."""
         if not len(self.label):
             return np.full(len(labels), -1, np.int16), np.full(len(labels), -1, np.int64)
         slot = np.minimum(np.searchsorted(self.label, labels), len(self.label) - 1)
@@ -218,7 +220,7 @@ def _links(
 
 
 def _references_of_components(layout: Layout, references: tuple[Reference, ...], reach: Labels) -> _Nearest:
-    """For each component with links to reference images that of the largest cosine; of equal ones the first."""
+    """For each component with links to reference images, the one with the largest cosine; among equals, the first."""
     labels, numbers, positions, cosines = [], [], [], []
     for number, reference in enumerate(references):
         for shard in layout.names:
@@ -258,14 +260,14 @@ def _areas(pool: Pool, layout: Layout, positions: npt.NDArray[np.int64]) -> npt.
 
 
 def choose(output: Output, pool: Pool, layout_folder: str, components: str, part: str, config: DedupConfig) -> Counts:
-    """Task: a representative for each member of a part of all components.
+    """Task: choose a representative for each member of a part of all components.
 
-    The best image of a component, the one with the largest area and of equal ones that of the lowest position, stands
-    for all members whose cosine to it is above the guard's threshold. Of the others of that component in this part the
-    best stands for those above the threshold, and so on; after the last round the rest stand for themselves.
+    The best image of a component has the largest area; among equals, the lowest position. It represents all members
+    whose cosine to it is above the guard's threshold. In the next round, the best of the other members in this part
+    represents those above the threshold, and so on. After the last round the rest represent themselves.
 
-    Writes position, representative (position; the row's own where it is kept), cosine to it, and guard_rejected (bool):
-    the member was too far from the best of its component.
+    It writes position, representative (a position; a kept row has its own), the cosine to it, and guard_rejected
+    (bool): whether the member was too far from the best image of its component.
     """
     table = read_table(components, f"all.{part}")
     position, component, best = (table[name].to_numpy() for name in ("position", "component", "best"))
@@ -299,7 +301,7 @@ def choose(output: Output, pool: Pool, layout_folder: str, components: str, part
 
 
 def assign(output: Output, layout_folder: str, chosen: str, parts: tuple[str, ...]) -> Counts:
-    """Task: the same by shard, tables ``all.SHARD.parquet`` with row instead of position, ordered by row."""
+    """Task: sort the results of ``choose`` by shard, into tables ``all.SHARD.parquet`` with row instead of position."""
     tables = [read_table(chosen, part) for part in parts]
     names = ("position", "representative", "cosine", "guard_rejected")
     empty = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, bool))
@@ -325,7 +327,7 @@ def _cosines(
     vectors: PoolVectors,
     positions: npt.NDArray[np.int64],
 ) -> npt.NDArray[np.float32]:
-    """Exact cosines of ``members[rows]`` with the features at ``positions``, of which many are the same."""
+    """Exact cosines of ``members[rows]`` with the features at ``positions``; many positions repeat."""
     distinct, slot = np.unique(positions, return_inverse=True)
     others = vectors.gather(distinct)
     cosines = np.empty(len(rows), np.float32)
@@ -338,23 +340,23 @@ def _cosines(
 def decide(
     output: Output, pool: Pool, layout_folder: str, components: str, chosen: str, references: tuple[Reference, ...]
 ) -> Counts:
-    """Task: which rows of a shard stay.
+    """Task: decide which rows of a shard are kept.
 
-    Beside keep and reason there are columns, null where they do not apply:
+    The table has keep, reason and these columns, which are null if they do not apply:
 
-    - component, int64: position of the first image of its component, the same for all of them;
+    - component, int64: position of the first image of the row's component;
     - representative_shard, representative_row, representative_cosine: the image that is kept for this one, or itself;
-      of the members of components of two images and more;
-    - guard_rejected, bool: too far from the best image of its component to be dropped for that one;
+      only for members of components of two or more images;
+    - guard_rejected, bool: whether the row is too far from the best image of its component to be dropped for it;
     - reference, reference_shard, reference_row, reference_cosine: set and place of the reference image for which this
-      one is dropped, and their cosine. Where that is not above the threshold, the reference image is near another image
-      of the component.
+      row is dropped, and their cosine. If the cosine is not above the threshold, the reference image is near another
+      image of the component.
     """
     layout, shard = read_layout(layout_folder), output.shard
     start, stop = layout.range_of(shard)
     before = pool.kept(shard)
     vectors, present = PoolVectors(pool, layout).block(start, stop)
-    rows = present - start  # [N] of those that are in and have features
+    rows = present - start  # [N] rows that are in and have features
 
     found = read_table(components, f"all.{shard}")
     members = read_table(chosen, f"all.{shard}")
@@ -382,7 +384,7 @@ def decide(
 def _references_of_rows(
     found: Any, references: Sequence[Reference], shard: str
 ) -> tuple[npt.NDArray[np.int16], Positions]:
-    """Number of a set and position in it for each row of a shard: its own link, else its component's, else -1."""
+    """Set number and position of each row's reference image: by its own link, else by its component's, else -1."""
     sets, places = found["reference"].to_numpy().copy(), found["reference_position"].to_numpy().copy()
     cosines = np.full(len(sets), -2, np.float32)
     for number, reference in enumerate(references):
@@ -402,7 +404,7 @@ def _reference_columns(
     vectors: Vectors,
     rows: Positions,
 ) -> dict[str, Any]:
-    """Columns for the rows ``near`` [M], among the rows [N] that have vectors [N, D]."""
+    """Reference columns of the rows ``near`` [M], which are among the rows [N] with vectors [N, D]."""
     names, shards = np.full(len(near), None, object), np.full(len(near), None, object)
     reference_rows, cosines = np.zeros(len(near), np.int64), np.zeros(len(near), np.float32)
     for number, reference in enumerate(references):
@@ -422,14 +424,14 @@ def _reference_columns(
 
 
 def _place(name: str, size: int, rows: Positions, layout: Layout, positions: Positions) -> dict[str, Any]:
-    """Shard and row of positions [M], as columns for the rows [M]."""
+    """Columns with the shard and row of positions [M], at the rows [M]."""
     numbers, places = layout.locate(positions)
     shards = np.asarray(layout.names, object)[numbers]
     return {f"{name}_shard": _column(size, rows, shards), f"{name}_row": _column(size, rows, places)}
 
 
 def _column(size: int, rows: Positions, values: npt.NDArray[Any]) -> Any:
-    """An array of Arrow [size] with values [M] at some rows [M] and null at the others."""
+    """An Arrow array [size] with values [M] at the rows [M] and null at the others."""
     arrow = require("pyarrow", extra="curate", purpose="curation")
     dense, absent = np.zeros(size, values.dtype), np.ones(size, bool)
     dense[rows], absent[rows] = values, False

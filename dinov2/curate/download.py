@@ -1,4 +1,4 @@
-"""The download stage: links are dealt out to tasks host by host, and each task fetches its own."""
+"""The download stage: shares out links to tasks host by host; each task fetches its links."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from dinov2.data.shards.storage import Storage
 from dinov2_kernels._extras import require
 from dinov2_kernels._version import __version__
 
-UNDER_WAY = 4  # links of a task in memory, times its concurrency
+UNDER_WAY = 4  # a task has this many times its concurrency of links in memory
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 CHUNK = 65_536
@@ -97,14 +97,14 @@ class DownloadConfig(Config, at="download"):
     """Fetch from this machine and private networks too. Tests and crawls of an own network need it."""
 
     def rules(self) -> Rules:
-        """What is sent to servers fits into a header."""
+        """What we send to servers fits into a header."""
         is_name = bool(self.agent) and self.agent.isascii() and "\n" not in self.agent
         yield "agent", is_name, "a name in ASCII"
         yield "contact", "\n" not in self.contact, "one line"
 
     @property
     def user_agent(self) -> str:
-        """What servers are told."""
+        """The User-Agent header that servers get."""
         return f"{self.agent}/{__version__}" + (f" (+{self.contact})" if self.contact else "")
 
 
@@ -112,13 +112,14 @@ def download(links: str, config: DownloadConfig, output: str) -> Steps[Pool]:
     """Fetch images from links into tar shards.
 
     Args:
-        links: folder or URL of Parquet tables with a column url; page and alt, if there are such, go into the index.
-        config: limits and manners.
+        links: folder or URL of Parquet tables with a column url. Columns page and alt are optional and go into the
+            index.
+        config: limits, and how politely links are fetched.
         output: folder or URL of the whole curation.
 
     Returns:
-        The pool. Beside its tars lies a table for each shard, of all its links: url, host, reason (null where there is
-        an image), tries, bytes.
+        The pool. Each shard also has a table of all its links: url, host, reason (null if there is an image), tries,
+        bytes.
 
     Raises:
         ValueError: there are no links.
@@ -126,7 +127,7 @@ def download(links: str, config: DownloadConfig, output: str) -> Steps[Pool]:
     storage = Storage(links)
     tables = storage.files("", ".parquet")
     if not tables:
-        raise ValueError(f"links must be a folder of Parquet tables, but {links!r} has none")
+        raise ValueError(f"links: expected a folder of Parquet tables, got {links!r}, which has none")
     listing = digest({name: storage.filesystem.size(path) for name, path in tables.items()})
     task = Task("all", _plan, (links, config.links_per_shard))
     plan = Step(output, "download-plan", [config.links_per_shard, listing], (links,), [task], "links")
@@ -141,8 +142,8 @@ def download(links: str, config: DownloadConfig, output: str) -> Steps[Pool]:
 def _plan(output: Output, links: str, links_per_shard: int) -> Counts:
     """Task: write ``all.SHARD.parquet`` with the links of each shard.
 
-    Hosts are dealt out whole, in the order of the hashes of their names; one with more links than a shard holds goes
-    on in the next. Within a shard, links are in the order of their hashes, so that hosts take turns.
+    All links of a host go into one shard; hosts are sorted by the hashes of their names. A host with more links than a
+    shard holds continues in the next shard. Links of a shard are sorted by their hashes, so that hosts take turns.
     """
     by_host: dict[str, dict[str, tuple[str, str]]] = defaultdict(dict)
     dropped, rows = Counter[str](), 0
@@ -211,7 +212,7 @@ def _download(output: Output, plan: str, config: DownloadConfig) -> Counts:
 
 
 async def _fetch_all(urls: list[str], config: DownloadConfig, folder: Path) -> list[Fetched]:
-    """Fetch links, each into the file of its number; the results are without their contents."""
+    """Fetch each link into a file named by its number. The results have no contents."""
     room = asyncio.Semaphore(UNDER_WAY * config.concurrency)
 
     async def one(fetcher: Fetcher, number: int) -> Fetched:
@@ -241,12 +242,12 @@ def _hash(text: str) -> str:
 
 
 class Fetched(NamedTuple):
-    """What became of a link.
+    """The result of a link.
 
     Attributes:
-        content: the file; None where there is none.
-        reason: why there is none; None where there is one.
-        tries: how many there were.
+        content: bytes of the file; None if the link failed.
+        reason: why the link failed; None if there is a file.
+        tries: number of tries.
     """
 
     content: bytes | None
@@ -258,15 +259,15 @@ class _FailedError(Exception):
     def __init__(self, reason: str, wait: float | None = None) -> None:
         super().__init__(reason)
         self.reason = reason
-        self.wait = wait  # seconds before it may have passed; None where it will not
+        self.wait = wait  # seconds until a new try may help; None if no try will help
 
 
 class Fetcher:
     """A client for one task; used as an asynchronous context manager.
 
     Args:
-        config: limits and manners.
-        resolver: of names, as aiohttp has them; the system's by default. Its answers are checked.
+        config: limits, and how politely links are fetched.
+        resolver: an aiohttp resolver of names; the system's by default. Its answers are checked.
     """
 
     def __init__(self, config: DownloadConfig, resolver: Any = None) -> None:
@@ -299,7 +300,7 @@ class Fetcher:
         await self._session.close()
 
     async def fetch(self, url: str) -> Fetched:
-        """The image at a normal URL."""
+        """Fetch the image at a normal URL."""
         wait = self._config.backoff
         for tries in range(1, self._config.tries + 1):
             try:
@@ -314,7 +315,7 @@ class Fetcher:
         raise AssertionError
 
     async def _follow(self, url: str) -> bytes:
-        """The bytes at a URL, through redirects, each of which is checked like the first."""
+        """Fetch the bytes at a URL through redirects. Each redirect is checked like the first URL."""
         for _ in range(self._config.max_redirects + 1):
             self._check_url(url)
             if self._config.robots and not await self._robots.allows(url):
@@ -338,9 +339,9 @@ class Fetcher:
                 raise _FailedError(PRIVATE) from None
 
     async def _get(self, url: str, limit: int, is_robots: bool = False) -> bytes | _Redirect:
-        """One request. Its failures are told apart by whether trying again may help.
+        """Send one request. A failure says whether a new try may help.
 
-        Of a robots.txt that is too large the beginning counts (RFC 9309), and whether it wants to be found does not.
+        If a robots.txt is too large, its beginning counts (RFC 9309). Its own X-Robots-Tag does not count.
         """
         aiohttp = self._aiohttp
         host = host_of(url)
@@ -388,7 +389,7 @@ class Fetcher:
             return RobotsFile(int(status) if status.isdigit() else 0, b"")
         except RefusedURLError:
             pass
-        return RobotsFile(404, b"")  # RFC 9309: after five redirects there is none
+        return RobotsFile(404, b"")  # RFC 9309: after five redirects a robots.txt counts as missing
 
     def _check_image(self, content: bytes) -> None:
         try:
@@ -406,9 +407,9 @@ class _Redirect(NamedTuple):
 
 
 async def _body(response: Any, limit: int, cut: bool) -> bytes:
-    """The body of a response, decompressed where a server did what was not asked of it.
+    """Read the body of a response, and decompress it if the server compressed it without being asked.
 
-    Never more than the limit is read; what exceeds it fails, or is cut off there.
+    At most ``limit`` bytes are read. A longer body fails, or is cut off if ``cut``.
     """
     encoding = response.headers.get("Content-Encoding", "").strip().lower()
     if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
@@ -430,7 +431,7 @@ async def _body(response: Any, limit: int, cut: bool) -> bytes:
 
 
 def _retry_after(headers: Any) -> float:
-    """Seconds that Retry-After asks to wait, which may be a number or a date."""
+    """The seconds that Retry-After asks to wait. The header holds a number or a date."""
     value = headers.get("Retry-After", "")
     if value.isdecimal():
         return float(value)

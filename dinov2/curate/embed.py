@@ -1,4 +1,4 @@
-"""The embed stage: features beside every image, from a model of any kind or from a built-in one."""
+"""The embed stage: a feature for every image, from your model or from a built-in one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from dinov2.train.processes import resolve_device
 UNREADABLE, FEATURELESS = "unreadable", "without features"
 Features = npt.NDArray[np.float32]
 Model = Callable[[list[Pixels]], Features]
-"""Takes uint8 RGB images [H, W, 3] of any sizes and gives their features [b, D], of any length."""
+"""Takes b uint8 RGB images [H, W, 3] of any sizes and returns their features [b, D], of any norm."""
 
 DEFAULT_SIZE = 224
 
@@ -63,24 +63,22 @@ class EmbedConfig(Config, at="embed"):
 
 
 def embed(pool: Pool, config: EmbedConfig, output: str) -> Steps[Pool]:
-    """Write the features of a pool's images: float16 [n, D] a shard, of unit length, NaN in rows that have none.
+    """Write the features of a pool's images: float16 [n, D] a shard, of unit length, NaN in rows without a feature.
 
     Args:
-        pool: images.
-        config: which features.
+        pool: images to embed.
+        config: the model, and what it sees.
         output: folder or URL of the whole curation.
 
     Returns:
-        The pool with its features, and without images that have none.
+        The pool with its features, without the images that have none.
 
     Raises:
-        ValueError, FileNotFoundError: there is no such model.
+        ValueError, FileNotFoundError: the model does not exist.
     """
     name = config.model
     if not (name in BUILT_IN or is_function(name) or Path(name).exists()):
-        raise FileNotFoundError(
-            f"embed.model must be {', '.join(BUILT_IN)}, MODULE:FUNCTION or a file, but is {name!r}"
-        )
+        raise FileNotFoundError(f"embed.model: expected {', '.join(BUILT_IN)}, MODULE:FUNCTION or a file, got {name!r}")
     settings = dataclasses.replace(config, device="auto", model=name if name in BUILT_IN else identity_of(name))
     tasks = [Task(shard, _embed, (pool, shard, config)) for shard in pool.shards()]
     features = Step(output, "embed-features", settings, (pool.images, *pool.decisions), tasks, gpu=True)
@@ -89,7 +87,7 @@ def embed(pool: Pool, config: EmbedConfig, output: str) -> Steps[Pool]:
 
 
 def _embed(output: Output, pool: Pool, shard: str, config: EmbedConfig) -> Counts:
-    """Task: the features of a shard."""
+    """Task: write the features of a shard."""
     model = open_model(config)
     before = pool.kept(shard)
     reasons: list[str | None] = [None] * len(before)
@@ -108,7 +106,7 @@ def _embed(output: Output, pool: Pool, shard: str, config: EmbedConfig) -> Count
 
 
 def unit(features: Features) -> npt.NDArray[np.float16]:
-    """Rows [n, D] scaled to unit length, then rounded; NaN where they have no direction."""
+    """Scale rows [n, D] to unit length, then round them. Rows without a direction become NaN."""
     lengths = np.linalg.norm(features.astype(np.float64), axis=1, keepdims=True)
     with np.errstate(invalid="ignore", divide="ignore"):
         scaled: npt.NDArray[np.float16] = np.where(lengths > 0, features / lengths, np.nan).astype(np.float16)
@@ -118,7 +116,7 @@ def unit(features: Features) -> npt.NDArray[np.float16]:
 def _batches(
     pool: Pool, shard: str, kept: npt.NDArray[np.bool_], reasons: list[str | None], size: int
 ) -> Iterator[tuple[list[int], list[Pixels]]]:
-    """Rows and images; says of rows that have none why."""
+    """Batches of rows and their images; unreadable rows get their reason."""
     rows: list[int] = []
     images: list[Pixels] = []
     files = pool.open_images(shard)
@@ -137,7 +135,7 @@ def _batches(
 
 
 def _width(model: Model) -> int:
-    """Numbers of a feature, from an image that is nobody's."""
+    """The dimension of a feature, measured on a blank image."""
     width: int = model([np.zeros((64, 64, 3), np.uint8)]).shape[1]
     return width
 
@@ -146,8 +144,8 @@ def open_model(config: EmbedConfig) -> Model:
     """The model that a configuration names.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no model, or takes other images than the configuration says.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is no model, or the model takes images of another size.
         ImportError: a package is missing; the message names the extra.
     """
     if config.model in BUILT_IN:
@@ -165,13 +163,13 @@ def open_model(config: EmbedConfig) -> Model:
     size = config.size or network.config.img_size
     if size % network.config.patch_size:
         raise ValueError(
-            f"embed.size must be a multiple of {network.config.patch_size}, the model's patch, but is {size}"
+            f"embed.size: expected a multiple of {network.config.patch_size}, the model's patch, got {size}"
         )
     return _seen(lambda views: network(views.to(device)).float().cpu(), config, size)
 
 
 def colour_texture(images: list[Pixels]) -> Features:
-    """Colours and textures of each image, their histograms compared by their square roots (Hellinger): [b, 86]."""
+    """Square roots of histograms of each image's colours and textures (Hellinger distance): [b, 86]."""
     rows = [
         np.concatenate([colour_histogram(image[None]), 2 * texture_histogram(image[None])], axis=1) for image in images
     ]
@@ -183,7 +181,7 @@ BUILT_IN: dict[str, Model] = {"copies": describe_copies, "colour-texture": colou
 
 
 def _seen(network: Callable[[Tensor], Tensor], config: EmbedConfig, size: int) -> Model:
-    """A model of images from a network of batches."""
+    """Make a model of images from a network that takes batches."""
     size = config.size or size
 
     @torch.inference_mode()
@@ -196,13 +194,13 @@ def _seen(network: Callable[[Tensor], Tensor], config: EmbedConfig, size: int) -
 
 
 def _view(image: Pixels, config: EmbedConfig, size: int) -> Tensor:
-    """What a network sees of an image, float32 [3, size, size]."""
+    """The part of an image that a network sees, float32 [3, size, size]."""
     seen = central_crop(image, size) if config.view == "centre" else resized(image, size, size)
     return torch.from_numpy(normalize(seen, config.mean, config.std))
 
 
 def _is_torchscript(path: str) -> bool:
-    """TorchScript files are zip archives with code in them; files of weights have none."""
+    """Whether a file is TorchScript: a zip archive with code in it. Files of weights have no code."""
     try:
         return any(
             name.startswith("code/") or "/code/" in name for name in torch._C.PyTorchFileReader(path).get_all_records()

@@ -1,4 +1,4 @@
-"""Where tasks run: in this process, in several processes of this machine, or on a cluster of Ray."""
+"""Engines run tasks in this process, in several processes of this machine, or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 class Call(NamedTuple):
-    """A task, and the folder of its step."""
+    """A task and the folder of its step."""
 
     folder: str
     task: Task
@@ -35,33 +35,33 @@ class Call(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a call: nothing to say, or why there is no shard."""
+    """The result of a call: no error, or the reason why the shard is missing."""
 
     call: Call
     error: Exception | None
 
 
 class LostTaskError(RuntimeError):
-    """The process that made a shard is gone: killed, by the system where memory is short, or with its machine."""
+    """The process that made a shard is gone: the system killed it (memory was short), or its machine was lost."""
 
 
 class Engine(Protocol):
-    """Runs calls, each once, and says of each what became of it, in the order in which they end."""
+    """Runs each call once and yields its outcome. Outcomes come in the order in which calls end."""
 
     def run(self, calls: Sequence[Call], at_once: int | None = None) -> Iterator[Outcome]:
-        """``at_once`` limits how many run side by side, below what the engine has room for."""
+        """Run calls. ``at_once`` limits how many run side by side; the engine may run fewer."""
         ...
 
 
 def execute(call: Call) -> None:
-    """Run a call on one thread, so that neither speed nor rounding depends on who else runs."""
+    """Run a call on one thread, so that neither speed nor rounding depends on other calls."""
     with single_thread():
         run_task(call.folder, call.task)
 
 
 @contextmanager
 def single_thread() -> Iterator[None]:
-    """One thread for PyTorch, and for Faiss where it is in use."""
+    """Limit PyTorch, and Faiss if it is loaded, to one thread."""
     faiss = sys.modules.get("faiss")
     threads, faiss_threads = torch.get_num_threads(), faiss.omp_get_max_threads() if faiss else None
     torch.set_num_threads(1)
@@ -76,7 +76,7 @@ def single_thread() -> Iterator[None]:
 
 
 class Inline:
-    """The engine without processes."""
+    """The engine that runs calls in this process."""
 
     def run(self, calls: Sequence[Call], at_once: int | None = None) -> Iterator[Outcome]:
         """Run calls in their order."""
@@ -90,10 +90,10 @@ class Inline:
 
 
 class ProcessPool:
-    """The default engine. Its processes stay from one step to the next, until one of them is lost.
+    """The default engine. Its processes are reused from step to step, until one of them is lost.
 
     Args:
-        workers: processes; 0 is one for each core that this process may use.
+        workers: number of processes; 0 starts one for each core that this process may use.
     """
 
     def __init__(self, workers: int = 0) -> None:
@@ -101,14 +101,14 @@ class ProcessPool:
         self._executor: ProcessPoolExecutor | None = None
 
     def run(self, calls: Sequence[Call], at_once: int | None = None) -> Iterator[Outcome]:
-        """Run calls; when a process is lost, so are the tasks that were under way, and new processes do the rest."""
+        """Run calls. When a process is lost, all running tasks are lost too, and new processes run the rest."""
         waiting = deque(calls)
         width = min(at_once or self.workers, self.workers)
         while waiting:
             yield from self._until_broken(waiting, width)
 
     def _until_broken(self, waiting: deque[Call], width: int) -> Iterator[Outcome]:
-        """Run what waits, ``width`` at once, until all is done or a process is lost; what waits then was not begun."""
+        """Run waiting calls, ``width`` at once, until all are done or a process is lost; the rest still wait then."""
         if self._executor is None:
             self._executor = ProcessPoolExecutor(self.workers, _context(), initializer=_begin)
         executor = self._executor
@@ -118,7 +118,7 @@ class ProcessPool:
                 while waiting and self._executor and len(under_way) < width:
                     try:
                         future = executor.submit(execute, waiting[0])
-                    except BrokenExecutor:  # lost meanwhile; what was under way will say so
+                    except BrokenExecutor:  # a process was lost; the running calls will report it
                         self._executor = None
                     else:
                         under_way[future] = waiting.popleft()
@@ -126,7 +126,7 @@ class ProcessPool:
                     call, error = under_way.pop(future), future.exception()
                     if isinstance(error, BrokenExecutor):
                         self._executor = None
-                        error = LostTaskError("the process that made it was killed; most often memory is short")
+                        error = LostTaskError("the process that made this shard was killed; most often memory is short")
                     if error is not None and not isinstance(error, Exception):
                         raise error
                     yield Outcome(call, error)
@@ -140,7 +140,7 @@ class ProcessPool:
 
 
 def _begin() -> None:
-    """In a new process: Ctrl-C is for the first process, without which this one is of no use."""
+    """Set up a new process: it ignores Ctrl-C, which is for its parent, and ends when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -153,7 +153,7 @@ def _end_with_parent() -> None:
 
 
 def _context() -> multiprocessing.context.BaseContext:
-    """Forks of a server that has loaded what tasks need; libraries were told of one thread when they were loaded."""
+    """Processes fork from a server that has loaded the libraries of tasks, each told to use one thread."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dinov2.curate", "cv2", "faiss", "pyarrow.parquet"])
     before = {name: os.environ.get(name) for name in THREADS}
@@ -169,14 +169,16 @@ def _context() -> multiprocessing.context.BaseContext:
 
 
 class RayCluster:
-    """Every task takes one core, and one GPU if it wants one and the cluster has any.
+    """Runs tasks on a Ray cluster. A task takes one core, and one GPU if it wants one and the cluster has any.
 
-    Ray carries paths and settings alone; tasks read and write the storage themselves, which all machines must see, with
-    the same packages installed. A task whose worker or machine is lost is reported as such, and not repeated by Ray.
+    Only paths and settings are sent through Ray. Tasks read and write the storage themselves, so all machines must see
+    it and have the same packages installed. If a worker or machine is lost, its task is reported as lost; Ray does not
+    repeat it.
 
     Args:
-        address: of a running cluster, as ``ray.init`` takes it; None starts one here, which ends with this process.
-        workers: tasks at once; 0 is as many as the cluster has room for.
+        address: address of a running cluster, as ``ray.init`` takes it; None starts one here, which ends with this
+            process.
+        workers: number of tasks at once; 0 is as many as the cluster has room for.
 
     Raises:
         ImportError: Ray is missing (extra ``ray``).
@@ -190,7 +192,7 @@ class RayCluster:
             self._ray.init(address=address, include_dashboard=False, log_to_driver=False, **here)
 
     def run(self, calls: Sequence[Call], at_once: int | None = None) -> Iterator[Outcome]:
-        """Hand calls to Ray, a few more than run at once, so that workers never wait for this process."""
+        """Send calls to Ray. A few more than run at once are sent, so that workers never wait for this process."""
         gpus = bool(self._ray.cluster_resources().get("GPU"))
         room = self.workers or 2 * int(self._ray.cluster_resources().get("CPU", 1))
         width = min(at_once or room, room)
@@ -214,7 +216,7 @@ class RayCluster:
             cause = error.cause
             return cause if isinstance(cause, Exception) else error
         except errors.RayError as error:
-            return LostTaskError(f"the worker that made it is gone: {str(error).splitlines()[0]}")
+            return LostTaskError(f"the worker that made this shard is gone: {str(error).splitlines()[0]}")
         return None
 
 
@@ -239,10 +241,10 @@ class EngineConfig(Config, at="engine"):
         yield "address", self.address is None or self.kind == "ray", f"None with engine.kind {self.kind}"
 
     def open(self) -> Engine:
-        """The engine.
+        """Make the engine.
 
         Raises:
-            ImportError: it is Ray, which is missing (extra ``ray``).
+            ImportError: the engine is Ray, and Ray is missing (extra ``ray``).
         """
         match self.kind:
             case "inline":

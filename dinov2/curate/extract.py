@@ -1,4 +1,4 @@
-"""The extract stage: the links to images of every web page, then each link once."""
+"""The extract stage: takes the links to images from every web page, then removes repeats."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from dinov2_kernels._extras import require
 COLUMNS = ("url", "page", "alt", "attribute")
 BLOCKED, OPTED_OUT, REPEATED = "blocked domain", "page opted out", "repeated link"
 NO_FILE = "cannot be opened"
-PER_BUCKET = 100_000  # links that a task compares
+PER_BUCKET = 100_000  # links that one task compares to remove repeats
 HTML, WARC, WAT = (".html", ".htm", ".xhtml"), (".warc",), (".wat",)
 COMPRESSED = ".gz"
 
 DAMAGED, NO_HTML, TRUNCATED_PAGE = "damaged archive", "no HTML", "page too large"
 UNKNOWN_ENCODING, UNREADABLE = "unknown encoding", "page not parsed"
 
-MAX_METADATA = 20_000_000  # bytes of a record of WAT, which is JSON and of no use in part
+MAX_METADATA = 20_000_000  # bytes of a WAT record; it is JSON, so a part of it is useless
 PIECE = 65_536
 
 
@@ -59,24 +59,24 @@ class ExtractConfig(Config, at="extract"):
 
 
 def extract(pages: str, config: ExtractConfig, output: str) -> Steps[str]:
-    """Links to images in pages.
+    """Extract links to images from pages.
 
     Args:
-        pages: folder or URL of files ``.html``, ``.warc`` and ``.wat``, of any nesting, each also with ``.gz``.
+        pages: folder or URL, of any nesting, with files ``.html``, ``.warc`` and ``.wat``, each also with ``.gz``.
         config: which links are taken.
         output: folder or URL of the whole curation.
 
     Returns:
-        Folder of tables with the columns url, page, alt and attribute, in which no URL is twice.
+        Folder of tables with the columns url, page, alt and attribute. No URL is repeated.
 
     Raises:
-        ValueError: there are no such files.
+        ValueError: the folder has no such files.
     """
     storage = Storage(pages)
     found = storage.filesystem.find(storage.root, detail=True)
     sizes = {path[len(storage.root) + 1 :]: found[path]["size"] for path in sorted(found) if kind_of(path)}
     if not sizes:
-        raise ValueError(f"pages must be a folder of HTML, WARC or WAT files, but {pages!r} has none")
+        raise ValueError(f"pages: expected a folder of HTML, WARC or WAT files, got {pages!r}, which has none")
     documents = [path for path in sizes if kind_of(path) == HTML]
     pieces = [
         tuple(documents[i : i + config.files_per_shard]) for i in range(0, len(documents), config.files_per_shard)
@@ -99,7 +99,7 @@ def extract(pages: str, config: ExtractConfig, output: str) -> Steps[str]:
 
 
 def _extract(output: Output, pages: str, paths: tuple[str, ...], config: ExtractConfig) -> Counts:
-    """Task: the links in some files, each once, as it stood where it came first; in the order of their keys."""
+    """Task: write the links in some files, sorted by key. Each link keeps only its first occurrence."""
     links: dict[str, tuple[str, str, str, str]] = {}
     dropped, troubles, number_of_pages, seen = Counter[str](), Counter[str](), 0, 0
     domains = read_domains(config.blocked_domains), read_domains(config.allowed_domains)
@@ -137,10 +137,10 @@ def _pages(pages: str, paths: tuple[str, ...], config: ExtractConfig, troubles: 
     storage = Storage(pages)
     for path in paths:
         try:
-            if storage.filesystem.info(f"{storage.root}/{path}")["type"] != "file":  # a pipe: nobody would write
+            if storage.filesystem.info(f"{storage.root}/{path}")["type"] != "file":  # a pipe would block the read
                 raise FileNotFoundError
             file = storage.filesystem.open(f"{storage.root}/{path}", "rb")
-        except (FileNotFoundError, PermissionError):  # such as a broken link; other errors may pass
+        except (FileNotFoundError, PermissionError):  # such as a broken link; other errors may be temporary
             troubles[NO_FILE] += 1
             continue
         with file:
@@ -156,7 +156,7 @@ def _pages(pages: str, paths: tuple[str, ...], config: ExtractConfig, troubles: 
 
 
 def _unique(output: Output, links: str, shards: tuple[str, ...], first: int, last: int) -> Counts:
-    """Task: each link of a range of keys once, as it stood where it came first; in the order of their keys."""
+    """Task: write the links of a range of keys, sorted by key. Each link keeps only its first occurrence."""
     unique: dict[str, tuple[str, ...]] = {}
     rows = 0
     for shard in shards:
@@ -170,7 +170,7 @@ def _unique(output: Output, links: str, shards: tuple[str, ...], first: int, las
 
 
 def _is_url(base: str) -> bool:
-    """Whether a link can be joined to it; those that stand alone are none the worse for a page that says nonsense."""
+    """Whether links can be joined to a base. If not, the base is ignored and absolute links still count."""
     try:
         urlsplit(base)
     except ValueError:
@@ -179,12 +179,12 @@ def _is_url(base: str) -> bool:
 
 
 def _text(path: str) -> str:
-    """A path that JSON can hold, though it may be no UTF-8."""
+    """A path as text that JSON can hold, even if the path is not UTF-8."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 class Found(NamedTuple):
-    """A page, and its address."""
+    """A page, its address, and what it asks of robots."""
 
     url: str
     page: Page
@@ -192,13 +192,13 @@ class Found(NamedTuple):
 
 
 def kind_of(path: str) -> tuple[str, ...] | None:
-    """HTML, WARC or WAT by a file's name; None for other files."""
+    """The kind of a file by its name: HTML, WARC or WAT; None for other files."""
     name = path.lower().removesuffix(COMPRESSED)
     return next((kind for kind in (WAT, WARC, HTML) if name.endswith(kind) or f"{kind[0]}." in name), None)
 
 
 def read_html(file: IO[bytes], path: str, url: str, config: ExtractConfig, troubles: Counter[str]) -> Iterator[Found]:
-    """The page of an HTML file, which may be compressed."""
+    """Read the page of an HTML file, which may be compressed."""
     limit = config.max_page_bytes
     with gzip.GzipFile(fileobj=file) if path.lower().endswith(COMPRESSED) else file as opened:
         content, damaged = _read(opened.read, limit + 1, (gzip.BadGzipFile, EOFError, zlib.error))
@@ -209,19 +209,19 @@ def read_html(file: IO[bytes], path: str, url: str, config: ExtractConfig, troub
 
 
 def read_warc(file: IO[bytes], config: ExtractConfig, troubles: Counter[str]) -> Iterator[Found]:
-    """The HTML pages among the responses of a WARC file; what follows damage is lost, and counted once."""
+    """Read the HTML pages among the responses of a WARC file. Damage counts once and ends the file."""
     limit = config.max_page_bytes
     for record in _records(file, "response", troubles):
         headers = record.http_headers
         kind = (record.http_content_type or "").lower() if headers is not None else ""
-        if not kind and record.content_length == 0:  # where a file was cut off, nothing follows
+        if not kind and record.content_length == 0:  # the file was cut off here
             troubles[DAMAGED] += 1
             continue
         if "html" not in kind:
             troubles[NO_HTML] += 1
             continue
         body, damaged = _read(record.reader.read, limit + 1, (OSError,))
-        damaged = damaged or len(body) < min(record.content_length, limit)  # of which the beginning is read
+        damaged = damaged or len(body) < min(record.content_length, limit)  # the body was cut off
         named: dict[str, list[str]] = {}
         for name, value in headers.astuples():
             named.setdefault(name.lower(), []).append(value)
@@ -233,7 +233,7 @@ def read_warc(file: IO[bytes], config: ExtractConfig, troubles: Counter[str]) ->
             content = b""
         troubles[TRUNCATED_PAGE] += max(len(content), len(body)) > limit
         troubles[DAMAGED] += damaged
-        url = record.headers.get("WARC-Target-URI", "").strip("<>")  # in which some versions of Wget put it
+        url = record.headers.get("WARC-Target-URI", "").strip("<>")  # some versions of Wget write <URL>
         if page := _parsed(content[:limit], url, record.http_charset, config, troubles):
             yield Found(url, page, [*page.robots, *named.get("x-robots-tag", [])])
         if damaged:
@@ -241,12 +241,12 @@ def read_warc(file: IO[bytes], config: ExtractConfig, troubles: Counter[str]) ->
 
 
 def read_wat(file: IO[bytes], config: ExtractConfig, troubles: Counter[str]) -> Iterator[Found]:
-    """The pages that a WAT file of Common Crawl tells of: their links are listed in JSON, as ``IMG@/src``."""
+    """Read the pages that a WAT file of Common Crawl describes. Their links are listed in JSON, as ``IMG@/src``."""
     for record in _records(file, "metadata", troubles):
         text, damaged = _read(record.reader.read, MAX_METADATA, (OSError,))
         try:
             found = _page_of_wat(json.loads(text)["Envelope"], config.agent)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # of JSON there is any kind
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # JSON of any other shape
             found = None
             troubles[NO_HTML] += not damaged
         if found is not None:
@@ -271,7 +271,7 @@ def _page_of_wat(envelope: dict[str, Any], agent: str) -> Found:
     ]
     for name, value in (response.get("Headers") or {}).items():
         if name.lower() == "x-robots-tag":
-            robots += map(str, value) if isinstance(value, list) else [str(value)]  # a header that was sent twice
+            robots += map(str, value) if isinstance(value, list) else [str(value)]  # a list: the header was sent twice
     return Found(url, Page(str(head.get("Base") or url), robots, list(links.values())), robots)
 
 
@@ -282,13 +282,13 @@ def _parsed(
         return parse_page(content, url, charset, config.agent)
     except (ImportError, MemoryError):
         raise
-    except Exception:  # of a parser that is not ours, on bytes that are anybody's: not the end of all other pages
+    except Exception:  # any error of the parser on foreign bytes costs only this page
         troubles[UNREADABLE] += 1
         return None
 
 
 def _read(read: Callable[[int], bytes], size: int, damages: tuple[type[Exception], ...]) -> tuple[bytes, bool]:
-    """So many bytes, or what there is before damage; and whether there is damage."""
+    """Read ``size`` bytes, or fewer up to damage; also return whether there is damage."""
     parts, left = list[bytes](), size
     try:
         while left > 0 and (part := read(min(left, PIECE))):
@@ -300,7 +300,7 @@ def _read(read: Callable[[int], bytes], size: int, damages: tuple[type[Exception
 
 
 def _records(file: IO[bytes], kind: str, troubles: Counter[str]) -> Iterator[Any]:
-    """Records up to the first that cannot be read: its length is unknown, and so is where the next begins."""
+    """Records up to the first unreadable one. Its length is unknown, so the next record cannot be found."""
     warc = require("fastwarc.warc", extra="curate", purpose="reading WARC files")
     types = getattr(warc.WarcRecordType, kind)
     try:
@@ -309,16 +309,16 @@ def _records(file: IO[bytes], kind: str, troubles: Counter[str]) -> Iterator[Any
             yield record
     except (ImportError, MemoryError, StorageError):
         raise
-    except Exception:  # whatever a damaged file raises in the parser
+    except Exception:  # the parser raises any error on a damaged file
         troubles[DAMAGED] += 1
 
 
 class StorageError(Exception):
-    """A file cannot be read now, which says nothing about what is in it: the task is to be tried again."""
+    """A file cannot be read now. Its content may be fine, so the task must be tried again."""
 
 
 class _Source:
-    """A file for FastWARC, whose own errors are of the same type as those of a disk or a network."""
+    """A file for FastWARC. It marks errors of the storage, because FastWARC raises errors of the same types."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file

@@ -1,7 +1,7 @@
-"""Faces: found, and blurred so that nobody can be recognised while the image stays an image of people.
+"""Finds faces and blurs them, so that nobody can be recognised but the image still shows people.
 
-The rule of blurring is that of the faces-obfuscated ImageNet (Yang et al., arXiv:2103.06191): a box grows by a tenth of
-its longer side on every side, and is blended with a blur of a tenth of that side through a mask blurred likewise.
+Blurring follows the faces-obfuscated ImageNet (Yang et al., arXiv:2103.06191). A box grows on every side by a tenth of
+its longer side. A tenth of that side is also the sigma of the blur and of the mask that blends the blur into the image.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from dinov2.data.decoding import Pixels, decode_image, read_header
 from dinov2_kernels._extras import require
 
 DETECTION_SIDE = 320  # pixels of the longer side that the bundled detector looks at
-SMALLEST_FACE = 24  # pixels of these
-SHARE = 0.1  # of the longer side of a box, by which it grows and is blurred
-REACH = 8  # standard deviations around a box that its blur and the blur of its mask depend on
-FINEST_SIGMA = 24.0  # pixels; one twice as wide or more is that of a smaller image, within one grey level
+SMALLEST_FACE = 24  # side of the smallest face, in pixels of the reduced image
+SHARE = 0.1  # part of a box's longer side by which it grows and is blurred
+REACH = 8  # standard deviations around a box that affect its blur and the blur of its mask
+FINEST_SIGMA = 24.0  # pixels; from twice this sigma on, a smaller image is blurred (within one grey level)
 
 
 class Box(NamedTuple):
@@ -43,7 +43,7 @@ def open_detector(name: str) -> Detector | None:
     """The detector that a configuration names; None for ``none``.
 
     Raises:
-        ValueError: it cannot be imported.
+        ValueError: the detector cannot be imported.
         ImportError: scikit-image is missing (extra ``curate``).
     """
     if name in ("none", ""):
@@ -56,8 +56,8 @@ def open_detector(name: str) -> Detector | None:
 
 
 def bundled_detector(images: list[Pixels]) -> list[list[Box]]:
-    """Upright frontal faces, by a cascade of local binary patterns that comes with scikit-image. Fast, without weights
-    to download, and far from finding all: side views, small and covered faces escape it."""
+    """Find upright frontal faces by a cascade of local binary patterns that comes with scikit-image. It is fast and
+    needs no download of weights, but misses many faces: side views, small faces and covered faces."""
     return [_detect(image) for image in images]
 
 
@@ -83,7 +83,7 @@ def _detect(image: Pixels) -> list[Box]:
 
 
 def blur_faces(image: Pixels, boxes: Sequence[Box]) -> Pixels:
-    """A copy of a uint8 image [H, W, 3] in which the faces are blurred."""
+    """Return a copy of a uint8 image [H, W, 3] with blurred faces."""
     result = image.copy()
     for box in boxes:
         side = SHARE * max(box.width, box.height)
@@ -92,7 +92,7 @@ def blur_faces(image: Pixels, boxes: Sequence[Box]) -> Pixels:
             slice(max(round(start - side), 0), max(round(start + length + side), 0))
             for start, length in ((box.y, box.height), (box.x, box.width))
         )
-        margin = math.ceil(REACH * sigma)  # beyond it nothing changes
+        margin = math.ceil(REACH * sigma)  # no pixel beyond it changes
         top, left = max(rows.start - margin, 0), max(columns.start - margin, 0)
         part = result[top : rows.stop + margin, left : columns.stop + margin].astype(np.float32)
         if not part.size:
@@ -106,13 +106,13 @@ def blur_faces(image: Pixels, boxes: Sequence[Box]) -> Pixels:
 
 
 def _blur(image: npt.NDArray[np.float32], sigma: float) -> npt.NDArray[np.float32]:
-    """Gaussian blur of float32 [H, W, C]; a wide one of a smaller image, in time that does not grow with sigma."""
+    """Gaussian blur of float32 [H, W, C]. A wide blur works on a smaller image, so time does not grow with sigma."""
     cv2 = require("cv2", extra="curate", purpose="blurring faces")
     height, width, channels = image.shape
     step = max(int(sigma / FINEST_SIGMA), 1)
     size = (math.ceil(width / step), math.ceil(height / step))
     small = cv2.resize(image, size, interpolation=cv2.INTER_AREA) if step > 1 else image
-    # Sides of the smaller image are whole, so a pixel of it may be not quite ``step`` wide, or high.
+    # Sides of the smaller image are whole numbers, so its pixels may be a little narrower or lower than ``step``.
     small = cv2.GaussianBlur(small, (0, 0), sigma * size[0] / width, sigmaY=sigma * size[1] / height)
     whole = cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR) if step > 1 else small
     blurred: npt.NDArray[np.float32] = whole.reshape(height, width, channels)
@@ -120,11 +120,11 @@ def _blur(image: npt.NDArray[np.float32], sigma: float) -> npt.NDArray[np.float3
 
 
 def blurred_file(content: bytes, boxes: Sequence[Box]) -> bytes:
-    """An image file with its faces blurred: upright 8-bit RGB, as training reads it; a JPEG of quality 95 where it was
-    one, else a PNG.
+    """Blur the faces of an image file. The result is upright 8-bit RGB, as training reads it: a JPEG of quality 95 if
+    the file was a JPEG, else a PNG.
 
     Raises:
-        UnreadableImageError: it cannot be decoded.
+        UnreadableImageError: the file cannot be decoded.
     """
     kind = "JPEG" if read_header(content, "file").extension == ".jpg" else "PNG"
     pixels = decode_image(content, "file")

@@ -1,7 +1,8 @@
-"""PCA hash: 64 bits of an image that stay when it is compressed, scaled or slightly recoloured.
+"""PCA hash: 64 bits of an image that stay the same when it is compressed, scaled or slightly recoloured.
 
-The paper names a PCA hash without defining it. This one is the signs of the first 64 principal components of the grey
-image of 32 x 32 pixels and unit contrast, fitted to a sample of the pool. Images without contrast have no hash.
+The paper names a PCA hash without defining it. This hash takes the signs of the first 64 principal components of the
+grey image at 32 x 32 pixels and unit contrast. They are fitted to a sample of the pool. Images without contrast have no
+hash.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from dinov2_kernels._extras import require
 
 SIDE = 32
 BITS = 64
-PRIOR_IMAGES = 20.0  # as many images of the pool have as much of a say as the prior
-PRIOR_LENGTH = 8.0  # pixels of the thumbnail over which likeness falls by e
+PRIOR_IMAGES = 20.0  # the prior has the weight of this many images of the pool
+PRIOR_LENGTH = 8.0  # pixels of the thumbnail over which the correlation falls by a factor of e
 MIN_CONTRAST = 2.0  # standard deviation of grey levels below which there is no hash
 
 Floats = npt.NDArray[np.float32]
 
 
 def thumbnail(image: Pixels) -> npt.NDArray[np.uint8]:
-    """Grey, 32 x 32 levels in rows, uint8 [1024], of an image uint8 [H, W, 3]."""
+    """The grey levels uint8 [1024] of an image uint8 [H, W, 3] at 32 x 32 pixels, row by row."""
     cv2 = require("cv2", extra="curate", purpose="PCA hashes")
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     small: npt.NDArray[np.uint8] = cv2.resize(grey, (SIDE, SIDE), interpolation=cv2.INTER_AREA).ravel()
@@ -33,7 +34,7 @@ def thumbnail(image: Pixels) -> npt.NDArray[np.uint8]:
 
 
 def standardized(thumbnails: npt.NDArray[np.uint8]) -> tuple[Floats, npt.NDArray[np.bool_]]:
-    """Thumbnails uint8 [N, 1024] at mean 0 and length 1, float32; and which have contrast, [N]: the others are 0."""
+    """Thumbnails uint8 [N, 1024] scaled to mean 0 and length 1, float32, and which [N] have contrast; others are 0."""
     centred = thumbnails.astype(np.float32)
     centred -= centred.mean(axis=1, keepdims=True)
     lengths = np.sqrt((centred**2).sum(axis=1, keepdims=True))
@@ -44,8 +45,8 @@ def standardized(thumbnails: npt.NDArray[np.uint8]) -> tuple[Floats, npt.NDArray
 def fit_directions(units: Floats) -> Floats:
     """Mean and principal directions of standardized thumbnails [N, 1024]: float32 [1 + 64, 1024], the mean first.
 
-    To what the sample says is added what is true of photographs anywhere, that near pixels are alike; without it, the
-    directions of a small sample would be noise, and so would be the bits.
+    A prior is added to the sample's covariance: near pixels of any photograph are similar. Without it, the directions
+    of a small sample would be noise, and so would be the bits.
     """
     x = torch.from_numpy(units if len(units) else np.zeros((1, SIDE * SIDE), np.float32)).double()
     mean = x.mean(dim=0)
@@ -53,7 +54,7 @@ def fit_directions(units: Floats) -> Floats:
     likeness = torch.exp(-torch.cdist(place, place) / PRIOR_LENGTH)
     covariance = (x - mean).T @ (x - mean) + PRIOR_IMAGES * likeness / len(likeness)
     directions = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :BITS].T
-    # An eigenvector has no sign of its own: its largest number is made positive, so that all machines agree.
+    # The sign of an eigenvector is arbitrary. Its largest number is made positive, so that all machines agree.
     largest = directions.gather(1, directions.abs().argmax(dim=1, keepdim=True))
     fitted: Floats = torch.cat([mean[None], directions * largest.sign()]).float().numpy()
     return fitted
@@ -68,10 +69,11 @@ def pca_hashes(units: Floats, fitted: Floats) -> npt.NDArray[np.uint64]:
 
 
 def near_pairs(hashes: npt.NDArray[np.uint64], distance: int) -> npt.NDArray[np.int64]:
-    """Pairs [M, 2] of hashes [N] that differ in at most ``distance`` bits, enough of them to connect all such pairs.
+    """Pairs [M, 2] of hashes [N] that differ in at most ``distance`` bits. The pairs connect all such hashes.
 
-    Of ``distance + 1`` bands of bits one at least is the same in both of a pair, so only hashes that share a band are
-    compared. Equal hashes are linked in a row; of different ones each is compared with all that share a band.
+    The bits are cut into ``distance + 1`` bands. Both hashes of a pair share at least one band, so only hashes that
+    share a band are compared. Equal hashes are linked in a chain. Each distinct hash is compared with all that share a
+    band.
     """
     values, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
     order = np.argsort(inverse, kind="stable")
@@ -93,7 +95,7 @@ def near_pairs(hashes: npt.NDArray[np.uint64], distance: int) -> npt.NDArray[np.
 
 
 def _bits(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
-    """How many bits are set."""
+    """The number of bits that are set in each value."""
     bits = np.unpackbits(np.ascontiguousarray(values).view(np.uint8).reshape(-1, 8), axis=1)  # [N, 64]
     counts: npt.NDArray[np.int64] = bits.sum(axis=1, dtype=np.int64)
     return counts

@@ -19,7 +19,7 @@ _SIZE = re.compile(r"\s*(\d{1,9}(?:\.\d{1,9})?)[wx]")
 
 
 class Link(NamedTuple):
-    """A link as it stands in a page."""
+    """A link as the page has it."""
 
     url: str
     alt: str
@@ -27,12 +27,12 @@ class Link(NamedTuple):
 
 
 class Page(NamedTuple):
-    """What a page holds.
+    """The contents of a page.
 
     Attributes:
-        base: URL that its links are relative to; "" where the page does not say and nobody else did.
-        robots: contents of its robots meta tags.
-        links: to images, each once, in the order of the page.
+        base: URL that the page's links are relative to; "" if it is unknown.
+        robots: contents of the page's robots meta tags.
+        links: links to images, without repeats, in the order of the page.
     """
 
     base: str
@@ -43,14 +43,14 @@ class Page(NamedTuple):
 def parse_page(content: bytes, url: str, charset: str | None = None, agent: str = "") -> Page:
     """Read a page, however malformed, in time that grows with its length.
 
-    Of each ``img`` the largest candidate of its srcset counts, else its src or one of the attributes in which scripts
-    that load late keep it; of each ``picture`` the first source.
+    An ``img`` gives the largest candidate of its srcset, else its src or an attribute in which scripts that load late
+    keep the link. Each ``source`` of a ``picture`` gives its largest candidate.
 
     Args:
-        content: of the page.
-        url: its address, "" if it is not known; then the page's canonical link or ``og:url`` is taken.
-        charset: as its headers say.
-        agent: our name as a robot, for which there may be a meta tag of its own.
+        content: bytes of the page.
+        url: address of the page; if it is "", the page's canonical link or ``og:url`` is taken.
+        charset: character set by the page's headers.
+        agent: our name as a robot; a page may have a meta tag for it.
     """
     parser = require("resiliparse.parse.html", extra="curate", purpose="reading web pages")
     document = parser.HTMLTree.parse(_decoded(content, charset)).document
@@ -59,7 +59,7 @@ def parse_page(content: bytes, url: str, charset: str | None = None, agent: str 
     base, robots, links = url, list[str](), dict[str, Link]()
 
     def elements(selector: str) -> Any:
-        return document.query_selector_all(selector)[:]  # iterating over what it returns would query for each element
+        return document.query_selector_all(selector)[:]  # iterating over the result would query for each element
 
     for element in elements("meta"):
         name, says = (_value(element, attribute).lower() for attribute in ("name", "property"))
@@ -74,14 +74,14 @@ def parse_page(content: bytes, url: str, charset: str | None = None, agent: str 
         base = next((urljoin(base, found) for found in bases if found), base)
     for element in elements("img, source"):
         if element.tag == "source" and (element.parent is None or element.parent.tag != "picture"):
-            continue  # of a video; that a selector could say, but by looking at all ancestors
+            continue  # a source of a video; a selector for it would look at all ancestors
         for link in _links_of(element):
             links.setdefault(link.url, link)
     return Page(base, robots, list(links.values()))
 
 
 def _decoded(content: bytes, charset: str | None) -> str:
-    """The text of a page: as its headers say, else UTF-8 if it is that, else by a guess."""
+    """Decode a page: by its headers, else as UTF-8 if it is valid, else by a guess."""
     encoding = require("resiliparse.parse.encoding", extra="curate", purpose="reading web pages")
     name = encoding.map_encoding_to_html5(charset) if charset else None
     if name is None:
@@ -101,21 +101,21 @@ def _links_of(element: Any) -> Iterator[Link]:
             return
     if element.tag == "source":
         return
-    for attribute in (*SOURCES[1:], "src"):  # beside an attribute of late loading, src is a placeholder
+    for attribute in (*SOURCES[1:], "src"):  # src is a placeholder if there is an attribute of late loading
         if url := _value(element, attribute).strip():
             yield Link(url, alt, attribute)
             return
 
 
 def _value(element: Any, attribute: str) -> str:
-    """An attribute's value; by its name, as an element may have a million others."""
+    """An attribute's value. It is looked up by name, because an element may have a million attributes."""
     return element.getattr(attribute) or ""
 
 
 def largest_candidate(srcset: str) -> str | None:
-    """The URL in a ``srcset`` with the largest width or density, of equal ones the first; None where there is none.
+    """The URL in a ``srcset`` with the largest width or density; among equals, the first. None if there is no URL.
 
-    A comma within a URL belongs to it, unless it is the last character; so data: URLs survive.
+    A comma within a URL belongs to it, unless it is the last character. So data: URLs stay whole.
     """
     best: tuple[float, str] | None = None
     position = 0

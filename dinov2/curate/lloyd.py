@@ -1,4 +1,4 @@
-"""Lloyd's iteration: the nearest centroid of each vector, and the mean of each centroid's vectors."""
+"""Lloyd's iteration: find the nearest centroid of each vector, then the mean of each centroid's vectors."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from dinov2_kernels._extras import require
 Floats = npt.NDArray[np.float32]
 
 CELLS = 2**24  # distances in memory at once
-STARTS, STARTS_BELOW = 3, 128  # of few clusters one start may end badly; of many, luck evens out
-SPREAD_BELOW = 2048  # clusters; above, k-means++ would take longer than the iterations after it
+STARTS, STARTS_BELOW = 3, 128  # with few clusters one start may end badly; with many, luck evens out
+SPREAD_BELOW = 2048  # clusters; from there on k-means++ would take longer than the iterations after it
 
 
 class Nearest(NamedTuple):
     """The nearest centroid of each vector.
 
     Attributes:
-        cluster: its number, of equally near ones the lowest; int64 [N].
-        distance: squared, at least 0; float32 [N].
+        cluster: number of the nearest centroid; among equals, the lowest; int64 [N].
+        distance: squared distance to it, at least 0; float32 [N].
     """
 
     cluster: npt.NDArray[np.int64]
@@ -30,7 +30,7 @@ class Nearest(NamedTuple):
 
 
 def nearest_centroids(vectors: npt.NDArray[np.floating], centroids: Floats) -> Nearest:
-    """Of vectors [N, D] and centroids [K, D], in blocks of bounded memory."""
+    """The nearest of centroids [K, D] for each of vectors [N, D], in blocks of bounded memory."""
     C = torch.from_numpy(centroids)
     squares = (C * C).sum(dim=1)  # [K]
     clusters = np.empty(len(vectors), np.int64)
@@ -45,7 +45,7 @@ def nearest_centroids(vectors: npt.NDArray[np.floating], centroids: Floats) -> N
 
 
 def sums_of(vectors: npt.NDArray[np.floating], nearest: Nearest, k: int) -> npt.NDArray[np.float64]:
-    """For each cluster the sum of its vectors, their number and their squared distances: [k, D + 2]."""
+    """For each cluster the sum of its vectors, their number and the sum of their squared distances: [k, D + 2]."""
     result = np.zeros((k, vectors.shape[1] + 2))
     torch.from_numpy(result[:, :-2]).index_add_(
         0, torch.from_numpy(nearest.cluster), torch.from_numpy(np.array(vectors, np.float64))
@@ -56,15 +56,16 @@ def sums_of(vectors: npt.NDArray[np.floating], nearest: Nearest, k: int) -> npt.
 
 
 def means_of(sums: npt.NDArray[np.float64], before: Floats) -> Floats:
-    """Centroids [k, D] from what :func:`sums_of` gives; one without vectors stays where it was."""
+    """Centroids [k, D] from the sums of :func:`sums_of`. A centroid without vectors stays where it was."""
     counts = sums[:, -2:-1]
     return np.where(counts > 0, sums[:, :-2] / np.maximum(counts, 1), before).astype(np.float32)
 
 
 def k_means_in_memory(vectors: Floats, k: int, iterations: int, seed: int) -> Floats:
-    """Centroids [k, D] of vectors [N, D], N at least k, by Faiss.
+    """Centroids [k, D] of vectors [N, D], with N at least k, by Faiss.
 
-    They start from k-means++, where there are not too many of them for it; of few, the best of several runs is taken.
+    They start from k-means++ unless there are too many clusters for it. For few clusters the best of several runs is
+    taken.
     """
     faiss = require("faiss", extra="curate", purpose="clustering")
     if len(vectors) == k:
@@ -92,8 +93,8 @@ def k_means_in_memory(vectors: Floats, k: int, iterations: int, seed: int) -> Fl
 def spread_start(vectors: Floats, k: int, seed: int) -> Floats:
     """First centroids [k, D] by k-means++ (Arthur and Vassilvitskii, 2007).
 
-    Each is drawn from the vectors with a chance proportional to its squared distance from those before; of several
-    candidates the one that helps most is taken.
+    Candidates for each centroid are drawn from the vectors, with a probability proportional to their squared distance
+    from the centroids so far. The candidate that reduces the distances most is taken.
     """
     rng = np.random.default_rng(seed)
     X = torch.from_numpy(vectors)
@@ -117,10 +118,10 @@ def spread_start(vectors: Floats, k: int, seed: int) -> Floats:
 
 
 def resampled(vectors: Floats, centroids: Floats, rounds: int, nearest: int, iterations: int, seed: int) -> Floats:
-    """Centroids after rounds of resampling-clustering, by which they spread more evenly over what the vectors span.
+    """Centroids after rounds of resampling-clustering, which spreads them more evenly over the space of the vectors.
 
-    In each round k-means begins anew on only the ``nearest`` vectors of each cluster, so that dense places count for no
-    more than sparse ones (Vo et al., arXiv:2405.15613, section 3.3).
+    Each round restarts k-means on only the ``nearest`` vectors of each cluster, so that dense regions count no more
+    than sparse ones (Vo et al., arXiv:2405.15613, section 3.3).
     """
     for number in range(rounds):
         found = nearest_centroids(vectors, centroids)

@@ -1,4 +1,4 @@
-"""The materialize stage: the final set, in shards that pretraining reads."""
+"""The materialize stage: writes the final set as shards that pretraining reads."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dinov2.data.shards.writing import COLUMNS
 
 OUT = "cannot be read"
 COLUMNS_OF_STAGES = ("component", "cluster", "times", "seed_set")
-"""Columns of decisions that go into the final index, where there are any."""
+"""Columns of decisions that go into the final index if they exist."""
 
 Source = tuple[str, Pool, str]
 """Name of a set, its images, and the folder of their layout."""
@@ -43,27 +43,27 @@ class MaterializeConfig(Config, at="materialize"):
 
 
 def materialize(pool: Pool, seeds: Mapping[str, Pool], config: MaterializeConfig, output: str) -> Steps[str]:
-    """Write the images that are still in, and whole sets of seeds, into shards in random order.
+    """Write the kept images, and whole sets of seeds, into shards in random order.
 
-    Bytes stay as they were downloaded but for images with faces, which are blurred. The index has, beside what every
-    index has, the columns ``source`` (set and shard an image is from), those that it had there, and what the stages
-    found out: component, cluster, times, seed_set.
+    Bytes stay as they were downloaded, except for images with faces, which are blurred. Besides the columns of every
+    index, the final index has ``source`` (set and shard of the image), the columns of the image's old index, and
+    results of the stages: component, cluster, times, seed_set.
 
     Args:
-        pool: images.
+        pool: images; those that are still in are written.
         seeds: sets that ``config.as_is`` may name.
-        config: how.
+        config: size of shards, whole sets, blurring and seed.
         output: folder or URL of the whole curation.
 
     Returns:
-        Where the shards are, the ``--data.root`` of pretraining.
+        Folder of the shards, the ``--data.root`` of pretraining.
 
     Raises:
-        ValueError: there is no such set, or no image is left.
+        ValueError: ``config.as_is`` names an unknown set, or no image is left.
     """
     names = sorted(seeds) if "*" in config.as_is else list(config.as_is)
     if unknown := set(names) - set(seeds):
-        raise ValueError(f"materialize.as_is must name sets of seeds, {sorted(seeds)}, but names {sorted(unknown)}")
+        raise ValueError(f"materialize.as_is: expected names of sets of seeds, {sorted(seeds)}, got {sorted(unknown)}")
     pools = {"": pool} | {name: seeds[name] for name in sorted(names)}
     layouts = {}
     for name, source in pools.items():
@@ -75,7 +75,7 @@ def materialize(pool: Pool, seeds: Mapping[str, Pool], config: MaterializeConfig
     yield plan
     images = plan.counts().rows_out
     if not images:
-        raise ValueError(f"no image is left to be written: see what the stages dropped under {output}")
+        raise ValueError(f"no image is left to write: see under {output} what the stages dropped")
     tasks = [
         Task(f"{number:05d}", _write, (sources, plan.folder, start, min(start + config.shard_size, images), config))
         for number, start in enumerate(range(0, images, config.shard_size))
@@ -86,7 +86,7 @@ def materialize(pool: Pool, seeds: Mapping[str, Pool], config: MaterializeConfig
 
 
 def _plan(output: Output, sources: tuple[Source, ...], seed: int) -> Counts:
-    """Task: write ``all.npy``, [N, 2] int64: number of the source and position in it of each image, in final order."""
+    """Task: write ``all.npy``, int64 [N, 2]: each image's source number and position in it, in final order."""
     parts, rows = [np.zeros((0, 2), np.int64)], 0
     for number, (_, pool, folder) in enumerate(sources):
         layout = read_layout(folder)
@@ -103,7 +103,7 @@ def _plan(output: Output, sources: tuple[Source, ...], seed: int) -> Counts:
 def _write(
     output: Output, sources: tuple[Source, ...], plan: str, start: int, stop: int, config: MaterializeConfig
 ) -> Counts:
-    """Task: one shard."""
+    """Task: write one shard."""
     entries = np.array(read_array(plan, "all")[start:stop])
     dropped, blurred = Counter[str](), 0
 
@@ -114,7 +114,7 @@ def _write(
                 try:
                     content = blurred_file(content, faces)
                 except (OSError, ValueError):
-                    dropped[OUT] += 1  # rather than with its faces
+                    dropped[OUT] += 1  # an image is not written with visible faces
                     continue
                 blurred += 1
             yield ShardImage(f"{place:09d}", content, columns)
@@ -127,9 +127,9 @@ class Planned(NamedTuple):
     """An image that is to be written.
 
     Attributes:
-        content: its file, shorter where the tar is cut off.
-        columns: for the index.
-        faces: that were found in it.
+        content: bytes of the file; fewer if the tar is cut off.
+        columns: values for the index.
+        faces: boxes of the faces found in it.
     """
 
     content: bytes
@@ -145,10 +145,10 @@ class _Place(NamedTuple):
 
 
 def read_images(sources: tuple[Source, ...], entries: npt.NDArray[np.int64]) -> Iterator[Planned]:
-    """The images of ``entries``, [N, 2] int64: number of the source and position in it, in that order.
+    """Read the images of ``entries``, int64 [N, 2] (source number, position in it), in that order.
 
-    What shards say is read first, of one shard at a time and kept of the images alone, so that memory grows with N and
-    not with how many shards these come from; files are then read one by one, each source's through one reader.
+    The tables are read first, one shard at a time; only rows of these images are kept. So memory grows with N, not with
+    the number of shards. Then the files are read one by one, with one reader for each source.
     """
     places: dict[tuple[int, int], _Place] = {}
     readers = {}
@@ -164,7 +164,7 @@ def read_images(sources: tuple[Source, ...], entries: npt.NDArray[np.int64]) -> 
 
 
 def _places(name: str, pool: Pool, folder: str, positions: npt.NDArray[np.int64]) -> Iterator[tuple[int, _Place]]:
-    """Of ascending positions [N]."""
+    """Places of the images at ascending positions [N] of a source, with their positions."""
     layout, tars = read_layout(folder), Storage(pool.images).shards()
     numbers, rows = layout.locate(positions)
     computed = COLUMNS.keys() - {"url"}

@@ -66,7 +66,7 @@ class CurateConfig(Config):
         object.__setattr__(self, "output", self.output.rstrip("/") or "/")
 
     def rules(self) -> Rules:
-        """There is one source, and folders of sets have names of their own."""
+        """A curation has one source, and the folders of its sets have different names."""
         given = [name for name in ("pages", "links", "images") if getattr(self, name) is not None]
         for name in given[1:]:
             yield name, False, f"None with {given[0]}, because a curation has one source"
@@ -76,17 +76,17 @@ class CurateConfig(Config):
 
 
 def set_names(paths: Sequence[str]) -> dict[str, str]:
-    """Paths by the name of their last folder."""
+    """The paths, by the name of their last folder."""
     return {PurePosixPath(path).name: path for path in paths}
 
 
 @dataclass(frozen=True)
 class Curated:
-    """What a curation has made.
+    """The result of a curation.
 
     Attributes:
-        root: tar shards to pretrain on, ``--data.root``.
-        chosen: the pool's rows that are in it.
+        root: folder of the tar shards to pretrain on, ``--data.root``.
+        chosen: the pool without the rows that were dropped.
     """
 
     root: str
@@ -94,7 +94,7 @@ class Curated:
 
 
 def curate(config: CurateConfig) -> Steps[Curated]:
-    """Every step from the source to the final shards."""
+    """All steps from the source to the final shards."""
     output = config.output
     pool = yield from source(config)
     pool = yield from screen(pool, config.screen, output)
@@ -111,7 +111,7 @@ def curate(config: CurateConfig) -> Steps[Curated]:
 
 
 def source(config: CurateConfig) -> Steps[Pool]:
-    """The pool of all images, from wherever they are."""
+    """Make the pool of all images from the source that the configuration names."""
     if config.images is not None:
         pool = yield from collect(config.images, config.collect, config.output)
         return pool
@@ -119,13 +119,13 @@ def source(config: CurateConfig) -> Steps[Pool]:
     if config.pages is not None:
         links = yield from extract(config.pages, config.extract, config.output)
     if links is None:
-        raise ValueError("one of pages, links and images must be given, but there is none of them")
+        raise ValueError("pages, links, images: expected one of them, got none")
     pool = yield from download(links, config.download, config.output)
     return pool
 
 
 def embedded_sets(config: CurateConfig, paths: Mapping[str, str], settings: EmbedConfig) -> Steps[dict[str, Pool]]:
-    """Sets of images beside the pool, with features, by name."""
+    """Make the pools of seeds or evaluation images, with features, by name."""
     pools = {}
     for name, path in paths.items():
         images = yield from collect(path, config.collect, config.output)
@@ -134,10 +134,10 @@ def embedded_sets(config: CurateConfig, paths: Mapping[str, str], settings: Embe
 
 
 def only(steps: Steps[Curated], stage: str) -> Steps[None]:
-    """The steps of one stage, as far as those before it are done.
+    """The steps of one stage, as far as the earlier steps are done.
 
     Raises:
-        ValueError: there is nothing that can be done, as a step before is not; the message names it.
+        ValueError: no step of the stage can run, because an earlier step is not done; the message names it.
     """
     begun = False
     for step in steps:
@@ -148,13 +148,13 @@ def only(steps: Steps[Curated], stage: str) -> Steps[None]:
             if begun:
                 return
             raise ValueError(
-                f"{stage} needs {step.name}, of which {missing} of {len(step.tasks)} shards are missing: run"
+                f"{stage} needs all shards of {step.name}, but {missing} of {len(step.tasks)} are missing: run"
                 f" dinov2 curate {step.stage} first"
             )
 
 
 def save_config(config: CurateConfig) -> None:
-    """Write ``config.json`` into the output; of several curations with one output, it is the last one's."""
+    """Write ``config.json`` into the output. A later curation with the same output replaces it."""
     storage = Storage(config.output)
     with storage.replace(f"{storage.root}/config.json") as file:
         file.write(json.dumps(to_json(config), indent=1).encode())

@@ -1,4 +1,4 @@
-"""What users plug in: functions by their name, and ONNX files."""
+"""Loads plugins of users: functions by name, and ONNX files."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ def is_function(name: str) -> bool:
 
 
 def load_function(name: str) -> Callable[..., Any]:
-    """What ``MODULE:FUNCTION`` names.
+    """Import the function that ``MODULE:FUNCTION`` names.
 
     Raises:
-        ValueError: there is none, or it cannot be called.
+        ValueError: it cannot be imported or called.
     """
     module, _, function = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"expected MODULE:FUNCTION that can be imported, but {name!r} cannot: {error}") from error
+        raise ValueError(f"{name}: expected MODULE:FUNCTION that can be imported, got an error: {error}") from error
     if not callable(found):
-        raise ValueError(f"expected MODULE:FUNCTION that can be called, but {name!r} is a {type(found).__name__}")
+        raise ValueError(f"{name}: expected MODULE:FUNCTION that can be called, got {type(found).__name__}")
     return found  # type: ignore[no-any-return]
 
 
 def identity_of(name: str) -> str:
-    """What stands for a model in the name of a folder: a digest of its file, so that another one makes other results;
-    what is no file or folder stands for itself."""
+    """The text that identifies a model in the name of a folder. For a file or folder it is a digest of the content, so
+    that another model gets another folder. For anything else it is the name."""
     path = Path(name)
     if not name or is_function(name) or not path.exists():
         return name
@@ -51,10 +51,10 @@ def identity_of(name: str) -> str:
 
 
 def open_onnx(path: str) -> Callable[[npt.NDArray[np.float32]], npt.NDArray[Any]]:
-    """A model of one input, on one thread; on a GPU where onnxruntime has one.
+    """Open a model of one input. It runs on one thread, and on a GPU if onnxruntime has one.
 
     Raises:
-        ValueError: it has several inputs.
+        ValueError: the model has several inputs.
         ImportError: onnxruntime is missing (extra ``onnx``).
     """
     onnxruntime = require("onnxruntime", extra="onnx", purpose="running an ONNX model")
@@ -64,7 +64,7 @@ def open_onnx(path: str) -> Callable[[npt.NDArray[np.float32]], npt.NDArray[Any]
     session = onnxruntime.InferenceSession(path, options, providers=providers)
     name, *others = [entry.name for entry in session.get_inputs()]
     if others:
-        raise ValueError(f"expected an ONNX model of one batch of images, but {path!r} takes {[name, *others]}")
+        raise ValueError(f"{path}: expected an ONNX model with one input, a batch of images, got {[name, *others]}")
 
     def run(batch: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
         result: npt.NDArray[Any] = session.run(None, {name: batch})[0]

@@ -1,4 +1,4 @@
-"""Images in shards, and the columns that stages have put beside them: features, and which rows go on."""
+"""Pools: images in shards, and columns that stages add to them, such as features and decisions."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from dinov2_kernels._extras import require
 
 @dataclass(frozen=True)
 class Pool:
-    """Images that a stage takes or gives: shards that never change, and which of their rows are still in.
+    """Images that a stage takes or gives: shards that never change, and decisions about which rows are still in.
 
-    Row i of a shard is row i of its index and of every column. Columns lie in the folder of the step that made them, in
-    files of the shard's name: tables ``SHARD.parquet``, arrays ``SHARD.npy``.
+    Row i of a shard is row i of its index and of every column. Columns are in the folder of the step that made them, in
+    files with the shard's name: tables ``SHARD.parquet``, arrays ``SHARD.npy``.
 
     Attributes:
         images: folder or URL of the tars (``images/*.tar`` or ``*.tar``) and of their ``index/*.parquet``.
         decisions: folders of tables with a column ``keep`` (bool) and a column ``reason`` (text, null where kept).
-        features: folder of arrays [n, D], float16 of unit length; rows that were out when they were made, or could not
-            be embedded, are NaN. None before there are any.
+        features: folder of arrays [n, D], float16 of unit length; None before the pool is embedded. Rows that were out
+            at that time, or could not be embedded, are NaN.
     """
 
     images: str
@@ -45,15 +45,15 @@ class Pool:
         return list(Storage(self.images).indices())
 
     def fingerprint(self) -> str:
-        """Stands for which shards there are and how large their indices are: for steps that depend on all of them."""
+        """A digest of the shards' names and the sizes of their indices, for steps that depend on all shards."""
         storage = Storage(self.images)
         sizes = {name: storage.filesystem.size(path) for name, path in storage.indices().items()}
         return digest([sizes, [os.path.basename(folder) for folder in self.decisions]])
 
     def index(self, shard: str, columns: Sequence[str] | None = None) -> Any:
-        """The index of a shard, a table of pyarrow: key, offset, size, width, height, url, sha256 and what else.
+        """The index of a shard, a table of pyarrow: key, offset, size, width, height, url, sha256 and other columns.
 
-        Columns that are asked for and are not there are null.
+        If ``columns`` names a missing column, that column is null.
         """
         table = read_table(f"{self.images}/index", shard)
         if columns is None:
@@ -71,22 +71,22 @@ class Pool:
         return alive
 
     def read_features(self, shard: str) -> npt.NDArray[np.float16]:
-        """Features [n, D] of a shard; on a local disk a memory map.
+        """Features [n, D] of a shard; memory-mapped on a local disk.
 
         Raises:
-            ValueError: there are none yet.
+            ValueError: the pool has no features yet.
         """
         if self.features is None:
-            raise ValueError("pool must have features, but none have been made: embed it first")
+            raise ValueError("pool: expected features, got none: embed it first")
         return read_array(self.features, shard)
 
     def open_images(self, shard: str) -> ShardBytes:
-        """The files of a shard's images by their row."""
+        """Open the files of a shard's images, by row."""
         return ShardBytes(self.images, shard)
 
 
 class ShardBytes:
-    """The bytes of each image of a shard as they were stored: ``files[row]``."""
+    """The stored bytes of each image of a shard: ``files[row]``."""
 
     def __init__(self, images: str, shard: str) -> None:
         storage = Storage(images)
@@ -100,12 +100,12 @@ class ShardBytes:
         return len(self._sizes)
 
     def __getitem__(self, row: int) -> bytes:
-        """The file of a row, shorter where the tar is cut off."""
+        """The file of a row; shorter if the tar is cut off."""
         return self._read(self._path, int(self._offsets[row]), int(self._sizes[row]))
 
 
 def read_table(folder: str, shard: str, columns: Sequence[str] | None = None) -> Any:
-    """``FOLDER/SHARD.parquet`` as a table of pyarrow, of some columns or all."""
+    """Read ``FOLDER/SHARD.parquet`` as a table of pyarrow, with all columns or some."""
     parquet = require("pyarrow.parquet", extra="curate", purpose="curation")
     storage = Storage(folder)
     with storage.filesystem.open(f"{storage.root}/{shard}.parquet", "rb") as file:
@@ -113,7 +113,7 @@ def read_table(folder: str, shard: str, columns: Sequence[str] | None = None) ->
 
 
 def read_array(folder: str, shard: str) -> npt.NDArray[Any]:
-    """``FOLDER/SHARD.npy``; on a local disk a memory map."""
+    """Read ``FOLDER/SHARD.npy``; it is memory-mapped on a local disk."""
     storage = Storage(folder)
     path = f"{storage.root}/{shard}.npy"
     if RangeReader(storage.filesystem).is_local:
@@ -130,17 +130,17 @@ def write_decisions(
     columns: Mapping[str, Any] | None = None,
     figures: Mapping[str, int] | None = None,
 ) -> Counts:
-    """Write ``keep`` and ``reason`` of every row, with other columns beside them.
+    """Write ``keep`` and ``reason`` of every row, and other columns.
 
     Args:
-        output: of the task.
-        reasons: why a row is dropped, None where it is kept; [n]. What it says of rows that were out before is ignored.
+        output: where the task writes.
+        reasons: why each row is dropped, None if it is kept, [n]. Entries of rows that were out before are ignored.
         before: which rows were still in, [n]; the others get ``keep`` false and no reason.
-        columns: arrays or lists [n] by name.
-        figures: for the counts.
+        columns: other columns by name, arrays or lists [n].
+        figures: other numbers for the counts.
 
     Returns:
-        Counts of the rows that were in before.
+        Counts of the rows that were still in.
     """
     arrow = require("pyarrow", extra="curate", purpose="curation")
     own = [reason if was_in else None for reason, was_in in zip(reasons, before.tolist(), strict=True)]

@@ -1,4 +1,4 @@
-"""The retrieve stage: the images of a pool that are like curated ones, or a balanced sample of it."""
+"""The retrieve stage: chooses the images of a pool that are similar to curated ones, or a balanced sample."""
 
 from __future__ import annotations
 
@@ -53,24 +53,24 @@ class RetrieveConfig(Config, at="retrieve"):
     """This is how neighbours are found."""
 
     def rules(self) -> Rules:
-        """Other numbers of neighbours are NAME=NUMBER."""
+        """Entries of ``neighbours_of`` have the form NAME=NUMBER."""
         are_numbers = all(OWN_NUMBER.fullmatch(entry) for entry in self.neighbours_of)
         yield "neighbours_of", are_numbers, "entries NAME=NUMBER with a number of at least 1"
 
     def own_neighbours(self) -> dict[str, int]:
-        """What ``neighbours_of`` says, by set."""
+        """The number of neighbours of each set in ``neighbours_of``."""
         return {name: int(number) for name, _, number in (entry.rpartition("=") for entry in self.neighbours_of)}
 
 
 def retrieve(pool: Pool, seeds: Mapping[str, Pool], config: RetrieveConfig, output: str) -> Steps[Pool]:
     """Keep the images of a pool that sets of curated images ask for (DINOv2, appendix A).
 
-    An image that is asked for more than once is kept once; the column ``times`` says how often. Where the paper counts
-    images, it counts the repeated ones.
+    An image that is asked for more than once is kept once; the column ``times`` says how often. The paper's counts of
+    images include the repeats.
 
     Args:
-        pool: with features.
-        seeds: pools of curated images with features of the same kind, by a name for each.
+        pool: images with features.
+        seeds: pools of curated images by name, with features of the same kind.
         config: how each set chooses.
         output: folder or URL of the whole curation.
 
@@ -78,14 +78,14 @@ def retrieve(pool: Pool, seeds: Mapping[str, Pool], config: RetrieveConfig, outp
         The pool after the decisions; :func:`~dinov2.curate.retrieve.decide` says what the tables hold.
 
     Raises:
-        ValueError: a method needs seeds, of which there are none; a pool has no features; or a name is not made of
-            letters, digits, ``_`` and ``-``.
+        ValueError: the method needs seeds and there are none; a pool has no features; or a name has characters other
+            than letters, digits, ``_`` and ``-``.
     """
     for name in seeds:
         if not NAME.fullmatch(name):
-            raise ValueError(f"seeds must be named by letters, digits, '_' and '-', but one is {name!r}")
+            raise ValueError(f"seeds: expected names of letters, digits, '_' and '-', got {name!r}")
     if not seeds and config.method in ("sample", "cluster"):
-        raise ValueError(f"retrieve.method {config.method} needs seeds, but there are none")
+        raise ValueError(f"seeds: expected at least one set for retrieve.method {config.method}, got none")
     if not seeds and config.method == "auto":
         return pool
     layout = yield from layout_of(pool, "retrieve", output)
@@ -113,7 +113,7 @@ def retrieve(pool: Pool, seeds: Mapping[str, Pool], config: RetrieveConfig, outp
 
 
 def _sample(pool: Pool, name: str, seeds: Pool, config: RetrieveConfig, output: str) -> Steps[str]:
-    """The nearest images of each seed."""
+    """Choose the nearest images of each seed."""
     k = config.own_neighbours().get(name, config.neighbours)
     found = yield from search(seeds, pool, config.search, output, stage=f"retrieve-{name}", k=k)
     hits = Step(output, f"retrieve-{name}-hits", None, (found.folder,), [Task("all", write_hits, (found,))])
@@ -124,8 +124,8 @@ def _sample(pool: Pool, name: str, seeds: Pool, config: RetrieveConfig, output: 
 def _cluster(
     name: str, seeds: Pool, layout: str, clusters: Clusters, config: RetrieveConfig, output: str
 ) -> Steps[str]:
-    """Some images of each cluster that holds enough seeds."""
-    assert seeds.features is not None  # or there were no clusters
+    """Choose some images of each cluster that holds enough seeds."""
+    assert seeds.features is not None  # without features there are no clusters
     settings = [config.min_seeds, config.per_cluster, config.cap]
     inputs = (clusters.centroids, clusters.assignments, seeds.features, *seeds.decisions, layout)
     task = Task("all", quotas_by_seeds, (clusters, seeds, layout, config))
@@ -135,7 +135,7 @@ def _cluster(
 
 
 def _hierarchical(pool: Pool, clusters: Clusters, config: RetrieveConfig, output: str) -> Steps[str]:
-    """As many images of each cluster as there is room for, from the top of the hierarchy down."""
+    """Choose a balanced share of each cluster, from the top of the hierarchy down."""
     inputs = (clusters.assignments, *([clusters.upper] if clusters.upper else []))
     task = Task("all", quotas_of_hierarchy, (clusters, config))
     quotas = Step(output, "retrieve-balanced-quotas", config.total, inputs, [task], "clusters")
@@ -154,8 +154,8 @@ def _draw(name: str, clusters: Clusters, quotas: str, config: RetrieveConfig, ou
 
 
 def write_hits(output: Output, found: Neighbours) -> Counts:
-    """Task: write for every image that was found its ``position``, ``times``, and its nearest ``seed`` (position in its
-    set, of equally near ones the first) with ``cosine``; ordered by position."""
+    """Task: write for every image found its ``position``, ``times``, its nearest ``seed`` (position in the set; among
+    equals, the first) and the ``cosine`` to it, sorted by position."""
     layout = found.query_layout()
     seeds, positions, cosines = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
     for shard in layout.names:
@@ -175,9 +175,9 @@ def write_hits(output: Output, found: Neighbours) -> Counts:
 
 
 def quotas_by_seeds(output: Output, clusters: Clusters, seeds: Pool, layout: str, config: RetrieveConfig) -> Counts:
-    """Task: for each cluster that holds ``min_seeds`` seeds min(its size, ``per_cluster``) images, for others none.
+    """Task: write the quota of each cluster: min(its size, ``per_cluster``) if it holds ``min_seeds`` seeds, else 0.
 
-    Where that is more than ``cap`` in all, all are cut at the level at which it is ``cap``.
+    If the sum exceeds ``cap``, all quotas are cut at one level, so that the sum is ``cap``.
     """
     centroids, places = clusters.read_centroids(), read_layout(layout)
     held = np.zeros(len(centroids), np.int64)
@@ -193,7 +193,7 @@ def quotas_by_seeds(output: Output, clusters: Clusters, seeds: Pool, layout: str
 
 
 def quotas_of_hierarchy(output: Output, clusters: Clusters, config: RetrieveConfig) -> Counts:
-    """Task: a balanced share for each cluster."""
+    """Task: write a balanced quota for each cluster."""
     sizes = sizes_of(clusters, len(clusters.read_centroids()))
     quotas = balanced_quotas(sizes, clusters.read_parents(), config.total or int(sizes.sum()) // 2)
     output.write_array(quotas)
@@ -201,7 +201,7 @@ def quotas_of_hierarchy(output: Output, clusters: Clusters, config: RetrieveConf
 
 
 def sizes_of(clusters: Clusters, k: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """Images of each cluster [k]."""
+    """The number of images of each cluster [k]."""
     sizes = np.zeros(k, np.int64)
     for shard in read_layout(clusters.layout).names:
         cluster = clusters.read_clusters(shard)
@@ -210,7 +210,7 @@ def sizes_of(clusters: Clusters, k: int) -> np.ndarray[tuple[int], np.dtype[np.i
 
 
 def write_drawn(output: Output, drawn: str) -> Counts:
-    """Task: what was drawn as the table of what was found, in which no seed is named."""
+    """Task: write the drawn images in the form of :func:`write_hits`, without seeds."""
     arrow = require("pyarrow", extra="curate", purpose="curation")
     position = np.array(read_array(drawn, "all"))
     nothing = {"seed": arrow.nulls(len(position), "int64"), "cosine": arrow.nulls(len(position), "float32")}
@@ -226,14 +226,14 @@ def decide(
     chosen: tuple[tuple[str, str], ...],
     clusters: Clusters | None,
 ) -> Counts:
-    """Task: decisions on a shard, with these columns beside them:
+    """Task: write decisions on a shard, with these columns:
 
     ====================  =========  ==================================================================================
     ``times``             int64      how often the row was asked for
     ``seed_set``          text       the first set that asked for it; null for none, and in a hierarchical sample
-    ``seed``              int64      position in it of the seed that is nearest; null where clusters were asked for
-    ``cosine``            float32    of that seed; null likewise
-    ``cluster``           int32      of the row, -1 for none; null where there are no clusters
+    ``seed``              int64      position in the set of the nearest seed; null for images drawn from clusters
+    ``cosine``            float32    cosine to that seed; null for images drawn from clusters
+    ``cluster``           int32      cluster of the row, -1 for none; null if there are no clusters
     ====================  =========  ==================================================================================
     """
     arrow = require("pyarrow", extra="curate", purpose="curation")

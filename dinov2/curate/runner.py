@@ -1,4 +1,4 @@
-"""Runs the steps of stages in order, each until all its shards are there, and sums up what became of all rows."""
+"""Runs the steps of stages in order, each until all its shards are there, and sums up their counts."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ POLL_SECONDS = 1.0
 
 
 class FailedShardsError(OSError):
-    """Some shards of a step cannot be made; those that can are there, and running again tries only the others."""
+    """Some shards of a step failed. All other shards are done, so the next run tries only the failed ones."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Which tasks of every step are this process's: number ``number`` of ``count`` that share the work."""
+    """The part of every step that this process does: process ``number`` of ``count`` that share the work."""
 
     number: int = 0
     count: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.number < self.count:
-            raise ValueError(f"shard must be i/n with 0 <= i < n, but is {self.number}/{self.count}")
+            raise ValueError(f"shard: expected i/n with 0 <= i < n, got {self.number}/{self.count}")
 
 
 class Watcher:
-    """Is told how a curation goes on; this one keeps it to itself."""
+    """Is told about the progress of a curation. This base class ignores it."""
 
     def started(self, step: Step, done: int) -> None:
-        """Shards that were there already; ``len(step.tasks)`` is how many there will be."""
+        """A step begins. ``done`` shards of ``len(step.tasks)`` were there already."""
 
     def advanced(self, step: Step) -> None:
         """One more shard is there."""
 
     def retrying(self, step: Step, shard: str, error: Exception) -> None:
-        """A shard could not be made and will be tried again."""
+        """A shard failed and will be tried again."""
 
     def waiting(self, step: Step, missing: int) -> None:
-        """Shards that other processes have yet to make."""
+        """Other processes still have to make ``missing`` shards."""
 
     def ended(self, step: Step) -> None:
-        """All shards are there."""
+        """All shards of a step are there."""
 
 
 ALL = Part()
@@ -69,18 +69,18 @@ def run_steps(
     """Run all steps of a generator.
 
     Args:
-        steps: of one stage or of a whole curation.
+        steps: steps of one stage or of a whole curation.
         engine: where tasks run.
-        tries: how often a shard is tried before it counts as failed; the last time with nothing beside it.
-        part: this process's share, where several run the same curation on the same storage.
+        tries: number of tries before a shard counts as failed; the last try runs alone.
+        part: share of this process, if several processes run one curation on the same storage.
         patience: seconds to wait for shards of other processes while none appears.
-        watcher: told what happens.
+        watcher: is told about the progress.
 
     Returns:
         The generator's value.
 
     Raises:
-        FailedShardsError: some shards of a step cannot be made; no later step has begun.
+        FailedShardsError: some shards of a step failed; no later step has begun.
         TimeoutError: shards of other processes did not appear.
     """
     while True:
@@ -126,7 +126,7 @@ def _message(step: Step, failures: dict[str, Exception], tries: int) -> str:
     more = f"\n  and {len(failures) - 10} more" if len(failures) > 10 else ""
     return (
         f"{len(failures)} of {len(step.tasks)} shards of {step.name} failed {tries} times; the others are done, and"
-        f" running again tries these only:{''.join(lines)}{more}"
+        f" the next run tries only these:{''.join(lines)}{more}"
     )
 
 
@@ -137,7 +137,7 @@ def _wait_for_others(step: Step, patience: float, watcher: Watcher) -> None:
         if time.monotonic() - since > patience:
             raise TimeoutError(
                 f"waited {patience:.0f} seconds for {len(missing)} shards of {step.name} that other processes have to"
-                f" make, {', '.join(sorted(missing)[:3])} among them: run these again, then this"
+                f" make, {', '.join(sorted(missing)[:3])} among them: run those processes again, then this one"
             )
         watcher.waiting(step, len(missing))
         time.sleep(POLL_SECONDS)
@@ -146,7 +146,7 @@ def _wait_for_others(step: Step, patience: float, watcher: Watcher) -> None:
 
 
 def _describe(step: Step) -> None:
-    """Leave a note in the step's folder of what its name stands for."""
+    """Write a note into the step's folder that explains its name."""
     storage = Storage(step.folder)
     note = {"name": step.name, "settings": to_json(step.settings), "inputs": list(step.inputs), "unit": step.unit}
     with storage.replace(f"{storage.root}/{ABOUT}/step.json") as file:
@@ -154,7 +154,7 @@ def _describe(step: Step) -> None:
 
 
 def _note_time(step: Step, part: Part, made: int, seconds: float) -> None:
-    """Add to what :meth:`Step.timing` reads."""
+    """Write the time of this run, which :meth:`Step.timing` reads."""
     storage = Storage(step.folder)
     path = f"{storage.root}/{ABOUT}/part-{part.number}-of-{part.count}.json"
     if storage.filesystem.exists(path):
@@ -168,12 +168,12 @@ class StageSummary(NamedTuple):
     """One run of a stage.
 
     Attributes:
-        name: of the stage.
-        unit: what its rows are.
-        rows_in: rows that it decided on.
-        rows_out: rows that go on.
-        dropped: the others, by reason.
-        seconds: that it took, of processes that shared the work the sum.
+        name: name of the stage.
+        unit: what a row is.
+        rows_in: rows that the stage decided on.
+        rows_out: rows that were kept.
+        dropped: rows that were dropped, by reason.
+        seconds: time of the run, the sum over processes that shared the work.
     """
 
     name: str
@@ -185,9 +185,9 @@ class StageSummary(NamedTuple):
 
 
 def summarize(steps: Iterable[Step]) -> list[StageSummary]:
-    """Stages in the order of their steps; those of a stage that follow one another are one run of it.
+    """Sum up stages in the order of their steps. Consecutive steps of one stage are one run of it.
 
-    What a stage's last step gives is its result, and what its steps about the same kind of rows dropped, it dropped.
+    The rows out of a run are those of its last step. Dropped rows are summed over its steps with the last step's unit.
     """
     summaries = []
     for name, group in itertools.groupby(steps, key=lambda step: step.stage):

@@ -1,4 +1,4 @@
-"""The screen stage: each image is measured once, and what is unfit for training goes. Faces are found for blurring."""
+"""The screen stage: measures each image once and drops images that are unfit for training. It also finds faces."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from dinov2.data.decoding import Pixels, UnreadableImageError, decode_image
 from dinov2_kernels._extras import require
 
 BATCH = 16
-BATCH_PIXELS = 2**25  # from which on a batch is full: 100 MB, whatever the images
-QUALITY_SIDE = 256  # pixels of the longer side that sharpness is measured at
+BATCH_PIXELS = 2**25  # a batch with this many pixels is full: 100 MB, whatever the images
+QUALITY_SIDE = 256  # pixels of the longer side at which sharpness is measured
 NSFW_SIDE = 224
 
 Scorer = Callable[[list[Pixels]], npt.NDArray[np.float32]]
@@ -65,7 +65,7 @@ class ScreenConfig(Config, at="screen"):
     """This seed decides which images are the hash's sample."""
 
     def rules(self) -> Rules:
-        """Hashes are searched by all ways to change so many bits."""
+        """Hashes are compared by bands of bits. A larger distance makes the bands narrow and the search slow."""
         yield "max_distance", -1 <= self.max_distance <= 8, "from -1 to 8"
 
 
@@ -73,12 +73,12 @@ def screen(pool: Pool, config: ScreenConfig, output: str) -> Steps[Pool]:
     """Drop images that are unreadable, too small, too long, plain, blurred, unsafe, or the same as another.
 
     Args:
-        pool: images.
-        config: what is unfit.
+        pool: images to screen.
+        config: which images are unfit.
         output: folder or URL of the whole curation.
 
     Returns:
-        The pool after the decisions, in whose tables are also the measures and the faces.
+        The pool after the decisions, whose tables also hold the measures and the faces.
 
     Raises:
         ValueError: a plugged-in scorer or detector cannot be imported.
@@ -124,14 +124,14 @@ class Quality(NamedTuple):
 
 
 def measure(output: Output, pool: Pool, shard: str, config: ScreenConfig) -> Counts:
-    """Task: write for every row of a shard
+    """Task: write these columns for every row of a shard:
 
     ===============  ========================  ========================================================================
-    ``readable``     bool                      whether it could be decoded; else all other columns are null
-    ``thumbnail``    1,024 bytes               32 x 32 grey levels, of which the PCA hash is made
-    ``entropy``      float32                   of grey levels, in bits
+    ``readable``     bool                      whether it could be decoded; if not, all other columns are null
+    ``thumbnail``    1,024 bytes               32 x 32 grey levels, from which the PCA hash is made
+    ``entropy``      float32                   entropy of grey levels, in bits
     ``sharpness``    float32                   variance of the Laplacian of the grey image at 256 pixels
-    ``nsfw``         float32                   the scorer's; null without a scorer
+    ``nsfw``         float32                   score of the scorer; null without a scorer
     ``faces``        list of structs           x, y, width, height (int32) in pixels of the upright image
     ===============  ========================  ========================================================================
     """
@@ -166,7 +166,7 @@ def measure(output: Output, pool: Pool, shard: str, config: ScreenConfig) -> Cou
 
 
 def quality(image: Pixels) -> Quality:
-    """Measures of an image uint8 [H, W, 3]."""
+    """Measure an image uint8 [H, W, 3]."""
     cv2 = require("cv2", extra="curate", purpose="measuring quality")
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     scale = min(QUALITY_SIDE / max(grey.shape), 1.0)
@@ -178,10 +178,10 @@ def quality(image: Pixels) -> Quality:
 
 
 def open_scorer(name: str) -> Scorer | None:
-    """The scorer that a configuration names; None for none.
+    """The scorer that a configuration names; None if it names none.
 
     Raises:
-        ValueError: it cannot be imported, or is no model of one batch.
+        ValueError: the scorer cannot be imported, or the ONNX model has several inputs.
         ImportError: onnxruntime is missing (extra ``onnx``).
     """
     if not name:
@@ -214,9 +214,9 @@ def _table(rows: list[dict[str, Any]]) -> Any:
 
 
 def _fit(output: Output, shards: list[str], measures: str, config: ScreenConfig) -> Counts:
-    """Task: the directions of the PCA hash, from a sample of the pool."""
+    """Task: fit the directions of the PCA hash to a sample of the pool."""
     rows = [np.flatnonzero(read_table(measures, shard, ["readable"])["readable"].to_numpy()) for shard in shards]
-    ends = np.cumsum([0, *map(len, rows)])  # of each shard's readable rows among all
+    ends = np.cumsum([0, *map(len, rows)])  # where each shard's readable rows end among all
     images = int(ends[-1])
     rng = np.random.default_rng(config.seed)
     chosen = np.sort(rng.choice(images, min(config.hash_sample, images), replace=False, shuffle=False))
@@ -233,7 +233,7 @@ def _fit(output: Output, shards: list[str], measures: str, config: ScreenConfig)
 
 
 def _hash(output: Output, shard: str, measures: str, fit: str) -> Counts:
-    """Task: write ``pca_hash`` (uint64) of every row of a shard, null where it is unreadable or has no contrast."""
+    """Task: write ``pca_hash`` (uint64) of every row of a shard; null if it is unreadable or has no contrast."""
     arrow = require("pyarrow", extra="curate", purpose="curation")
     readable = read_table(measures, shard, ["readable"])["readable"].to_numpy()
     rows = np.flatnonzero(readable)
@@ -245,18 +245,18 @@ def _hash(output: Output, shard: str, measures: str, fit: str) -> Counts:
 
 
 def _thumbnails(measures: str, shard: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
-    """Thumbnails uint8 [N, 1024] of rows that have one."""
+    """Read the thumbnails uint8 [N, 1024] of readable rows."""
     column = read_table(measures, shard, ["thumbnail"])["thumbnail"].take(rows).to_pylist()
     return np.frombuffer(b"".join(column), np.uint8).reshape(len(rows), SIDE * SIDE)
 
 
 class Repeats(NamedTuple):
-    """Which rows of all shards, in their order, repeat another.
+    """Which of the N rows of all shards, in order, repeat another row.
 
     Attributes:
-        exact: [N] bool, the same bytes as an earlier row.
-        near: [N] bool, nearly the same picture as another.
-        of: [N] int64, the row that is kept in its place; its own where it repeats none.
+        exact: whether the row has the same bytes as an earlier row, bool [N].
+        near: whether the row is a near-duplicate of a kept row, bool [N].
+        of: number of the row that is kept instead, int64 [N]; a row that repeats no other has its own number.
     """
 
     exact: npt.NDArray[np.bool_]
@@ -265,10 +265,10 @@ class Repeats(NamedTuple):
 
 
 def find_repeats(output: Output, pool: Pool, measures: str, hashes: str, config: ScreenConfig) -> Counts:
-    """Task: write ``all.parquet`` with the columns of :class:`Repeats`, of all shards one after the other.
+    """Task: write ``all.parquet`` with the columns of :class:`Repeats`, for all shards in order.
 
-    Rows that are unfit by themselves repeat nothing and are repeated by nothing. Of equal files the first is kept; of
-    near-duplicates the one of most pixels, of equally large ones the first.
+    Rows that are unfit by themselves are not compared. The first of equal files is kept. The near-duplicate with the
+    most pixels is kept; among equals, the first.
     """
     fit, digests, areas = [np.zeros(0, bool)], list[str](), [np.zeros(0, np.int64)]
     bits, hashed = [np.zeros(0, np.uint64)], [np.zeros(0, bool)]
@@ -302,8 +302,8 @@ def repeats_of(
     areas: npt.NDArray[np.int64],
     distance: int,
 ) -> Repeats:
-    """Repeats among rows [N] that are fit: by digests of their files where these are not empty, then by hashes where
-    there are any."""
+    """Find repeats among the fit rows of [N]: first by digests of files, if not empty, then by hashes of rows that have
+    one."""
     of = np.arange(len(fit))
     rows = np.flatnonzero(fit & (digests != b""))
     _, first, inverse = np.unique(digests[rows], return_index=True, return_inverse=True)
@@ -317,7 +317,7 @@ def repeats_of(
         component = components.labels()
         order = np.lexsort((rows, -areas[rows], component))
         _, best = np.unique(component[order], return_index=True)
-        kept = rows[order[best]]  # of each component, in the order of their numbers
+        kept = rows[order[best]]  # the kept row of each component, by number
         number = np.unique(component, return_inverse=True)[1]
         of[rows] = kept[number]
         near[rows] = of[rows] != rows
@@ -326,7 +326,7 @@ def repeats_of(
 
 
 def unfit(index: Any, measures: Any, config: ScreenConfig) -> list[str | None]:
-    """Why each row of a shard is unfit by itself, None where it is not: the first of the reasons that holds."""
+    """The first reason that makes each row of a shard unfit by itself; None if it is fit."""
     width, height = index["width"].to_numpy(), index["height"].to_numpy()
     short, long = np.minimum(width, height), np.maximum(width, height)
     entropy, sharpness = (measures[name].fill_null(np.inf).to_numpy() for name in ("entropy", "sharpness"))
@@ -348,8 +348,8 @@ def unfit(index: Any, measures: Any, config: ScreenConfig) -> list[str | None]:
 def decide(
     output: Output, pool: Pool, shard: str, start: int, measures: str, hashes: str, repeats: str, config: ScreenConfig
 ) -> Counts:
-    """Task: decisions on a shard whose first row is row ``start`` of all, with the measures beside them, and in
-    ``kept_row`` the row of all that stands for it."""
+    """Task: write decisions on a shard whose first row is row ``start`` of all rows. The table also has the measures,
+    and ``kept_row``, the number among all rows of the row that is kept instead."""
     index, table = pool.index(shard, ["width", "height"]), read_table(measures, shard)
     reasons = unfit(index, table, config)
     part = read_table(repeats, "all").slice(start, len(reasons))

@@ -1,5 +1,7 @@
-"""Tables sorted by a key of 64 bits: how rows of many shards that belong together meet, with neither all in memory nor
-all read by everyone. Each shard is sorted by its own task; a task of the next step reads its range of keys of all.
+"""Tables sorted by a key of 64 bits. They bring together the rows of many shards that have the same key.
+
+Each task sorts its own shard. Each task of the next step reads one range of keys from all shards. So no task holds all
+rows in memory, and no task reads all rows.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from dinov2.data.shards.storage import Storage
 from dinov2_kernels._extras import require
 
 KEY = "key"
-ROWS = 4096  # of a group, which is read as a whole
+ROWS = 4096  # rows of a row group, which is read as a whole
 
 
 def key_of_text(text: str) -> int:
@@ -25,12 +27,12 @@ def key_of_text(text: str) -> int:
 
 
 def key_ranges(count: int) -> list[tuple[int, int]]:
-    """The first and last key of each of so many ranges, which are of equal width and cover all keys."""
+    """The first and last key of ``count`` ranges, which have equal width and cover all keys."""
     return [((number << 64) // count, ((number + 1 << 64) // count) - 1) for number in range(count)]
 
 
 def text_table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
-    """A table of pyarrow of rows of text; what is no Unicode in them, single surrogates, becomes a question mark."""
+    """Make a table of pyarrow from rows of text. Single surrogates, which are no Unicode, become question marks."""
     arrow = require("pyarrow", extra="curate", purpose="curation")
     return arrow.table(
         {name: arrow.array([_clean(row[place]) for row in rows], arrow.string()) for place, name in enumerate(names)}
@@ -38,7 +40,7 @@ def text_table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> Any:
 
 
 def write_sorted(output: Output, keys: Sequence[int], table: Any) -> None:
-    """Write ``SHARD.parquet``: a table with a key for each row, in ascending order, as its last column."""
+    """Write a table as ``SHARD.parquet``, with the ascending key of each row as its last column."""
     arrow = require("pyarrow", extra="curate", purpose="curation")
     parquet = require("pyarrow.parquet", extra="curate", purpose="curation")
     table = table.append_column(KEY, arrow.array(np.asarray(keys, dtype=np.uint64)))
@@ -47,7 +49,7 @@ def write_sorted(output: Output, keys: Sequence[int], table: Any) -> None:
 
 
 def read_range(folder: str, shard: str, first: int, last: int) -> Any:
-    """The rows of ``FOLDER/SHARD.parquet`` whose keys are in a range, in their order; without their keys."""
+    """Read the rows of ``FOLDER/SHARD.parquet`` whose keys are in a range, in order and without their keys."""
     parquet = require("pyarrow.parquet", extra="curate", purpose="curation")
     storage = Storage(folder)
     with storage.filesystem.open(f"{storage.root}/{shard}.parquet", "rb") as file:

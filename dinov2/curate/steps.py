@@ -1,7 +1,7 @@
-"""What curation is made of: tasks that write one shard each, steps of such tasks, and generators of steps.
+"""The parts of curation: tasks that write one shard each, steps of such tasks, and generators of steps.
 
-A stage is a generator that yields its steps in order. Whoever runs it finishes a step before asking for the next, so a
-stage may look at what its earlier steps wrote. The generator's value is what the stage is for::
+A stage is a generator that yields its steps in order. The runner finishes a step before it asks for the next, so a
+stage can read what its earlier steps wrote. The generator's value is the result of the stage::
 
     def dedup(pool: Pool, config: DedupConfig, output: str) -> Steps[Pool]:
         neighbours = Step(output, "dedup-neighbours", config.search, inputs=(pool.features,), tasks=...)
@@ -9,8 +9,8 @@ stage may look at what its earlier steps wrote. The generator's value is what th
         ...
         return pool.after(decisions.folder)
 
-A step owns a folder whose name carries a digest of all that its results depend on. What is in it is never rewritten: a
-task whose counts are there is done.
+A step owns a folder whose name carries a digest of everything that its results depend on. Its files are never
+rewritten. A task is done when its counts are there.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ COUNTS = ".json"
 PARTIAL = ".partial"
 
 ABOUT = "about"
-"""Folder within a step's, for people and reports: what its name stands for, and how long it took; no result."""
+"""Folder within a step's folder, for people and reports: it explains the name and holds times, but no results."""
 
 Result = TypeVar("Result")
 Steps = Generator["Step", None, Result]
@@ -44,13 +44,13 @@ Steps = Generator["Step", None, Result]
 
 @dataclass(frozen=True)
 class Counts:
-    """What became of the rows of a task, a step or a stage.
+    """The counts of a task, a step or a stage.
 
     Attributes:
-        rows_in: rows that it looked at.
-        rows_out: rows that go on.
-        dropped: the others, by reason.
-        figures: other numbers worth a line in a report, by name; those of several tasks are added up.
+        rows_in: rows that were looked at.
+        rows_out: rows that were kept.
+        dropped: rows that were dropped, by reason.
+        figures: other numbers for the report, by name; those of several tasks are added up.
     """
 
     rows_in: int = 0
@@ -72,10 +72,10 @@ class Task:
     """The making of one shard.
 
     Attributes:
-        shard: its name.
-        function: called with an :class:`Output` and ``arguments``; of a module, so that other processes can import it.
-            It depends on nothing but its arguments and the files they name, and runs on one thread.
-        arguments: small and picklable: paths and settings, never images or vectors.
+        shard: name of the shard.
+        function: called with an :class:`Output` and ``arguments``; a function of a module, so that other processes can
+            import it. It depends only on its arguments and the files that they name, and runs on one thread.
+        arguments: small and picklable values: paths and settings, never images or vectors.
     """
 
     shard: str
@@ -89,12 +89,12 @@ class Step:
 
     Attributes:
         output: folder or URL of the whole curation.
-        name: of the stage and of the step in it, joined by a hyphen.
-        settings: a dataclass or what JSON can hold: all that results depend on, other than the rows of their own shard.
-        inputs: folders that are read. Where a result depends on all their shards, ``settings`` names these.
-        tasks: one for each shard.
+        name: name of the stage and of the step in it, joined by a hyphen.
+        settings: a dataclass or JSON value with everything that results depend on, except the rows of their own shard.
+        inputs: folders that are read. If a result depends on all their shards, ``settings`` names the shards.
+        tasks: one task for each shard.
         unit: what a row is, in the plural.
-        gpu: whether a task wants a GPU where there is one.
+        gpu: whether a task wants a GPU if there is one.
     """
 
     output: str
@@ -107,17 +107,17 @@ class Step:
 
     @property
     def folder(self) -> str:
-        """Where the results lie, ``OUTPUT/NAME-DIGEST``; a folder within the output counts by its name."""
+        """Folder of the results, ``OUTPUT/NAME-DIGEST``. The digest takes inputs within the output by their name."""
         inputs = [folder.removeprefix(f"{self.output}/") for folder in self.inputs]
         return f"{self.output}/{self.name}-{digest([to_json(self.settings), inputs])}"
 
     @property
     def stage(self) -> str:
-        """Name of the stage."""
+        """The name of the stage."""
         return self.name.partition("-")[0]
 
     def finished(self) -> set[str]:
-        """Names of the shards that are done."""
+        """The names of the shards that are done."""
         return set(Storage(self.folder).files("", COUNTS))
 
     def counts(self) -> Counts:
@@ -128,7 +128,7 @@ class Step:
         return total
 
     def timing(self) -> Timing:
-        """How long it took, over all runs that came to their end."""
+        """The time that the step took, over all runs that ended normally."""
         storage, total = Storage(self.folder), Timing(0, 0.0)
         for name, path in storage.files(ABOUT, COUNTS).items():
             if name.startswith("part-"):
@@ -138,18 +138,18 @@ class Step:
 
 
 class Timing(NamedTuple):
-    """Shards that were made, and the seconds that it took, added up over processes that shared the work."""
+    """The number of shards made and the seconds they took, summed over processes that shared the work."""
 
     shards: int
     seconds: float
 
 
 class Output:
-    """Where a task writes: files ``FOLDER/SHARD.SUFFIX``, each of which is there as a whole or not at all.
+    """Where a task writes: files ``FOLDER/SHARD.SUFFIX``. Each file appears as a whole or not at all.
 
     Attributes:
-        folder: the step's.
-        shard: the task's.
+        folder: folder of the step.
+        shard: shard of the task.
     """
 
     def __init__(self, folder: str, shard: str) -> None:
@@ -164,7 +164,7 @@ class Output:
             yield file
 
     def write_table(self, columns: Any) -> None:
-        """Write ``SHARD.parquet``: a table of pyarrow, or arrays by the name of their column."""
+        """Write ``SHARD.parquet`` from a table of pyarrow, or from arrays by the name of their column."""
         arrow = require("pyarrow", extra="curate", purpose="curation")
         parquet = require("pyarrow.parquet", extra="curate", purpose="curation")
         table = columns if isinstance(columns, arrow.Table) else arrow.table(columns)
@@ -177,12 +177,12 @@ class Output:
             np.lib.format.write_array(file, np.ascontiguousarray(array), allow_pickle=False)
 
     def finish(self, counts: Counts) -> None:
-        """Write the counts, which says that the shard is done."""
+        """Write the counts, which mark the shard as done."""
         with self.replace(COUNTS) as file:
             file.write(json.dumps(dataclasses.asdict(counts), indent=1, sort_keys=True).encode())
 
     def clear(self) -> None:
-        """Delete what a task that was killed has left half-written: here, or of tars and their indices."""
+        """Delete the half-written files of a killed task, tars and their indices included."""
         for folder in ("", "images", "index"):
             for path in self._storage.files(folder, PARTIAL).values():
                 if path.rpartition("/")[2].startswith(f"{self.shard}."):
@@ -190,14 +190,14 @@ class Output:
 
 
 def run_task(folder: str, task: Task) -> None:
-    """Make one shard; what any engine calls, anywhere."""
+    """Make one shard. Every engine calls this function."""
     output = Output(folder, task.shard)
     output.clear()
     output.finish(task.function(output, *task.arguments))
 
 
 def digest(value: Any) -> str:
-    """Ten hexadecimal digits that stand for a value of JSON's types."""
+    """Ten hexadecimal digits that identify a JSON value."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 

@@ -1,4 +1,4 @@
-"""What a crawler needs to know of the web: URLs and lists of domains, public addresses, opt-outs, robots.txt."""
+"""Rules of the web for a crawler: URLs, lists of domains, public addresses, opt-outs, robots.txt."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from urllib.parse import SplitResult, quote, urljoin, urlsplit, urlunsplit
 from dinov2.data.shards.storage import Storage
 from dinov2_kernels._extras import require
 
-MAX_URL = 2048  # characters, as common browsers and servers have it
+MAX_URL = 2048  # characters, a limit of common browsers and servers
 MAX_HOST = 253
 DEFAULT_PORTS = {"http": 80, "https": 443}
-SAFE = "!$%&'()*+,-./:;=?@[]_~|"  # stay as they are beside letters and digits, in paths and queries
+SAFE = "!$%&'()*+,-./:;=?@[]_~|"  # like letters and digits, these are not escaped in paths and queries
 NAME = re.compile(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*", re.ASCII)
 NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*", re.ASCII)
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-UNICAST = ipaddress.IPv6Network("2000::/3")  # all that has been given out of IPv6; more than is_global asks
+UNICAST = ipaddress.IPv6Network("2000::/3")  # the IPv6 addresses that are in use; is_global allows more
 NO_ROBOTS = frozenset({"max-snippet", "max-image-preview", "max-video-preview", "unavailable_after"})
-"""Directives that have a value after a colon, as robots' names have their directives."""
+"""Directives with a value after a colon. So the text before a colon is not always a robot's name."""
 
 ROBOT = re.compile(r"[a-z_*][\w*.-]*", re.ASCII)
 ROBOTS_BYTES = 512_000
 
 
 class RefusedURLError(ValueError):
-    """A URL is nothing to fetch; ``reason`` is one of a few words that are counted."""
+    """A URL cannot be fetched. ``reason`` is one of a few texts that are counted."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -38,15 +38,16 @@ class RefusedURLError(ValueError):
 
 
 def normal_url(link: str, page: str = "") -> str:
-    """A link as an absolute http or https URL in ASCII, without fragment and credentials, its host as
-    :func:`canonical_host` has it; what is sent to a server is this, letter by letter.
+    """Turn a link into an absolute http or https URL in ASCII, without fragment and credentials.
+
+    The host is in the form of :func:`canonical_host`. Exactly this URL is sent to a server.
 
     Args:
-        link: as it stands in a page.
-        page: URL that it is relative to.
+        link: text of the link in a page.
+        page: URL that the link is relative to.
 
     Raises:
-        RefusedURLError: it is no such URL.
+        RefusedURLError: the link is no such URL.
     """
     link = link.strip()
     if link[:5].lower() == "data:":
@@ -54,7 +55,7 @@ def normal_url(link: str, page: str = "") -> str:
     if len(link) > MAX_URL:
         raise RefusedURLError("too long URL")
     place, mark, rest = re.sub("[\t\r\n]", "", link).partition("?")
-    link = place.replace("\\", "/") + mark + rest  # as browsers do
+    link = place.replace("\\", "/") + mark + rest  # browsers do the same
     try:
         parts = urlsplit(urljoin(page, link))
         port = parts.port
@@ -64,7 +65,7 @@ def normal_url(link: str, page: str = "") -> str:
         path, query = (quote(text, safe=SAFE) for text in (parts.path or "/", parts.query))
     except RefusedURLError:
         raise
-    except ValueError:  # UnicodeError among them
+    except ValueError:  # UnicodeError included
         raise RefusedURLError("malformed URL") from None
     place = f"[{host}]" if ":" in host else host
     if port is not None and port != DEFAULT_PORTS[parts.scheme]:
@@ -78,42 +79,42 @@ def normal_url(link: str, page: str = "") -> str:
 
 
 def canonical_host(host: str) -> str:
-    """A host as there is one way to write it: a name in lower case and ASCII (IDNA) without a final dot, or an address.
+    """The one way to write a host: a name in lower case and ASCII (IDNA) without a final dot, or an address.
 
-    What ends in a number is an IPv4 address, which may be written with fewer than four numbers, octal or hexadecimal
-    (URL Standard, "host parsing"): ``0x7f.1`` is ``127.0.0.1``. So nobody who looks at a host takes it for a name that
-    the system's resolver takes for an address.
+    A host that ends in a number is an IPv4 address. It may have fewer than four numbers, octal or hexadecimal (URL
+    Standard, "host parsing"): ``0x7f.1`` is ``127.0.0.1``. So a host that looks like a name is never an address for the
+    system's resolver.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the host is neither a name nor an address.
     """
     if ":" in host:
-        return str(ipaddress.IPv6Address(host if "%" not in host else ""))  # a zone is of one machine
+        return str(ipaddress.IPv6Address(host if "%" not in host else ""))  # a zone has a meaning on one machine only
     if len(host) > MAX_HOST:
-        raise ValueError("a host has at most 253 characters")
+        raise ValueError(f"host: expected at most {MAX_HOST} characters, got {len(host)}")
     name = host.rstrip(".")
     name = (name if name.isascii() else name.encode("idna").decode()).lower()
     if not NAME.fullmatch(name):
-        raise ValueError("a name is of letters, digits, - and _, and of dots between these")
+        raise ValueError(f"host: expected letters, digits, - and _ with dots between them, got {name!r}")
     if not NUMBER.fullmatch(name.rpartition(".")[2]):
         return name
     try:
         return socket.inet_ntoa(socket.inet_aton(name))
     except OSError:
-        raise ValueError("it ends in a number, and is no address") from None
+        raise ValueError(f"host: expected an address, because it ends in a number, got {name!r}") from None
 
 
 def host_of(url: str) -> str:
-    """The host of a normal URL, with its port where it is not the scheme's own."""
+    """The host of a normal URL, with the port unless it is the default port of the scheme."""
     return urlsplit(url).netloc
 
 
 @lru_cache(maxsize=8)
 def read_domains(path: str) -> frozenset[str]:
-    """The domains in a file, one a line, in any script; ``#`` begins a remark. None for an empty path.
+    """Read the domains in a file, one a line, in any script. ``#`` begins a remark. An empty path has no domains.
 
     Raises:
-        ValueError: a line is no domain.
+        ValueError: a line is not a domain.
     """
     if not path:
         return frozenset()
@@ -125,30 +126,30 @@ def read_domains(path: str) -> frozenset[str]:
             try:
                 names.add(canonical_host(text))
             except ValueError:
-                raise ValueError(f"domains must be one a line, but line {number} of {path} is {text!r}") from None
+                raise ValueError(f"{path}: expected one domain a line, got {text!r} in line {number}") from None
     return frozenset(names)
 
 
 def is_blocked(url: str, domains: frozenset[str]) -> bool:
-    """Whether a normal URL's host is one of the domains or below one."""
+    """Whether a normal URL's host is one of the domains or a subdomain."""
     labels = (urlsplit(url).hostname or "").split(".")
     return any(".".join(labels[start:]) in domains for start in range(len(labels)))
 
 
 class PrivateAddressError(OSError):
-    """A name leads to no public address."""
+    """A name has an address that is not public, or none."""
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the internet's: not private, loopback, link-local, multicast or reserved, nor one
-    of these within an IPv6 address (mapped, 6to4, Teredo, NAT64)."""
+    """Whether an IP address is public: not private, loopback, link-local, multicast or reserved. IPv4 addresses within
+    IPv6 addresses (mapped, 6to4, Teredo, NAT64) are checked too."""
     try:
         ip = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
         return False
     if isinstance(ip, ipaddress.IPv6Address):
         inner = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
-        if ip in NAT64:  # which Python counts among the reserved
+        if ip in NAT64:  # Python counts these as reserved
             return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
         if any(v4 is not None and not is_public(str(v4)) for v4 in inner):
             return False
@@ -158,10 +159,10 @@ def is_public(address: str) -> bool:
 
 
 def check_literal(url: str) -> None:
-    """Refuse a normal URL whose host is an address that is not public; names are for :func:`public_resolver`.
+    """Refuse a normal URL whose host is a private address. :func:`public_resolver` checks names.
 
     Raises:
-        PrivateAddressError: it is one.
+        PrivateAddressError: the host is a private address.
     """
     host = urlsplit(url).hostname or ""
     try:
@@ -173,13 +174,13 @@ def check_literal(url: str) -> None:
 
 
 def public_resolver(inner: Any = None) -> Any:
-    """A resolver of aiohttp that gives public addresses only.
+    """A resolver of aiohttp that returns public addresses only.
 
-    The addresses that it has checked are those that aiohttp connects to, so a name that answers differently the second
-    time gains nothing.
+    aiohttp connects to exactly the addresses that were checked. So a name that answers differently the second time does
+    not lead into a private network.
 
     Args:
-        inner: resolver that is asked; the system's by default.
+        inner: the resolver whose answers are checked; the system's by default.
     """
     aiohttp = require("aiohttp", extra="curate", purpose="downloading")
     abc = require("aiohttp.abc", extra="curate", purpose="downloading")
@@ -202,13 +203,13 @@ def public_resolver(inner: Any = None) -> Any:
 
 
 def opts_out(headers: Iterable[str], words: Iterable[str], agent: str) -> bool:
-    """Whether X-Robots-Tag headers, or the contents of robots meta tags, hold one of the words for us.
+    """Whether X-Robots-Tag headers, or the contents of robots meta tags, have one of the words for us.
 
-    A value may begin with the name of the robot that it is for, as may each directive in it: ``googlebot: noindex,
-    noai`` does not concern others.
+    A value, and each directive in it, may begin with the name of a robot. Then it is for this robot only, as in
+    ``googlebot: noindex, noai``.
 
     Args:
-        headers: values, each with directives parted by commas.
+        headers: values, each a list of directives separated by commas.
         words: directives that count.
         agent: our name as a robot.
     """
@@ -229,18 +230,18 @@ def opts_out(headers: Iterable[str], words: Iterable[str], agent: str) -> bool:
 
 
 class RobotsFile(NamedTuple):
-    """What a server answered."""
+    """The answer of a server."""
 
     status: int  # 0 for no answer
     content: bytes
 
 
 class Robots:
-    """Says what a host allows.
+    """Reads robots.txt and says what a host allows.
 
     Args:
-        fetch: gets the file at a URL.
-        agent: our name.
+        fetch: function that gets the file at a URL.
+        agent: our name as a robot.
     """
 
     def __init__(self, fetch: Callable[[str], Awaitable[RobotsFile]], agent: str) -> None:
@@ -249,7 +250,7 @@ class Robots:
         self._rules: dict[str, asyncio.Task[Any]] = {}
 
     async def allows(self, url: str) -> bool:
-        """Whether the host lets us have a URL."""
+        """Whether the host allows us to fetch a URL."""
         parts = urlsplit(url)
         root = f"{parts.scheme}://{parts.netloc}"
         if root not in self._rules:
@@ -258,7 +259,7 @@ class Robots:
         return rules if isinstance(rules, bool) else bool(rules.can_fetch(url, self._agent))
 
     async def _read(self, url: str) -> Any:
-        """Rules; or True where there are none, False where the server cannot say."""
+        """The rules of a host; True if it has none, False if the server does not answer for them."""
         protego = require("protego", extra="curate", purpose="reading robots.txt")
         answer = await self._fetch(url)
         if 400 <= answer.status < 500 and answer.status != 429:

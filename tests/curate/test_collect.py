@@ -83,10 +83,10 @@ def test_shards_are_taken_as_they_are(tmp_path: Path) -> None:
     assert run_steps(collect(pool.images, CollectConfig(), str(tmp_path / "out")), Inline()) == pool
     assert not (tmp_path / "out").exists()
     next((tmp_path / "pool" / "index").iterdir()).unlink()
-    with pytest.raises(ValueError, match=r"1 have none: write them with dinov2 index"):
+    with pytest.raises(ValueError, match=r"got 1 tars without one under .*: write them with dinov2 index"):
         run_steps(collect(pool.images, CollectConfig(), str(tmp_path / "out")), Inline())
 
 
 def test_no_images(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="images must be a folder of images or of tar shards"):
+    with pytest.raises(ValueError, match="images: expected a folder of images or of tar shards"):
         run_steps(collect(str(tmp_path), CollectConfig(), str(tmp_path / "out")), Inline())

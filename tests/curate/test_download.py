@@ -56,5 +56,5 @@ def test_links_become_shards(tmp_path: Path, server: Server) -> None:
 
 
 def test_no_links(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="links must be a folder of Parquet tables"):
+    with pytest.raises(ValueError, match="links: expected a folder of Parquet tables"):
         run_steps(download(str(tmp_path), CONFIG, str(tmp_path / "out")), Inline())

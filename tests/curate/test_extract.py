@@ -298,5 +298,5 @@ def test_many_links_meet_in_ranges_of_keys(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_no_pages(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="pages must be a folder of HTML, WARC or WAT files"):
+    with pytest.raises(ValueError, match="pages: expected a folder of HTML, WARC or WAT files"):
         run_steps(extract(str(tmp_path), ExtractConfig(), str(tmp_path / "out")), Inline())

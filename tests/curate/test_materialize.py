@@ -104,7 +104,7 @@ def test_sets_of_seeds_as_they_are(tmp_path: Path) -> None:
     root = run_steps(materialize(pool, renamed, MaterializeConfig(as_is=("z",)), str(tmp_path / "out")), Inline())
     sources = Pool(root).index("00000", ["source"])["source"].to_pylist()
     assert [source for source in sources if "/" in source] == ["z/00000"]
-    with pytest.raises(ValueError, match=r"as_is must name sets of seeds, \['a', 'b'\], but names \['c'\]"):
+    with pytest.raises(ValueError, match=r"as_is: expected names of sets of seeds, \['a', 'b'\], got \['c'\]"):
         run_steps(materialize(pool, seeds, MaterializeConfig(as_is=("c",)), str(tmp_path / "out")), Inline())
 
 

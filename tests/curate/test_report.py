@@ -143,7 +143,7 @@ def test_commands(curation: CurateConfig, tmp_path: Path, capsys: pytest.Capture
         "inline",
     ]
     assert main(["curate", "dedup", "laptop", *settings]) == 1
-    assert "dedup needs collect-images, of which 1 of 1 shards are missing: run dinov2 curate collect" in (
+    assert "dedup needs all shards of collect-images, but 1 of 1 are missing: run dinov2 curate collect" in (
         capsys.readouterr().err
     )
     for stage in ("collect", "screen"):
@@ -157,9 +157,9 @@ def test_commands(curation: CurateConfig, tmp_path: Path, capsys: pytest.Capture
         (["fly", "laptop"], "expected run, report or a stage"),
         (["run", "labtop"], "unknown curation 'labtop': did you mean 'laptop'?"),
         (["run", "nothing.json"], "there is no file nothing.json"),
-        (["run", "laptop", "--shard", "2/2", "--images", "x"], "shard must be i/n"),
-        (["run", "laptop", "--output", output], "one of pages, links and images must be given"),
-        (["run", "laptop", "--images", str(tmp_path / "no"), "--output", output], "images must be a folder"),
+        (["run", "laptop", "--shard", "2/2", "--images", "x"], "shard: expected i/n"),
+        (["run", "laptop", "--output", output], "pages, links, images: expected one of them, got none"),
+        (["run", "laptop", "--images", str(tmp_path / "no"), "--output", output], "images: expected a folder"),
     ):
         assert main(["curate", *arguments]) == 1
         assert message in capsys.readouterr().err

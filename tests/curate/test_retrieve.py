@@ -109,7 +109,7 @@ def test_sets_choose_their_method_by_size(tmp_path: Path, vectors: np.ndarray) -
 def test_without_seeds_everything_stays(tmp_path: Path, vectors: np.ndarray) -> None:
     pool = vector_pool(tmp_path / "pool", vectors)
     assert run_steps(retrieve(pool, {}, RetrieveConfig(), str(tmp_path / "out")), Inline()) == pool
-    with pytest.raises(ValueError, match="method sample needs seeds"):
+    with pytest.raises(ValueError, match=r"seeds: expected at least one set for retrieve\.method sample"):
         run_steps(retrieve(pool, {}, RetrieveConfig(method="sample"), str(tmp_path / "out")), Inline())
 
 
@@ -132,5 +132,5 @@ def test_settings_are_checked(settings: dict[str, object]) -> None:
 
 def test_names_of_sets_are_checked(tmp_path: Path, vectors: np.ndarray) -> None:
     pool = vector_pool(tmp_path / "pool", vectors)
-    with pytest.raises(ValueError, match="seeds must be named"):
+    with pytest.raises(ValueError, match="seeds: expected names of letters"):
         run_steps(retrieve(pool, {"../x": pool}, RetrieveConfig(), str(tmp_path / "out")), Inline())

@@ -126,7 +126,7 @@ def test_a_share_that_does_not_come_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("part", [(2, 2), (-1, 2), (0, 0)])
 def test_shares_are_checked(part: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match="shard must be i/n with 0 <= i < n"):
+    with pytest.raises(ValueError, match="shard: expected i/n with 0 <= i < n"):
         Part(*part)
 
 

@@ -142,15 +142,15 @@ def test_automatic_choice_of_the_index() -> None:
 
 def test_what_is_no_unit_vector_is_refused(tmp_path: Path) -> None:
     pool = vector_pool(tmp_path / "pool", np.full((3, 4), 2, np.float16))
-    with pytest.raises(FailedShardsError, match="features must have unit length or be NaN, but in shard 00000 3 have"):
+    with pytest.raises(FailedShardsError, match="features of shard 00000: expected unit length or NaN, got 3 rows"):
         run_steps(search(pool, pool, SearchConfig(), str(tmp_path / "out"), stage="test", k=1), Inline(), tries=1)
 
 
 def test_arguments_are_checked(tmp_path: Path) -> None:
     pool = vector_pool(tmp_path / "pool", np.ones((1, 1), np.float16))
-    with pytest.raises(ValueError, match="k must be positive, but is 0"):
+    with pytest.raises(ValueError, match="k: expected at least 1, got 0"):
         next(search(pool, pool, SearchConfig(), str(tmp_path), stage="test", k=0))
-    with pytest.raises(ValueError, match="queries must have features"):
+    with pytest.raises(ValueError, match="queries: expected features"):
         next(search(dataclasses.replace(pool, features=None), pool, SearchConfig(), str(tmp_path), stage="test", k=1))
     with pytest.raises(ValueError, match=r"search.index: expected one of auto, flat, .* got 'hnsw'"):
         SearchConfig(index="hnsw")

@@ -1,4 +1,4 @@
-"""What a curation did, as one HTML page."""
+"""The report of a curation, as one HTML page."""
 
 from dinov2.curate.report.sections import write_report
 

@@ -1,4 +1,4 @@
-"""The look of the page and pieces of it: tables, charts, small pictures. What comes from elsewhere is escaped here."""
+"""The style and the parts of the page: tables, charts, small pictures. Text from elsewhere is escaped here."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ EMPTY = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAO
 
 
 def document(title: str, parts: Iterable[str]) -> str:
-    """A page that needs nothing from elsewhere."""
+    """A page that loads nothing from elsewhere."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -67,7 +67,7 @@ def document(title: str, parts: Iterable[str]) -> str:
 
 
 def heading(text: str, remark: str = "") -> str:
-    """A section's title, and what it shows."""
+    """A section's title, with a remark about its contents."""
     return f"<h2>{escape(text)}</h2>" + (f'<p class="quiet">{escape(remark)}</p>' if remark else "")
 
 
@@ -77,7 +77,7 @@ def subheading(text: str) -> str:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], numbers: frozenset[int] = frozenset()) -> str:
-    """A table; cells are HTML already. ``numbers`` are the columns that are set to the right."""
+    """A table. Cells are HTML already. The columns in ``numbers`` are aligned to the right."""
 
     def cells(row: Sequence[str], tag: str) -> str:
         kinds = [' class="number"' if i in numbers else "" for i in range(len(row))]
@@ -88,7 +88,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]], numbers: frozen
 
 
 def share_bar(share: float) -> str:
-    """A bar of a part of the whole, 0 to 1."""
+    """A bar that shows a share from 0 to 1."""
     return f'<div class="track"><div style="width:{min(max(share, 0), 1):.1%}"></div></div>'
 
 
@@ -104,12 +104,12 @@ def row(figures: Iterable[str]) -> str:
 
 
 def groups(rows: Iterable[str]) -> str:
-    """Rows of pictures beside one another where there is room."""
+    """Rows of pictures, side by side if there is room."""
     return f'<div class="groups">{"".join(rows)}</div>'
 
 
 def histogram(title: str, values: npt.NDArray[np.generic], *, logarithmic: bool = False) -> str:
-    """How often values lie where; those on a logarithmic scale must be positive. Nothing for no values."""
+    """A histogram of values, which must be positive on a logarithmic scale; "" for no values."""
     numbers = np.asarray(values, np.float64)
     numbers = numbers[np.isfinite(numbers)]
     if not len(numbers):
@@ -147,16 +147,16 @@ class Pictures:
     """The images of a pool as data URLs.
 
     Args:
-        pool: images.
+        pool: pool of the images.
     """
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
         self._files: dict[str, ShardBytes] = {}
-        self._ends: list[tuple[int, str]] = []  # first position behind each shard
+        self._ends: list[tuple[int, str]] = []  # the first position after each shard
 
     def at(self, shard: str, row: int, faces: list[Box] | None = None) -> str:
-        """An image, with the faces blurred that are given; an empty picture where it cannot be read."""
+        """An image with the given faces blurred; an empty picture if the image cannot be read."""
         if shard not in self._files:
             self._files[shard] = self.pool.open_images(shard)
         try:

@@ -1,4 +1,4 @@
-"""The page of a curation: what each of its stages did, from what its steps have left."""
+"""The report page of a curation: what each stage did, read from the files of its steps."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ HOSTS = 10
 
 
 def write_report(config: CurateConfig) -> str:
-    """Write ``report.html`` into the output of a curation, about all steps that are done; returns where it is.
+    """Write ``report.html`` into the output of a curation, about all steps that are done, and return its path.
 
-    The page needs nothing from elsewhere: pictures, charts and style are in it.
+    The page loads nothing from elsewhere: pictures, charts and style are in it.
     """
     steps = list(finished_steps(config))
     storage = Storage(config.output)
@@ -40,7 +40,7 @@ def write_report(config: CurateConfig) -> str:
 
 
 def finished_steps(config: CurateConfig) -> Iterator[Step]:
-    """The steps of a curation that are done, in order, each once, up to the first that is not."""
+    """The finished steps of a curation in order, without repeats, up to the first unfinished step."""
     seen = set[str]()
     for step in curate(config):
         if {task.shard for task in step.tasks} - step.finished():
@@ -66,12 +66,12 @@ def _parts(config: CurateConfig, steps: list[Step]) -> Iterator[str]:
     if "retrieve-decisions" in by_name:
         yield from sections.retrieved(by_name["retrieve-decisions"], pool, seeds)
     if not config.screen.nsfw:
-        yield page.heading("Not done", "No scorer of unsafe images was given (screen.nsfw): none was looked for.")
+        yield page.heading("Not done", "No scorer of unsafe images was given (screen.nsfw), so none were looked for.")
     yield page.heading("Settings") + f"<pre>{escape(json.dumps(to_json(config), indent=1))}</pre>"
 
 
 def _root(config: CurateConfig, steps: list[Step]) -> str:
-    """Where the pool's images are."""
+    """The folder of the pool's images."""
     if config.images is not None:
         return _collected(config.images, steps)
     return next((step.folder for step in steps if step.name == "download-images"), config.output)
@@ -82,13 +82,13 @@ def _sets(paths: dict[str, str], steps: list[Step]) -> dict[str, Pool]:
 
 
 def _collected(path: str, steps: list[Step]) -> str:
-    """Shards as they are, or those that a folder's files went into."""
+    """The folder of shards that ``path`` has, or that its files were collected into."""
     return next((step.folder for step in steps if step.name == "collect-images" and step.inputs == (path,)), path)
 
 
 def funnel(steps: Sequence[Step]) -> Iterator[str]:
-    """Rows into and out of every stage, why the others went, and how fast it was; then every step."""
-    yield page.heading("Funnel", "Every stage with what it took, what it gave, and why the rest did not go on.")
+    """Rows in and out of every stage, reasons of dropped rows, and speed; then all steps."""
+    yield page.heading("Funnel", "Rows in and out of every stage, and the reasons why rows were dropped.")
     rows = []
     for stage in summarize(steps):
         reasons = [f"{number:,} {escape(reason)}" for reason, number in stage.dropped.items()]
@@ -113,7 +113,7 @@ def downloads(step: Step) -> Iterator[str]:
         table = read_table(step.folder, task.shard, ["host", "reason"])
         for host, reason in zip(table["host"].to_pylist(), table["reason"].to_pylist(), strict=True):
             hosts[host][reason or ""] += 1
-    yield page.heading("Downloads", f"Hosts with the most links, of {len(hosts):,} in all.")
+    yield page.heading("Downloads", f"The hosts with the most links, out of {len(hosts):,} hosts.")
     rows = [
         [
             escape(host),
@@ -127,7 +127,7 @@ def downloads(step: Step) -> Iterator[str]:
 
 
 def screened(step: Step, pool: Pool) -> Iterator[str]:
-    """Images by the reason why they were dropped, faces before and after, and the measures' distributions."""
+    """Dropped images by reason, faces before and after, and distributions of the measures."""
     pictures, by_reason, faces = Pictures(pool), defaultdict[str, list[str]](list), list[str]()
     values: dict[str, list[Any]] = defaultdict(list)
     for task in step.tasks:
@@ -147,7 +147,7 @@ def screened(step: Step, pool: Pool) -> Iterator[str]:
                 found = [Box(**box) for box in boxes]
                 faces.append(page.figure(pictures.at(task.shard, row), "before"))
                 faces.append(page.figure(pictures.at(task.shard, row, found), f"{len(found)} blurred", "kept"))
-    yield page.heading("Screening", "What was dropped by looking at images one by one, and what repeats another.")
+    yield page.heading("Screening", "Images that were dropped because they are unfit or repeat another image.")
     for reason, figures in sorted(by_reason.items()):
         yield page.subheading(f"{reason}: {step.counts().dropped[reason]:,}") + page.row(figures)
     if faces:
@@ -170,7 +170,7 @@ def screened(step: Step, pool: Pool) -> Iterator[str]:
 
 
 def deduplicated(step: Step, pool: Pool, references: Mapping[str, Pool]) -> Iterator[str]:
-    """Groups of copies, the kept one first; and what was dropped for being near an evaluation image."""
+    """Groups of copies with the kept image first, and images that were dropped as near an evaluation image."""
     pictures = Pictures(pool)
     of_sets = {name: Pictures(reference) for name, reference in references.items()}
     groups: dict[tuple[str, int], list[tuple[float, str, int]]] = defaultdict(list)
@@ -204,7 +204,7 @@ def deduplicated(step: Step, pool: Pool, references: Mapping[str, Pool]) -> Iter
         rows.append(page.row([page.figure(pictures.at(*place), "kept", "kept"), *copies]))
     yield page.groups(rows)
     if near:
-        yield page.subheading("Dropped with all of their component, since one of it is near an evaluation image")
+        yield page.subheading("Dropped because an image of their component is near an evaluation image")
         yield page.groups(page.row(pair) for pair in near)
     sizes = np.array(sorted(components.values()))
     yield (
@@ -216,7 +216,7 @@ def deduplicated(step: Step, pool: Pool, references: Mapping[str, Pool]) -> Iter
 
 
 def retrieved(step: Step, pool: Pool, seeds: Mapping[str, Pool]) -> Iterator[str]:
-    """Seeds with what was retrieved for them, samples of clusters, and how often images were asked for."""
+    """Seeds with the images retrieved for them, samples of clusters, and how often images were asked for."""
     pictures, of_sets = Pictures(pool), {name: Pictures(own) for name, own in seeds.items()}
     by_seed: dict[tuple[str, int], list[tuple[float, str, int]]] = defaultdict(list)
     by_cluster: dict[int, list[tuple[str, int]]] = defaultdict(list)
@@ -232,7 +232,7 @@ def retrieved(step: Step, pool: Pool, seeds: Mapping[str, Pool]) -> Iterator[str
             elif kept and table["cluster"][row] is not None:
                 by_cluster[table["cluster"][row]].append((task.shard, row))
     yield page.heading(
-        "Retrieval", "Curated images and what was retrieved for them; clusters and what was drawn of them."
+        "Retrieval", "Curated images with the images retrieved for them, and clusters with the images drawn from them."
     )
     for (name, seed), found in sorted(by_seed.items(), key=lambda entry: (-len(entry[1]), entry[0]))[:SEEDS]:
         shown = sorted(found, key=lambda member: (-member[0], *member[1:]))[:PER_SEED]

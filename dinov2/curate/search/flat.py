@@ -1,4 +1,4 @@
-"""Exact search, and the nearest neighbours found so far."""
+"""Exact search, and a record of the nearest neighbours found so far."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import torch
 
 from dinov2.curate.search.vectors import CHUNK, Positions, Vectors, exact_cosines
 
-TILE = 2048  # queries and rows compared at once: their products stay in the cache
+TILE = 2048  # queries and rows compared at once; their products stay in the cache
 
-DENSE = 1 / 32  # share of a tile's pairs from which on it costs less to compare all of them exactly
+DENSE = 1 / 32  # if more of a tile's pairs need an exact product, computing all of them costs less
 
-# How far a product may be off, for vectors of unit length: bfloat16 rounds both factors and the sum by 2^-9 of their
+# The largest error of a product of vectors of unit length. bfloat16 rounds both factors and the sum by 2^-9 of their
 # size each, and the absolute products of a pair of vectors add up to 1 at most (Cauchy and Schwarz). The bound of
 # float32 leaves room for the TF32 of GPUs.
 ERROR = {torch.bfloat16: 2.0**-7, torch.float32: 2.0**-9}
 
 
 class Pairs(NamedTuple):
-    """Neighbours, ordered by query, then from the largest cosine down, equal ones by position.
+    """Pairs of neighbours, sorted by query, then by descending cosine, then by position.
 
     Attributes:
         query: number or position of the query, int64 [N].
         neighbour: position in the pool that was searched, int64 [N].
-        cosine: float32 [N].
+        cosine: cosine of the pair, float32 [N].
     """
 
     query: npt.NDArray[np.int64]
@@ -35,11 +35,11 @@ class Pairs(NamedTuple):
     cosine: npt.NDArray[np.float32]
 
     def where(self, mask: npt.NDArray[np.bool_]) -> Pairs:
-        """Those of a mask [N]."""
+        """The pairs where a mask [N] is true."""
         return Pairs(self.query[mask], self.neighbour[mask], self.cosine[mask])
 
     def shifted(self, start: int) -> Pairs:
-        """With queries numbered from ``start`` on."""
+        """The pairs with ``start`` added to the number of each query."""
         return self._replace(query=self.query + start)
 
 
@@ -47,25 +47,25 @@ NONE = Pairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float3
 
 
 def best(parts: list[Pairs], k: int) -> Pairs:
-    """The k nearest of each query; of equal ones those of the lowest position."""
+    """The k nearest neighbours of each query; among equals, those of the lowest position."""
     joined = Pairs(*(np.concatenate(column) for column in zip(*parts, strict=True))) if parts else NONE
     order = np.lexsort((joined.neighbour, -joined.cosine, joined.query))
     query = joined.query[order]
-    first = np.searchsorted(query, query, side="left")  # [N] where the query's neighbours begin
+    first = np.searchsorted(query, query, side="left")  # [N] start of the query's neighbours
     order = order[np.arange(len(query)) - first < k]
     return Pairs(joined.query[order], joined.neighbour[order], joined.cosine[order])
 
 
 class Running:
-    """The k nearest of each of some queries, from pairs that come bit by bit.
+    """Collects the k nearest neighbours of each query from pairs that come piece by piece.
 
     Args:
-        queries: their number.
-        k: neighbours of each, at most.
-        threshold: cosines are larger than this.
+        queries: number of queries.
+        k: largest number of neighbours of a query.
+        threshold: only larger cosines count.
 
     Attributes:
-        floor: what a cosine must exceed to matter, float32 [queries]. It may lag behind.
+        floor: cosines up to this cannot change a query's neighbours, float32 [queries]. It may be too low for a while.
     """
 
     def __init__(self, queries: int, k: int, threshold: float) -> None:
@@ -78,11 +78,11 @@ class Running:
         """Take pairs with cosines above ``floor``."""
         self._parts.append(pairs)
         self._waiting += len(pairs.query)
-        if self._waiting > 2 * len(self.floor):  # sorting costs more than looking at a tile
+        if self._waiting > 2 * len(self.floor):  # sorting costs more than comparing a tile
             self._settle()
 
     def result(self) -> Pairs:
-        """The nearest of all that came."""
+        """The nearest neighbours among all pairs added."""
         self._settle()
         return self._parts[0]
 
@@ -95,7 +95,7 @@ class Running:
 
 
 def rough_type(device: torch.device) -> torch.dtype:
-    """bfloat16 where a processor's matrix units make it fast, else float32; results do not depend on it."""
+    """bfloat16 if the processor's matrix units make it fast, else float32. Results do not depend on it."""
     has_matrix_units = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     return torch.bfloat16 if device.type == "cpu" and has_matrix_units() else torch.float32
 
@@ -108,15 +108,15 @@ def search_flat(
     threshold: float,
     rough: torch.dtype | None = None,
 ) -> Pairs:
-    """The k nearest of each query with a cosine above the threshold.
+    """Find the k nearest neighbours of each query with a cosine above the threshold.
 
     Args:
-        queries: [Q, D].
-        own: positions [Q] of the queries where they are rows of what is searched; none is its own neighbour.
-        portions: vectors [N, D] and positions [N] of what is searched, positions ascending from portion to portion.
-        k: neighbours of a query, at most.
-        threshold: cosines are larger than this.
-        rough: type of the first comparison, by default what is fastest here.
+        queries: vectors [Q, D] of the queries.
+        own: positions [Q] of the queries in the searched pool, if they are its rows; no query is its own neighbour.
+        portions: vectors [N, D] and positions [N] of the searched pool; positions ascend from portion to portion.
+        k: largest number of neighbours of a query.
+        threshold: only larger cosines count.
+        rough: dtype of the first comparison; by default the fastest on this machine.
 
     Returns:
         Pairs whose query is a number in [0, Q).
@@ -141,7 +141,7 @@ def search_flat(
 
 
 def _compare(scores: torch.Tensor, floor: npt.NDArray[np.float32], queries: Vectors, others: Vectors, k: int) -> Pairs:
-    """All pairs of a tile that are above the query's floor, or in a dense tile the k + 1 best of them at least."""
+    """All pairs of a tile above the query's floor; in a dense tile at least the k + 1 best of each query."""
     rows, columns = _candidates(scores, floor)
     if len(rows) > DENSE * scores.numel():
         return _compare_all(floor, queries, others, k)
@@ -153,26 +153,26 @@ def _compare(scores: torch.Tensor, floor: npt.NDArray[np.float32], queries: Vect
 
 
 def _candidates(scores: torch.Tensor, floor: npt.NDArray[np.float32]) -> tuple[Positions, Positions]:
-    """Rows and columns of the products [Q, N] that may be above the floor [Q] of their row."""
+    """Rows and columns of the products [Q, N] that may exceed the floor [Q] of their row."""
     least = floor - np.float32(ERROR[scores.dtype])
     if scores.is_cuda:
         found = (scores.float() > torch.from_numpy(least).to(scores.device)[:, None]).nonzero().cpu().numpy()
         return found[:, 0], found[:, 1]
     if scores.dtype == torch.float32 or least.min() <= 0:
         values = scores.float().numpy()
-    else:  # positive numbers are in the order of their bits, for which there are faster instructions
+    else:  # positive numbers sort like their bits, and integers compare faster
         values, least = scores.view(torch.int16).numpy(), (least.view(np.int32) >> 16).astype(np.int16)  # rounds down
-    some = np.flatnonzero(values.max(1) >= least)  # most rows have none, and a maximum costs less than a mask
+    some = np.flatnonzero(values.max(1) >= least)  # most rows have no candidate, and a maximum costs less than a mask
     rows, columns = np.nonzero(values[some] >= least[some, None])
     return some[rows], columns
 
 
 def _compare_all(floor: npt.NDArray[np.float32], queries: Vectors, others: Vectors, k: int) -> Pairs:
-    """Exact products of all pairs: a sum in float64 has no error, see :func:`exact_cosines`."""
+    """Compute exact products of all pairs. A sum in float64 has no error, see :func:`exact_cosines`."""
     products = torch.from_numpy(queries).double() @ torch.from_numpy(others).double().T
     cosines = products.float().numpy()  # [Q, N]
     least = floor
-    if k + 1 < len(others):  # a query may be its own neighbour, which does not count
+    if k + 1 < len(others):  # k + 1, because a query may be its own neighbour, which is removed later
         kth = np.partition(cosines, len(others) - k - 1, axis=1)[:, len(others) - k - 1]
         least = np.maximum(floor, np.nextafter(kth, np.float32(-2)))
     rows, columns = np.nonzero(cosines > least[:, None])

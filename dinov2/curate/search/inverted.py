@@ -1,4 +1,4 @@
-"""Search by inverted files of Faiss: trained once, built portion by portion, read from the disk as they are needed."""
+"""Search by inverted files of Faiss. They are trained once, built portion by portion, and memory-mapped."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from dinov2.data.shards.storage import RangeReader, Storage
 from dinov2_kernels._extras import require
 
 SUFFIX = ".faiss"
-QUERIES = 4096  # at once
-LEAST = 256  # candidates of a query: by codes alone the nearest one may not be the first
-PER_LIST = 48  # vectors to train each list on; Faiss asks for 39 at least
-FOR_CODES = 12_288  # vectors to train codes on, the same for each of 256 values of a byte
+QUERIES = 4096  # queries searched at once
+LEAST = 256  # fewest candidates of a query, because codes may not rank the nearest one first
+PER_LIST = 48  # training vectors for each list; Faiss asks for at least 39
+FOR_CODES = 12_288  # training vectors for codes: 48 for each of the 256 values of a byte
 
 
 class Code(NamedTuple):
     """How an inverted file stores vectors.
 
     Attributes:
-        error: how far the product of a query with a stored vector may be off, as a rule; what is further below the
-            threshold is not compared again.
-        more: how many times k are taken, since the order is as rough.
+        error: usual largest error of the product of a query with a stored vector. Candidates further below the
+            threshold than this are not compared again.
+        more: number of candidates as a multiple of k, because codes give only a rough order.
     """
 
     error: float
@@ -42,33 +42,33 @@ CODES = {"ivf_sq8": Code(0.02, 2), "ivf_rabitq": Code(0.15, 4), "ivf_pq": Code(0
 
 @contextmanager
 def faiss_module() -> Iterator[Any]:
-    """Faiss, on one thread."""
+    """Faiss, limited to one thread."""
     faiss = require("faiss", extra="curate", purpose="approximate search")
     with single_thread():
         yield faiss
 
 
 def train(output: Output, pool: Pool, layout_folder: str, config: SearchConfig, kind: str) -> Counts:
-    """Task: an empty inverted file, trained on a sample of the pool that does not depend on how it is cut in shards."""
+    """Task: train an empty inverted file on a sample of the pool. The sample does not depend on the cut into shards."""
     layout = read_layout(layout_folder)
     lists = config.number_of_lists(layout.rows)
     wanted = max(PER_LIST * lists, FOR_CODES)
-    size = min(layout.rows, 2 * wanted)  # twice as many, for some of them may be out
+    size = min(layout.rows, 2 * wanted)  # twice as many as wanted, because some may be out
     drawn = np.random.default_rng(config.seed).choice(layout.rows, size, replace=False, shuffle=False)
     sample = _sample(PoolVectors(pool, layout), np.sort(drawn), wanted)  # [S, D]
     if not len(sample):
-        raise ValueError("pool must have features in some of its rows, but has none to search")
+        raise ValueError("pool: expected rows with features to search, got none")
     with faiss_module() as faiss:
         index = _empty(faiss, kind, sample.shape[1], min(lists, max(len(sample) // PER_LIST, 1)))
         for clustering in [index.cp, *([index.pq.cp] if kind == "ivf_pq" else [])]:
-            clustering.min_points_per_centroid = 1  # or it warns of small pools
+            clustering.min_points_per_centroid = 1  # without this Faiss warns about small pools
         index.train(sample)
         _write(faiss, index, output)
     return Counts(len(drawn), len(sample), {"more than needed, or without features": len(drawn) - len(sample)})
 
 
 def build(output: Output, pool: Pool, layout_folder: str, trained: str, start: int, stop: int) -> Counts:
-    """Task: the inverted file of the rows from position ``start`` to ``stop``."""
+    """Task: build the inverted file of the rows from position ``start`` to ``stop``."""
     others = PoolVectors(pool, read_layout(layout_folder))
     added = 0
     with faiss_module() as faiss:
@@ -92,9 +92,9 @@ def search_inverted(
     config: SearchConfig,
     kind: str,
 ) -> Pairs:
-    """As :func:`~dinov2.curate.search.flat.search_flat`, among what the nearest lists of an inverted file hold.
+    """Like :func:`~dinov2.curate.search.flat.search_flat`, but searches only the nearest lists of an inverted file.
 
-    Products by the file's codes are rough; what may be above the threshold is compared again, exactly.
+    Products by the file's codes are rough. Candidates that may be above the threshold are compared again exactly.
     """
     code = CODES[kind]
     parts = []
@@ -104,7 +104,7 @@ def search_inverted(
         for start in range(0, len(queries), QUERIES):
             block = queries[start : start + QUERIES].astype(np.float32)
             wanted = min(max(code.more * k, LEAST) + (own is not None), max(index.ntotal, 1))
-            rough, found = index.search(block, wanted)  # [Q, wanted] each; -1 where there are fewer
+            rough, found = index.search(block, wanted)  # [Q, wanted] each; -1 fills missing candidates
             query, slot = np.nonzero((found >= 0) & (rough > threshold - code.error))
             parts.append(Pairs(query + start, found[query, slot], rough[query, slot]))
     pairs = Pairs(*(np.concatenate(column) for column in zip(*parts, strict=True))) if parts else best([], k)
@@ -115,7 +115,7 @@ def search_inverted(
 
 
 def _sample(vectors: PoolVectors, positions: Positions, wanted: int) -> npt.NDArray[np.float32]:
-    """Features [S, D] of those of the positions that have some, spread evenly over the pool, S <= wanted."""
+    """Features [S, D] at positions that have features, spread evenly over the pool, S <= wanted."""
     numbers, _ = vectors.layout.locate(positions)
     parts = []
     for number in np.unique(numbers):
@@ -129,7 +129,7 @@ def _sample(vectors: PoolVectors, positions: Positions, wanted: int) -> npt.NDAr
 
 def _empty(faiss: Any, kind: str, dimensions: int, lists: int) -> Any:
     bytes_each = max(size for size in range(1, 65) if dimensions % size == 0 and (size == 1 or dimensions >= 4 * size))
-    codes = {"ivf_sq8": "SQ8", "ivf_rabitq": "RaBitQ", "ivf_pq": f"PQ{bytes_each}np"}  # np: not for Hamming distances
+    codes = {"ivf_sq8": "SQ8", "ivf_rabitq": "RaBitQ", "ivf_pq": f"PQ{bytes_each}np"}  # np: without Hamming distances
     return faiss.index_factory(dimensions, f"IVF{lists},{codes[kind]}", faiss.METRIC_INNER_PRODUCT)
 
 
@@ -139,7 +139,7 @@ def _write(faiss: Any, index: Any, output: Output) -> None:
 
 
 def _read(faiss: Any, folder: str, name: str, *, mapped: bool) -> Any:
-    """An index; mapped from a local disk, where its lists are read as they are needed, or as a whole into memory."""
+    """Read an index: memory-mapped from a local disk, so that lists are read when needed, or as a whole into memory."""
     storage = Storage(folder)
     path = f"{storage.root}/{name}{SUFFIX}"
     if RangeReader(storage.filesystem).is_local:
@@ -149,7 +149,7 @@ def _read(faiss: Any, folder: str, name: str, *, mapped: bool) -> Any:
 
 
 def _on_gpu(faiss: Any, index: Any) -> Any:
-    """The index on a GPU, where Faiss has one and knows this kind there."""
+    """Move the index to a GPU if Faiss has one and supports this kind there."""
     if not getattr(faiss, "get_num_gpus", lambda: 0)():
         return index
     try:

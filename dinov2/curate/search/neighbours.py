@@ -1,4 +1,4 @@
-"""The search as steps: portions of queries against portions of a pool, and a table of what each query found."""
+"""The search as steps: it compares portions of queries with portions of a pool and writes neighbours by shard."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from dinov2.curate.steps import Counts, Output, Step, Steps, Task
 from dinov2.data.shards.storage import Storage
 from dinov2_kernels._extras import require
 
-SLICE = 16_384  # rows of what is searched that are in memory at once where there is no index
+SLICE = 16_384  # searched rows in memory at once without an index
 
 
 class Found(NamedTuple):
-    """The neighbours of a shard's rows, ordered by row, then from the largest cosine down, equal ones by position.
+    """The neighbours of a shard's rows, sorted by row, then by descending cosine, then by position.
 
     Attributes:
-        row: of the query in its shard, int64 [N].
+        row: row of the query in its shard, int64 [N].
         neighbour: position in the pool that was searched, int64 [N].
-        cosine: exact, rounded to float32, [N].
+        cosine: exact cosine, rounded to float32 [N].
     """
 
     row: npt.NDArray[np.int64]
@@ -38,12 +38,12 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class Neighbours:
-    """The result of a search; small, so that tasks may take it as an argument.
+    """The result of a search, as paths: small enough to be an argument of tasks.
 
     Attributes:
-        folder: of the tables ``SHARD.parquet`` with columns row, neighbour, cosine.
+        folder: folder of the tables ``SHARD.parquet`` with columns row, neighbour, cosine.
         queries: folder of the layout of the queries.
-        searched: folder of the layout of what was searched; a position there is a neighbour.
+        searched: folder of the layout of the searched pool; neighbours are positions in it.
     """
 
     folder: str
@@ -51,22 +51,22 @@ class Neighbours:
     searched: str
 
     def read(self, shard: str) -> Found:
-        """The neighbours of a shard's rows."""
+        """Read the neighbours of a shard's rows."""
         table = read_table(self.folder, shard)
         return Found(*(table[name].to_numpy() for name in Found._fields))
 
     def query_layout(self) -> Layout:
-        """Where the rows of the queries stand."""
+        """The layout of the queries."""
         return read_layout(self.queries)
 
     def layout(self) -> Layout:
-        """Where the rows of what was searched stand."""
+        """The layout of the searched pool."""
         return read_layout(self.searched)
 
 
 @dataclass(frozen=True)
 class _Search:
-    """What all tasks of a search share; the fields are those of :func:`search`."""
+    """The arguments that all tasks of a search share; see :func:`search`."""
 
     queries: Pool
     query_rows: str
@@ -93,33 +93,33 @@ def search(
     k: int,
     threshold: float = -2.0,
 ) -> Steps[Neighbours]:
-    """The k nearest rows of a pool for each row of another, by the inner product of their features.
+    """Find, for each row of one pool, the k nearest rows of another by the inner product of their features.
 
-    Rows that are out, or whose features are NaN, neither ask nor are found. Where both pools are the same, no row is
-    its own neighbour. Cosines are exact (:func:`~dinov2.curate.search.vectors.exact_cosines`), with a flat index so are
-    the neighbours; of equally near ones those of lower position come first. Nothing depends on threads, engines, the
-    order of tasks or, for a given order of rows, on how these are cut in shards.
+    Rows that are out, or whose features are NaN, are no queries and no neighbours. If both pools are the same, no row
+    is its own neighbour. Cosines are exact (:func:`~dinov2.curate.search.vectors.exact_cosines`); with a flat index the
+    neighbours are exact too. Among equals, lower positions come first. Results do not depend on threads, engines or the
+    order of tasks. For a given order of rows, they do not depend on the cut into shards either.
 
     Args:
-        queries: pool with features.
-        pool: what is searched, with features of the same kind.
-        config: how.
+        queries: pool of the queries, with features.
+        pool: pool that is searched, with features of the same kind.
+        config: index and portions.
         output: folder or URL of the whole curation.
         stage: first part of the steps' names.
-        k: neighbours of a row, at most.
+        k: largest number of neighbours of a row.
         threshold: only neighbours with a larger cosine are written.
 
     Returns:
-        What was found, once all steps are run.
+        The neighbours, after all steps have run.
 
     Raises:
         ValueError: an argument is out of its range, or a pool has no features.
     """
     if k < 1:
-        raise ValueError(f"k must be positive, but is {k}")
+        raise ValueError(f"k: expected at least 1, got {k}")
     for name, given in (("queries", queries), ("pool", pool)):
         if given.features is None:
-            raise ValueError(f"{name} must have features, but have none: embed them first")
+            raise ValueError(f"{name}: expected features, got none: embed it first")
     query_rows = yield from layout_of(queries, stage, output)
     pool_rows = query_rows if pool == queries else (yield from layout_of(pool, stage, output))
     layout, query_layout = read_layout(pool_rows), read_layout(query_rows)
@@ -150,7 +150,7 @@ def search(
 
 
 def _build(job: _Search, blocks: list[tuple[int, int]], output: str, stage: str) -> Steps[str]:
-    """Train an inverted file, and build one for each block; gives the folder that they are in."""
+    """Train an inverted file, then build one for each block. The value is the folder of the inverted files."""
     require("faiss", extra="curate", purpose="approximate search")
     settings = [job.config, job.kind]
     train = Task("all", inverted.train, (job.pool, job.pool_rows, job.config, job.kind))
@@ -168,7 +168,7 @@ def _build(job: _Search, blocks: list[tuple[int, int]], output: str, stage: str)
 def _search(
     output: Output, job: _Search, asking: tuple[int, int], block: tuple[int, int], built: str | None, index: str
 ) -> Counts:
-    """Task: the pairs of a group of queries and a block of what is searched."""
+    """Task: find the neighbours of a group of queries in a block of the searched pool."""
     queries = PoolVectors(job.queries, read_layout(job.query_rows))
     others = PoolVectors(job.pool, read_layout(job.pool_rows))
     counts = Counts()
@@ -207,7 +207,7 @@ def _name(*numbers: int) -> str:
 
 
 def write_pairs(output: Output, pairs: Iterator[Pairs]) -> None:
-    """Write pairs of ascending queries, a row group for each part."""
+    """Write pairs with ascending queries, one row group for each part."""
     arrow = require("pyarrow", extra="curate", purpose="curation")
     parquet = require("pyarrow.parquet", extra="curate", purpose="curation")
     schema = arrow.schema([("query", arrow.int64()), ("neighbour", arrow.int64()), ("cosine", arrow.float32())])
@@ -217,7 +217,7 @@ def write_pairs(output: Output, pairs: Iterator[Pairs]) -> None:
 
 
 def read_pairs(folder: str, name: str, start: int, stop: int) -> Pairs:
-    """Pairs whose query lies from ``start`` to ``stop``; other row groups are not read."""
+    """Read the pairs whose query is from ``start`` to ``stop``. Other row groups are not read."""
     parquet = require("pyarrow.parquet", extra="curate", purpose="curation")
     storage = Storage(folder)
     parts = []
@@ -234,7 +234,7 @@ def read_pairs(folder: str, name: str, start: int, stop: int) -> Pairs:
 
 
 def merge(output: Output, folder: str, names: tuple[str, ...], start: int, stop: int, k: int) -> Counts:
-    """Task: the k nearest neighbours of a shard's rows, those from ``start`` to ``stop``, over all portions."""
+    """Task: merge the k nearest neighbours of a shard's rows, from ``start`` to ``stop``, over all portions."""
     pairs = best([read_pairs(folder, name, start, stop) for name in names], k)
     output.write_table(Found(pairs.query - start, pairs.neighbour, pairs.cosine)._asdict())
     return Counts(stop - start, len(np.unique(pairs.query)), {}, {"pairs": len(pairs.query)})

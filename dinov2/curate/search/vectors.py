@@ -1,4 +1,4 @@
-"""What a search works on: its settings, where each row of a pool stands, and features in portions."""
+"""The inputs of a search: its settings, the position of each row of a pool, and features in portions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Vectors = npt.NDArray[np.float16]
 
 CHUNK = 8192  # pairs whose vectors are in memory at once
 
-LENGTH_TOLERANCE = 0.02  # of vectors of unit length; float16 rounds the length of a long vector by 0.0005
+LENGTH_TOLERANCE = 0.02  # allowed error of unit length; float16 rounds the length of a long vector by 0.0005
 
 
 @dataclass(frozen=True)
@@ -49,30 +49,30 @@ class SearchConfig(Config, at="search"):
     """This seed decides which vectors inverted files are trained on."""
 
     def kind(self, rows: int) -> str:
-        """What ``auto`` is for a number of rows that search and are searched; else what was set."""
+        """The kind of index. ``auto`` is decided by the number of rows; see ``exact_below``."""
         if self.index != "auto":
             return self.index
         return "flat" if rows < self.exact_below else "ivf_rabitq"
 
     def number_of_lists(self, rows: int) -> int:
-        """Of the inverted files over ``rows`` rows in all."""
+        """The number of lists of inverted files over ``rows`` rows in all."""
         portion = max(min(rows, self.index_rows), 1)
         return self.lists or 2 ** max(round(math.log2(4 * math.sqrt(portion))), 0)
 
     def number_of_probes(self, lists: int) -> int:
-        """Lists looked into, of ``lists``."""
+        """The number of lists, out of ``lists``, that a query looks into."""
         return min(self.probes or max(16, lists // 64), lists)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The rows of all shards of a pool, numbered through in the order of the shards' names.
+    """Positions: the rows of all shards of a pool, numbered in the order of the shards' names.
 
-    Position ``starts[i] + r`` is row r of shard ``names[i]``: its global id.
+    Position ``starts[i] + r`` is row r of shard ``names[i]``.
 
     Attributes:
-        names: of the shards [S], sorted.
-        starts: position of the first row of each, and behind the last the number of rows; int64 [S + 1].
+        names: sorted names of the shards [S].
+        starts: position of the first row of each shard, then the number of all rows; int64 [S + 1].
     """
 
     names: tuple[str, ...]
@@ -80,34 +80,34 @@ class Layout:
 
     @property
     def rows(self) -> int:
-        """How many rows there are."""
+        """The number of all rows."""
         return int(self.starts[-1])
 
     def range_of(self, shard: str) -> tuple[int, int]:
-        """First position of a shard, and the first one behind it."""
+        """The first position of a shard, and the first position after it."""
         number = int(np.searchsorted(np.asarray(self.names), shard))
         if number == len(self.names) or self.names[number] != shard:
-            raise ValueError(f"shard must be one of the pool's {len(self.names)}, but is {shard!r}")
+            raise ValueError(f"shard: expected one of the pool's {len(self.names)} shards, got {shard!r}")
         return int(self.starts[number]), int(self.starts[number + 1])
 
     def locate(self, positions: Positions) -> tuple[Positions, Positions]:
-        """Number of the shard and row in it of positions [N]."""
+        """The number of the shard, and the row in it, of each position [N]."""
         numbers = np.searchsorted(self.starts, positions, side="right") - 1
         return numbers, positions - self.starts[numbers]
 
     def blocks(self, rows: int) -> list[tuple[int, int]]:
-        """All positions in ranges of ``rows``, the last one shorter."""
+        """All positions in ranges of ``rows``; the last range may be shorter."""
         return [(start, min(start + rows, self.rows)) for start in range(0, self.rows, rows)]
 
     def groups(self, rows: int) -> list[tuple[str, ...]]:
-        """All shards in runs of about ``rows`` rows: whole shards, one at least."""
+        """All shards in groups of about ``rows`` rows. A group has whole shards, at least one."""
         runs = self.starts[:-1] // rows
         cuts = [0, *(np.flatnonzero(np.diff(runs)) + 1).tolist(), len(self.names)]
         return [self.names[a:b] for a, b in itertools.pairwise(cuts) if b > a]
 
 
 def layout_of(pool: Pool, stage: str, output: str) -> Steps[str]:
-    """Count the rows of a pool's shards; gives the folder that :func:`read_layout` reads."""
+    """Count the rows of a pool's shards. The value is the folder that :func:`read_layout` reads."""
     task = Task("all", _write_layout, (pool.images,))
     step = Step(output, f"{stage}-rows", pool.fingerprint(), (pool.images,), (task,))
     yield step
@@ -115,7 +115,7 @@ def layout_of(pool: Pool, stage: str, output: str) -> Steps[str]:
 
 
 def read_layout(folder: str) -> Layout:
-    """What :func:`layout_of` has counted."""
+    """Read the layout that :func:`layout_of` wrote."""
     table = read_table(folder, "all")
     ends = np.cumsum(table["rows"].to_numpy(), dtype=np.int64)
     return Layout(tuple(table["shard"].to_pylist()), np.concatenate([np.zeros(1, np.int64), ends]))
@@ -135,11 +135,11 @@ def _write_layout(output: Output, images: str) -> Counts:
 
 
 def exact_cosines(first: Vectors, second: Vectors) -> npt.NDArray[np.float32]:
-    """Inner products [N] of unit vectors [N, D] and [N, D] without any rounding but the last, to float32.
+    """Inner products [N] of unit vectors [N, D] and [N, D], rounded only once, to float32.
 
-    Finite float16 numbers are multiples of 2^-24, so their products are multiples of 2^-48; float32 holds a product and
-    float64 a sum of such below 32 in size without an error. The result is the same bits on every machine, whatever the
-    order of summation.
+    Finite float16 numbers are multiples of 2^-24, so their products are multiples of 2^-48. float32 holds a product
+    without an error, and float64 holds a sum of products without an error if it is below 32. The result is the same
+    bits on every machine, in any order of summation.
     """
     products = torch.from_numpy(first).float() * torch.from_numpy(second).float()
     cosines: npt.NDArray[np.float32] = products.sum(1, dtype=torch.float64).float().numpy()
@@ -147,11 +147,11 @@ def exact_cosines(first: Vectors, second: Vectors) -> npt.NDArray[np.float32]:
 
 
 class PoolVectors:
-    """The features of those rows of a pool that are still in.
+    """The features of the rows of a pool that are still in.
 
     Args:
-        pool: with features.
-        layout: of its rows.
+        pool: images with features.
+        layout: positions of the pool's rows.
     """
 
     def __init__(self, pool: Pool, layout: Layout) -> None:
@@ -159,10 +159,10 @@ class PoolVectors:
         self.layout = layout
 
     def block(self, start: int, stop: int) -> tuple[Vectors, Positions]:
-        """Features [N, D] at positions start to stop, less the rows that are out or have none; and positions [N].
+        """Features [N, D] and positions [N] from start to stop, without rows that are out or have no features.
 
         Raises:
-            ValueError: features are not of unit length, or not as many as the shard has rows.
+            ValueError: features are not of unit length, or their number differs from the shard's rows.
         """
         starts = self.layout.starts
         first, last = np.searchsorted(starts, [start, stop - 1], side="right") - 1
@@ -180,7 +180,7 @@ class PoolVectors:
         return np.concatenate(vectors), np.concatenate(positions)
 
     def missing(self) -> int:
-        """How many rows that are in have no features."""
+        """The number of rows that are in but have no features."""
         missing = 0
         for number, shard in enumerate(self.layout.names):
             rows = slice(0, int(self.layout.starts[number + 1] - self.layout.starts[number]))
@@ -200,13 +200,13 @@ class PoolVectors:
         return np.zeros((0, 0), np.float16) if gathered is None else gathered
 
     def _part(self, number: int, rows: slice) -> tuple[Vectors, npt.NDArray[np.bool_]]:
-        """Features [n, D] of some rows of a shard, and which of them there are."""
+        """Features [n, D] of some rows of a shard, and which of the rows are in and have features."""
         shard = self.layout.names[number]
         features = self.pool.read_features(shard)
         expected = int(self.layout.starts[number + 1] - self.layout.starts[number])
         if features.ndim != 2 or features.dtype != np.float16 or len(features) != expected:
             raise ValueError(
-                f"features of shard {shard} must be float16 [{expected}, D], but are {features.dtype}"
+                f"features of shard {shard}: expected float16 [{expected}, D], got {features.dtype}"
                 f" {list(features.shape)}"
             )
         part = np.asarray(features[rows])
@@ -214,8 +214,8 @@ class PoolVectors:
         finite = np.isfinite(lengths)
         if (off := np.abs(lengths[finite] - 1) > LENGTH_TOLERANCE).any():
             raise ValueError(
-                f"features must have unit length or be NaN, but in shard {shard} {off.sum()} have another,"
-                f" {lengths[finite][off][0]:.4g} the first"
+                f"features of shard {shard}: expected unit length or NaN, got {off.sum()} rows of another length,"
+                f" the first of {lengths[finite][off][0]:.4g}"
             )
         return part, finite & self.pool.kept(shard)[rows]
 
