@@ -1,11 +1,11 @@
-# Every target sets up what it needs: a virtual environment in .venv with pinned versions, and the compiled extensions. A
-# demo installs only its own packages; the other targets add the rest to the same .venv. On a machine without a GPU,
-# TORCH_INDEX may name PyTorch's index of CPU wheels, which avoids a download of gigabytes. Targets for a GPU run with the
-# Python that has the PyTorch for it (GPU_PYTHON).
+# Every target sets up what it needs: a virtual environment in .venv with pinned versions, and the compiled extensions.
+# A demo installs only its own packages; the other targets add the rest to the same .venv. On a machine without a GPU,
+# TORCH_INDEX may name PyTorch's index of CPU wheels, which avoids a download of gigabytes. Targets for a GPU run with
+# the Python that has the PyTorch for it (GPU_PYTHON).
 #
 # make gpu is for a GPU that you have for some minutes. LIMIT=420 sets its seconds, OUT=gpu-results its folder;
-# PHASES=tests and ONLY=koleo,sinkhorn select a part of it. make gpu-kit builds extensions and kernels for it beforehand,
-# with a Python of the same version as on that machine (GPU_KIT_PYTHON) and the packages of that machine
+# PHASES=tests and ONLY=koleo,sinkhorn select a part of it. make gpu-kit builds extensions and kernels beforehand, with
+# a Python of the same version as on that machine (GPU_KIT_PYTHON) and that machine's packages
 # (gpu/kit-requirements.txt).
 
 PYTHON ?= python3
@@ -34,14 +34,14 @@ NVIDIA_DRIVER := /proc/driver/nvidia
 GPU = $(wildcard $(NVIDIA_DRIVER)) $(shell command -v nvidia-smi 2>/dev/null)
 SYSTEM = $(shell uname -s)-$(shell uname -m)
 NEEDLESS_CUDA = $(if $(strip $(TORCH_INDEX) $(GPU)),,$(filter Linux-x86_64 Linux-aarch64,$(SYSTEM)))
-MESSAGE = No NVIDIA GPU was found, but PyPI's PyTorch for Linux includes CUDA: nearly 3 GB to download, not 0.2 GB. To avoid \
-	this, stop here and run: make $(MAKECMDGOALS) TORCH_INDEX=https://download.pytorch.org/whl/cpu
+MESSAGE = No NVIDIA GPU was found, but PyPI's PyTorch for Linux includes CUDA: nearly 3 GB to download, not 0.2 GB. To \
+	avoid this, stop here and run: make $(MAKECMDGOALS) TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
 .PHONY: help setup demo demo-curate test check format bench gpu gpu-kit gpu-rehearsal test-gpu bench-gpu clean
 .NOTPARALLEL: # two set-ups at once would write to the same .venv
 
 help: ## lists the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 18
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 20
 
 setup: $(EVERYTHING) ## installs all that a developer needs: virtual environment, pinned packages, compiled extensions
 
