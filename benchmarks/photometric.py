@@ -48,7 +48,7 @@ Peer = Callable[[], object]
 
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[None]:
-    """Turn off OpenCV's threads, which gain nothing on small images: the baseline runs two threads with half of them."""
+    """Turn off OpenCV's threads, which gain nothing on small images: the baseline has two threads of its own."""
     before = cv2.getNumThreads()
     cv2.setNumThreads(0)
     yield

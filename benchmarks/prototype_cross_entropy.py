@@ -92,7 +92,7 @@ PEERS: dict[str, Callable[[], Loss]] = {
 
 
 class Head:
-    """Parameters, normalised features [N, D], logits [M, K] of a teacher, and index [N, J] of the teacher's rows or None."""
+    """Parameters, normalised features [N, D], teacher logits [M, K], and index [N, J] of the teacher's rows or None."""
 
     def __init__(self, N: int, M: int, dtype: torch.dtype, index: Tensor | None, device: str = "cpu") -> None:
         generator = torch.Generator(device).manual_seed(0)
