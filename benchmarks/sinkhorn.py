@@ -109,8 +109,8 @@ def test_sinkhorn(
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("B", [128, 1024, 4900])
-    """Find which of the two should serve CUDA tensors: 128 rows are the class tokens of a batch, 4900 its masked patches."""
-    """Which of the two is to serve CUDA tensors: 128 rows are a batch's class tokens, 4900 its masked patches."""
+def test_cuda_cpp_beside_triton(benchmark: BenchmarkFixture, compare: Compare, B: int, dtype: torch.dtype) -> None:
+    """Find which of the two should serve CUDA tensors: 128 rows are the class tokens of a batch, 4900 the patches."""
     benchmark.group = f"sinkhorn_bias of [{B}, {K}] {dtype} in CUDA C++, speedup over Triton"
     logits = random_logits(B, dtype, "cuda")
 

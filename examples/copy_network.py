@@ -1,10 +1,10 @@
-"""Train the network behind the built-in features of copies: offline, on one core, in about half an hour.
+"""Train the network that computes the built-in features for finding copies: offline, on one core, in half an hour.
 
     python examples/copy_network.py copies.safetensors [--steps 2400] [--seed 0]
 
-Patches at random places of the left halves of the bundled photographs are told apart, each by two views of it: crops,
-flips, colours, blur, noise, stickers and bars. Right halves are never seen, so that what it is worth can be measured
-there: ``tests/curate/test_embed.py``, and the curve in ``docs/curation/embed.md``.
+The network learns to tell apart patches at random places of the left halves of the bundled photographs. It sees two
+views of each patch, with crops, flips, colours, blur, noise, stickers and bars. It never sees the right halves, so that
+its quality can be measured there: in ``tests/curate/test_embed.py``, and by the curve in ``docs/curation/embed.md``.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ KOLEO = 0.3
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", help="safetensors file to write")
-    parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=2400, help="training steps (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the run (default: %(default)s)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(arguments.seed)
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def sample(photographs: list[Pixels], rng: np.random.Generator) -> Tensor:
-    """Patches [BATCH, 3, SIZE, SIZE] on a scale of 0 to 1: many of a few photographs, so that like meets like."""
+    """Patches [BATCH, 3, SIZE, SIZE] on a scale of 0 to 1: many of a few photographs, so that they look alike."""
     some = rng.choice(len(photographs), 6, replace=False)
     patches = []
     for number in range(BATCH):
@@ -77,7 +77,7 @@ def sample(photographs: list[Pixels], rng: np.random.Generator) -> Tensor:
 
 
 def views(x: Tensor) -> Tensor:
-    """What copies may look like: [b, 3, s, s] to the same."""
+    """Change images as copies are changed: [b, 3, s, s] to the same shape."""
     b, _, s, _ = x.shape
     side = torch.where(torch.rand(b) < 0.6, (torch.rand(b) * 0.5 + 0.5).sqrt(), torch.ones(b))
     affine = torch.zeros(b, 2, 3)

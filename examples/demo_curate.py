@@ -1,11 +1,11 @@
-"""Curation from web pages to a set to pretrain on, in minutes on two CPU cores, offline, with the truth known.
+"""Curation from web pages to a pretraining set, in minutes on two CPU cores, offline, with known truth.
 
     python examples/demo_curate.py [--seed 0] [--output runs/curation] [--steps 40]
 
-Patches of the photographs inside scikit-image and scikit-learn are served by a web server on this machine, in pages of
-every kind of sloppiness: copies of each other, copies of evaluation images, pictures of nothing, dead links. All stages
-run: extract, download, screen, embed, dedup, retrieve, materialize. A small ViT then trains on what is left, for a few
-steps. As it is known what was planted, the last table says how much of it was found.
+A web server on this machine serves patches of the photographs inside scikit-image and scikit-learn. Its pages have all
+faults of the web: images that are copies of each other or of evaluation images, images without content, dead links. All
+stages run: extract, download, screen, embed, dedup, retrieve, materialize. Then a small ViT trains on the remaining
+images for a few steps. The demo knows which copies it planted, so its last table says how many the curation has found.
 """
 
 from __future__ import annotations
@@ -40,29 +40,29 @@ from dinov2.train import pretrain, read_metrics
 
 PER_PAGE = 25
 WANTED = frozenset({"retina", "hubble", "coffee", "flower", "brick", "motorcycle"})
-"""Photographs that the seeds are of: retrieval should find the patches of these."""
+"""Photographs of the seeds: retrieval should find patches of these."""
 
 
 class Found(NamedTuple):
-    """How much of what was planted a curation has found."""
+    """How many of the planted images a curation has found."""
 
-    copies_precision: float  # of the images dropped as copies, those whose kept image is the same picture
-    copies_recall: float  # of the images that are copies, those dropped so
+    copies_precision: float  # share of the images dropped as copies whose kept image is the same picture
+    copies_recall: float  # share of the copies that were dropped as copies
     evaluation_left: int  # copies of evaluation images that stayed
-    evaluation_wrongly: int  # images dropped for an evaluation image of which they are no copy
-    retrieval_precision: float  # of the images retrieved, those of the seeds' photographs
-    retrieval_recall: float  # of the images of these photographs that got so far, those retrieved
+    evaluation_wrongly: int  # images dropped as copies of an evaluation image, but without being one
+    retrieval_precision: float  # share of the retrieved images that are of the seeds' photographs
+    retrieval_recall: float  # share of the candidates of these photographs that were retrieved
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="of the patches and of their copies")
+    parser.add_argument("--seed", type=int, default=0, help="seed of patches and copies (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="folder of the curation (default: a new one in runs/)")
-    parser.add_argument("--steps", type=int, default=40, help="of pretraining on the result (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=40, help="pretraining steps on the result (default: %(default)s)")
     arguments = parser.parse_args()
     output = arguments.output or Path("runs") / f"curation-{datetime.now():%Y%m%d-%H%M%S}"
     if output.exists():
-        parser.error(f"--output must be a new folder, but {output} exists")
+        parser.error(f"--output: expected a new folder, got {str(output)!r}, which exists")
 
     console = Console()
     images = planted_images(arguments.seed)
@@ -79,12 +79,13 @@ def main() -> None:
 
     console.print(stages_table(progress.steps))
     console.print(truth_table(found))
-    console.print(f"Pretrained for {arguments.steps} steps on {curated.root}: loss {losses[0]:.2f} to {losses[-1]:.2f}")
+    console.print(f"Pretrained for {arguments.steps} steps on {curated.root}.")
+    console.print(f"The loss went from {losses[0]:.2f} to {losses[-1]:.2f}.")
     console.print(f"Report: {report}")
 
 
 def configuration(output: Path, address: str) -> CurateConfig:
-    """All stages, for a pool of some hundred images."""
+    """The configuration of all stages, for a pool of some hundred images."""
     return dataclasses.replace(
         laptop(),
         output=str(output / "curated"),
@@ -101,7 +102,7 @@ def configuration(output: Path, address: str) -> CurateConfig:
 
 @contextmanager
 def site(images: list[PlantedImage], folder: Path) -> Iterator[str]:
-    """Serve pages and images from a folder that is made; gives the address. Beside them lie the sets of images."""
+    """Write pages, images and the evaluation and seed sets into a new folder, and serve it; gives the address."""
     for place in ("images", "pages", "evaluation", "wanted"):
         (folder / place).mkdir(parents=True)
     pool = [image for image in images if image.role == "pool"]
@@ -132,7 +133,7 @@ def file_name(image: PlantedImage) -> str:
 
 
 def page(images: list[PlantedImage], number: int) -> str:
-    """A page that shows images in one way or another, with what the web has beside them."""
+    """A page that shows images in one of several ways, with broken links and HTML as on the web."""
     ways = (
         '<img src="../images/{name}" alt="{alt}">',
         '<img src="data:image/gif;base64,R0lGODlhAQABAAAAACw=" data-src="../images/{name}" alt="{alt}">',
@@ -148,11 +149,11 @@ def page(images: list[PlantedImage], number: int) -> str:
 
 
 def compare(images: list[PlantedImage], steps: list[Step], chosen: Pool) -> Found:
-    """What a curation decided beside what was planted."""
+    """Compare the decisions of a curation with the planted images."""
     by_file = {file_name(image): image for image in images}
     evaluation = {image.name for image in images if image.role == "evaluation"}
     decided = {step.stage: step.folder for step in steps if step.name.endswith("-decisions")}
-    planted: list[PlantedImage] = []  # of all rows of all shards
+    planted: list[PlantedImage] = []  # one for each row of all shards
     places: dict[tuple[str, int], int] = {}
     columns: dict[str, list[dict[str, object]]] = {stage: [] for stage in decided}
     for shard in chosen.shards():
@@ -162,7 +163,7 @@ def compare(images: list[PlantedImage], steps: list[Step], chosen: Pool) -> Foun
         for stage, folder in decided.items():
             columns[stage] += read_table(folder, shard).to_pylist()
     right = dropped = wrongly = left = 0
-    remaining = Counter[str]()  # images of an original that were neither unfit nor near an evaluation image
+    remaining = Counter[str]()  # for each original, its images that were neither unfit nor near an evaluation image
     for number, image in enumerate(planted):
         screened, deduplicated = columns["screen"][number], columns["dedup"][number]
         kept: int | None = None
@@ -195,14 +196,14 @@ def compare(images: list[PlantedImage], steps: list[Step], chosen: Pool) -> Foun
 
 
 def truth_table(found: Found) -> Table:
-    """What was planted, and how much of it was found."""
-    table = Table("beside what was planted")
+    """A table of precision and recall on the planted images."""
+    table = Table("found among the planted images")
     table.add_column("precision", justify="right")
     table.add_column("recall", justify="right")
     table.add_row("copies dropped (screen and dedup)", f"{found.copies_precision:.1%}", f"{found.copies_recall:.1%}")
-    table.add_row("retrieved for seeds", f"{found.retrieval_precision:.1%}", f"{found.retrieval_recall:.1%}")
+    table.add_row("images retrieved for seeds", f"{found.retrieval_precision:.1%}", f"{found.retrieval_recall:.1%}")
     table.add_row("copies of evaluation images left", str(found.evaluation_left), "")
-    table.add_row("others dropped for an evaluation image", str(found.evaluation_wrongly), "")
+    table.add_row("other images dropped as copies of evaluation images", str(found.evaluation_wrongly), "")
     return table
 
 
@@ -210,4 +211,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        raise SystemExit("Stopped; the next demo starts anew.") from None
+        raise SystemExit("Stopped. The next demo starts from the beginning.") from None
