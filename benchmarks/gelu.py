@@ -68,7 +68,7 @@ def test_pass(benchmark: BenchmarkFixture, compare: Compare, dtype: torch.dtype,
     torch.testing.assert_close(
         function(grad.clone(), z, approximate)[:2], operators(grad, z, approximate)[:2], rtol=0.02, atol=0.02
     )
-    grad.zero_()  # stays what it is when it is overwritten
+    grad.zero_()  # zeros stay zeros when the operator overwrites them
     compare(
         lambda: function(grad, z, approximate),
         lambda: operators(grad, z, approximate),
