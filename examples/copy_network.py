@@ -1,10 +1,10 @@
-"""Train the network that computes the built-in features for finding copies: offline, on one core, in half an hour.
+"""Train the network of the built-in copy detector: offline, on one core, in about half an hour.
 
     python examples/copy_network.py copies.safetensors [--steps 2400] [--seed 0]
 
 The network learns to tell apart patches at random places of the left halves of the bundled photographs. It sees two
-views of each patch, with crops, flips, colours, blur, noise, stickers and bars. It never sees the right halves, so that
-its quality can be measured there: in ``tests/curate/test_embed.py``, and by the curve in ``docs/curation/embed.md``.
+views of each patch: crops, flips, colours, blur, noise, stickers and bars. It never sees the right halves. So its
+quality is measured there: see ``tests/curate/test_embed.py`` and the curve in ``docs/curation/embed.md``.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def sample(photographs: list[Pixels], rng: np.random.Generator) -> Tensor:
-    """Patches [BATCH, 3, SIZE, SIZE] on a scale of 0 to 1: many of a few photographs, so that they look alike."""
+    """Patches [BATCH, 3, SIZE, SIZE] on a scale from 0 to 1. They come from six photographs, so many are similar."""
     some = rng.choice(len(photographs), 6, replace=False)
     patches = []
     for number in range(BATCH):
@@ -77,7 +77,7 @@ def sample(photographs: list[Pixels], rng: np.random.Generator) -> Tensor:
 
 
 def views(x: Tensor) -> Tensor:
-    """Change images as copies are changed: [b, 3, s, s] to the same shape."""
+    """Random copies of images [b, 3, s, s], in the same shape."""
     b, _, s, _ = x.shape
     side = torch.where(torch.rand(b) < 0.6, (torch.rand(b) * 0.5 + 0.5).sqrt(), torch.ones(b))
     affine = torch.zeros(b, 2, 3)

@@ -1,11 +1,11 @@
-"""Curation from web pages to a pretraining set, in minutes on two CPU cores, offline, with known truth.
+"""Curate a set to pretrain on from web pages: offline, in minutes on two CPU cores, with known copies.
 
     python examples/demo_curate.py [--seed 0] [--output runs/curation] [--steps 40]
 
-A web server on this machine serves patches of the photographs inside scikit-image and scikit-learn. Its pages have all
-faults of the web: images that are copies of each other or of evaluation images, images without content, dead links. All
-stages run: extract, download, screen, embed, dedup, retrieve, materialize. Then a small ViT trains on the remaining
-images for a few steps. The demo knows which copies it planted, so its last table says how many the curation has found.
+A web server on this machine serves sloppy pages with patches of the photographs inside scikit-image and scikit-learn.
+They contain copies of each other, copies of evaluation images, blank pictures and dead links. All stages run: extract,
+download, screen, embed, dedup, retrieve, materialize. Then a small ViT trains on the result for a few steps. The demo
+knows what it planted, so the last table shows how much of it the curation found.
 """
 
 from __future__ import annotations
@@ -40,25 +40,27 @@ from dinov2.train import pretrain, read_metrics
 
 PER_PAGE = 25
 WANTED = frozenset({"retina", "hubble", "coffee", "flower", "brick", "motorcycle"})
-"""Photographs of the seeds: retrieval should find patches of these."""
+"""Photographs of the seeds. Retrieval should find their patches."""
 
 
 class Found(NamedTuple):
-    """How many of the planted images a curation has found."""
+    """How much of the planted images a curation has found."""
 
-    copies_precision: float  # share of the images dropped as copies whose kept image is the same picture
-    copies_recall: float  # share of the copies that were dropped as copies
-    evaluation_left: int  # copies of evaluation images that stayed
-    evaluation_wrongly: int  # images dropped as copies of an evaluation image, but without being one
-    retrieval_precision: float  # share of the retrieved images that are of the seeds' photographs
-    retrieval_recall: float  # share of the candidates of these photographs that were retrieved
+    copies_precision: float  # share of dropped copies whose kept image shows the same picture
+    copies_recall: float  # share of copies that were dropped as copies
+    evaluation_left: int  # number of copies of evaluation images that were kept
+    evaluation_wrongly: int  # number of images dropped as near an evaluation image that are no copies of one
+    retrieval_precision: float  # share of retrieved images that come from the seeds' photographs
+    retrieval_recall: float  # share of retrieved images among those of these photographs after dedup
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="seed of patches and copies (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="decides the patches and their copies")
     parser.add_argument("--output", type=Path, help="folder of the curation (default: a new one in runs/)")
-    parser.add_argument("--steps", type=int, default=40, help="pretraining steps on the result (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=40, help="steps of pretraining on the result (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     output = arguments.output or Path("runs") / f"curation-{datetime.now():%Y%m%d-%H%M%S}"
     if output.exists():
@@ -79,13 +81,12 @@ def main() -> None:
 
     console.print(stages_table(progress.steps))
     console.print(truth_table(found))
-    console.print(f"Pretrained for {arguments.steps} steps on {curated.root}.")
-    console.print(f"The loss went from {losses[0]:.2f} to {losses[-1]:.2f}.")
+    console.print(f"Pretrained for {arguments.steps} steps on {curated.root}: loss {losses[0]:.2f} to {losses[-1]:.2f}")
     console.print(f"Report: {report}")
 
 
 def configuration(output: Path, address: str) -> CurateConfig:
-    """The configuration of all stages, for a pool of some hundred images."""
+    """The configuration of all stages for a pool of some hundred images."""
     return dataclasses.replace(
         laptop(),
         output=str(output / "curated"),
@@ -102,7 +103,7 @@ def configuration(output: Path, address: str) -> CurateConfig:
 
 @contextmanager
 def site(images: list[PlantedImage], folder: Path) -> Iterator[str]:
-    """Write pages, images and the evaluation and seed sets into a new folder, and serve it; gives the address."""
+    """Make a folder of pages, images and sets of images, serve it, and yield the address."""
     for place in ("images", "pages", "evaluation", "wanted"):
         (folder / place).mkdir(parents=True)
     pool = [image for image in images if image.role == "pool"]
@@ -133,7 +134,7 @@ def file_name(image: PlantedImage) -> str:
 
 
 def page(images: list[PlantedImage], number: int) -> str:
-    """A page that shows images in one of several ways, with broken links and HTML as on the web."""
+    """An HTML page that shows images in several ways, together with broken links as on the web."""
     ways = (
         '<img src="../images/{name}" alt="{alt}">',
         '<img src="data:image/gif;base64,R0lGODlhAQABAAAAACw=" data-src="../images/{name}" alt="{alt}">',
@@ -163,7 +164,7 @@ def compare(images: list[PlantedImage], steps: list[Step], chosen: Pool) -> Foun
         for stage, folder in decided.items():
             columns[stage] += read_table(folder, shard).to_pylist()
     right = dropped = wrongly = left = 0
-    remaining = Counter[str]()  # for each original, its images that were neither unfit nor near an evaluation image
+    remaining = Counter[str]()  # images of an original that were neither unfit nor near an evaluation image
     for number, image in enumerate(planted):
         screened, deduplicated = columns["screen"][number], columns["dedup"][number]
         kept: int | None = None
@@ -196,14 +197,14 @@ def compare(images: list[PlantedImage], steps: list[Step], chosen: Pool) -> Foun
 
 
 def truth_table(found: Found) -> Table:
-    """A table of precision and recall on the planted images."""
-    table = Table("found among the planted images")
+    """A table of the planted images and how many were found."""
+    table = Table("compared with the planted images")
     table.add_column("precision", justify="right")
     table.add_column("recall", justify="right")
     table.add_row("copies dropped (screen and dedup)", f"{found.copies_precision:.1%}", f"{found.copies_recall:.1%}")
-    table.add_row("images retrieved for seeds", f"{found.retrieval_precision:.1%}", f"{found.retrieval_recall:.1%}")
+    table.add_row("retrieved for seeds", f"{found.retrieval_precision:.1%}", f"{found.retrieval_recall:.1%}")
     table.add_row("copies of evaluation images left", str(found.evaluation_left), "")
-    table.add_row("other images dropped as copies of evaluation images", str(found.evaluation_wrongly), "")
+    table.add_row("other images dropped as near an evaluation image", str(found.evaluation_wrongly), "")
     return table
 
 
