@@ -1,14 +1,16 @@
 """Attention on a GPU over a batch of crops in bfloat16: the public function beside its peers, in turns with SDPA.
 
-Prediction for an H200 (4.3 TB/s, 790 TFLOP/s), in ns per sequence and head of 64 columns: a program of up to 64 tokens
-moves each byte once, 8 to 9 forward and 15 to 17 backward at 50 tokens, where tiles of 128 rows cost peers 13 and 36.
-At 257 tokens 45 to 60 forward (floor 31) against 77 to 118; backward 180 to 190 (floor 61) against 205, because seven
-products of matrices run instead of five, and a fifth block of 64 rows holds a single one. From 1374 tokens on it is a
-plain flash loop: 1.2 to 1.4 times as slow as cuDNN in the forward, and up to 7/5 slower in the backward than what adds
-up gradients of queries by atomics.
+Prediction for an H200 (4.3 TB/s, 790 TFLOP/s), in ns per sequence and head of 64 columns:
 
-The floor of a run of S sequences of N tokens and H heads is the slower of memory and matrix units: 8 N D bytes and
-4 N^2 D operations forward, 16 N D and 10 N^2 D backward, for each of S H.
+- 50 tokens: a program of up to 64 tokens moves each byte once. Forward takes 8 to 9 and backward 15 to 17. Peers use
+  tiles of 128 rows and take 13 and 36.
+- 257 tokens: forward takes 45 to 60 (floor 31), peers 77 to 118. Backward takes 180 to 190 (floor 61), peers 205,
+  because seven matrix products run instead of five, and a fifth block of 64 rows holds a single row.
+- 1374 tokens and more: a plain flash loop. It is 1.2 to 1.4 times as slow as cuDNN in the forward, and in the backward
+  up to 7/5 slower than peers that add up gradients of queries by atomics.
+
+The floor of a run of S sequences of N tokens and H heads is the longer time of memory and of matrix units. For each of
+S H, they need 8 N D bytes and 4 N^2 D operations forward, and 16 N D bytes and 10 N^2 D operations backward.
 """
 
 from __future__ import annotations
@@ -129,14 +131,14 @@ PEERS: dict[str, Callable[[PackedLayout], Function]] = {
 
 
 QUICK = ("varlen_attention", "varlen_attention, offsets", "SDPA cuDNN", "varlen_attn")
-SLOW = ("flex_attention", "nested SDPA", "flash-attn-4")  # seconds to compile; in one case each
+SLOW = ("flex_attention", "nested SDPA", "flash-attn-4")  # each compiles for seconds, so each runs one case
 
 NANOSECONDS = {50: (8.5, 16.0), 53: (9.0, 17.0), 257: (50.0, 185.0), 261: (50.0, 185.0), 1374: (1250.0, 3800.0)}
-"""Predicted for a sequence and head of this length, forward and backward, before any GPU had run it."""
+"""Predicted time for a sequence of this length and one head, forward and backward, before any GPU had run it."""
 
 
 def floor_seconds(layout: PackedLayout, heads: int, backward: bool) -> float:
-    """The time of memory or of matrix units, whichever is longer, run by run."""
+    """The time of memory or of matrix units, whichever is longer, summed over runs of equal lengths."""
 
     def of_run(count: int, length: int, per_element: int, per_score: int) -> float:
         return count * heads * gpu.floor_seconds(per_element * length * D, per_score * length * length * D)
@@ -146,12 +148,12 @@ def floor_seconds(layout: PackedLayout, heads: int, backward: bool) -> float:
 
 
 def predicted_seconds(layout: PackedLayout, heads: int, backward: bool) -> float:
-    """By :data:`NANOSECONDS`."""
+    """The time by :data:`NANOSECONDS`."""
     return 1e-9 * sum(count * heads * sum(NANOSECONDS[length][: 1 + backward]) for count, length in layout.runs)
 
 
 def cases() -> list[Any]:
-    """Layout, heads and peer: everything that is quick to build at 16 heads, the rest where it says something."""
+    """Layout, heads and peer. Peers that compile for seconds run one case each."""
     slow = [pytest.param("crops", 16, peer, marks=pytest.mark.slow_to_build) for peer in SLOW]
     return [
         *((layout, 16, peer) for layout in LAYOUTS for peer in QUICK),

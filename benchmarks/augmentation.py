@@ -1,8 +1,8 @@
 """Multi-crop augmentation of one decoded 500 x 400 photograph on one core, beside the same in plain Pillow and NumPy.
 
-Two global crops of 224 pixels and eight local ones of 96; ``images_per_second`` is of the fastest round. One benchmark
-is for small images, where what counts is the cost of calls. Two begin at JPEG files, as training does. The last ones
-are of batches as training gets them, on all cores, with crops that are finished by the workers or on the device, which
+An image gives two global crops of 224 pixels and eight local ones of 96; ``images_per_second`` is that of the fastest
+round. One benchmark uses small images, where the cost of calls counts most. Two begin at JPEG files, as training does.
+The last ones make batches as training gets them, on all cores. The workers finish the crops, or the device does, which
 is the CPU here.
 """
 
@@ -71,7 +71,7 @@ def test_multi_crop(benchmark: BenchmarkFixture, blur: str) -> None:
 
 @pytest.mark.usefixtures("one_thread")
 def test_cut_alone(benchmark: BenchmarkFixture) -> None:
-    """What is left to a worker where the device finishes the crops."""
+    """The work of a worker if the device finishes the crops."""
     benchmark.group = "2 x 224 + 8 x 96 from 500 x 400"
     record_images_per_second(benchmark, AugmentationConfig(), photograph(500, 400), "cut")
 
@@ -116,7 +116,7 @@ def test_from_files(benchmark: BenchmarkFixture, tmp_path: Path, width: int, hei
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("finished_by", ["workers", "device"])
 def test_batches(benchmark: BenchmarkFixture, finished_by: str, workers: int) -> None:
-    """Finished batches of 32 images, with nothing to train between them."""
+    """Finished batches of 32 images, without training between them."""
     benchmark.group = "batches of 32 x (2 x 224 + 8 x 96), on all cores"
     images = np.stack([photograph(500, 400)] * 8)
     config, raw = DataConfig(num_workers=workers), finished_by == "device"
@@ -125,5 +125,5 @@ def test_batches(benchmark: BenchmarkFixture, finished_by: str, workers: int) ->
         def next_batch() -> None:
             finish(next(stream), config.augmentation, torch.device("cpu"))
 
-        benchmark.pedantic(next_batch, rounds=15, warmup_rounds=5)  # more than workers have prepared ahead
+        benchmark.pedantic(next_batch, rounds=15, warmup_rounds=5)  # more batches than workers prepare ahead
     benchmark.extra_info["images_per_second"] = round(32 / benchmark.stats.stats.median, 1)

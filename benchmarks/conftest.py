@@ -1,9 +1,9 @@
-"""What all benchmarks share: peers timed in turns, and a dated JSON of every run in ``benchmarks/results``.
+"""Shared by all benchmarks: peers are timed in turns, and every run writes a dated JSON to ``benchmarks/results``.
 
-``make bench`` runs all files here; ``pytest benchmarks/sinkhorn.py`` runs one. Peers carry the same group and stand
-side by side in pytest-benchmark's table. A result file is named by date and machine, unless ``--results`` names it; a
-later run of the same day replaces the entries that it measured again. It is written after every benchmark, so a run
-that is cut short leaves what it measured.
+``make bench`` runs all files here; ``pytest benchmarks/sinkhorn.py`` runs one. Peers have the same group, and
+pytest-benchmark's table shows them side by side. The name of a result file has the date and the machine, unless
+``--results`` names it. A later run on the same day replaces the entries that it measures again. The file is written
+after every benchmark, so a run that is cut short keeps its measurements.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from pathlib import Path
 
 import pytest
 
-# Read by OpenMP when PyTorch is loaded. Threads that wait by spinning use up their share of a busy machine, and each of
-# the short kernels of a peer then waits a scheduler's tick for its second thread: that would be all one measures.
+# OpenMP reads this when PyTorch is loaded. On a busy machine, threads that wait by spinning use up their share of the
+# processor. Each short kernel of a peer would then wait a scheduler's tick for its second thread, and the benchmark
+# would measure nothing but this wait.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -36,14 +37,14 @@ CLOCK = gpu.Clock()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--million", action="store_true", help="measure curation on a million vectors too")
-    parser.addoption("--peer-python", help="Python of an environment with peers that need their own")
-    parser.addoption("--rounds", type=int, help="rounds of every benchmark, in place of what each asks for")
-    parser.addoption("--results", type=Path, help="file for the results, in place of benchmarks/results/DATE-MACHINE")
+    parser.addoption("--million", action="store_true", help="also measures curation on a million vectors")
+    parser.addoption("--peer-python", help="names the Python of an environment for peers that need their own")
+    parser.addoption("--rounds", type=int, help="sets the rounds of every benchmark")
+    parser.addoption("--results", type=Path, help="names the result file in place of benchmarks/results/DATE-MACHINE")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """On a GPU pytest-benchmark reads the device's time; peers that take long to build come last."""
+    """Let pytest-benchmark read the device's time on a GPU, and run peers last that take long to build."""
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.benchmark(timer=CLOCK))
@@ -51,7 +52,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Module | None:
-    """Every file here but this one is a suite; by itself pytest takes test_*.py and what its command line names."""
+    """Collect every file here but this one: pytest alone collects test_*.py and files that its command line names."""
     is_suite = file_path.suffix == ".py" and file_path.name != "conftest.py"
     if not is_suite or parent.session.isinitpath(file_path):
         return None
@@ -59,7 +60,7 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Mod
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """One call, by the host's clock."""
+    """The time of one call, by the host's clock."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
@@ -69,11 +70,14 @@ def seconds(function: Callable[[], object]) -> float:
 def compare(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Compare:
     """Time a peer in turns with the baseline, so that a busy machine slows both; record bytes and the ratio.
 
-    ``compare(peer, baseline, least_bytes=..., rounds=...)`` leaves in the result: ``speedup``, the median over the
-    rounds of baseline time / own time; ``baseline_ms``; ``least_MB``, what any implementation must move; ``GB_per_s``,
-    that over the median time; with ``flops=...``, the floating-point operations of any implementation,
-    ``GFLOP_per_s`` likewise. On a GPU also ``floor_ms``, the least time of an H200 (``floor=...`` in seconds where
-    bytes and operations do not tell it), and with ``predicted=...`` in seconds ``predicted_ms``.
+    ``compare(peer, baseline, least_bytes=..., rounds=...)`` adds to the result:
+
+    - ``speedup``: the median over the rounds of baseline time / own time;
+    - ``baseline_ms``: the median time of the baseline;
+    - ``least_MB``: the bytes that any implementation must move, and ``GB_per_s``: these over the median time;
+    - ``GFLOP_per_s``, with ``flops=...``: the operations that any implementation must do, over the median time;
+    - ``floor_ms``, on a GPU: the least time of an H200, by bytes and operations, or ``floor=...`` in seconds;
+    - ``predicted_ms``, with ``predicted=...`` in seconds.
     """
 
     on_gpu = request.node.get_closest_marker("gpu") is not None
@@ -122,14 +126,14 @@ def compare(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Comp
 
 @pytest.fixture(scope="session")
 def machine(request: pytest.FixtureRequest) -> dict[str, object]:
-    """The machine that is measured: its GPU where the benchmarks are for one."""
+    """The measured machine: its GPU if the benchmarks need one."""
     on_gpu = any(item.get_closest_marker("gpu") for item in request.session.items)
     return describe_machine("cuda" if on_gpu else "cpu")
 
 
 @pytest.fixture(autouse=True)
 def record(request: pytest.FixtureRequest, machine: dict[str, object]) -> Iterator[None]:
-    """Put the numbers of a test into the result file."""
+    """Write the numbers of a test into the result file."""
     yield
     benchmark = request.node.funcargs.get("benchmark")
     if benchmark is None or not benchmark.stats:
@@ -141,7 +145,7 @@ def record(request: pytest.FixtureRequest, machine: dict[str, object]) -> Iterat
 
 
 def write_results(measurements: Measurements, machine: dict[str, object], path: Path | None) -> None:
-    """Add measurements to a result file, whose name tells date and machine where none is given."""
+    """Add measurements to a result file; without ``path``, its name has the date and the machine."""
     if path is None:
         name = re.sub("[^a-z0-9]+", "-", f"{machine['processor']} {machine['threads']} threads".lower())
         path = RESULTS / f"{date.today()}-{name}.json"
@@ -151,7 +155,7 @@ def write_results(measurements: Measurements, machine: dict[str, object], path: 
 
 
 def describe_machine(device: str) -> dict[str, object]:
-    """The processor that is measured, and the bandwidth of its memory as large copies and sums reach it."""
+    """The measured processor, and the memory bandwidth that large copies and sums reach on it."""
     time_of = gpu.seconds if device == "cuda" else seconds
     source = torch.ones(2**26, device=device)  # 256 MB
     target = torch.ones_like(source)

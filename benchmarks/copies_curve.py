@@ -1,9 +1,10 @@
 """How well the built-in features tell planted copies from other images, over the threshold: ``copies_curve.py PNG``.
 
-Tiles of the right halves of the bundled photographs, which the network never saw, and the crawl of the demo, with tiles
-of both halves; three seeds each. As in a curation, plain images are left out. Precision and recall are of dropping:
-images are linked above the threshold, of each connected component one stays; right is a drop whose component keeps an
-image of the same original. Prints a table, and draws the curve.
+One set has tiles of the right halves of the bundled photographs, which the network never saw. The other set is the
+crawl of the demo, with tiles of both halves. Each set has three seeds. Plain images are left out, as in a curation.
+Images are linked if their cosine is above the threshold, and one image of each connected component stays. Precision and
+recall are those of the dropped images: a drop is right if its component keeps an image of the same original. The script
+prints a table, and draws the curve.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ THRESHOLDS = np.arange(0.5, 0.96, 0.05)
 
 
 class Score(NamedTuple):
-    """Of dropping copies at one threshold."""
+    """Precision and recall of dropping copies at one threshold."""
 
     precision: float
     recall: float
@@ -39,7 +40,7 @@ def main() -> None:
     }
     scores = {name: [scores_of(images) for images in seeds] for name, seeds in sets.items()}
     for name, seeds in scores.items():
-        print(f"\n{name}: precision and recall, least to most of three seeds")
+        print(f"\n{name}: precision and recall, lowest to highest of three seeds")
         for number, threshold in enumerate(THRESHOLDS):
             of_seeds = np.array([score[number] for score in seeds])  # [3, 2]
             low, high = of_seeds.min(axis=0), of_seeds.max(axis=0)
@@ -64,7 +65,7 @@ def described(images: list[PlantedImage]) -> tuple[list[PlantedImage], npt.NDArr
 
 
 def scores_of(images: list[PlantedImage]) -> list[Score]:
-    """At each threshold."""
+    """The scores at each threshold."""
     pool, features = described(images)
     originals = np.unique([image.original for image in pool], return_inverse=True)[1]
     cosines = np.triu(features @ features.T, 1)

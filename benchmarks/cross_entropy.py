@@ -1,22 +1,23 @@
 """Soft-target cross-entropy, forward and backward, beside the published recipe, eager and compiled.
 
-1024 student rows face 256 teacher rows, four students each, as the global and local crops of a batch do; K = 65,536.
-In the second case each student faces two teachers, as local crops face both global ones.
+There are 1024 student rows, 256 teacher rows and K = 65,536 prototypes. Each teacher row serves four student rows, as
+the global and local crops of a batch do. In the second case each student row has two teacher rows, as each local crop
+has both global ones.
 
 Prediction for two cores with AVX-512 (27 GB/s of reads), per student logit of float32:
 
-- The recipe: softmax of the teacher (a fourth as many logits), then per chunk of students log-softmax, product and sum;
-  backward product, expand, log-softmax's and the sum of chunk gradients: about 45 bytes in fresh memory, 3 ns. 67 M
-  logits: 200 ms, and 150 ms to map 1 GB of results.
-- Ours: forward reads 4 bytes and a fourth of 4, and takes 1.25 exponentials, 0.5 ns each over two threads' halves;
-  backward the same and a write of 4: 2.5 exponentials, 14 bytes: 0.8 ns by arithmetic, 0.5 by memory. 55 ms, and 30 to
-  map 268 MB: 4 times faster, in a third of the memory or less.
-- bfloat16: half the bytes, the same arithmetic; the recipe first makes float32 copies. 5 times.
+- The recipe computes the softmax of the teacher (a fourth as many logits), then log-softmax, product and sum for each
+  chunk of students. Backward computes product, expand, the gradient of log-softmax and the sum of chunk gradients. This
+  is about 45 bytes in fresh memory, 3 ns. 67 M logits take 200 ms, and 150 ms to map 1 GB of results.
+- Ours: forward reads 4 bytes and a fourth of 4, and takes 1.25 exponentials, 0.5 ns each over two threads' halves.
+  Backward does the same and writes 4 bytes. Together these are 2.5 exponentials and 14 bytes: 0.8 ns by arithmetic, 0.5
+  by memory. So 55 ms, and 30 ms to map 268 MB: 4 times faster, in a third of the memory or less.
+- bfloat16: half the bytes, the same arithmetic; the recipe first makes float32 copies. So 5 times faster.
 
 Measured (results/2026-11-25): 6.7 and 9.5 times faster than the recipe in float32, 5.9 and 7.4 in bfloat16; with the
 gradient in place of the logits 13 to 23 times. An earlier run had 3.3 in float32 and 13 in bfloat16. What the
-prediction missed: mapping the gradient takes 45 to 230 ms, as the host has memory at hand. Arithmetic and reads take
-74 ms in float32 and 44 in bfloat16, where 55 were predicted.
+prediction missed: mapping the gradient takes 45 to 230 ms, depending on the host's free memory. Arithmetic and reads
+take 74 ms in float32 and 44 in bfloat16, where 55 were predicted.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ DTYPES = [pytest.param(dtype, id=str(dtype).removeprefix("torch.")) for dtype in
 
 
 def recipe(student: Tensor, teacher: Tensor, center: Tensor, targets_each: int) -> Tensor:
-    """Every chunk of students against one half of the targets, or against both, each pair in a pass of its own."""
+    """Every chunk of students with one half of the targets, or with both; each pair is a separate pass."""
     targets = torch.softmax((teacher.float() - center) / TEACHER_TEMPERATURE, dim=-1)
     total = student.new_zeros((), dtype=torch.float32)
     for chunk in student.chunk(CHUNKS):
@@ -111,7 +112,7 @@ def test_cross_entropy(
         result = ours(logits.student, logits.teacher, logits.center, logits.index) / M
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-3)
     least_bytes = (3 * N + 2 * M) * K * logits.student.element_size()
-    baseline = Logits(dtype, targets_each)  # of its own: it must not meet logits that were overwritten
+    baseline = Logits(dtype, targets_each)  # its own logits, which no peer overwrites
     compare(logits.step_of(peer), baseline.step_of("recipe"), least_bytes=least_bytes, rounds=5)
 
 
@@ -128,7 +129,7 @@ print(extra_peak(step))
 
 
 def extra_peak(name: str, dtype: str) -> int:
-    """Bytes beyond the logits, the gradient included, in a process of its own."""
+    """Bytes beyond the logits, the gradient included, in a separate process."""
     return printed_by(PEAK_MEMORY, name, dtype)
 
 

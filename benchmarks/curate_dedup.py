@@ -1,14 +1,17 @@
 """Deduplication of planted copies, beside SemDeDup's rule, Faiss, imagededup and fastdup, in time, memory and quality.
 
-Each method runs in a process of its own; memory is the peak of the sum over that process and its children.
-``pytest benchmarks/curate_dedup.py`` measures 10,000 and 100,000 vectors, ``--million`` a million too, and
+Each method runs in a separate process. Memory is the peak of the sum over that process and its children.
+``pytest benchmarks/curate_dedup.py`` measures 10,000 and 100,000 vectors, and with ``--million`` also a million.
 ``--peer-python PYTHON`` names an environment that has imagededup and fastdup.
 
-Expected on two cores with AMX, from the speed of single calls: 10,000 vectors take a few seconds, which is the start of
-processes eight times over; 100,000 by the flat index 100,000^2 x 0.9 ns = 9 s of a processor and the same start, where
-brute force takes 100,000^2 x 8.4 ns = 84 s; a million by inverted files, two portions of 2,048 lists of which 32 are
-looked into, 2 x 0.35 ms x 10^6 = 700 s of a processor and less than 2 GB, with all copies found where there are topics.
-By the flat index a million would take 900 s of a processor.
+Prediction for two cores with AMX, from the speed of single calls, in processor time:
+
+- 10,000 vectors take a few seconds, the time to start processes eight times.
+- 100,000 vectors by the flat index take 100,000^2 x 0.9 ns = 9 s and the same start. Brute force takes
+  100,000^2 x 8.4 ns = 84 s.
+- A million vectors by inverted files, with two portions of 2,048 lists and 32 lists searched, take
+  2 x 0.35 ms x 10^6 = 700 s and less than 2 GB. All copies are found if there are topics. The flat index would take
+  900 s.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from benchmarks.dedup_methods import DIMENSIONS, METHODS, plant, quality
 SIZES = (10_000, 100_000, 1_000_000)
 TOPICS = {"topics": 0.3, "isotropic": 0.0}
 
-# What a method is given at most: these hold all N x N cosines, and brute force would take hours.
+# The most vectors that a method gets: some hold all N x N cosines, and brute force would take hours.
 LIMITS = {"faiss_brute_force": 100_000, "imagededup": 10_000, "fastdup": 100_000}
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -40,7 +43,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     """A folder of vectors, for all methods."""
     rows, kind = request.param
     if rows == SIZES[-1] and not request.config.getoption("--million"):
-        pytest.skip("a million vectors take half an hour: --million")
+        pytest.skip("a million vectors take half an hour; --million measures them")
     folder = tmp_path_factory.mktemp("vectors")
     plant(folder, rows, TOPICS[kind])
     return folder
@@ -54,10 +57,10 @@ def planted(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
 def test_dedup(benchmark: BenchmarkFixture, planted: Path, method: str, request: pytest.FixtureRequest) -> None:
     truth = np.load(planted / "truth.npy")
     if len(truth) > LIMITS.get(method, SIZES[-1]):
-        pytest.skip("too slow or too large")
+        pytest.skip(f"{method} is too slow or needs too much memory for {len(truth)} vectors")
     python = sys.executable
     if method in ("imagededup", "fastdup"):
-        python = request.config.getoption("--peer-python") or pytest.skip("without --peer-python")
+        python = request.config.getoption("--peer-python") or pytest.skip(f"{method} needs --peer-python")
     benchmark.group = f"dedup {request.node.callspec.id.rpartition('-')[0]} x {DIMENSIONS}"
     usages: list[Usage] = []
 
@@ -81,11 +84,11 @@ def test_dedup(benchmark: BenchmarkFixture, planted: Path, method: str, request:
 
 
 class Usage(NamedTuple):
-    """What a process and all below it took.
+    """Memory and time of a process and its descendants.
 
     Attributes:
-        peak: largest sum of resident bytes; what processes share counts for each of them.
-        seconds: of processors, those for imports and loading among them.
+        peak: largest sum of resident bytes; memory that processes share counts for each of them.
+        seconds: processor time, with imports and loading.
     """
 
     peak: int
@@ -93,14 +96,14 @@ class Usage(NamedTuple):
 
 
 def watch(root: int, done: threading.Event) -> Usage:
-    """Look at a process and all below it ten times a second."""
+    """Measure a process and its descendants ten times a second."""
     peak, ticks = 0, dict[int, int]()
     while not done.wait(0.1):
         parents, used = dict[int, int](), dict[int, int]()
         for path in Path("/proc").glob("[0-9]*/stat"):
             try:
                 fields = path.read_text().rpartition(")")[2].split()
-            except OSError:  # it has ended
+            except OSError:  # the process has ended
                 continue
             process = int(path.parent.name)
             parents[process], used[process] = int(fields[1]), int(fields[11]) + int(fields[12])
@@ -113,7 +116,7 @@ def watch(root: int, done: threading.Event) -> Usage:
 
 
 def _resident(process: int) -> int:
-    """Bytes of a process in memory; what it shares with others counts for each of them."""
+    """Resident bytes of a process; memory that processes share counts for each of them."""
     try:
         return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * PAGE
     except OSError:

@@ -1,14 +1,17 @@
 """Retrieval for 10,000 seeds, by neighbours and by clusters, beside Faiss, in time, memory and quality.
 
-Each method runs in a process of its own, measured as in ``curate_dedup.py``, whose vectors these are (384 dimensions,
-1,000 topics); seeds are vectors of the same kind. ``pytest benchmarks/curate_retrieve.py`` measures 10,000 and
-100,000 vectors, ``--million`` a million too.
+Each method runs in a separate process, measured as in ``curate_dedup.py``. The vectors are the same (384 dimensions,
+1,000 topics), and seeds are vectors of the same kind. ``pytest benchmarks/curate_retrieve.py`` measures 10,000 and
+100,000 vectors, and with ``--million`` also a million.
 
-Expected on two cores: by neighbours, 10,000 x N pairs at 1 to 9 ns, so 10 to 90 s of a processor for a million, and the
-start of processes below 100,000. By clusters of a million: 20 iterations on 256,000 vectors of 1,000 clusters are
-4 x 10^12 operations, five passes and the assignment over all 5 x 10^12, at 60 to 100 GFLOP/s a core 2 to 3 minutes, and
-half as much again for k-means++; Faiss, without the passes, half of that. Memory: some portions of 65,536 rows, and
-the sample of 256,000 x 384 x 4 bytes = 0.4 GB, twice.
+Prediction for two cores:
+
+- By neighbours: 10,000 x N pairs at 1 to 9 ns, so 10 to 90 s of a processor for a million. Below 100,000, the start of
+  processes takes most of the time.
+- By clusters, a million vectors: 20 iterations on 256,000 vectors of 1,000 clusters are 4 x 10^12 operations; five
+  passes and the assignment over all vectors are 5 x 10^12. At 60 to 100 GFLOP/s a core this takes 2 to 3 minutes, and
+  k-means++ half as much again. Faiss has no such passes and takes half of that.
+- Memory: some portions of 65,536 rows, and the sample of 256,000 x 384 x 4 bytes = 0.4 GB, twice.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ SEEDS = 10_000
 def vectors(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """A folder of vectors and seeds, for all methods."""
     if request.param == SIZES[-1] and not request.config.getoption("--million"):
-        pytest.skip("a million vectors take ten minutes: --million")
+        pytest.skip("a million vectors take ten minutes; --million measures them")
     folder, seeds = tmp_path_factory.mktemp("vectors"), tmp_path_factory.mktemp("seeds")
     plant(folder, request.param, topic=0.3)
     plant(seeds, SEEDS, topic=0.3, seed=1)  # the same topics, other images

@@ -1,7 +1,7 @@
-"""Ways to deduplicate vectors, one of them in a process of its own: ``dedup_methods.py METHOD FOLDER``.
+"""Ways to deduplicate vectors. ``dedup_methods.py METHOD FOLDER`` runs one of them.
 
-A folder holds ``vectors.npy`` (float16, unit length, [N, D]), and the same in shards as a pool of the curation. A
-method prints the seconds that it took, without imports, and writes ``METHOD.npy``: which rows it keeps.
+A folder holds ``vectors.npy`` (float16, unit length, [N, D]), and the same vectors in shards, as a pool of the
+curation. A method prints its seconds, without imports, and writes ``METHOD.npy``: which rows it keeps, bool [N].
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ Kept = npt.NDArray[np.bool_]
 
 
 def plant(folder: Path, rows: int, topic: float, seed: int = 0) -> npt.NDArray[np.int64]:
-    """Write vectors of which 30 in 100 are copies of others, in random order; gives the original of each row [rows].
+    """Write vectors in random order, 30 in 100 of them copies of others; return the original of each row [rows].
 
-    Originals share a direction with those of their topic, one of 1,000, whatever the seed: ``topic`` is the cosine of
-    two of them, and 0 makes them isotropic. A copy has a cosine between 0.8 and 0.99 to its original, so that two
-    copies of one have at least about 0.6.
+    Each original belongs to one of 1,000 topics, which do not depend on the seed. ``topic`` is the cosine of two
+    originals of the same topic; 0 makes originals isotropic. A copy has a cosine between 0.8 and 0.99 to its original.
+    Two copies of one original therefore have a cosine of at least about 0.6.
     """
     random = np.random.default_rng(seed)
     originals = rows * 7 // 10
     source = np.concatenate([np.arange(originals), random.integers(originals, size=rows - originals)])
-    place = random.permutation(rows)  # of each vector in the file
+    place = random.permutation(rows)  # row of each vector in the file
     topics = _unit(np.random.default_rng(1000).standard_normal((1000, DIMENSIONS), dtype=np.float32))
     vectors = np.lib.format.open_memmap(folder / "vectors.npy", "w+", np.float16, (rows, DIMENSIONS))
     starts = [*range(0, originals, SHARD), *range(originals, rows, SHARD)]
@@ -96,7 +96,7 @@ def _ours(folder: Path, index: str) -> tuple[float, Kept]:
 
 
 def faiss_brute_force(folder: Path) -> tuple[float, Kept]:
-    """``faiss.knn`` on all threads, components by scipy, the first of each kept."""
+    """``faiss.knn`` on all threads, connected components by scipy; the first row of each component stays."""
     import faiss
     import scipy.sparse
 
@@ -112,7 +112,7 @@ def faiss_brute_force(folder: Path) -> tuple[float, Kept]:
 
 
 def semdedup(folder: Path) -> tuple[float, Kept]:
-    """SemDeDup's rule (arXiv 2303.09540) in plain PyTorch: in clusters of k-means what is like an earlier row goes."""
+    """SemDeDup's rule (arXiv 2303.09540) in plain PyTorch: drop what is similar to an earlier row of its cluster."""
     import torch
 
     vectors = torch.from_numpy(np.load(folder / "vectors.npy").astype(np.float32))
@@ -155,7 +155,7 @@ def imagededup(folder: Path) -> tuple[float, Kept]:
 
 
 def fastdup(folder: Path) -> tuple[float, Kept]:
-    """Components of fastdup, given the vectors; the first of each kept."""
+    """Connected components of fastdup, given the vectors; the first row of each component stays."""
     import csv
 
     import fastdup as package
@@ -181,7 +181,7 @@ METHODS: dict[str, Callable[[Path], tuple[float, Kept]]] = {
 
 
 def quality(kept: Kept, truth: npt.NDArray[np.int64]) -> dict[str, float]:
-    """Of rows that had to go how many went, and of those that went how many still have one of their group kept."""
+    """Recall, the share of surplus rows that are dropped, and precision, the share of drops whose group keeps a row."""
     groups = np.unique(truth)
     has_kept = np.isin(truth, truth[kept])
     surplus = len(truth) - len(groups)

@@ -1,19 +1,20 @@
 """GELU between the two linear layers of a feed-forward layer: the pass of its backward, and the whole layer.
 
-T = 5520 tokens are those of 8 images in 2 crops of 197 tokens and 8 of 37; C = 384 channels and H = 1536 features are
-ViT-S's. Counted with e bytes per element, on two cores with AVX-512 and 30 GB/s:
+T = 5520 is the number of tokens of 8 images, with 2 crops of 197 tokens and 8 of 37. C = 384 channels and H = 1536
+features are those of ViT-S. Prediction with e bytes per element, on two cores with AVX-512 and 30 GB/s:
 
-- The pass: floor 4e bytes a feature, and about 50 vector instructions for 16 results, 1 ns on one core. float32: 16
-  bytes, 0.5 ns: bound by memory and arithmetic alike, 5 ms. PyTorch's operators one after the other move 6e bytes in
-  three passes, and take erf or tanh twice: 1.5 to 2 times as long. ``torch.compile`` fuses the same.
-- The layer: 39 GFLOP of matrix products at 100 to 150 GFLOP/s in float32, so 300 ms, of which the pass saves 3 to 5 ms,
-  1 to 2 %. In bfloat16, where products are faster, no more than 5 %.
+- The pass: the floor is 4e bytes a feature, and about 50 vector instructions for 16 results, 1 ns on one core. float32:
+  16 bytes, 0.5 ns. Memory and arithmetic take equally long: 5 ms. PyTorch's operators, one after the other, move 6e
+  bytes in three passes, and compute erf or tanh twice: 1.5 to 2 times as long. ``torch.compile`` fuses the same.
+- The layer: 39 GFLOP of matrix products at 100 to 150 GFLOP/s in float32, so 300 ms. The pass saves 3 to 5 ms of them,
+  1 to 2 %. In bfloat16, where products are faster, it saves no more than 5 %.
 
 Measured (results/2026-11-30): the pass is 4.9 times as fast as PyTorch's operators in float32 and 1.7 times in
-bfloat16, with tanh 6.2 and 4.8 times. What the prediction missed: fresh memory, of which ours takes half and in pages
-of 2 MB, and what tanh costs PyTorch. ``torch.compile`` gains little over the operators (0.9 to 1.5): its sum over
-tokens does not fuse. The layer is 1.04 times as fast as the plain expression in float32 and 1.01 times in bfloat16, on
-two threads; in processor time of one thread, 1.09 and 1.08 times as the layer that made GELU again by itself.
+bfloat16; with tanh 6.2 and 4.8 times. The prediction missed two things: ours needs half the fresh memory, in pages of 2
+MB, and tanh is slow in PyTorch. ``torch.compile`` gains little over the operators (0.9 to 1.5), because its sum over
+tokens does not fuse. On two threads, the layer is 1.04 times as fast as the plain expression in float32 and 1.01 times
+in bfloat16. In processor time of one thread, it is 1.09 and 1.08 times as fast as the layer that computed GELU again
+separately.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def test_pass(benchmark: BenchmarkFixture, compare: Compare, dtype: torch.dtype,
     torch.testing.assert_close(
         function(grad.clone(), z, approximate)[:2], operators(grad, z, approximate)[:2], rtol=0.02, atol=0.02
     )
-    grad.zero_()  # stays what it is when it is overwritten
+    grad.zero_()  # zeros stay zeros when the operator overwrites them
     compare(
         lambda: function(grad, z, approximate),
         lambda: operators(grad, z, approximate),

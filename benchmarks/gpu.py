@@ -1,4 +1,4 @@
-"""What benchmarks on a GPU share: calls as graphs, times by events, and the least time that an H200 needs."""
+"""Shared by benchmarks on a GPU: calls as CUDA graphs, times by events, and the least time that an H200 needs."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ BYTES_PER_SECOND = 4.3e12
 OPERATIONS_PER_SECOND = 790e12
 """Rate of its matrix units in bfloat16, as large products reach it."""
 
-CALLS = 20  # of a round: a single one of 30 us is lost beside what it takes to record an event
+CALLS = 20  # in a round: the time to record an event would hide a single call of 30 us
 SHORTEST_ROUND = 2e-3  # seconds; a longer call is timed alone
 
 
 def floor_seconds(least_bytes: float, operations: float = 0) -> float:
-    """The least time that moving these bytes, or computing so much in bfloat16, takes an H200."""
+    """The least time in which an H200 moves these bytes and does these operations in bfloat16."""
     return max(least_bytes / BYTES_PER_SECOND, operations / OPERATIONS_PER_SECOND)
 
 
 def slow_to_build(peers: Iterable[str]) -> list[Any]:
-    """Peers as parameters of a test; what is compiled comes after everything else."""
+    """Peers as parameters of a test; compiled peers come last."""
     return [pytest.param(peer, marks=pytest.mark.slow_to_build if "compiled" in peer else ()) for peer in peers]
 
 
 def as_graph(function: Callable[[], object]) -> Callable[[], None]:
-    """Replay what a call launches, without what it costs the host."""
+    """Replay the launches of a call as a CUDA graph, without the work of the host."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -42,7 +42,7 @@ def as_graph(function: Callable[[], object]) -> Callable[[], None]:
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """The device's time for one call: of several in a row, between two events."""
+    """The device's time for one call: the mean of several in a row, between two events."""
     one = _between_events(function, 1)
     calls = max(1, min(CALLS, round(SHORTEST_ROUND / max(one, 1e-9))))
     return one if calls == 1 else _between_events(function, calls)
@@ -59,7 +59,7 @@ def _between_events(function: Callable[[], object], calls: int) -> float:
 
 
 class Clock:
-    """A clock that shows the device's time: pytest-benchmark reads it before and after what it times."""
+    """A clock of the device's time: pytest-benchmark reads it before and after each timed call."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -68,7 +68,7 @@ class Clock:
         return self.now
 
     def time(self, function: Callable[[], object]) -> float:
-        """Run what is timed, and move on by :func:`seconds` of it."""
+        """Run a function, and advance the clock by its :func:`seconds`."""
         taken = seconds(function)
         self.now += taken
         return taken

@@ -1,18 +1,18 @@
-"""What a call costs the host: so few tokens that Python, the dispatcher and the allocations are all there is of it.
+"""The host time of a call: with so few tokens, only Python, the dispatcher and the allocations take time.
 
-Sequences of 2 tokens, and of none, which leaves the kernels nothing to do. PyTorch's own functions stand beside ours.
-On a GPU nobody waits for a result, so that launches count and kernels do not. With gradients, a call also records its
-backward pass, which does not run.
+Sequences have 2 tokens, or none, so that the kernels have nothing to do. PyTorch's own functions run beside ours. On a
+GPU nothing waits for a result, so launches count and kernels do not. With gradients, a call also records its backward
+pass, which does not run.
 
-Predictions: an autograd function takes 5 us, an operator with its allocations 3 us, the draw of kept samples 10 us. So
-`stochastic_depth` with gradients, two autograd functions and five operators: 50 us.
+Prediction: an autograd function takes 5 us, an operator with its allocations 3 us, the draw of kept samples 10 us. So
+`stochastic_depth` with gradients, with two autograd functions and five operators, takes 50 us.
 
-Measured (AMD EPYC with AVX-512, 2026-11-27, one thread, empty bodies): attention 7 to 8 us, with gradients 11. The
-parts of `stochastic_depth`: draw 6, gather 7, scatter 3 us; with gradients 6, 12 and 7. Together, with the checks
-between them, they take 19 and 30 us, 13 and 22 without dropping. The prediction was too high: it counted five
-operators where three are called, and the draw takes 6 us. On 2026-11-25 it took 33 and 62 us. A result
-that a kernel allocates through PyTorch's stable C++ interface costs 0.9 us, and there are six; past the dispatcher it
-costs 0.6, but then escapes the filling with NaN by which tests find what a kernel did not write.
+Measured (AMD EPYC with AVX-512, 2026-11-27, one thread, empty bodies): attention takes 7 to 8 us, with gradients 11.
+The parts of `stochastic_depth` take 6 us for the draw, 7 for the gather and 3 for the scatter; with gradients 6, 12 and
+7. Together, with the checks between them, they take 19 and 30 us, and 13 and 22 us without dropping. The prediction was
+too high: it counted five operators where three are called, and the draw takes 6 us. On 2026-11-25 the whole took 33 and
+62 us. A kernel allocates six results through PyTorch's stable C++ interface, which costs 0.9 us each. Without the
+dispatcher, one costs 0.6 us, but tests could then no longer fill it with NaN to find what a kernel did not write.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ C = H * D
 
 
 class Inputs:
-    """What all functions take, for S sequences of N tokens; every tensor is a leaf that wants its gradient."""
+    """The inputs of all functions, for S sequences of N tokens; every tensor is a leaf that requires a gradient."""
 
     def __init__(self, device: str, N: int) -> None:
         def leaf(*shape: int) -> Tensor:
@@ -84,7 +84,7 @@ FUNCTIONS: dict[str, Callable[[Inputs], object]] = {
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Waking another thread takes 10 us or more: that would be all one measures of PyTorch's functions."""
+    """Use one thread: to wake another takes 10 us or more, which would hide the rest of PyTorch's functions."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,10 +1,10 @@
-"""accelerate(model): images per second of ViT-S/14 in timm and in transformers, as they come and accelerated.
+"""accelerate(model): images per second of ViT-S/14 in timm and in transformers, unchanged and accelerated.
 
-Random weights, images of 224 pixels (257 tokens), a step of training with every block's stochastic depth at 0.3.
+Weights are random, images have 224 pixels (257 tokens), and a training step has stochastic depth 0.3 in every block.
 
-Prediction for two threads of a CPU: the linear layers are 22 M weights x 257 tokens x 2 = 11 GFLOP of an image and
-attention 1.2; everything else moves memory. The forward can gain no more than what PyTorch spends outside the linear
-layers, about a fifth. A training step saves 30 % of the blocks' work on top: up to 1.4 times faster.
+Prediction for two threads of a CPU: the linear layers take 22 M weights x 257 tokens x 2 = 11 GFLOP for an image and
+attention 1.2 GFLOP; everything else moves memory. The forward can gain at most the time that PyTorch spends outside the
+linear layers, about a fifth. A training step also saves 30 % of the blocks' work: up to 1.4 times faster.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
-import tests.conftest  # noqa: F401  timm and transformers then import beside a CPU build of PyTorch, too
+import tests.conftest  # noqa: F401  lets timm and transformers import beside a CPU build of PyTorch
 from dinov2_kernels.integrations import accelerate
 
 if TYPE_CHECKING:

@@ -1,18 +1,18 @@
 """KoLeo, forward and backward: the published recipe in eager PyTorch, compiled, and ours.
 
-Counted for float32 rows [B, D] on two cores with AVX-512, which multiply and add about 180 billion times 2 a second at
-best in all, and 30 GB/s:
+Prediction for float32 rows [B, D] on two cores with AVX-512. Both cores together multiply and add about 180 billion
+times 2 a second at best, and move 30 GB/s.
 
-- B = 8192, D = 384. The recipe: 2 B^2 D = 51.5 GFLOP, 0.3 s; the cosines are 268 MB, which are mapped, written, and
-  read by the maximum, 0.05 s; normalising, gathering and their gradients pass some thirty times over 12.6 MB, 0.03 s.
-  Ours: half of the products, since each serves a row and a column, 0.15 s, and five passes over 12.6 MB. 2.5 times
+- B = 8192, D = 384. The recipe: 2 B^2 D = 51.5 GFLOP, 0.3 s. The cosines are 268 MB, which are mapped, written, and
+  read by the maximum, 0.05 s. Normalising, gathering and their gradients pass some thirty times over 12.6 MB, 0.03 s.
+  Ours: half of the products, because each serves a row and a column, 0.15 s, and five passes over 12.6 MB. So 2.5 times
   faster. Peak memory: one copy of the rows, 12.6 MB, in place of 268 MB and a few copies.
 - B = 64, D = 384. Half of the products are 1.6 MFLOP, 17 us on one core; distances and gradients take some 10 us. The
-  recipe calls some 40 operators at 5 us. 3 times faster, and half of what is left is autograd.
-- Two global crops in one call, ``n_groups=2``: one call's overhead less, 1.3 times faster than two calls.
+  recipe calls some 40 operators at 5 us. So 3 times faster, and half of the remaining time is autograd.
+- Two global crops in one call, ``n_groups=2``: this saves the overhead of one call, and is 1.3 times faster than two.
 
 Measured (results/2026-11-25): 3.5 times faster at B = 8192, 3.4 at B = 512 and 4.4 at B = 64. What the prediction
-missed: two crops in one call take as long as in two, 0.42 ms; why was not looked into.
+missed: two crops take as long in one call as in two calls, 0.42 ms. We did not find out why.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def test_forward_and_backward(benchmark: BenchmarkFixture, compare: Compare, B: 
     function = PEERS[peer]()
     torch.testing.assert_close(gradient(function, x), gradient(recipe, x))
     rounds = {64: 1001, 512: 101, 8192: 9}[B]
-    # Any implementation reads the rows twice and writes their gradient; the products are half of those of a matrix.
+    # Any implementation reads the rows twice and writes their gradient; it needs half the products of a full matrix.
     compare(
         lambda: gradient(function, x),
         lambda: gradient(recipe, x),

@@ -1,13 +1,14 @@
 """KoLeo on a GPU, forward and backward: the published recipe in eager PyTorch, compiled, and ours.
 
-Prediction, no GPU having run this yet:
+Prediction (no GPU has run this yet):
 
-- B = 64, D = 384: the recipe launches some 27 kernels, 60 us in a graph; ours are two, of which forward is one block:
-  3.1 MFLOP at half a TFLOP/s of one multiprocessor, 10 us, and as much for its reads, in all 60 to 100 us in float32.
+- B = 64, D = 384: the recipe launches some 27 kernels, 60 us in a CUDA graph. Ours launches two, and its forward is one
+  block: 3.1 MFLOP at half a TFLOP/s of one multiprocessor take 10 us, and its reads as long; in all 60 to 100 us in
+  float32.
 - B = 8192, D = 384, float32: 51.5 GFLOP. The recipe's matrix product reaches 40 to 50 TFLOP/s in float32: 1.2 ms, and
-  0.2 ms for passes over 268 MB. Ours comes out of Triton's multiply-adds at a quarter of that: 4 ms, so 0.4 times as
-  fast, in a twentieth of the memory. In bfloat16 our products run on the tensor cores, where the recipe widens: 0.3 ms,
-  4 times faster.
+  0.2 ms for passes over 268 MB. Ours uses Triton's multiply-adds at a quarter of that rate: 4 ms, so 0.4 times as fast,
+  in a twentieth of the memory. In bfloat16 our products run on the tensor cores, while the recipe widens to float32:
+  0.3 ms, 4 times faster.
 - CUDA C++ (native): the same products from shared memory, 1.2 times as fast as Triton's in float32.
 """
 

@@ -1,8 +1,9 @@
-"""The step of ``benchmarks/pretraining_step.py``, made of lightly's parts as its DINOv2 example puts them together.
+"""The step of ``benchmarks/pretraining_step.py``, built from lightly's parts as in its DINOv2 example.
 
-lightly 1.6: timm's ViT in its masked wrapper, global and local crops apart; its projection heads and its losses, with
-softmax centring and targets as matrices. Not compared are its data loading and its Lightning loop. It is no dependency:
-``pip install lightly`` (into an environment of its own) makes the peer appear.
+From lightly 1.6 the step uses timm's ViT in its masked wrapper, with global and local crops apart, its projection heads
+and its losses, with softmax centring and targets as matrices. The comparison leaves out lightly's data loading and its
+Lightning loop. lightly is not a dependency: ``pip install lightly`` (into a separate environment) makes the peer
+appear.
 
 Measured (results/2026-11-25, lightly 1.6.0): ours is 1.4 times as fast in float32 and 1.8 times in bfloat16.
 """
@@ -18,7 +19,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
-import tests.conftest  # noqa: F401  timm then imports beside a CPU build of PyTorch, too
+import tests.conftest  # noqa: F401  lets timm import beside a CPU build of PyTorch
 from benchmarks.pretraining_step import DROP_PATH, B, batch
 from benchmarks.pretraining_step import step_of as own_step_of
 from benchmarks.sinkhorn import TEMPERATURE
@@ -48,7 +49,7 @@ def step_of(bf16: bool) -> Callable[[], Tensor]:
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], fused=True)
     given = batch()
     masks = given["masks"].unflatten(1, (14, 14))  # [2B, 14, 14]
-    hidden = nn.functional.pad(given["masks"], (1, 0))  # [2B, 197]: the class token is seen
+    hidden = nn.functional.pad(given["masks"], (1, 0))  # [2B, 197]: the class token is not masked
 
     def loss_of_step() -> Tensor:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What all benchmarks of peak memory share. It reads /proc, so it works on Linux alone."""
+"""Shared by all benchmarks of peak memory. The module reads /proc, so it works on Linux only."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ STATUS = Path("/proc/self/status")
 
 
 def extra_peak(step: Callable[[], object]) -> int:
-    """Bytes that a call takes, at its peak, beyond what this process holds before it."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
+    """Peak bytes of a call, beyond the bytes that this process holds before the call."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present memory
     held = _memory("VmRSS")
     step()
     return _memory("VmHWM") - held
 
 
 def printed_by(script: str, *arguments: str) -> int:
-    """The number that a script prints, in a process of its own: what others freed would blur what it takes."""
+    """The number that a script prints, in a separate process: memory that other code has freed would change it."""
     command = [sys.executable, "-c", script, *arguments]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 

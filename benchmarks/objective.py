@@ -1,27 +1,28 @@
 """Heads and losses of one step, forward and backward: logits stored, or recomputed, beside the published recipe.
 
-The backbone is left out: it hands over tokens that are leaves. B = 16 images in 2 global and 8 local crops, 15 % of
-whose patches, some 1200, are masked; K = 65,536 prototypes of 256 columns in separate heads; float32, or bfloat16
-autocast.
+There is no backbone: its tokens are leaves. The batch has B = 16 images in 2 global and 8 local crops; 15 % of the
+patches, some 1200, are masked. Separate heads have K = 65,536 prototypes of 256 columns. The dtype is float32, or
+bfloat16 with autocast.
 
 Prediction for two cores (190 and 400 GFLOP/s of matrix products in float32 and bfloat16, 27 GB/s), for N = 1390 student
-rows, 1260 teacher rows, and so 91 M student logits:
+rows and 1260 teacher rows, which are 91 M student logits:
 
 - Matrix products of the last layers: teacher 42 GFLOP, student 140 (three products), 182 in all; 0.96 s in float32,
-  0.46 in bfloat16. Recomputed logits take one product more for each student row and two for each teacher row: 313.
+  0.46 in bfloat16. Recomputed logits need one more product for each student row and two for each teacher row: 313
+  GFLOP.
 - The recipe's losses are some 30 elementwise passes over 364 MB of float32: 0.8 s.
 - Ours: three reads and exponentials for Sinkhorn-Knopp; two reads and two exponentials forward; two reads, one write
   and two exponentials backward: 3 GB in 0.15 s.
 - So 1.1 s against 1.8 s in float32 (1.6 times faster), 0.6 s against 1.3 s in bfloat16 (2.1 times). Recomputing adds
-  0.7 s in float32 and 0.3 s in bfloat16: it does not win in time here, and spares 364 MB of logits.
+  0.7 s in float32 and 0.3 s in bfloat16: it is not faster here, and saves 364 MB of logits.
 
 Measured (results/2026-11-25): 2.5 s stored and 2.3 s recomputed in float32, 1.6 and 1.7 times faster than the recipe;
 1.6 and 1.4 s in bfloat16, 2.1 and 2.4 times. Extra peak memory: 0.50 of the recipe's stored and 0.14 recomputed in
 float32, 0.36 and 0.07 in bfloat16. What the prediction missed:
 
-- The heads' MLPs, 60 GFLOP, were not counted, and memory is mapped anew for logits, gradients of weights and, in the
-  recipe, for much more.
-- Recomputing wins in time, too: what it computes again costs less here than mapping 364 MB of logits.
+- It did not count the heads' MLPs, 60 GFLOP, nor the mapping of new memory for logits, for gradients of weights and, in
+  the recipe, for much more.
+- Recomputing is faster, too: computing again costs less here than mapping 364 MB of logits.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ B, LOCAL_CROPS, PATCHES, D, K = 16, 8, 256, 384, 65536
 
 
 class GivenTokens(nn.Module):
-    """Stands for a backbone: tokens are parameters, for every size of crop."""
+    """A backbone's stand-in: its tokens are parameters, for every size of crop."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +93,7 @@ def class_and_patch_losses(
     patch_targets: Tensor,
     masks: Tensor,
 ) -> Tensor:
-    """DINO and iBOT as published: targets are matrices, every student crop meets every target in a pass of its own."""
+    """DINO and iBOT as published: targets are matrices, and each student crop meets each target in a separate pass."""
     L = 2 * len(local_logits) // len(global_logits)
     targets = class_targets.chunk(2)
     loss = sum(cross_entropy(s, t).mean() for s in local_logits.chunk(L) for t in targets)
@@ -149,13 +150,13 @@ from benchmarks import objective
 from benchmarks.memory import extra_peak
 
 step = objective.step_of(sys.argv[1], sys.argv[2] == "bfloat16")
-step()  # starts the threads, makes the gradients of the parameters
+step()  # starts the threads and allocates the gradients of the parameters
 print(extra_peak(step))
 """
 
 
 def extra_peak(name: str, dtype: str) -> int:
-    """Bytes beyond what is held before a step, in a process of its own."""
+    """Peak bytes of a step beyond the bytes before it, in a separate process."""
     return printed_by(PEAK_MEMORY, name, dtype)
 
 

@@ -1,11 +1,12 @@
 """Crops of two sizes in one packed pass through ViT-S/16, beside a pass for each size: forward and backward.
 
-Both run the same kernels on the same weights. B = 4 images in 2 global crops of 224 and 8 local ones of 96 pixels: 8
-sequences of 197 tokens and 32 of 37, 2760 tokens in all.
+Both run the same kernels on the same weights. B = 4 images in 2 global crops of 224 and 8 local ones of 96 pixels make
+8 sequences of 197 tokens and 32 of 37, 2760 tokens in all.
 
-Prediction: the same products, 0.37 TFLOP. Packed, they have all rows at once, so each weight is read once and not
-twice, and each of some 150 operators is called once: a per cent or two on a CPU. Packing itself copies the tokens once
-in each direction, 8 MB beside some 1.5 GB that the pass moves. So 1.0 times as fast, or a little more.
+Prediction: both compute the same products, 0.37 TFLOP. A packed product has all rows at once, so each weight is read
+once and not twice, and each of some 150 operators is called once. This gains one or two per cent on a CPU. Packing
+copies the tokens once in each direction, 8 MB beside some 1.5 GB that the pass moves. So 1.0 times as fast, or a little
+more.
 
 Measured (results/2026-11-25): 1.03 times as fast in float32, with and without drop path, 1.04 and 1.08 in bfloat16.
 """
@@ -28,7 +29,7 @@ B, LOCAL_CROPS = 4, 8
 
 
 def passes(drop_path: float, bf16: bool) -> tuple[Callable[[], None], Callable[[], None]]:
-    """The packed pass, and the two apart."""
+    """The packed pass, and a pass for each size."""
     torch.manual_seed(0)
     vit = vit_small(patch_size=16, drop_path_rate=drop_path)
     crops = [torch.randn(2 * B, 3, 224, 224), torch.randn(LOCAL_CROPS * B, 3, 96, 96)]

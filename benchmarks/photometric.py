@@ -1,23 +1,23 @@
 """The photometric augmentation of a batch of crops, on two threads: OpenCV image by image, kornia, and ours.
 
-Plans are drawn from DINOv2's distribution, with half of the images blurred. Counted per pixel, on two cores with
+Plans are drawn from DINOv2's distribution, with half of the images blurred. Prediction per pixel, on two cores with
 AVX-512 and 30 GB/s:
 
 - Floor: 3 bytes read and 12 (float32) or 6 (bfloat16) written: 0.5 or 0.3 ns, so 1.6 or 1.0 ms for 64 x 224 x 224.
 - Arithmetic, in cycles per 16 pixels, where each instruction on 16 floats takes one: unpacking 14, brightness and
-  contrast 10 each, saturation 14, hue 50, normalisation 15; the mean luma unpacks again and repeats what precedes the
-  contrast, 56 on average; blur 84. With the chances of each, about 185, or 4 ns on one core at 2.9 GHz and 2 ns on
-  both: 6.4 ms for 64 x 224 x 224, and 4.7 ms for 256 x 96 x 96. So it is bound by arithmetic, at a quarter of the
-  floor's bandwidth, and bfloat16 gains little.
-- OpenCV works on 16 to 64 bytes at a time, but an image costs about ten calls that write each of their results to
-  memory, and the normalisation reads bytes three apart: 1 ms for 224 x 224 and 0.25 ms for 96 x 96, on one core.
-  32 ms on both: ours 5 times faster; 7 times for the smaller images, of which the calls themselves take more.
+  contrast 10 each, saturation 14, hue 50, normalisation 15, blur 84. The mean luma unpacks again and repeats the steps
+  before the contrast, 56 on average. With the chances of each step, this is about 185 cycles: 4 ns on one core at
+  2.9 GHz, and 2 ns on both. So 6.4 ms for 64 x 224 x 224, and 4.7 ms for 256 x 96 x 96. Arithmetic limits the operator,
+  at a quarter of the floor's bandwidth, so bfloat16 gains little.
+- OpenCV works on 16 to 64 bytes at a time. But an image needs about ten calls that write their results to memory, and
+  the normalisation reads every third byte: 1 ms for 224 x 224 and 0.25 ms for 96 x 96, on one core. This is 32 ms on
+  both cores, so ours is 5 times faster. It is 7 times faster for the smaller images, where calls take a larger share.
 
 Processor time of both cores, in a preliminary run on a busy machine: ours 14.6 ms (predicted 12.8; 10.1 in bfloat16)
 and 8.6 ms (9.4), OpenCV 35 ms and 30 ms (64 each). What the prediction missed:
 
 - OpenCV takes half of what was expected, so ours is 2.4 to 3.6 times faster, not 5 to 7.
-- bfloat16 gains a third for 64 x 224 x 224, whose float32 result is above 32 MB, so memory that is mapped anew.
+- bfloat16 gains a third for 64 x 224 x 224: the float32 result is above 32 MB, so its memory is mapped for each call.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Peer = Callable[[], object]
 
 @pytest.fixture(autouse=True)
 def threads() -> Iterator[None]:
-    """OpenCV's own threads gain nothing on small images: the baseline gives each of two threads its images."""
+    """Turn off OpenCV's threads, which gain nothing on small images: the baseline has two threads of its own."""
     before = cv2.getNumThreads()
     cv2.setNumThreads(0)
     yield
@@ -56,7 +56,7 @@ def threads() -> Iterator[None]:
 
 
 def smooth_images(N: int, side: int, device: str = "cpu") -> Tensor:
-    """Noise of a few pixels' grain, uint8 [N, side, side, 3]."""
+    """Noise with a grain of a few pixels, uint8 [N, side, side, 3]."""
     generator = torch.Generator(device).manual_seed(0)
     grains = torch.randint(0, 256, (N, 3, side // 8, side // 8), device=device, generator=generator)
     images = torch.nn.functional.interpolate(grains.float(), (side, side), mode="bicubic").clamp(0, 255)
@@ -75,7 +75,7 @@ def opencv(images: Tensor, plans: list[ImagePlan], pool: ThreadPoolExecutor) -> 
 
 
 def kornia(images: Tensor, plans: list[ImagePlan]) -> Tensor:
-    """Image by image too: its functions take a batch only where all images have their jitters in one order."""
+    """Run kornia image by image: its functions take a batch only if all images have their jitters in the same order."""
     enhance, filters, color = (pytest.importorskip(f"kornia.{name}") for name in ("enhance", "filters", "color"))
     adjust = {
         Jitter.BRIGHTNESS: lambda x, factor: (factor * x).clamp(0, 1),

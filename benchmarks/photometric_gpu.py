@@ -1,14 +1,14 @@
 """The photometric augmentation of a batch of crops on a GPU: the definition in eager PyTorch, kornia, and ours.
 
-Prediction, no GPU having run this yet, for an H200 that moves 4.3 TB/s and plans of DINOv2's distribution, half of the
-images blurred:
+Prediction (no GPU has run this yet), for an H200 that moves 4.3 TB/s, and plans of DINOv2's distribution with half of
+the images blurred:
 
-- Floor: 3 bytes a pixel read and 6 (bfloat16) written. Ours also reads 3 for eight images of ten, from L2; and for half
-  of them writes 12 and reads 15: 9 + 0.5 * 27 = 22.5 bytes a pixel of memory at most. 256 images of 224 pixels are 12.8
-  million pixels: 0.12 GB and 0.03 ms at the floor; 0.29 GB and 0.07 ms as counted. A pixel takes about 200
-  instructions, 0.06 ms on 132 multiprocessors, some of it beside the memory's work: 0.1 to 0.15 ms.
-- 512 images of 96 pixels, 4.7 million: 0.03 to 0.06 ms, of which three launches are a third.
-- The definition runs image by image in some thirty kernels each: 256 images are 8000 launches of 5 us, 40 ms and more.
+- Floor: 3 bytes a pixel read and 6 (bfloat16) written. Ours also reads 3 bytes from L2 for eight images of ten. For the
+  blurred half it writes 12 and reads 15 bytes: 9 + 0.5 * 27 = 22.5 bytes a pixel of memory at most. 256 images of 224
+  pixels are 12.8 million pixels: 0.12 GB and 0.03 ms at the floor; 0.29 GB and 0.07 ms by this count. A pixel takes
+  about 200 instructions, 0.06 ms on 132 multiprocessors, partly while memory moves: 0.1 to 0.15 ms.
+- 512 images of 96 pixels are 4.7 million pixels: 0.03 to 0.06 ms, of which three launches take a third.
+- The definition runs some thirty kernels for each image: 256 images are 8000 launches of 5 us, 40 ms and more.
 """
 
 from __future__ import annotations

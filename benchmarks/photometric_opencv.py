@@ -1,7 +1,7 @@
-"""The photometric augmentation of one image by OpenCV: a peer, of which ``recolour`` carries out a plan.
+"""A peer: the photometric augmentation of one image by OpenCV. ``recolour`` applies a plan.
 
-Each step takes uint8 RGB ``[H, W, 3]`` and returns the same. It does what Pillow's operation of that name does, or for
-the blur torchvision's, within rounding, by vectorised lookup tables, colour conversions and filters: in a fifth of
+Each step takes uint8 RGB ``[H, W, 3]`` and returns the same. It equals Pillow's operation of the same name within
+rounding; the blur equals torchvision's. Vectorised lookup tables, colour conversions and filters take a fifth of
 Pillow's time.
 """
 
@@ -22,7 +22,7 @@ _LEVELS = np.arange(256, dtype=np.float32)
 
 
 def recolour(image: RGBImage, plan: ImagePlan) -> RGBImage:
-    """All steps of a plan; each rounds to whole levels."""
+    """Apply all steps of a plan; each rounds to whole levels."""
     if plan.flip:
         image = cv2.flip(image, 1)
     for jitter, strength in plan.jitters:
@@ -74,7 +74,7 @@ def adjust_saturation(image: RGBImage, factor: float) -> RGBImage:
 def adjust_hue(image: RGBImage, turn: float) -> RGBImage:
     """Turn the hue by ``turn`` full circles, at constant saturation and value (HSV)."""
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)  # hue: 256 steps a circle
-    hsv[..., 0] += np.uint8(round(turn * 256) % 256)  # wraps
+    hsv[..., 0] += np.uint8(round(turn * 256) % 256)  # wraps around
     turned: RGBImage = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
     return turned
 

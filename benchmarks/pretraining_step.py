@@ -1,24 +1,24 @@
 """A whole pretraining step of ViT-S/16 at drop path 0.3, beside an eager step in the style of iBOT.
 
-The eager step is plain PyTorch on the same weights: global and local crops run apart,
-``scaled_dot_product_attention``, stochastic depth that computes every residual and then zeroes some, targets as
-matrices, every student crop against every target. Both steps end with AdamW and the teacher's moving average. B = 16
-images in 2 global crops of 224 and 8 local ones of 96 pixels; separate heads with 65,536 prototypes; Sinkhorn-Knopp.
-The student's logits are stored, or recomputed.
+The eager step is plain PyTorch on the same weights. Global and local crops run apart, with
+``scaled_dot_product_attention``. Stochastic depth computes every residual and then zeroes some. Targets are matrices,
+and every student crop meets every target. Both steps end with AdamW and the update of the EMA teacher. B = 16 images in
+2 global crops of 224 and 8 local ones of 96 pixels; separate heads with 65,536 prototypes; Sinkhorn-Knopp. The
+student's logits are stored, or recomputed.
 
-Prediction for two cores (190 and 400 GFLOP/s in float32 and bfloat16): 914 GFLOP in the backbones and 200 in the
-heads for the eager step, 6 s at the rate of large products and 9 s as it runs, with 5 s of elementwise passes and
-memory mapped anew: 14 s. Ours leaves out 30 % of the student's blocks: 688 and 200 GFLOP, 5 s at that rate, 6.4 s as it
-runs, with 1.2 s of the rest: 7.6 s, 1.8 times faster.
+Prediction for two cores (190 and 400 GFLOP/s in float32 and bfloat16): the eager step takes 914 GFLOP in the backbones
+and 200 in the heads. This is 6 s at the rate of large products, and 9 s at the real rate; elementwise passes and the
+mapping of new memory take 5 s: 14 s in all. Ours leaves out 30 % of the student's blocks, so it takes 688 and 200
+GFLOP, 5 s at that rate, and 6.4 s at the real rate. The rest takes 1.2 s: 7.6 s in all, 1.8 times faster.
 
-Peak memory, by what :mod:`dinov2.train.planning` counts: 4.0 GB with logits stored and 3.8 GB recomputed in float32,
-2.8 GB either way in bfloat16. Weights, moments and teacher are 1.06 GB of it and the same in the eager step, which
-keeps 18 times a token's width for all tokens of a block, and several matrices of the logits' size: ours keeps 14 times
-the width for 70 % of them. So 0.55 to 0.6 in all.
+Predicted peak memory, as :mod:`dinov2.train.planning` counts it: 4.0 GB with logits stored and 3.8 GB recomputed in
+float32, 2.8 GB either way in bfloat16. Weights, moments and teacher take 1.06 GB of it in both steps. The eager step
+keeps 18 times a token's width for all tokens of a block, and several matrices of the logits' size. Ours keeps 14 times
+the width for 70 % of the tokens. So 0.55 to 0.6 in all.
 
 Measured (results/2026-11-25): 9.6 s stored and 10.2 s recomputed in float32, 1.5 and 1.4 times as fast as the eager
-step; 4.9 and 5.3 s in bfloat16, 1.8 times. Peak memory 4.2 GB and 3.8 GB, 0.59 and 0.54 of the eager step's, and 3.0 GB
-either way in bfloat16, 0.57. What the prediction missed: ours runs at 92 GFLOP/s in float32, half the rate of large
+step; 4.9 and 5.3 s in bfloat16, 1.8 times. Peak memory is 4.2 GB and 3.8 GB, 0.59 and 0.54 of the eager step's, and 3.0
+GB either way in bfloat16, 0.57. What the prediction missed: ours runs at 92 GFLOP/s in float32, half the rate of large
 products.
 """
 
@@ -59,7 +59,7 @@ def batch(images: int = B, patch_size: int = 16) -> dict[str, Tensor]:
 
 
 def drop_path(residual: Tensor, rate: float) -> Tensor:
-    """Zeroes the residual of random samples [B, N, D], after all of it has been computed."""
+    """Zero the residuals [B, N, D] of random samples, after all residuals were computed."""
     if rate == 0.0:
         return residual
     kept = (torch.rand(len(residual), 1, 1, device=residual.device) >= rate).to(residual.dtype)
@@ -165,7 +165,7 @@ print(extra_peak(run))
 
 
 def peak(name: str, dtype: str) -> int:
-    """Bytes of a run of two steps, networks and optimiser included, in a process of its own."""
+    """Peak bytes of a run of two steps, networks and optimiser included, in a separate process."""
     return printed_by(PEAK_MEMORY, name, dtype)
 
 
@@ -184,7 +184,7 @@ def test_peak_memory(benchmark: BenchmarkFixture, dtype: str, student_logits: st
 
 
 def test_both_steps_compute_the_same() -> None:
-    """Without stochastic depth, whose draws differ."""
+    """The test turns stochastic depth off, because its draws differ."""
     torch.manual_seed(0)
     head = HeadConfig(out_dim=512)
     student, teacher = build_networks(ViTConfig.of("vit_small", patch_size=16, depth=2), head, head)

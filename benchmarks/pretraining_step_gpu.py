@@ -1,19 +1,21 @@
 """A whole pretraining step on a GPU: ours beside two of plain PyTorch, at 64 images, drop path 0.3, bfloat16.
 
 - eager: the step of ``benchmarks/pretraining_step.py``, in the style of iBOT, and without FlashAttention;
-- packed: what a careful user writes with PyTorch alone. Linear layers take the tokens of all crops at once, attention
-  is ``scaled_dot_product_attention`` for each size, stochastic depth gathers the kept samples and adds them back.
+- packed: the step that a careful user writes with PyTorch alone. Linear layers take the tokens of all crops at once,
+  attention is ``scaled_dot_product_attention`` for each size, and stochastic depth gathers the kept samples and adds
+  their branches back.
 
-Both hold targets and logits as matrices. Separate heads with 65,536 prototypes, Sinkhorn-Knopp, AdamW, the teacher's
-average. Where a peer runs out of memory, the result says so and ours stands alone.
+Both hold targets and logits as matrices. All steps have separate heads with 65,536 prototypes, Sinkhorn-Knopp, AdamW
+and an EMA teacher. If a peer runs out of memory, the result says so, and has the time of ours alone.
 
-Prediction, no GPU having run this yet. On an H200, a later count gives ViT-L/14 225 ms: 140 of products (94 TFLOP at
-670 TFLOP/s) and 85 of passes over memory. Since that count the end of a block is one pass with the start of the next,
-which should spare 2.7 ms. On an H100 at 400 TFLOP/s and 2.5 TB/s, ours needs 64 x 1.37 TFLOP = 88 TFLOP a step: 220 ms,
-and some 60 ms of passes over memory. The eager step computes the branches that drop path zeroes, 1.35 times the
-products, and moves its tokens twice as often: 300 + 300 ms, 2.1 times as long, in three times the memory: 18 widths of
-a token and matrices of attention for each block. The packed step has the same products as ours and moves half more: 1.3
-times as long. ViT-S/16 is bound by memory and launches: 2 to 3 times, and 1.5.
+Prediction (no GPU has run this yet). On an H200, a later count gives 225 ms for ViT-L/14: 140 of products (94 TFLOP at
+670 TFLOP/s) and 85 of passes over memory. Since that count, one pass does the end of a block and the start of the next,
+which should save 2.7 ms. On an H100 at 400 TFLOP/s and 2.5 TB/s, ours needs 64 x 1.37 TFLOP = 88 TFLOP a step: 220 ms,
+and some 60 ms of passes over memory. The eager step also computes the branches that drop path zeroes, 1.35 times the
+products, and moves its tokens twice as often: 300 + 300 ms, 2.1 times as long. It takes three times the memory: 18
+widths of a token and matrices of attention for each block. The packed step has the same products as ours and moves half
+more: 1.3 times as long. Memory and launches limit ViT-S/16: the eager step takes 2 to 3 times as long, the packed step
+1.5 times.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ Parts = list[Tensor]  # [B, N, D] for each size of crop
 
 
 def together(parts: Parts, function: Callable[[Tensor], Tensor]) -> Parts:
-    """A function of rows, applied to the tokens of all crops at once."""
+    """Apply a function of rows to the tokens of all crops at once."""
     rows = function(torch.cat([part.flatten(0, 1) for part in parts]))  # [T, D']
     chunks = rows.split([part.shape[0] * part.shape[1] for part in parts])
     return [chunk.view(*part.shape[:2], -1) for chunk, part in zip(chunks, parts, strict=True)]
@@ -68,7 +70,7 @@ def feed_forward(block: Any, parts: Parts) -> Parts:
 
 
 def residual(parts: Parts, branch: Callable[[Parts], Parts], rate: float) -> Parts:
-    """Adds what a branch makes of the samples that stochastic depth keeps."""
+    """Add the output of a branch to the samples that stochastic depth keeps."""
     if rate == 0.0:
         return [x + added for x, added in zip(parts, branch(parts), strict=True)]
     kept = [torch.randperm(len(x), device=x.device)[: num_kept_samples(len(x), rate)] for x in parts]
@@ -80,7 +82,7 @@ def residual(parts: Parts, branch: Callable[[Parts], Parts], rate: float) -> Par
 
 
 def features_packed(vit: VisionTransformer, images: list[Tensor], masks: list[Tensor | None], rate: float) -> Parts:
-    """As :func:`benchmarks.pretraining_step.features_apart`."""
+    """Features with all crops packed, in the form of :func:`benchmarks.pretraining_step.features_apart`."""
     parts = [vit._tokens(x, mask) for x, mask in zip(images, masks, strict=True)]
     for block in vit.blocks:
         parts = residual(parts, lambda subset, block=block: attention(block, subset), rate)
@@ -105,7 +107,7 @@ def step_of(name: str, vit: ViTConfig, images: int, device: str) -> Callable[[],
     config = ObjectiveConfig(centering="sinkhorn_knopp", koleo_weight=0.0, **options)
     objective = SelfDistillation(student, teacher, config)
     optimizer = torch.optim.AdamW(student.parameters(), fused=True)
-    ours = given | {"masks": given["masks"].cpu()}  # where their number may be asked for
+    ours = given | {"masks": given["masks"].cpu()}  # the host may read their number there
 
     def loss() -> Tensor:
         if name not in PEERS:
@@ -127,7 +129,7 @@ def step_of(name: str, vit: ViTConfig, images: int, device: str) -> Callable[[],
 
 
 def with_peak(build: Callable[[], Callable[[], Tensor]]) -> tuple[Callable[[], Tensor], int]:
-    """A step, and the bytes of tensors that it takes at most, its networks included."""
+    """A step, and the peak bytes of its tensors, networks included."""
     held = torch.cuda.memory_allocated()
     step = build()
     step()
@@ -157,7 +159,7 @@ def test_step(benchmark: BenchmarkFixture, compare: Compare, name: str, student_
 
 
 def test_all_steps_compute_the_same() -> None:
-    """Without stochastic depth, whose draws differ."""
+    """The test turns stochastic depth off, because its draws differ."""
     losses = {}
     vit = ViTConfig.of("vit_small", patch_size=16, depth=2)
     for name in ("stored", *PEERS):

@@ -1,29 +1,30 @@
 """The last layer of DINO's head and its loss, [1024, 256] features and 65536 prototypes, forward and backward.
 
-Beside ours: the published recipe (weight normalisation, F.linear, softmax of the teacher, log_softmax of the student)
+The peers are the published recipe (weight normalisation, F.linear, softmax of the teacher, log_softmax of the student)
 in eager PyTorch, and under torch.compile. bfloat16 is autocast, with float32 parameters and teacher logits in bfloat16.
 
 Prediction for two threads of a 2-core machine (AVX-512 with bf16 dot products), where one product of 2 N K D = 34 GFLOP
 takes 0.19 s in float32 (180 GFLOP/s) and 0.09 s in bfloat16 (385), memory is read at 33 GB/s, and a fresh matrix [N, K]
 of float32, 268 MB, is mapped in 60 ms, in pages of 4 KB:
 
-- Ours: four products, 0.76 s and 0.36 s. Five exponentials per element at 0.25 ns, 85 ms; the teacher's logits come
-  from memory three times, 24 ms, and all else [N, c] stays in the cache; weight normalisation and its gradient are some
-  16 passes over a chunk of prototypes, 40 ms; 15 ms to map the gradient of the prototypes. So 0.92 s and 0.53 s.
-- The recipe: three products, 0.67 s and 0.27 s. Ten matrices [N, K] of float32 are mapped, 0.6 s, and written and read,
-  0.2 s: 1.5 s. In bfloat16 two more for the casts: 1.15 s. Ours takes 0.6 and 0.5 of the time.
-- Compiled, the passes melt down to two or three reads and writes of [N, K]: 1.0 s and 0.5 s, a par with ours.
-- 256 rows of the teacher, shared by 1024 of the student: ours saves three quarters of the teacher's part, 60 ms; the
-  recipe gathers targets [N, K] besides, 0.1 s.
-- Extra peak memory: the recipe keeps log-probabilities and targets and holds three more matrices in backward, 1.35 GB
-  with the gradients; ours 16 MB of chunks and the gradient of the prototypes, 67 MB: 0.06 of it, and 0.02 without that
-  gradient on both sides.
+- Ours computes four products, 0.76 s and 0.36 s. Five exponentials per element at 0.25 ns take 85 ms. The teacher's
+  logits come from memory three times, 24 ms, and all other matrices [N, c] stay in the cache. Weight normalisation and
+  its gradient are some 16 passes over a chunk of prototypes, 40 ms. Mapping the gradient of the prototypes takes 15 ms.
+  So 0.92 s and 0.53 s.
+- The recipe computes three products, 0.67 s and 0.27 s. Ten matrices [N, K] of float32 are mapped, 0.6 s, and written
+  and read, 0.2 s: 1.5 s. In bfloat16 there are two more for the casts: 1.15 s. Ours takes 0.6 and 0.5 of the time.
+- The compiled recipe needs only two or three reads and writes of [N, K]: 1.0 s and 0.5 s, about the same as ours.
+- If 1024 student rows share 256 teacher rows, ours saves three quarters of the teacher's part, 60 ms. The recipe also
+  gathers targets [N, K], 0.1 s.
+- Extra peak memory: the recipe keeps log-probabilities and targets, and holds three more matrices in backward, 1.35 GB
+  with the gradients. Ours holds 16 MB of chunks and the gradient of the prototypes, 67 MB: 0.06 of the recipe's memory,
+  and 0.02 without that gradient on both sides.
 
 Measured with 1024 rows of the teacher (results/2026-11-25), forward and backward: 1.0 to 1.1 s in float32, 1.5 to 2.0
-times faster than the recipe, and 0.55 s in bfloat16, 2.6 times; forward alone 2.5 and 5.2 times. Compiled, the recipe
-takes 1.08 and 0.59 s, as predicted. Peak memory 78 MB beside 1208 MB and 76 MB beside 1040 MB: 0.07, and 0.01 without
-the gradient. What the prediction missed: the recipe takes a third more, which was not looked into; weight normalisation
-took 0.12 s of ours, three times as much. With 256 rows: not measured yet.
+times faster than the recipe, and 0.55 s in bfloat16, 2.6 times; forward alone 2.5 and 5.2 times. The compiled recipe
+takes 1.08 and 0.59 s, as predicted. Peak memory is 78 MB beside 1208 MB and 76 MB beside 1040 MB: 0.07, and 0.01
+without the gradient. What the prediction missed: the recipe takes a third more, and we did not find out why; weight
+normalisation took 0.12 s of ours, three times as much. The case with 256 rows is not measured yet.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ PEERS: dict[str, Callable[[], Loss]] = {
 
 
 class Head:
-    """Parameters, normalised features [N, D], and logits [M, K] of a teacher; index [N, J] of its rows, or None."""
+    """Parameters, normalised features [N, D], teacher logits [M, K], and index [N, J] of the teacher's rows or None."""
 
     def __init__(self, N: int, M: int, dtype: torch.dtype, index: Tensor | None, device: str = "cpu") -> None:
         generator = torch.Generator(device).manual_seed(0)
@@ -125,7 +126,7 @@ class Head:
 
 
 def head_of(M: int, dtype: torch.dtype) -> Head:
-    """Each row of the teacher serves N / M of the student."""
+    """A head whose teacher rows each serve N / M student rows."""
     return Head(N, M, dtype, None if M == N else torch.arange(N)[:, None] % M)
 
 
@@ -162,14 +163,14 @@ from benchmarks.memory import extra_peak
 M, dtype, peer = int(sys.argv[1]), getattr(torch, sys.argv[2]), sys.argv[3]
 step = benchmark.head_of(M, dtype).training_step(benchmark.PEERS[peer]())
 peaks = []
-for _ in range(3):  # the first time starts the threads and loads the libraries
+for _ in range(3):  # the first pass starts the threads and loads the libraries
     peaks.append(extra_peak(step))
 print(max(peaks[1:]))
 """
 
 
 def extra_peak(M: int, dtype: torch.dtype, peer: str) -> int:
-    """Bytes beyond what is held before a forward and backward pass, in a process of its own."""
+    """Peak bytes of a forward and backward pass beyond the bytes before it, in a separate process."""
     return printed_by(PEAK_MEMORY, str(M), str(dtype).removeprefix("torch."), peer)
 
 

@@ -1,18 +1,20 @@
 """The last layer of DINO's head and its loss on a GPU in bfloat16, beside the recipe in eager PyTorch and compiled.
 
-Two parts of a step with 64 images per GPU and 65536 prototypes of 256 features: 512 local crops, each against two of
-128 class tokens of the teacher, and 4900 masked patches, each against its own.
+The benchmark has two parts of a step with 64 images per GPU and 65536 prototypes of 256 features. One part has 512
+local crops, each with two of 128 class tokens of the teacher. The other has 4900 masked patches, each with one teacher
+patch.
 
-Prediction for an H200 (products at 600 TFLOP/s, 4.3 TB/s), no GPU having run this yet; NK is the number of the
-student's logits:
+Prediction for an H200 (products at 600 TFLOP/s, 4.3 TB/s; no GPU has run this yet). NK is the number of the student's
+logits.
 
-- Local crops, all prototypes in one chunk: four products of 17 GFLOP, 0.11 ms. The logits and targets of the chunk are
-  written and read, forward and backward together 30 NK bytes, 1.0 GB, 0.25 ms; weight normalisation and its gradient
-  move 1.7 GB, 0.4 ms. So 0.8 ms. The recipe: three products, some 80 NK bytes, and 1.3 GB for the weight: 1.0 ms.
-- Masked patches in 8 chunks: four products of 164 GFLOP, 1.1 ms; 36 NK bytes, 11.6 GB, 2.7 ms; 4.8 to 5 ms with the
-  weight's part. The recipe: 0.8 ms of products, 80 NK bytes, 26 GB, 6 ms: 7.1 ms. So 1.5 times faster, with 0.5 GB of
-  memory in place of 9.
-- Compiled, the recipe moves some 30 NK bytes: a par in time.
+- Local crops, all prototypes in one chunk: four products of 17 GFLOP take 0.11 ms. The logits and targets of the chunk
+  are written and read, forward and backward together 30 NK bytes, 1.0 GB, 0.25 ms. Weight normalisation and its
+  gradient move 1.7 GB, 0.4 ms. So 0.8 ms. The recipe: three products, some 80 NK bytes, and 1.3 GB for the weight: 1.0
+  ms.
+- Masked patches in 8 chunks: four products of 164 GFLOP take 1.1 ms. 36 NK bytes are 11.6 GB, 2.7 ms. With the weight's
+  part, 4.8 to 5 ms. The recipe: 0.8 ms of products, 80 NK bytes, 26 GB, 6 ms: 7.1 ms. So 1.5 times faster, with 0.5 GB
+  of memory in place of 9.
+- The compiled recipe moves some 30 NK bytes and takes about the same time as ours.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ PREDICTED = {512: 0.8e-3, 4900: 4.9e-3}  # seconds
 
 
 def local_crops() -> Head:
-    """Crop-major, as batches are: image i of every crop against both its global crops."""
+    """Local crops, crop-major as in batches: image i of every crop meets both global crops of image i."""
     image = torch.arange(512)[:, None] % 64
     return Head(512, 128, torch.bfloat16, torch.cat([image, image + 64], dim=1), "cuda")
 

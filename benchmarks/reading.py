@@ -1,6 +1,6 @@
 """Reading and decoding photographs one by one in random order: loose files, tar shards and shards by fsspec.
 
-512 JPEGs of 500 x 400 pixels, about 24 kB each, from the page cache: what is measured is the way, not the disk. The
+The images are 512 JPEGs of 500 x 400 pixels, about 24 kB each, in the page cache, so that the disk does not count. The
 last group leaves out the decoding.
 """
 
@@ -25,7 +25,7 @@ IMAGES_A_ROUND = 64
 
 @pytest.fixture(scope="module")
 def files() -> list[bytes]:
-    """Parts of one photograph, each another one, at the quality that cameras and the web use."""
+    """Files with different parts of one photograph, at the JPEG quality of cameras and the web."""
     photographs = BundledPhotographs()
     photograph = photographs[photographs.names.index("retina")]  # 1411 x 1411
     rng = np.random.default_rng(0)

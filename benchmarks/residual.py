@@ -1,36 +1,38 @@
-"""Residual connections: what surrounds a branch, in stochastic depth and without dropping, beside PyTorch.
+"""Residual connections: the operations around a branch, in stochastic depth and without dropping, beside PyTorch.
 
-Predictions for two threads of a 2-core machine (AVX-512, 34 GB/s of copies, 40 GB/s of reads), T = 58 496 tokens of
-C = 384 float32, 90 MB; m = 0.70 T C are the elements of the kept tokens.
+Predictions for two threads of a 2-core machine (AVX-512, 34 GB/s of copies, 40 GB/s of reads), for T = 58 496 tokens of
+C = 384 float32, 90 MB. m = 0.70 T C is the number of elements of the kept tokens.
 
 - Stochastic depth, empty branch, forward and backward at drop rate 0.3. The recipe moves 34 m (in units of m: gather
-  2, LayerNorm 2, LayerScale 2, index_add 3 and a copy of x 2.9; backward 2, LayerScale 6, LayerNorm 5, and 8.7 until
-  both gradients of x are one): 2.1 GB, 63 ms. It also maps some 5 T C of fresh memory in pages of 4 KB, at 20 ms per
-  90 MB as `clone` shows: 100 ms. Ours moves 13.7 m, 860 MB, in 25 ms, or 12.9 m in place, and maps 3.4 T C in pages of
-  2 MB, 10 ms. So 35 ms against 160: 0.22 of the time; in place 0.20.
-- LayerNorm, a branch that nothing can be fused across, LayerScale and residual, without dropping. Ours and
-  torch.compile move the same 5 T C forward; with backward ours moves 12, and torch.compile reads tokens and gradients
-  again for the sums over tokens. So a par forward, and 1.2 times faster in all.
-- A block of ViT-S at drop rate 0.4: 0.6 of the branches' work and all of the rest, 0.62 to 0.66 of the time.
+  2, LayerNorm 2, LayerScale 2, index_add 3 and a copy of x 2.9; backward 2, LayerScale 6, LayerNorm 5, and 8.7 to join
+  both gradients of x): 2.1 GB, 63 ms. It also maps some 5 T C of fresh memory in pages of 4 KB, at 20 ms per 90 MB as
+  `clone` shows: 100 ms. Ours moves 13.7 m, 860 MB, in 25 ms, or 12.9 m in place, and maps 3.4 T C in pages of 2 MB, 10
+  ms. So 35 ms against 160 ms: 0.22 of the time; in place 0.20.
+- LayerNorm, a branch that prevents fusion, LayerScale and residual, without dropping. Ours and torch.compile move the
+  same 5 T C forward. With backward, ours moves 12, and torch.compile reads tokens and gradients again for the sums over
+  tokens. So forward takes the same time, and forward and backward are 1.2 times faster.
+- A block of ViT-S at drop rate 0.4 does 0.6 of the branches' work and all other work: 0.62 to 0.66 of the time.
 - Two connections as a chain, beside one after the other: 25.4 m in place of 27.4 m at drop rate 0.3, so 1.08 times
-  faster where one kernel does both the scatter and the gather behind it. On a CPU two kernels do, so a par.
+  faster if one kernel does both the scatter and the next gather. A CPU uses two kernels, so it takes the same time.
 
-Measured (results/2026-11-27, one run): stochastic depth 29 to 45 ms, 0.18 to 0.33 of the recipe's time in float32,
-and 0.23 to 0.28 in bfloat16. Against torch.compile forward 1.08 to 1.44 times faster in float32 and 1.08 to 1.25 in
-bfloat16; with backward 1.08 to 1.51, and 0.85 to 1.28 in bfloat16. The block takes 0.54 of the time. Cells scatter by
-up to 0.4 between runs; forward, one of three runs had one below 1, 0.95 at C = 384 in bfloat16. What the predictions
-missed:
+Measured (results/2026-11-27, one run): stochastic depth takes 29 to 45 ms, 0.18 to 0.33 of the recipe's time in
+float32, and 0.23 to 0.28 in bfloat16. Ours is 1.08 to 1.44 times faster than torch.compile forward in float32, and 1.08
+to 1.25 in bfloat16; with backward 1.08 to 1.51, and 0.85 to 1.28 in bfloat16. The block takes 0.54 of the time. Single
+ratios vary by up to 0.4 between runs; in one of three runs, one forward ratio was below 1, 0.95 at C = 384 in bfloat16.
+What the predictions missed:
 
-- Every pass reads memory that the previous one has just pushed out of the cache: 18 to 29 GB/s of the bytes counted.
-- The recipe maps less than thought, and takes 145 ms instead of 160.
-- Forward is better than a par above 32 MB, where glibc maps every tensor anew: ours in pages of 2 MB, torch.compile's
-  in pages of 4 KB. Just below, at C = 1024 in bfloat16, one run was at 0.82 while the normalised tokens were held
-  during the scatter; three since were at 1.10.
-- bfloat16 with backward at C = 1024 scatters between 0.85 and 1.35: what is mapped anew of its 30 MB tensors varies.
-- The block gains a little more than its share of the work; why was not looked into.
+- Every pass reads memory that the previous one has just evicted from the cache: 18 to 29 GB/s of the counted bytes.
+- The recipe maps less than predicted, and takes 145 ms instead of 160.
+- Forward is faster above 32 MB, where glibc maps new memory for every tensor: ours in pages of 2 MB, torch.compile's in
+  pages of 4 KB. Just below, at C = 1024 in bfloat16, one run was at 0.82 while the normalised tokens were held during
+  the scatter; three later runs were at 1.10.
+- bfloat16 with backward at C = 1024 varies between 0.85 and 1.35, because the newly mapped share of its 30 MB tensors
+  varies.
+- The block gains a little more than its share of the work. We did not find out why.
 
-The chain (2026-11-30, a shared machine): 0.96 to 1.04 of the speed of one connection after the other. One kernel for
-the scatter and the gather was tried on a CPU, tile by tile with the tokens in the cache: docs/operators/residual.md.
+The chain (2026-11-30, a shared machine) has 0.96 to 1.04 of the speed of one connection after the other. We also tried
+one kernel for the scatter and the gather on a CPU, tile by tile with the tokens in the cache: see
+docs/operators/residual.md.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ def identity(h: Tensor, layout: dk.PackedLayout) -> Tensor:
 
 @torch.library.custom_op("dinov2_kernels_benchmarks::opaque", mutates_args=())
 def opaque(h: Tensor) -> Tensor:
-    """Stands for a branch: nothing before it can be fused with anything behind it."""
+    """A branch's stand-in: a compiler cannot fuse operations before it with operations after it."""
     return h.clone()
 
 
@@ -78,7 +80,7 @@ opaque.register_autograd(lambda ctx, grad: opaque(grad))
 
 
 class Residual:
-    """What a residual connection of one width consists of, tokens x [T, C] and their gradient."""
+    """The modules of a residual connection of one width, tokens x [T, C], and their gradient."""
 
     def __init__(self, layout: dk.PackedLayout, C: int, dtype: torch.dtype, device: str) -> None:
         self.layout = layout
@@ -162,7 +164,7 @@ def test_stochastic_depth(
     C, drop_rate, rounds = 384, 0.3, 11
     benchmark.group = f"stochastic depth of {dtype} on {device}, forward and backward, speedup over the recipe"
     residual = Residual(CROPS, C, dtype, device)
-    # In place, every call uses up tokens that are no leaf; they are made beforehand.
+    # In place, every call overwrites its tokens, which must not be a leaf; they are made beforehand.
     spare = [residual.x.clone() for _ in range(rounds + 1 if mode == "inplace" else 0)]
     step = residual.training_step(lambda x: residual.dropping(spare.pop() if spare else x, drop_rate, **MODES[mode]))
     m, all_elements = kept_elements(CROPS, drop_rate, C), residual.x.numel()
@@ -250,7 +252,7 @@ from benchmarks.memory import extra_peak
 
 tokens = residual.Residual(residual.CROPS, 384, torch.float32, "cpu")
 peaks = []
-for _ in range(3):  # the first time starts the threads and loads the libraries
+for _ in range(3):  # the first pass starts the threads and loads the libraries
     spare = [tokens.x.clone()] if sys.argv[1] == "inplace" else []
     if sys.argv[1] == "recipe":
         step = residual.recipe_step(tokens, 0.3)
@@ -266,14 +268,14 @@ print(min(peaks[1:]))
 
 
 def extra_peak(mode: str) -> int:
-    """Bytes beyond what is held before a forward and backward pass, in a process of its own."""
+    """Peak bytes of a forward and backward pass beyond the bytes before it, in a separate process."""
     return printed_by(PEAK_MEMORY, mode)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("mode", ["functional", "inplace"])
 def test_peak_memory(benchmark: BenchmarkFixture, mode: str) -> None:
-    """Stochastic depth with an empty branch, as above, with the allocator as it comes."""
+    """Stochastic depth with an empty branch, as above, with the default allocator."""
     benchmark.group = "extra peak memory of stochastic depth, forward and backward, beside the recipes'"
     ours = benchmark.pedantic(extra_peak, (mode,), rounds=1)
     benchmark.extra_info["extra_peak_MB"] = round(ours / 1e6)

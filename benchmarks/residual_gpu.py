@@ -1,15 +1,15 @@
 """Residual connections and LayerNorm on a GPU in bfloat16, beside eager PyTorch, torch.compile and packages.
 
-All are bound by memory, and what any implementation must move is written with each group; an H200 moves 4.3 TB/s.
+Memory limits all of them. Each group states the bytes that any implementation must move; an H200 moves 4.3 TB/s.
 
-Prediction, no GPU having run this yet:
+Prediction (no GPU has run this yet):
 
-- Stochastic depth, 128 x 257 and 512 x 50 tokens with three tenths dropped, a branch that does nothing: 13.7 m elements
-  of 2 bytes, m being those of the kept tokens. Width 384: m is 15.7 million, so 0.43 GB or 0.10 ms at 4.3 TB/s; at 75
-  to 85 % of that, 0.13 ms. Width 1024: 1.14 GB, 0.33 ms. The recipe moves about 25 m in some forty kernels: 0.25 ms and
-  0.60 ms, if the host keeps up, which at width 384 it does not. 1.8 to 2.5 times faster.
-- LayerNorm: at width 1024 a forward pass like PyTorch's, within 10 %; a backward pass that also adds the gradient of
-  the skip connection, which costs PyTorch a kernel of its own: 1.3 times faster forward and backward.
+- Stochastic depth, 128 x 257 and 512 x 50 tokens with three tenths dropped, an empty branch: 13.7 m elements of 2
+  bytes, where m is the number of elements of the kept tokens. Width 384: m is 15.7 million, so 0.43 GB or 0.10 ms at
+  4.3 TB/s; at 75 to 85 % of that rate, 0.13 ms. Width 1024: 1.14 GB, 0.33 ms. The recipe moves about 25 m in some forty
+  kernels: 0.25 ms and 0.60 ms if the host is fast enough, which it is not at width 384. So 1.8 to 2.5 times faster.
+- LayerNorm at width 1024: the forward pass takes the time of PyTorch's, within 10 %. The backward pass also adds the
+  gradient of the skip connection, for which PyTorch needs another kernel: 1.3 times faster forward and backward.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def random(*shape: int) -> Tensor:
 
 
 class _Overwritable(torch.autograd.Function):
-    """The same memory as a tensor that autograd lets one overwrite, as the tokens inside a network are."""
+    """Return the same memory as a tensor that may be overwritten under autograd, like tokens inside a network."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class _Overwritable(torch.autograd.Function):
 
 
 class Connection:
-    """Tokens, gradients and weights of one residual connection whose branch is LayerNorm and LayerScale alone."""
+    """Tokens, gradients and weights of one residual connection with LayerNorm and LayerScale and an empty branch."""
 
     def __init__(self, C: int) -> None:
         self.norm = nn.LayerNorm(C, eps=1e-6, device="cuda", dtype=torch.bfloat16)
@@ -175,7 +175,7 @@ NORMS: dict[str, Callable[[], Callable[..., tuple[Tensor, Tensor]]]] = {
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
 @pytest.mark.parametrize("C", [384, 1024])
 def test_layer_norm(benchmark: BenchmarkFixture, compare: Compare, C: int, backward: bool, peer: str) -> None:
-    """Of all tokens; backward also adds the gradient of the skip connection, as every block has to."""
+    """LayerNorm of all tokens; backward also adds the gradient of the skip connection, as every block must."""
     passes = "forward and backward" if backward else "forward"
     benchmark.group = f"LayerNorm, {passes}, width {C}, in a CUDA graph, speedup over PyTorch"
     norm = nn.LayerNorm(C, eps=1e-6, device="cuda", dtype=torch.bfloat16)

@@ -1,7 +1,7 @@
-"""Ways to retrieve images for 10,000 seeds, one of them in a process of its own: ``retrieve_methods.py METHOD FOLDER``.
+"""Ways to retrieve images for 10,000 seeds. ``retrieve_methods.py METHOD FOLDER`` runs one of them.
 
-The folder is that of :mod:`benchmarks.dedup_methods`, with the seeds as a pool in ``seeds``. A method prints the
-seconds that it took, without imports, and a number that says how good it is.
+The folder is that of :mod:`benchmarks.dedup_methods`, with the seeds as a pool in ``seeds``. A method prints its
+seconds, without imports, and a number for its quality.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Result = tuple[float, float]
 
 
 def sample(folder: Path) -> Result:
-    """This package, the nearest of each seed; the number is how many of brute force's it found, for 500 seeds."""
+    """This package: nearest neighbours of each seed. The number is the recall against brute force, for 500 seeds."""
     from dinov2.curate.pool import read_table
 
     seconds, decisions, pool = _ours(folder, "sample")
@@ -39,7 +39,7 @@ def sample(folder: Path) -> Result:
 
 
 def cluster(folder: Path) -> Result:
-    """This package, some of each cluster that holds seeds; the number is the mean squared distance to the centroids."""
+    """This package: some images of clusters with seeds. The number is the mean squared distance to the centroids."""
     from dinov2.curate.pool import read_table
 
     seconds, _, pool = _ours(folder, "cluster")
@@ -59,7 +59,7 @@ def faiss_brute_force(folder: Path) -> Result:
 
 
 def faiss_kmeans(folder: Path) -> Result:
-    """``faiss.Kmeans`` with its sample of 256 vectors a cluster and 25 iterations, then the nearest centroid of all."""
+    """``faiss.Kmeans``, 25 iterations on 256 sampled vectors a cluster, then the nearest centroid of every vector."""
     import faiss
 
     vectors = np.load(folder / "vectors.npy").astype(np.float32)

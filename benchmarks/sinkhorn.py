@@ -2,28 +2,29 @@
 
 Prediction, per float32 element, two threads of a 2-core machine with AVX-512 (27 GB/s of memory, about 3 GHz):
 
-- The recipe: exp, transpose, sums and divisions of the whole matrix, about 162 bytes in 20 passes, and a fresh matrix
-  is mapped page by page three times: 9 ns.
-- ``sinkhorn_bias``: 12 bytes, three reads: 0.44 ns. 3 exponentials: with loads, scaling and sums some 25 instructions
-  for 16 elements, 0.25 ns on one core; adding up the kept exponentials takes 0.06 ns more, in two iterations. 0.9 ns of
-  arithmetic over two threads = 0.45 ns, and most of the reads hidden behind it: 0.6 ns, 5 ms for B = 128, 40 ms for
-  B = 1024, 15 times faster than the recipe. bfloat16 moves half the bytes but computes the same.
-- ``sinkhorn_knopp``: floor 20 bytes. One more exponential, and the result [B, K] is written and mapped.
+- The recipe: exp, transpose, sums and divisions of the whole matrix are about 162 bytes in 20 passes. A fresh matrix is
+  mapped page by page three times. So 9 ns.
+- ``sinkhorn_bias``: 12 bytes in three reads take 0.44 ns. The 3 exponentials with loads, scaling and sums take some 25
+  instructions for 16 elements, 0.25 ns on one core. In two iterations, adding up the kept exponentials takes 0.06 ns
+  more. This is 0.9 ns of arithmetic, 0.45 ns on two threads, and most of the reads run meanwhile: 0.6 ns, 5 ms for B =
+  128, 40 ms for B = 1024, 15 times faster than the recipe. bfloat16 moves half the bytes but computes the same.
+- ``sinkhorn_knopp``: floor 20 bytes. It needs one more exponential, and writes and maps the result [B, K].
 
-Measured (results/2026-11-25): ``sinkhorn_bias`` 9 times faster than the recipe in float32, 10 to 13 times in bfloat16;
-``sinkhorn_knopp`` 4.7 and 6 times, where memory for its result is at hand. What the prediction missed:
+Measured (results/2026-11-25): ``sinkhorn_bias`` is 9 times faster than the recipe in float32, 10 to 13 times in
+bfloat16. ``sinkhorn_knopp`` is 4.7 and 6 times faster if memory for its result is available. What the prediction
+missed:
 
-- The recipe takes 5.5 ns where the processor has AVX-512.
-- ``sinkhorn_bias`` takes 0.67 to 0.77 ns an element: 45 to 52 ms for B = 1024, 38 to 42 in bfloat16. An iteration
-  that keeps its exponentials costs 16 ms and the last one, which keeps none, 10 ms, which is its arithmetic: bfloat16
-  takes as long. Of the 6 ms, 3 are the narrow tiles: of a row 128 columns are read at a time, and the next row lies
-  256 KB further on, in the same set of the caches. Prefetching 8 rows ahead wins 2 ms; more rows ahead evict each
-  other. Storing the exponentials takes 2 ms, adding them up 1.
-- A tile of 16 columns, the most whose exponentials fit the second-level cache for 4096 rows, is twice as slow as one of
-  128, whose 2 MB lie in the third.
-- ``sinkhorn_knopp`` of [1024, 65536] float32 is bimodal in a virtual machine that hands free memory back to its host:
-  the 268 MB of the result take 30 ms of mapping when the host still backs them and half a second or more when it does
-  not, as slow as the recipe. Pages of 4 KB would take 130 ms always.
+- The recipe takes 5.5 ns if the processor has AVX-512.
+- ``sinkhorn_bias`` takes 0.67 to 0.77 ns an element: 45 to 52 ms for B = 1024, 38 to 42 in bfloat16. An iteration that
+  keeps its exponentials costs 16 ms. The last iteration keeps none and costs 10 ms, which is its arithmetic: bfloat16
+  takes as long. Narrow tiles cost 3 of the other 6 ms: a tile reads 128 columns of a row, and the next row lies 256 KB
+  further on, in the same set of the caches. Prefetching 8 rows ahead saves 2 ms; more rows ahead evict each other.
+  Storing the exponentials takes 2 ms, and adding them up 1 ms.
+- A tile of 16 columns is the largest whose exponentials fit the second-level cache for 4096 rows. It is twice as slow
+  as a tile of 128 columns, whose 2 MB lie in the third-level cache.
+- ``sinkhorn_knopp`` of [1024, 65536] float32 is bimodal in a virtual machine that returns free memory to its host.
+  Mapping the 268 MB of the result takes 30 ms if the host still backs them, and half a second or more if it does not,
+  as slow as the recipe. Pages of 4 KB would always take 130 ms.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ N_ITERATIONS = 3
 
 
 def recipe(logits: Tensor) -> Tensor:
-    """The textbook form on Q [K, B], as DINOv2 runs it; one process, so its all-reduces fall away."""
+    """The textbook form on Q [K, B], as in DINOv2; one process needs no all-reduce."""
     Q = torch.exp(logits.float() / TEMPERATURE).t()
     K, B = Q.shape
     Q /= Q.sum()
@@ -98,7 +99,7 @@ def test_sinkhorn(
     benchmark.group = f"Sinkhorn-Knopp of [{B}, {K}] {dtype} on {device}, speedup over the recipe"
     logits = random_logits(B, dtype, device)
     function = PEERS[peer]()
-    least_bytes = N_ITERATIONS * logits.nbytes  # for the bias; the assignments are read once more, and written
+    least_bytes = N_ITERATIONS * logits.nbytes  # for the bias; the assignments need one more read, and a write
     if peer != "sinkhorn_bias":
         least_bytes += logits.nbytes + 4 * logits.numel()
         torch.testing.assert_close(function(logits), recipe(logits), atol=1e-4, rtol=1e-2)
@@ -109,7 +110,7 @@ def test_sinkhorn(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("B", [128, 1024, 4900])
 def test_cuda_cpp_beside_triton(benchmark: BenchmarkFixture, compare: Compare, B: int, dtype: torch.dtype) -> None:
-    """Which of the two is to serve CUDA tensors: 128 rows are a batch's class tokens, 4900 its masked patches."""
+    """Find which of the two should serve CUDA tensors: 128 rows are the class tokens of a batch, 4900 the patches."""
     benchmark.group = f"sinkhorn_bias of [{B}, {K}] {dtype} in CUDA C++, speedup over Triton"
     logits = random_logits(B, dtype, "cuda")
 

@@ -1,22 +1,23 @@
 """Sinkhorn-Knopp on a GPU, bfloat16 logits [B, 65536]: DINOv2's recipe eager and compiled, our Triton, our CUDA C++.
 
-4900 rows are the masked patches of 64 images, 128 their class tokens. All is bound by memory if the exponentials keep
-up: an H200 moves 4.3 TB/s, an H100 3.0 TB/s, either computes 3.7e12 exponentials/s and hands 5.5 TB/s out of L2.
+4900 rows are the masked patches of 64 images, and 128 rows are their class tokens. Memory limits the time if the
+exponentials are fast enough. An H200 moves 4.3 TB/s, an H100 3.0 TB/s; each computes 3.7e12 exponentials/s and reads
+5.5 TB/s from L2.
 
-Prediction, no GPU having run this yet, three iterations, H200 / H100:
+Prediction (no GPU has run this yet), three iterations, H200 / H100:
 
-- 4900 rows, 642 MB. Floor: three reads, 0.45 / 0.64 ms. Triton computes 5.5 exponentials an element, 0.48 ms, of which
-  those of a strip's second visit overlap with other programs' reads: 0.6 / 0.8 ms. CUDA C++ computes 3.25 and reads
-  nothing twice; its parts [32, K] add 2.5 % of bytes to two passes: 0.55 / 0.77 ms. The recipe moves 162 bytes an
-  element, 52 GB: 12 / 17 ms, so 20 times as long as either; compiled, half of that.
-- 128 rows, 17 MB: one read from memory, 4 / 6 us, and two from L2, 3 us each. A launch in a graph costs 1 to 2 us, and
-  fills and drains the device in another 2 us. Triton: three passes and two small kernels, 28 us. CUDA C++: three
+- 4900 rows, 642 MB. Floor: three reads, 0.45 / 0.64 ms. Triton computes 5.5 exponentials an element, 0.48 ms; those of
+  a strip's second visit overlap with other programs' reads: 0.6 / 0.8 ms. CUDA C++ computes 3.25 and reads nothing
+  twice; its parts [32, K] add 2.5 % of bytes to two passes: 0.55 / 0.77 ms. The recipe moves 162 bytes an element, 52
+  GB: 12 / 17 ms, so it takes 20 times as long as either; compiled, half of that.
+- 128 rows, 17 MB: one read from memory, 4 / 6 us, and two from L2, 3 us each. A launch in a CUDA graph costs 1 to 2 us,
+  and another 2 us to fill and drain the device. Triton: three passes and two small kernels, 28 us. CUDA C++: three
   passes of 7 us and three small kernels, 30 us. The recipe: 25 kernels, 0.5 ms.
-- One pass between the reductions of several processes, 4900 rows: the log-sum-exp 0.17 / 0.24 ms in both. The mass
-  0.18 / 0.26 ms in CUDA C++, one read; 0.35 / 0.5 ms in Triton, two.
+- One pass between the all-reduces of several processes, 4900 rows: the log-sum-exp takes 0.17 / 0.24 ms in both. The
+  mass takes 0.18 / 0.26 ms in CUDA C++, with one read, and 0.35 / 0.5 ms in Triton, with two.
 
-The aims are 1.4 times the floor for 4900 rows, and 40 us for 128. A later review expects 0.8 to 1.1 ms of Triton for
-4900 rows and 0.55 to 0.65 ms of CUDA C++.
+The targets are 1.4 times the floor for 4900 rows, and 40 us for 128 rows. A later review expects 0.8 to 1.1 ms from
+Triton for 4900 rows, and 0.55 to 0.65 ms from CUDA C++.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ PREDICTED = {
 @pytest.mark.parametrize("peer", gpu.slow_to_build(PEERS))
 @pytest.mark.parametrize("B", [128, 4900])
 def test_sinkhorn_bias(benchmark: BenchmarkFixture, compare: Compare, B: int, peer: str) -> None:
-    """The recipe also hands out the assignments, which the loss does not need from us."""
+    """The recipe also computes the assignments; our loss does not need them."""
     logits = random_logits(B, torch.bfloat16, "cuda")
     benchmark.group = f"Sinkhorn-Knopp of {list(logits.shape)} bfloat16, in a CUDA graph, speedup over the recipe"
     function = PEERS[peer]()
@@ -94,7 +95,7 @@ PASSES: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", PASSES)
 @pytest.mark.parametrize("B", [128, 4900])
 def test_pass(benchmark: BenchmarkFixture, compare: Compare, B: int, name: str, peer: str) -> None:
-    """What several processes run between their reductions, in a CUDA graph."""
+    """One pass between the all-reduces of several processes, in a CUDA graph."""
     logits = random_logits(B, torch.bfloat16, "cuda")
     benchmark.group = f"{name} of {list(logits.shape)} bfloat16, in a CUDA graph, speedup over plain PyTorch"
     function, plain = forced(PASSES[name], BACKENDS[peer]), forced(PASSES[name], "reference")

@@ -1,22 +1,23 @@
 """SwiGLU of a feed-forward layer's features [rows, 2H]: eager PyTorch, compiled, and ours.
 
-Counted per result, of which there are rows * H, with e bytes per element, on two cores with AVX-512 and 30 GB/s:
+Prediction per result, with rows * H results and e bytes per element, on two cores with AVX-512 and 30 GB/s:
 
-- Forward: floor 3e bytes, and one exponential. Exponential and division are about 35 instructions for 16 results, each
-  of which takes two passes on this processor: 0.6 ns on one core, 0.3 ns on both. float32: 12 bytes, 0.4 ns: bound by
-  memory. bfloat16: 6 bytes, 0.2 ns: bound by arithmetic, so it gains less than half.
-- Backward: floor 5e bytes, and the same exponential.
-- Eager: 5e bytes forward, about 20e backward, because each half's gradient is padded with zeros and the two are added.
-  So 1.7 times faster forward and 3 times in all; the same bytes as ``torch.compile``, and parity with it.
-- Results above 32 MB are mapped anew in every call, page by page: 0.25 ns a byte on one core with 4 KB pages, a third
-  of it with 2 MB pages. For ViT-g in float32 that is what eager and compiled code spend most of their time on: 2 times
-  faster than compiled.
+- Forward: the floor is 3e bytes and one exponential. Exponential and division are about 35 instructions for 16 results.
+  Each instruction takes two passes on this processor: 0.6 ns on one core, 0.3 ns on both. float32: 12 bytes, 0.4 ns,
+  limited by memory. bfloat16: 6 bytes, 0.2 ns, limited by arithmetic, so it gains less than half.
+- Backward: the floor is 5e bytes and the same exponential.
+- Eager: 5e bytes forward, and about 20e backward, because each half's gradient is padded with zeros and the two are
+  added. So ours is 1.7 times faster forward and 3 times in all. ``torch.compile`` moves the same bytes as ours and
+  takes the same time.
+- Memory for results above 32 MB is mapped in every call, page by page: 0.25 ns a byte on one core with 4 KB pages, a
+  third of it with 2 MB pages. For ViT-g in float32, eager and compiled code spend most of their time on this, so ours
+  is 2 times faster than compiled code.
 
 Measured (results/2026-11-25): 1.9 to 4.7 times faster than eager forward, 2.2 to 6.0 forward and backward. Over
 ``torch.compile``, the quotient of the two: 1.4 to 1.6 and 1.2 to 1.4, and 2.6 and 2.1 for ViT-g in float32. What the
 prediction missed:
 
-- Parity with compiled code holds for nothing measured: even without fresh pages it takes 1.2 to 1.6 times as long.
+- Compiled code never takes the same time: even without fresh pages it takes 1.2 to 1.6 times as long.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """SwiGLU on a GPU in bfloat16, beside eager PyTorch, torch.compile and Liger; and its pass of a layer's backward.
 
-Bound by memory: 3 elements of 2 bytes are moved forward for each one of the result, 5 more backward. Prediction, no GPU
-having run this yet: as fast as torch.compile, and twice as fast as eager PyTorch, which writes silu and reads it back.
+Memory limits SwiGLU: for each element of the result, 3 elements of 2 bytes move forward, and 5 more backward.
+Prediction (no GPU has run this yet): as fast as torch.compile, and twice as fast as eager PyTorch, which writes silu
+and reads it back.
 
-The pass of a feed-forward layer's backward moves 6 elements for each gate. 4096 gates (ViT-g): 2.0 GB or 0.47 ms; at
+The pass of a feed-forward layer's backward moves 6 elements for each gate. 4096 gates (ViT-g) are 2.0 GB or 0.47 ms; at
 80 % of the bandwidth, 0.58 ms. swiglu again, swiglu_backward and the sum over tokens move 10 elements: 1.0 ms.
 """
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.gpu
 
-TOKENS = 40773  # of 128 crops of 257 tokens and 512 of 50, seven tenths of the samples
+TOKENS = 40773  # seven tenths of the samples of 128 crops of 257 tokens and 512 of 50
 SHARE_OF_BANDWIDTH = 0.8
 
 Gate = Callable[[Tensor], Tensor]
@@ -55,7 +56,7 @@ PEERS: dict[str, Callable[[], Gate]] = {"compiled": compiled_swiglu, "Liger": li
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
 @pytest.mark.parametrize("H", [1024, 4096])
 def test_swiglu(benchmark: BenchmarkFixture, compare: Compare, H: int, backward: bool, peer: str) -> None:
-    """Liger takes gate and value apart, and copies them out of the layer's one result."""
+    """Liger takes gate and value separately, so it copies them out of the layer's result."""
     passes = "forward and backward" if backward else "forward"
     benchmark.group = f"SwiGLU, {passes}, {H} features, in a CUDA graph, speedup over PyTorch"
     x12 = torch.randn(TOKENS, 2 * H, dtype=torch.bfloat16, device="cuda", requires_grad=backward)
