@@ -203,8 +203,8 @@ class Session:
 def main(arguments: list[str] | None = None) -> int:
     """Run the phases; return the exit status, 0 if all phases ended well."""
     parser = argparse.ArgumentParser(prog="python -m gpu", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--limit", type=float, default=420.0, help="limit all phases to these seconds (%(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("gpu-results"), help="write results here (%(default)s)")
+    parser.add_argument("--limit", type=float, default=420.0, help="stop after these seconds (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("gpu-results"), help="write here (default: %(default)s)")
     parser.add_argument("--phases", default=",".join(PHASES), help=f"run only some of {', '.join(PHASES)}")
     parser.add_argument("--only", default="", help="run only these operators, e.g. sinkhorn,koleo (default: all)")
     parser.add_argument("--rehearse", action="store_true", help="run on a stand-in that computes nothing")
