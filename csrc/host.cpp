@@ -1,7 +1,7 @@
-// NumPy-facing host code: the sampler of block masks, connected components, and a record of the build.
+// Host code for NumPy arrays: the sampler of block masks, connected components, and information about the build.
 //
 // The sampler follows dinov2/data/masking_reference.py draw by draw: the same seed gives the same bits in both.
-// Compile with -ffp-contract=off where the target has fused multiply-add, so that the arithmetic is the same too.
+// Compile with -ffp-contract=off on targets with fused multiply-add, so that the arithmetic is the same too.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -62,7 +62,7 @@ struct BlockSampler {
     }
   }
 
-  // Masks one block that adds between 1 and `cap` cells; returns how many, 0 where every attempt failed.
+  // Masks one block that adds between 1 and `cap` cells; returns how many, or 0 if every attempt failed.
   std::int64_t add_block(bool* mask, std::int64_t cap) {
     for (int attempt = 0; attempt < kAttempts; ++attempt) {
       const double area = random.uniform(static_cast<double>(min_patches), static_cast<double>(cap));

@@ -1,7 +1,7 @@
 """Kernels of DINOv2 pretraining as drop-in PyTorch functions.
 
-Every function takes ordinary tensors on any device and picks its implementation by the device: compiled C++ on CPU,
-Triton or CUDA C++ on NVIDIA GPUs, plain PyTorch everywhere else. :func:`info` tells what runs where.
+Every function takes ordinary tensors on any device, and the device decides which implementation runs: compiled C++ on
+CPU, Triton or CUDA C++ on NVIDIA GPUs, plain PyTorch on other devices. :func:`info` reports what runs where.
 """
 
 from dinov2_kernels import integrations

@@ -17,7 +17,7 @@ Backend = Literal["reference", "triton", "native"]
 class use_backend(TorchDispatchMode):
     """Context manager that forces one implementation of every operator of this library.
 
-    For tests and benchmarks; ordinary use leaves the choice to the dispatcher.
+    It is for tests and benchmarks. Ordinary code leaves the choice to the dispatcher.
 
     Args:
         name: ``"reference"`` (plain PyTorch, any device), ``"triton"`` (CUDA, or CPU under Triton's interpreter) or
@@ -25,7 +25,7 @@ class use_backend(TorchDispatchMode):
 
     Raises:
         ValueError: the name is none of these.
-        NotImplementedError: raised by an operator called inside that has no such implementation for its device.
+        NotImplementedError: an operator that is called inside has no such implementation for its device.
 
     Examples:
         >>> logits = torch.randn(6, 4)
@@ -38,7 +38,7 @@ class use_backend(TorchDispatchMode):
 
     def __init__(self, name: Backend) -> None:
         if name not in get_args(Backend):
-            raise ValueError(f"use_backend: name must be one of {', '.join(get_args(Backend))}, got {name!r}")
+            raise ValueError(f"name: expected one of {', '.join(get_args(Backend))}, got {name!r}")
         super().__init__()  # type: ignore[no-untyped-call]
         self.name = name
 
@@ -49,7 +49,7 @@ class use_backend(TorchDispatchMode):
         if self.name == "reference":
             return operator.reference(*args)
         if operator.composite is not None:
-            with self:  # for the operators that it is made of
+            with self:  # its parts are operators too: they use the same backend
                 return operator.composite(*args)
         if self.name == "triton":
             return operator.call_triton(*args)
@@ -63,9 +63,9 @@ def info() -> dict[str, Any]:
     """Report what is built on this machine and what will run.
 
     Returns:
-        A dictionary with the versions, per device type why compiled kernels are missing (None: they are there), how
-        the extension was built, and for each operator that is not made of others what the dispatcher will run on CPU
-        and on CUDA. An operator whose CUDA kernels no GPU has confirmed yet says so.
+        A dictionary with the versions; for each device type, whether compiled kernels are loaded, or the reason why
+        not; how the extension was built; and, for each operator that has kernels, what the dispatcher runs on CPU and
+        on CUDA, and the GPU that verified its Triton kernels ("none yet" if no GPU has).
 
     Examples:
         >>> report = info()

@@ -12,7 +12,7 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
     Args:
         module: name to import, e.g. ``"tensorboard"``.
         extra: the extra of this distribution that installs it, e.g. ``"train"``.
-        purpose: what needs it, for the error message, e.g. ``"writing TensorBoard metrics"``.
+        purpose: the task that needs it, for the error message, e.g. ``"writing TensorBoard metrics"``.
 
     Raises:
         ImportError: the module is not installed; the message names the extra.

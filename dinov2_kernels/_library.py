@@ -5,17 +5,17 @@ A call goes one way: public function -> ``torch.ops.dinov2_kernels.<op>`` -> PyT
 ==================  ===============================================================================================
 dispatch key        implementation
 ==================  ===============================================================================================
-any device          ``reference.py`` (CompositeExplicitAutograd), unless a more specific key below has one; for an
-                    operator that is made of others, how it is made of them
+any device          ``reference.py`` (CompositeExplicitAutograd), unless a more specific key below has one; for a
+                    composite operator, the Python function that calls its parts
 CPU                 ``csrc/<op>/cpu.cpp``, which registers itself when ``_native_cpu.so`` is loaded
-CUDA                ``triton_kernel.py``, which has the launchers, imported on its first call
+CUDA                ``triton_kernel.py``, which has the launchers and is imported on the first call
 ==================  ===============================================================================================
 
-CUDA C++ (``csrc/<op>/cuda.cu``) registers the same schema in the namespace ``dinov2_kernels_cuda``: tests and
-benchmarks reach it there through ``use_backend("native")``, and it becomes an operator's implementation for CUDA when a
-committed benchmark shows that it is the fastest.
+CUDA C++ (``csrc/<op>/cuda.cu``) registers the same schema in the namespace ``dinov2_kernels_cuda``. Tests and
+benchmarks call it through ``use_backend("native")``. It becomes an operator's implementation for CUDA when a committed
+benchmark shows that it is the fastest.
 
-Below stands what the ``op.py`` of several operators share: dtypes, autocast, autograd and process groups.
+This file also has what several ``op.py`` files share: dtypes, autocast, autograd and process groups.
 """
 
 from __future__ import annotations
@@ -42,13 +42,14 @@ _PACKAGE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Operator:
-    """One operator ``torch.ops.dinov2_kernels.<name>`` and the places its implementations live.
+    """One operator ``torch.ops.dinov2_kernels.<name>`` and its implementations.
 
     Attributes:
         name: name of the operator, without its namespace.
         reference: the definition, in plain PyTorch, for any device.
         triton: ``"module:function"`` of the Triton implementation, or None.
-        composite: how it is made of other operators, on every device; None for an operator with kernels of its own.
+        composite: the function that computes it with other operators, on every device; None for an operator with
+            kernels of its own.
     """
 
     name: str
@@ -58,9 +59,9 @@ class Operator:
 
     @property
     def call(self) -> Any:
-        """What ``torch.ops`` holds for the operator: call it to go through the dispatcher.
+        """The operator in ``torch.ops``: a call of it goes through the dispatcher.
 
-        It is the overload itself, which spares every call the search for one.
+        It is the overload itself, so that no call has to search for it.
         """
         return getattr(torch.ops.dinov2_kernels, self.name).default
 
@@ -71,19 +72,19 @@ class Operator:
 
     @property
     def verified_on_gpu(self) -> str | None:
-        """The GPU on which its Triton kernels passed their tests, with the date; None where none has run them."""
+        """The GPU on which its Triton kernels passed their tests, with the date; None if no GPU has verified them."""
         if self.triton is None:
             return None
         verified = _verified_on_gpu().get(self.triton.split(".")[1], {}).get("triton")
         return f"{verified['gpu']}, {verified['date']}" if verified else None
 
     def call_triton(self, *args: Any) -> Any:
-        """Run the Triton implementation, importing it on the first call."""
+        """Run the Triton implementation; the first call imports it."""
         return self._launcher(*args)
 
     @cached_property
     def _launcher(self) -> Implementation:
-        """The Triton implementation, found once: looking it up takes longer than the rest of a call."""
+        """The Triton implementation. It is cached, because looking it up takes longer than the rest of a call."""
         if self.triton is None:
             raise NotImplementedError(f"{self.name} has no Triton implementation")
         module, function = self.triton.split(":")
@@ -106,11 +107,11 @@ def define(
 
     Args:
         schema: signature in PyTorch's schema language, e.g. ``"square(Tensor x) -> Tensor"``.
-        reference: the definition in plain PyTorch; serves every device that has nothing better.
+        reference: the definition in plain PyTorch; it runs on every device that has nothing better.
         fake: allocates the result for given arguments without computing it (``torch.compile``, FakeTensor).
         triton: ``"module:function"`` of the implementation for CUDA.
-        composite: Python that calls other operators, which have kernels; it serves every device in place of the
-            definition, with which it is compared like any kernel.
+        composite: Python function that calls other operators, which have kernels. It replaces the reference on every
+            device, and tests compare it with the reference like any kernel.
     """
     operator = Operator(schema.partition("(")[0], reference, triton, composite)
     _LIBRARY.define(schema)
@@ -125,7 +126,7 @@ def define(
 
 @cache
 def _verified_on_gpu() -> dict[str, dict[str, dict[str, str]]]:
-    """By folder of the operators and kind of kernels, what ``python -m gpu.verify`` recorded."""
+    """The record of ``python -m gpu.verify``, by folder of the operator and kind of kernels."""
     record: dict[str, dict[str, dict[str, str]]] = json.loads((_PACKAGE / "verified_on_gpu.json").read_text())
     return record
 
@@ -136,7 +137,7 @@ def accumulation_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype:
-    """The dtype that autocast gives a matrix product of x: its own where autocast is off or does not touch it."""
+    """The dtype of a matrix product of x under autocast; that of x if autocast is off or does not change x."""
     if not torch._C._is_any_autocast_enabled() or x.dtype == torch.float64:
         return x.dtype
     device_type = x.device.type
@@ -144,21 +145,21 @@ def autocast_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def autocast_disabled(device_type: str) -> AbstractContextManager[object]:
-    """Keeps products of float32 in float32; the meta device knows no autocast."""
+    """Context that keeps float32 products in float32. The meta device has no autocast, so nothing happens there."""
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
 
 
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd must hear of a call: if not, the operator is called without it, which is cheaper."""
+    """Whether autograd must record a call. If not, the operator is called directly, which is cheaper."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def differentiably(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply(*args)``, without what it does for functorch where no transform of functorch is active.
+    """``function.apply(*args)``, without its work for functorch if no functorch transform is active.
 
-    That is a third of its cost, some 1.5 us, and kernels of 50 tokens last 5.
+    This saves a third of its cost, about 1.5 us; a kernel for 50 tokens takes 5 us.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
@@ -166,7 +167,7 @@ def differentiably(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 
 def place_in(group: dist.ProcessGroup | None) -> tuple[int, int]:
-    """How many processes the group has, and which of them this one is; None means this process alone.
+    """World size of the group and rank of this process; None means this process alone.
 
     Raises:
         ValueError: this process is not a member of the group.
@@ -180,12 +181,12 @@ def place_in(group: dist.ProcessGroup | None) -> tuple[int, int]:
 
 
 def triton_is_installed() -> bool:
-    """Whether Triton can be imported; asked without importing it."""
+    """Whether Triton can be imported, found out without importing it."""
     return importlib.util.find_spec("triton") is not None
 
 
 def _load_native(device_type: str) -> str | None:
-    """Load the compiled kernels for a device type; return None, or the reason why they are not there."""
+    """Load the compiled kernels for a device type; return None, or the reason why they are missing."""
     path = _PACKAGE / f"_native_{device_type}.so"
     if not path.exists():
         return "not built"
@@ -197,4 +198,4 @@ def _load_native(device_type: str) -> str | None:
 
 
 NATIVE_MISSING: dict[str, str | None] = {device: _load_native(device) for device in ("cpu", "cuda")}
-"""Per device type: None where the compiled kernels are loaded, else the reason why not."""
+"""For each device type: None if the compiled kernels are loaded, else the reason why not."""

@@ -1,4 +1,4 @@
-"""Modules that are computed without being called: when nobody can tell, and a linear layer whose bias comes later."""
+"""Modules computed without a call: when this changes nothing, and a linear layer whose bias is added later."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch.nn.modules.module import _has_any_global_hook
 from dinov2_kernels._library import autocast_dtype
 
 PLAIN = (Tensor, nn.Parameter, FakeTensor)
-"""Types of tensors that functions run on as they are. Others have rules of their own."""
+"""Tensor types without rules of their own. Other subclasses may change what a function does."""
 
 
 def is_unwatched(module: nn.Module) -> bool:
-    """Whether nobody would notice if the module were not called, or returned less.
+    """Whether the module need not be called: nothing observes its calls and its results.
 
-    It has no hook, no forward of its own in place of its class's, and is not compiled by itself.
+    It has no hook, its instance does not replace the forward of its class, and it is not compiled by itself.
     """
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     is_changed = "forward" in module.__dict__ or module._compiled_call_impl is not None
@@ -24,16 +24,16 @@ def is_unwatched(module: nn.Module) -> bool:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether a call of the module does nothing but ``F.linear`` with a plain weight and bias."""
+    """Whether a call of the module is just ``F.linear`` with a plain weight and bias."""
     if type(module) is not nn.Linear or not is_unwatched(module):
         return False
     return all(p is None or type(p) in PLAIN for p in (module.weight, module.bias))
 
 
 def separable_bias(layer: nn.Module, drop: nn.Dropout) -> Tensor | None:
-    """The bias of a layer that may be added behind ``drop``, since this does nothing now; None elsewhere.
+    """The bias of a layer, if it may be added after ``drop`` because ``drop`` does nothing now; else None.
 
-    Under autocast it is cast, as a call of the layer would cast it.
+    Under autocast the bias is cast, as in a call of the layer.
     """
     drops = drop.p and drop.training
     if drops or not is_unwatched(drop) or not is_plain_linear(layer) or layer.bias is None:
@@ -43,6 +43,6 @@ def separable_bias(layer: nn.Module, drop: nn.Dropout) -> Tensor | None:
 
 
 def linear(layer: nn.Module, x: Tensor, *, bias: bool) -> Tensor:
-    """A call of a layer; without its bias, if it is a plain linear one and whoever calls adds it."""
+    """A call of a layer. ``bias=False`` leaves out the bias of a plain linear layer; the caller adds it later."""
     y: Tensor = layer(x) if bias else F.linear(x, layer.weight)  # type: ignore[arg-type]
     return y

@@ -1,6 +1,6 @@
-"""What both losses against soft targets demand of their arguments.
+"""Argument checks that both losses against soft targets share.
 
-``beside`` is the tensor that others are compared with, the students' N rows: its name and itself.
+``beside`` is the name and the tensor of the N student rows; other arguments are compared with it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def check_tensor(name: str, tensor: Tensor, has_shape: bool, shape: Shape, note:
 
 
 def check_shape(name: str, tensor: Tensor, has_shape: bool, shape: Shape, note: str, beside: Beside) -> None:
-    """Raise ValueError unless the tensor has its shape, which the message names, and lies where the other one does."""
+    """Raise ValueError unless the tensor has its shape (``shape`` and ``note`` describe it) and ``beside``'s device."""
     if not has_shape:
-        sizes = ", ".join(map(str, shape))  # made here alone: to put words together takes longer than to look
+        sizes = ", ".join(map(str, shape))  # only for the message: formatting takes longer than the check
         raise ValueError(f"{name}: expected shape [{sizes}] {note}, got {list(tensor.shape)}")
     _check_device(name, tensor, beside)
 
@@ -41,13 +41,15 @@ def checked_targets(
     student_temperature: float,
     teacher_temperature: float,
 ) -> Tensor | None:
-    """What makes targets of M rows of teacher logits [M, K], and which of them the N rows face.
+    """Check the arguments that describe the targets: bias, weights, index and temperatures.
+
+    The teacher logits are [M, K].
 
     Returns:
-        The index as operators take it, int64 [N, J], or None.
+        ``teacher_index`` as operators take it, int64 [N, J], or None.
 
     Raises:
-        TypeError, ValueError: an argument is not as described; values of tensors are looked at on a CPU only.
+        TypeError, ValueError: an argument is not as described; values of tensors are checked on a CPU only.
     """
     N = beside[1].shape[0]
     if teacher_bias is not None:
@@ -86,5 +88,5 @@ def _check_device(name: str, tensor: Tensor, beside: Beside) -> None:
 
 
 def _values_are_known(x: Tensor) -> bool:
-    """Whether there are values, and looking at them waits for no GPU and splits no graph."""
+    """Whether the tensor has values, and reading them neither waits for a GPU nor splits a graph."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and not isinstance(x, FakeTensor)

@@ -13,11 +13,11 @@ Table = TypeVar("Table")
 
 
 class TableCache(Generic[P, Table]):
-    """``functools.lru_cache`` of a function whose results hold tensors on a device, safe under CUDA graphs.
+    """``functools.lru_cache`` for a function that returns tensors on a device, safe with CUDA graphs.
 
-    A captured graph reads memory and keeps no tensor. So a table that is looked up during a capture is kept for good,
-    whatever is looked up after it. A table that is not there yet cannot be made then: its memory would be the graph's,
-    and it would have no values before the first replay.
+    A captured graph reads memory but keeps no tensor alive. So a table that is looked up during a capture is kept
+    forever. A new table cannot be made during a capture: its memory would belong to the graph, and it would have no
+    values before the first replay.
     """
 
     def __init__(self, make: Callable[P, Table], maxsize: int) -> None:
@@ -28,10 +28,10 @@ class TableCache(Generic[P, Table]):
         update_wrapper(self, make)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Table:
-        """The table for these arguments; a new one under FakeTensorMode, since a fake tensor must not be kept.
+        """The table for these arguments; a new one under FakeTensorMode, because a fake tensor must not be cached.
 
         Raises:
-            RuntimeError: it does not exist yet, and a CUDA graph is being captured.
+            RuntimeError: the table does not exist yet, and a CUDA graph is being captured.
         """
         if is_faking():
             return self._make(*args, **kwargs)
@@ -55,10 +55,10 @@ def table_cache(maxsize: int) -> Callable[[Callable[P, Table]], TableCache[P, Ta
 
 
 def is_faking() -> bool:
-    """Whether operators make fake tensors now; 0.1 us, where ``torch._guards.detect_fake_mode`` takes microseconds."""
+    """Whether operators make fake tensors now. It takes 0.1 us; ``torch._guards.detect_fake_mode`` takes several us."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def is_capturing() -> bool:
-    """Whether the current stream is being captured in a CUDA graph."""
+    """Whether a CUDA graph is capturing the current stream."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

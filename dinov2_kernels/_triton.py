@@ -1,4 +1,4 @@
-"""What the Triton kernels of several operators share."""
+"""Functions that the Triton kernels of several operators share."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import triton.language as tl
 
 @triton.jit
 def widen(x):
-    """float64 as it is, everything narrower in float32."""
+    """x in float32; float64 stays float64."""
     return x if x.dtype == tl.float64 else x.to(tl.float32)
 
 
 @lru_cache
 def num_multiprocessors(device: torch.device) -> int:
-    """Of the GPU; of an H200 where Triton's interpreter runs, or its compiler alone."""
+    """Number of multiprocessors of the GPU; without one (Triton's interpreter or compiler alone), that of an H200."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
@@ -26,15 +26,15 @@ def grid_of_sums(
 ) -> tuple[tuple[int, int], dict[str, int]]:
     """Grid (pieces, programs) and tile of a kernel that adds up the columns of [rows, H] in ``dtype``.
 
-    A program works on one piece of some rows, whose width divides H where it can, then on those that lie as many rows
-    further as all programs take together. A tile has 1024 numbers, 8 for each of 128 threads; half of them in float64,
-    and half of them where H leaves rows unaligned, so that every number has its own address.
+    A program works on one piece of the columns, whose width divides H if possible. It takes some rows, then jumps over
+    the rows of all other programs to its next ones. A tile has 1024 numbers, 8 for each of 128 threads. It has half as
+    many in float64, and half as many if H leaves rows unaligned, because then every number has its own address.
 
     Args:
-        rows, H: of what is added up.
-        dtype: of the sums.
-        device: where they lie.
-        resident: programs that a multiprocessor has room for.
+        rows, H: shape of the matrix whose columns are added up.
+        dtype: dtype of the sums.
+        device: device of the matrix.
+        resident: number of programs that a multiprocessor has room for.
     """
     width = min(1024, max(128, H & -H))  # the power of two in H
     numbers = 1024 // (2 if dtype == torch.float64 else 1) // (2 if H % 8 else 1)
@@ -44,8 +44,9 @@ def grid_of_sums(
     return (pieces, max(1, programs)), {"ROWS": tile_rows, "WIDTH": width}
 
 
-# In float32, Triton's `/` and tl.sqrt become div.full and sqrt.approx, whose results may lie one or two numbers beside
-# the nearest one. That is enough for most formulas, but x / x is then not 1, nor the root of x * x the size of x.
+# In float32, Triton's `/` and tl.sqrt become div.full and sqrt.approx, whose results may differ from the nearest number
+# by one or two units in the last place. Most formulas allow that, but x / x may then not be 1, and the square root of
+# x * x may not be |x|.
 
 
 @triton.jit
@@ -64,8 +65,7 @@ def sqrt_rn(x):
 def sigmoid(x):
     """s = 1 / (1 + exp(-x)), and 1 - s.
 
-    A division leaves an error of its own, and a difference from 1 would be nothing else where s is near: so each has a
-    formula.
+    Each has its own formula: computed as a difference, 1 - s would be only rounding error for s near 1.
     """
     small = tl.exp(-tl.abs(x))
     larger = 1 / (1 + small)

@@ -1,4 +1,4 @@
-"""PackedLayout: how sequences of different lengths lie behind each other in one tensor [T, ...], without padding."""
+"""PackedLayout: how sequences of different lengths follow each other in one tensor [T, ...], without padding."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class PackedLayout:
 
     Crops of a training batch come in few sizes, so a handful of runs describes hundreds of sequences:
     ``PackedLayout([(128, 261), (512, 53)])`` is 128 sequences of 261 tokens followed by 512 of 53. The layout lives on
-    the host, is immutable and hashable, and two layouts with the same runs are equal.
+    the host. It is immutable and hashable, and two layouts with the same runs are equal.
 
     Args:
-        runs: (count, length) of each run; both may be 0.
+        runs: (count, length) of each run: the number of its sequences, and the tokens in each. Both may be 0.
 
     Attributes:
         runs: the runs as a tuple of (count, length).
-        flat_runs: the same numbers in one tuple, (count, length, count, length, ...), as operators take them.
+        flat_runs: the same numbers in one tuple, (count, length, count, length, ...). Operators take this form.
         num_sequences: number of sequences S.
         total_tokens: number of tokens T.
         max_length: length of the longest sequence; 0 if there is none.
@@ -63,7 +63,7 @@ class PackedLayout:
 
     @classmethod
     def from_lengths(cls, lengths: Iterable[int]) -> PackedLayout:
-        """Layout of sequences of the given lengths, neighbours of equal length joined into one run."""
+        """Layout of sequences of the given lengths. Consecutive sequences of equal length become one run."""
         return cls([(len(list(group)), length) for length, group in groupby(lengths)])
 
     @property
@@ -72,9 +72,9 @@ class PackedLayout:
         return [length for count, length in self.runs for _ in range(count)]
 
     def cu_seqlens(self, device: torch.device | str) -> Tensor:
-        """Offsets of the sequences, the form variable-length kernels take.
+        """Offsets of the sequences, as variable-length kernels take them.
 
-        The last 128 results are kept, so that a training step copies nothing to the device.
+        The last 128 results are cached, so that a training step copies nothing to the device.
 
         Returns:
             [S + 1] int32: sequence s occupies the tokens ``cu_seqlens[s]`` to ``cu_seqlens[s + 1] - 1``.
@@ -82,23 +82,23 @@ class PackedLayout:
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
-        # A real tensor must not enter a traced graph.
+        # A cached tensor is real, and must not enter a traced graph.
         return (_cu_seqlens if torch.compiler.is_compiling() else _cached_cu_seqlens)(self, device)
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Lay the tensors of the runs behind each other.
+        """Join one tensor per run into one packed tensor.
 
         Args:
             tensors: one [count, length, ...] per run, with equal trailing dimensions.
 
         Returns:
-            [T, ...]; a view where there is one run.
+            [T, ...]; a view if there is only one run.
 
         Raises:
             ValueError: the tensors do not have the shapes that the layout describes.
         """
         if len(tensors) != len(self.runs):
-            raise ValueError(f"layout has {len(self.runs)} runs, but tensors has {len(tensors)} elements")
+            raise ValueError(f"tensors: expected one for each of the {len(self.runs)} runs, got {len(tensors)}")
         for index, (run, tensor) in enumerate(zip(self.runs, tensors, strict=True)):
             if tuple(tensor.shape[:2]) != run:
                 expected = f"[{run[0]}, {run[1]}, ...]"
@@ -119,10 +119,10 @@ class PackedLayout:
         return [piece.unflatten(0, run) for piece, run in zip(pieces, self.runs, strict=True)]
 
     def check(self, packed: Tensor, name: str) -> None:
-        """Raise ValueError unless the argument called ``name`` has one row per token of this layout."""
+        """Raise ValueError unless the argument called ``name`` has one row for each token of this layout."""
         if packed.dim() == 0 or packed.shape[0] != self.total_tokens:
-            has = packed.shape[0] if packed.dim() else "no dimension"
-            raise ValueError(f"layout describes {self.total_tokens} tokens, but {name} has {has}")
+            got = packed.shape[0] if packed.dim() else "a tensor without dimensions"
+            raise ValueError(f"{name}: expected {self.total_tokens} tokens, as the layout describes, got {got}")
 
 
 def _check_run(run: Sequence[int]) -> tuple[int, int]:
@@ -132,7 +132,7 @@ def _check_run(run: Sequence[int]) -> tuple[int, int]:
 
 
 def _cu_seqlens(layout: PackedLayout, device: torch.device) -> Tensor:
-    # Kernels save this for their backward, which an inference tensor forbids.
+    # Kernels save this tensor for their backward pass. Autograd does not save tensors made in inference mode.
     with torch.inference_mode(False):
         return torch.tensor([0, *accumulate(layout.lengths)], dtype=torch.int32, device=device)  # [S + 1]
 

@@ -1,1 +1,1 @@
-"""What a machine with a GPU runs when it is at hand for minutes: ``make gpu``; and its rehearsal without one."""
+"""All checks for a few minutes on a machine with a GPU (``make gpu``), and their rehearsal without a GPU."""

@@ -1,22 +1,22 @@
-"""Everything that a GPU has to tell of this library, within a few minutes: ``make gpu``.
+"""Run all tests and benchmarks of this library on a GPU within a few minutes: ``make gpu``.
 
     python -m gpu --limit 420 --output gpu-results
-    python -m gpu --phases tests,benchmarks --only sinkhorn,koleo      a second run, of what failed
+    python -m gpu --phases tests,benchmarks --only sinkhorn,koleo      a second run, for the failures
     python -m gpu --rehearse                                           without a GPU, see gpu/stand_in.py
 
-Each phase runs in processes of its own, with its own share of the time and whatever earlier phases left of theirs. What
-a phase finds is written as it finds it, and a phase that fails ends nothing but itself. In the output folder:
+Each phase runs in its own processes. It has its own share of the time, and the time that earlier phases did not use.
+Results are written at once, and if a phase fails, the next phases still run. The output folder has these files:
 
 =============  =====================================================================================================
-summary.md     what was verified, and every time beside its peers, its floor and its prediction
-junit.xml      all tests; ``python -m gpu.verify junit.xml`` records what they verify
+summary.md     the verified kernels, and all times with peers, floor and prediction
+junit.xml      all tests; ``python -m gpu.verify junit.xml`` records the kernels that they verify
 bench.json     all benchmarks, in the format of benchmarks/results
 profile.txt    where a step of ViT-L/14 spends its time
 versions.json  the machine and its packages
 log.txt        what every phase printed
 =============  =====================================================================================================
 
-A rehearsal also leaves kernels.txt, a line for each kernel that would be compiled.
+A rehearsal also writes kernels.txt, with a line for each kernel that would be compiled.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from gpu import kit, outcomes
 from gpu.summary import PhaseReport, table, write_summary
 
 ROOT = kit.ROOT
-GRACE = 5.0  # seconds between asking a phase to stop and ending it
+GRACE = 5.0  # seconds between the signal that asks a phase to stop and the signal that kills it
 MOST_WORKERS = 12
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of the run: its share of the time, and what it runs."""
+    """A part of the run: its name, its share of the time, and a description of what it runs."""
 
     name: str
     share: float
@@ -55,27 +55,27 @@ class Phase:
 PHASES = {
     phase.name: phase
     for phase in (
-        Phase("build", 20, "versions; unpacks the kit, or builds what does not load"),
-        Phase("smoke", 25, "each operator once, beside its reference"),
+        Phase("build", 20, "versions; unpacks the kit, or builds extensions that do not load"),
+        Phase("smoke", 25, "each operator once, compared with its reference"),
         Phase("tests", 150, "tests/*/test_gpu.py, many at a time"),
-        Phase("large", 50, "those that take gigabytes or compile, one after the other"),
+        Phase("large", 50, "tests that take gigabytes or compile, one after the other"),
         Phase("benchmarks", 105, "benchmarks/*_gpu.py"),
-        Phase("step", 45, "a whole pretraining step beside a packed one of plain PyTorch"),
-        Phase("profile", 25, "where that step spends its time"),
+        Phase("step", 45, "a whole pretraining step, and a packed step of plain PyTorch"),
+        Phase("profile", 25, "the kernels that take most time in a pretraining step"),
     )
 }
 OF_ALL_OPERATORS = ("step", "profile")
-"""Phases that say nothing of a single operator."""
+"""Phases that are not about a single operator."""
 
 
 class Session:
     """A run of some phases within a limit of time.
 
     Args:
-        output: folder of the results.
-        limit: seconds in all.
-        only: names of operators; empty for all of them.
-        rehearse: let the stand-in take the place of the GPU.
+        output: folder for the results.
+        limit: seconds for all phases together.
+        only: names of operators; empty for all operators.
+        rehearse: use the stand-in instead of a GPU.
         compile: in a rehearsal, compile the kernels that would be launched.
     """
 
@@ -84,7 +84,8 @@ class Session:
         self.output.mkdir(parents=True, exist_ok=True)
         self.scratch = Path(tempfile.mkdtemp(prefix="dinov2-kernels-"))
         self.reports: list[PhaseReport] = []
-        # Not what a test run hands down to what it starts: its phases are runs of their own, with the real compiler.
+        # Leave out the variables that a test run sets for its child processes: phases are separate runs, with the real
+        # compiler.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
         environment.pop("TRITON_INTERPRET", None)
         self.environment = {**environment, "TRITON_CACHE_DIR": str(kit.CACHE), "PYTHONUNBUFFERED": "1"}
@@ -108,7 +109,7 @@ class Session:
         if self.rehearse:
             kernels = sorted({line for file in self.scratch.glob("*.txt") for line in file.read_text().splitlines()})
             (self.output / "kernels.txt").write_text("".join(f"{kernel}\n" for kernel in kernels))
-            print(f"a rehearsal: no value was computed; {len(kernels)} kernels would be compiled")
+            print(f"This was a rehearsal: no value was computed; {len(kernels)} kernels would be compiled")
         shutil.rmtree(self.scratch)
         return all(report.ended_well for report in self.reports)
 
@@ -129,12 +130,12 @@ class Session:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE)
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # and what it may have left running
+            os.killpg(process.pid, signal.SIGKILL)  # also kills child processes that it left
         process.wait()
         return PhaseReport(phase.name, time.perf_counter() - start, seconds, code)
 
     def _command(self, phase: str) -> list[str]:
-        """What a phase runs; nothing where no operator asked for has any of it."""
+        """The command of a phase; empty if the selected operators have nothing for it."""
         tests = self._files("tests/*/test_gpu.py", lambda path: path.parent.name)
         benchmarks = self._files("benchmarks/*_gpu.py", lambda path: path.stem.removesuffix("_gpu"))
         benchmarks = [file for file in benchmarks if "step" not in file]
@@ -178,7 +179,7 @@ class Session:
         return [sys.executable, "-m", "pytest", "-q", *use, "--outcomes", str(outcomes_file), *options, *files]
 
     def _results(self) -> list[outcomes.Result]:
-        """Of all tests; a benchmark counts as none."""
+        """The results of all tests; benchmarks are not included."""
         return outcomes.read(self.scratch / f"{phase}.jsonl" for phase in ("tests", "large"))
 
     def _benchmarks(self) -> dict[str, Any]:
@@ -200,12 +201,12 @@ class Session:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status: 0 where every phase ended well."""
+    """Run the phases; return the exit status, 0 if all phases ended well."""
     parser = argparse.ArgumentParser(prog="python -m gpu", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--limit", type=float, default=420.0, help="seconds in all (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("gpu-results"), help="folder (default: %(default)s)")
-    parser.add_argument("--phases", default=",".join(PHASES), help=f"some of {', '.join(PHASES)}")
-    parser.add_argument("--only", default="", help="names of operators, e.g. sinkhorn,koleo; all of them by default")
+    parser.add_argument("--limit", type=float, default=420.0, help="stop after these seconds (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("gpu-results"), help="write here (default: %(default)s)")
+    parser.add_argument("--phases", default=",".join(PHASES), help=f"run only some of {', '.join(PHASES)}")
+    parser.add_argument("--only", default="", help="run only these operators, e.g. sinkhorn,koleo (default: all)")
     parser.add_argument("--rehearse", action="store_true", help="run on a stand-in that computes nothing")
     parser.add_argument("--compile", action="store_true", help="with --rehearse: compile every kernel")
     options = parser.parse_args(arguments)
@@ -215,7 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
         if unknown := [x for x in given if x not in known]:
             parser.error(f"{option}: expected some of {', '.join(known)}, got {unknown[0]}")
     if not options.rehearse and (obstacle := _obstacle()):
-        print(f"{obstacle}; `make gpu-rehearsal` runs everything but the kernels")
+        print(f"{obstacle}; `make gpu-rehearsal` runs everything except the kernels")
         return 1
     if only and options.phases == parser.get_default("phases"):
         names = [name for name in names if name not in OF_ALL_OPERATORS]
@@ -224,11 +225,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _obstacle() -> str:
-    """Why this Python cannot run on a GPU here; empty where it can."""
+    """Why this Python cannot use a GPU here; empty if it can."""
     try:
         import torch
     except ImportError as error:
-        return f"no NVIDIA GPU: {sys.executable} has no PyTorch ({error}), GPU_PYTHON may name a Python that has"
+        return f"no NVIDIA GPU: {sys.executable} has no PyTorch ({error}); set GPU_PYTHON to a Python that has it"
     return "" if torch.cuda.is_available() else "no NVIDIA GPU that PyTorch can use here"
 
 

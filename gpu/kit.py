@@ -1,11 +1,11 @@
-"""What a machine with a GPU need not make itself: compiled extensions, and Triton's kernels in its cache.
+"""The kit: files built in advance for a machine with a GPU, the compiled extensions and Triton's cache of kernels.
 
-    python -m gpu.kit make          beforehand, with the Python and the packages of that machine; needs no GPU
-    python -m gpu.kit load FILE     there: unpacks the kit, or builds what does not load; versions into FILE
-    python -m gpu.kit report FILE   the versions alone
+    python -m gpu.kit make          build the kit in advance, with the machine's Python and packages; needs no GPU
+    python -m gpu.kit load FILE     on that machine: unpack the kit, or build what does not load; versions into FILE
+    python -m gpu.kit report FILE   only write the versions
 
-The kit is the folder ``.gpu-kit``, which travels beside the checkout. What does not fit the machine, because another
-PyTorch, Triton or source is there, is built there: it costs time and nothing else.
+The kit is the folder ``.gpu-kit``, which is copied with the checkout. If a part does not fit the machine, because it
+has another PyTorch, Triton or source, the machine builds that part. This only costs time.
 """
 
 from __future__ import annotations
@@ -65,43 +65,43 @@ def make() -> None:
         f" {seconds_to_build:.0f} s; {KIT.relative_to(ROOT)}"
     )
     if size > MOST_BYTES:
-        sys.exit(f"the kit may take {MOST_BYTES / 1e6:.0f} MB to travel, and it has {size / 1e6:.1f}")
+        sys.exit(f"kit: expected at most {MOST_BYTES / 1e6:.0f} MB, so that it can be copied, got {size / 1e6:.1f}")
 
 
 def _only_what_is_loaded(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    """Machine code and what describes it. A cache also holds the stages before, which only people read."""
+    """Keep only machine code and its description. A cache also has the earlier stages, which only people read."""
     return member if member.isdir() or member.name.endswith((".cubin", ".json")) else None
 
 
 def load() -> None:
-    """Unpack the kit where there is one, and see that the extensions load."""
+    """Unpack the kit if there is one, and build the extensions that do not load."""
     if (KIT / "kit.json").is_file():
         for extension in (KIT / "extensions/dinov2_kernels").iterdir():
             target = ROOT / "dinov2_kernels" / extension.name
-            target.unlink(missing_ok=True)  # who has the old one loaded keeps it
+            target.unlink(missing_ok=True)  # a process that has loaded the old file keeps it
             shutil.copy(extension, target)
         with tarfile.open(KIT / "triton.tar.xz") as archive:
             archive.extractall(CACHE, filter="data")
         print(f"kit: unpacked, made with {json.loads((KIT / 'kit.json').read_text())['packages']}")
     else:
-        print("kit: there is none, so everything is built here")
+        print("kit: there is no kit, so this machine builds everything")
     missing = extensions_that_do_not_load()
     if missing:
-        print(f"kit: building, because of {missing}")
+        print(f"kit: building the extensions that do not load: {missing}")
         build("--inplace")
         missing = extensions_that_do_not_load()
     print(f"kit: extensions {missing or 'loaded'}")
 
 
 def build(*options: str) -> None:
-    """Compile the extensions for the one architecture."""
+    """Compile the extensions for the architecture of the kit."""
     environment = {**os.environ, "DINOV2_KERNELS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": ARCHITECTURE}
     command = [sys.executable, "setup.py", "--quiet", "build_ext", *options]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
 
 
 def extensions_that_do_not_load() -> dict[str, str]:
-    """By name, with the reason; in a process of its own, because what is loaded cannot be replaced."""
+    """Names of these extensions, with the reasons; in another process, because a loaded file cannot be replaced."""
     program = (
         "import json, dinov2_kernels as dk; i = dk.info();"
         "print(json.dumps({k: i[k] for k in ('native_cpu', 'native_cuda', 'host') if i[k] == 'not built' or"
@@ -113,7 +113,7 @@ def extensions_that_do_not_load() -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide what a kit is good for."""
+    """Versions of Python and of the packages that a kit depends on."""
     found = {name: metadata.version(name) for name in PACKAGES if _is_installed(name)}
     return {"python": platform.python_version(), **found}
 
@@ -127,7 +127,7 @@ def _is_installed(package: str) -> bool:
 
 
 def report(path: Path) -> None:
-    """Write the versions, the GPU and its driver, and what this library says of itself."""
+    """Write the versions, the GPU and its driver, and the library's info()."""
     import torch
 
     import dinov2_kernels as dk
@@ -149,7 +149,7 @@ def report(path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m gpu.kit", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("what", choices=["make", "load", "report"])
-    parser.add_argument("file", nargs="?", type=Path, help="for the versions")
+    parser.add_argument("file", nargs="?", type=Path, help="write the versions into this file")
     options = parser.parse_args()
     if options.what == "make":
         make()

@@ -1,7 +1,7 @@
-"""Outcomes of tests, written as they come in: a run that is cut short leaves what it found and what it did not reach.
+"""Outcomes of tests, written at once: after an interrupted run, the file has the results and the tests not reached.
 
-As a pytest plugin (``-p gpu.outcomes --outcomes FILE``) it appends one line of JSON for each test; :func:`read` puts
-the files of several runs together, and :func:`write_junit` and :func:`read_junit` turn them into JUnit's XML and back.
+As a pytest plugin (``-p gpu.outcomes --outcomes FILE``) it appends one line of JSON for each test. :func:`read` joins
+the files of several runs, and :func:`write_junit` and :func:`read_junit` convert them to JUnit's XML and back.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Result:
     """The result of one test.
 
     Attributes:
-        test: its name in pytest's notation, ``tests/koleo/test_gpu.py::test_values[31x1]``.
-        outcome: what became of it.
-        seconds: it took.
-        message: why it failed or was skipped.
+        test: name in pytest's notation, ``tests/koleo/test_gpu.py::test_values[31x1]``.
+        outcome: passed, failed, skipped or not reached.
+        seconds: duration.
+        message: the reason why it failed or was skipped.
     """
 
     test: str
@@ -96,7 +96,7 @@ def read(paths: Iterable[Path]) -> list[Result]:
 
 
 def write_junit(results: Iterable[Result], path: Path, properties: dict[str, str]) -> None:
-    """JUnit's XML, with properties of the whole, such as the name of the GPU. A test not reached is an error."""
+    """Write JUnit's XML, with properties of the run, such as the name of the GPU. A test not reached is an error."""
     suite = ElementTree.Element("testsuite", name="gpu")
     of_suite = ElementTree.SubElement(suite, "properties")
     for name, value in properties.items():
@@ -114,7 +114,7 @@ def write_junit(results: Iterable[Result], path: Path, properties: dict[str, str
 
 
 def read_junit(path: Path) -> tuple[list[Result], dict[str, str]]:
-    """The results and the properties in a file of :func:`write_junit`."""
+    """The results and the properties from a file of :func:`write_junit`."""
     suite = ElementTree.parse(path).getroot()
     properties = {x.attrib["name"]: x.attrib["value"] for x in suite.iter("property")}
     return list(_results_in(suite)), properties
@@ -130,5 +130,5 @@ def _results_in(suite: ElementTree.Element) -> Iterator[Result]:
 
 
 def _printable(text: str) -> str:
-    """Without the control characters that XML cannot hold, colours of a terminal among them."""
+    """The text without control characters, such as terminal colours, which XML cannot hold."""
     return "".join(character for character in text if character in "\n\t" or character >= " ")

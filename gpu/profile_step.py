@@ -1,4 +1,4 @@
-"""Where the time of a pretraining step of ViT-L/14 goes: the 30 kernels that take most of it.
+"""Profile of a pretraining step of ViT-L/14: the 30 kernels that take the most time.
 
 python -m gpu.profile_step FILE
 """

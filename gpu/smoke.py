@@ -1,8 +1,8 @@
-"""Each operator once, forward and backward in bfloat16, beside its reference: the first seconds of a GPU.
+"""Smoke test on a GPU: run each operator once, forward and backward in bfloat16, and compare it with its reference.
 
     python -m gpu.smoke [OPERATOR ...]
 
-An exception is printed and ends nothing but its operator.
+If an operator raises an exception, it is printed, and the next operators still run.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ LAYOUT = PackedLayout([(4, 257), (16, 50)])
 
 
 def random(*shape: int, dtype: torch.dtype = torch.bfloat16, requires_grad: bool = True) -> Tensor:
-    """Numbers that are the same in every call of one operator; they have gradients."""
+    """Random numbers with gradients; after the same seed they are the same."""
     return torch.randn(*shape, device="cuda", dtype=dtype).requires_grad_(requires_grad)
 
 
 def with_gradients(result: Tensor, **inputs: Tensor) -> Tensors:
-    """The result, and the gradients of the inputs for one direction."""
+    """The result, and the gradients of the inputs for one gradient of the result."""
     direction = torch.linspace(-1, 1, result.numel(), device="cuda", dtype=result.dtype).view_as(result)
     gradients = torch.autograd.grad(result, list(inputs.values()), direction)
     return {"result": result, **dict(zip(inputs, gradients, strict=True))}
@@ -41,7 +41,7 @@ def attention() -> Tensors:
 
 
 def residual() -> Tensors:
-    """Two connections, between which scatter, gather and norm are one kernel."""
+    """Two connections; between them one kernel does scatter, gather and norm."""
     x, gamma, bias = random(LAYOUT.total_tokens, 384), random(384), random(384)
     norm = torch.nn.LayerNorm(384, device="cuda", dtype=torch.bfloat16)
     subsets = draw_subsets(x, LAYOUT, [0.3, 0.3])
@@ -110,7 +110,7 @@ OPERATORS: dict[str, Callable[[], Tensors]] = {
 
 
 def largest_error(function: Callable[[], Tensors]) -> float:
-    """Of all results of an operator, as a share of the largest value of each."""
+    """Largest error in all results of an operator, as a share of each result's largest value."""
     torch.manual_seed(0)
     own = function()
     torch.manual_seed(0)
@@ -124,7 +124,7 @@ def largest_error(function: Callable[[], Tensors]) -> float:
 
 
 def main(names: list[str]) -> int:
-    """Number of operators that fail; names of none are passed over."""
+    """Run these operators, or all; return how many fail. Unknown names are ignored."""
     failures = 0
     for name in [name for name in OPERATORS if name in (names or OPERATORS)]:
         try:

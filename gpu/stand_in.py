@@ -1,12 +1,12 @@
-"""A GPU that computes nothing: tests and benchmarks for a GPU run on it, to see whatever can fail without one.
+"""A stand-in for a GPU that computes nothing: GPU tests and benchmarks run on it, to find errors without a GPU.
 
 Tensors of "cuda" are tensors of PyTorch's meta device: they have shapes, dtypes and strides, but no values, so the
 largest test is as quick as the smallest. Operators of this library go to their Triton launchers. A launch is bound as
-Triton binds it, recorded, and compiled where :data:`COMPILE` asks for it, but never run. A comparison of values passes,
-because there are none.
+Triton binds it, recorded, and compiled if :data:`COMPILE` is set, but never run. A comparison of values passes, because
+there are no values.
 
-What this finds: imports that fail, fixtures and options that are wrong, arguments that an operator or a kernel refuses.
-What it cannot find: wrong values.
+It finds imports that fail, wrong fixtures and options, and arguments that an operator or a kernel refuses. It cannot
+find wrong values.
 
     python -m pytest -p gpu.stand_in ...        tests and benchmarks
     python -m gpu.stand_in MODULE ...           a program
@@ -30,12 +30,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-CAPABILITY = (9, 0)  # of the GPU that is stood in for, an H200
+CAPABILITY = (9, 0)  # compute capability of the GPU that is replaced, an H200
 COMPILE = "DINOV2_KERNELS_REHEARSAL_COMPILES"
-"""Environment variable: where it is set, every kernel is compiled into Triton's cache."""
+"""Environment variable: if it is set, every kernel is compiled into Triton's cache."""
 LAUNCHES = "DINOV2_KERNELS_REHEARSAL_LAUNCHES"
-"""Environment variable: a folder in which each process leaves a file with a line for each kernel it would run."""
-MILLISECONDS = 5.0  # that everything takes; so long that a benchmark times a single call
+"""Environment variable: a folder in which each process writes a file with a line for each kernel it would run."""
+MILLISECONDS = 5.0  # duration of every call; long enough that a benchmark times a single call
 
 
 class AnyNumber(float):
@@ -52,7 +52,7 @@ class AnyNumber(float):
 
 
 class StandIn(TorchFunctionMode):
-    """Inside, "cuda" is a device whose tensors have no values."""
+    """Context in which "cuda" is a device whose tensors have no values."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -85,13 +85,13 @@ def _names_cuda(device: object) -> bool:
 
 
 def _autocast(x: Any) -> Any:
-    """What autocast makes of an argument of a matrix product; the meta device knows no autocast."""
+    """An argument of a matrix product as autocast would cast it; the meta device has no autocast."""
     is_wide = isinstance(x, Tensor) and x.is_meta and x.dtype == torch.float32
     return x.to(torch.get_autocast_dtype("cuda")) if is_wide else x
 
 
 def _without_masks(index: Any) -> Any:
-    """An index with lists of a few places in place of masks: how many a mask chooses is not known."""
+    """The index with a few places instead of each mask, because the number of places in a mask is unknown."""
     if isinstance(index, tuple):
         parts = [_without_masks(x) for x in index]
         return tuple(x for part in parts for x in (part if isinstance(part, tuple) else (part,)))
@@ -140,7 +140,7 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
 
 
 class _Generator(torch.Generator):
-    """Of random numbers on any device; a device without values needs none."""
+    """Generator of random numbers for any device; a device without values needs no numbers."""
 
     def __new__(cls, device: str | torch.device = "cpu") -> _Generator:
         return super().__new__(cls)
@@ -154,7 +154,7 @@ class _Generator(torch.Generator):
 
 
 class _Anything:
-    """A stream, an event or a graph: does nothing, whatever is asked of it."""
+    """A stream, an event or a graph, whose methods do nothing."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -167,7 +167,7 @@ class _Anything:
         return MILLISECONDS
 
 
-_CAPTURES: list[object] = []  # that are under way
+_CAPTURES: list[object] = []  # captures that have begun and not ended
 
 
 @contextmanager
@@ -180,7 +180,7 @@ def _capture(graph: object, **_: Any) -> Iterator[None]:
 
 
 def _assert_close(actual: Any, expected: Any, **_: Any) -> None:
-    """What of ``torch.testing.assert_close`` can be said of tensors without values: structure, shapes and dtypes."""
+    """``torch.testing.assert_close`` for tensors without values: compares structure, shapes and dtypes."""
     if isinstance(actual, Tensor) and isinstance(expected, Tensor):
         assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
     elif isinstance(actual, dict):
@@ -193,7 +193,7 @@ def _assert_close(actual: Any, expected: Any, **_: Any) -> None:
 
 
 def install() -> None:
-    """Let PyTorch report a GPU, and Triton launch nothing. There is no way back: for processes of their own."""
+    """Make PyTorch report a GPU, and Triton launch nothing. It cannot be undone, so use a separate process."""
     properties = SimpleNamespace(multi_processor_count=132, major=CAPABILITY[0], minor=CAPABILITY[1])
     answers: dict[str, Any] = {
         "is_available": lambda: True,
@@ -227,7 +227,7 @@ def install() -> None:
 
 
 def _install_native() -> None:
-    """Let the operators of the CUDA extension return what they would, of the right shape."""
+    """Make the operators of the CUDA extension return results of the right shape."""
     from dinov2_kernels._library import OPERATORS, Operator
 
     Operator.has_native = lambda self, device_type: True  # type: ignore[method-assign]
@@ -239,7 +239,7 @@ def _install_native() -> None:
 
 
 def _inside(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with the stand-in around it: PyTorch takes that away from what an operator calls."""
+    """The function inside the stand-in, because PyTorch disables such a mode inside an operator."""
 
     def call(*args: Any) -> Any:
         with StandIn():
@@ -249,19 +249,19 @@ def _inside(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _install_optimizer() -> None:
-    """AdamW with its rates on the device, which changes its tensors in place."""
+    """Make fused AdamW, with its rates on the device, do nothing."""
     library = torch.library.Library("aten", "IMPL")
     _KEPT.append(library)
     library.impl("_fused_adamw_.tensor_lr", lambda *_, **__: None, "Meta")
-    optimizer: Any = sys.modules["torch.optim.optimizer"]  # torch.optim hides the module behind a name of its own
+    optimizer: Any = sys.modules["torch.optim.optimizer"]  # torch.optim has another object with the module's name
     optimizer._get_fused_kernels_supported_devices = lambda: ["cuda", "meta"]
 
 
-_KEPT: list[torch.library.Library] = []  # registrations end with their library
+_KEPT: list[torch.library.Library] = []  # kept alive, because a registration ends with its library
 
 
 def _install_driver() -> None:
-    """Bind every launch as Triton does, and leave it at that."""
+    """Bind every launch as Triton does, but do not run it."""
     import triton
 
     from tests import aot
@@ -291,7 +291,7 @@ def _install_driver() -> None:
 
 @contextmanager
 def stand_in() -> Iterator[None]:
-    """Tensors without values, and Triton behind every operator."""
+    """Context with tensors without values, in which every operator uses Triton."""
     import dinov2_kernels as dk
 
     with StandIn(), dk.use_backend("triton"):
@@ -303,12 +303,12 @@ def stand_in() -> Iterator[None]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_load_initial_conftests() -> None:
-    """Before any test file asks whether there is a GPU."""
+    """Install the stand-in before any test file asks whether there is a GPU."""
     install()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the few tests that write values into files, or count how many different ones there are."""
+    """Leave out the few tests that write values into files or count different values."""
     left_out = [item for item in items if item.get_closest_marker("needs_values")]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]

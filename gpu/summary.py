@@ -1,4 +1,4 @@
-"""What a run on a GPU found, for people: a page in Markdown, and a short table for the terminal."""
+"""Summary of a run on a GPU, for people: a page in Markdown, and a short table for the terminal."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from gpu.verify import Verdict, verdicts
 Benchmarks = Mapping[str, Mapping[str, Any]]
 """The results of a file in benchmarks/results, by the name of the test."""
 CONTENDERS = ("sinkhorn", "koleo")
-"""Operators with kernels in Triton and in CUDA C++, of which one will stay."""
+"""Operators with kernels in Triton and in CUDA C++; only one of the two will stay."""
 MOST_FAILURES = 40
 
 
 @dataclass(frozen=True)
 class PhaseReport:
-    """How a phase ended: after so many seconds of those allowed, with an exit status, or None where time was up."""
+    """How a phase ended: its seconds, the seconds allowed, and its exit status, or None if its time was up."""
 
     name: str
     seconds: float
@@ -50,15 +50,15 @@ def write_summary(
     benchmarks: Benchmarks,
     of_benchmarks: Iterable[Result],
 ) -> None:
-    """The page.
+    """Write the page in Markdown.
 
     Args:
-        path: of the Markdown file.
-        machine: what gpu/kit.py reports.
-        phases: in their order.
-        results: of tests.
-        benchmarks: what was measured.
-        of_benchmarks: the outcomes of benchmarks as tests, of which those that failed are shown.
+        path: path of the Markdown file.
+        machine: the report of gpu/kit.py.
+        phases: the phases, in their order.
+        results: results of the tests.
+        benchmarks: the measurements.
+        of_benchmarks: results of the benchmarks as tests; the page shows those that failed.
     """
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     failed = [result for result in (*results, *of_benchmarks) if result.outcome == "failed"]
@@ -84,12 +84,12 @@ def write_summary(
             f"- `{x.test}`: {x.message.strip().splitlines()[-1][:300]}" for x in failed[:MOST_FAILURES] if x.message
         ]
         if len(failed) > MOST_FAILURES:
-            parts.append(f"and {len(failed) - MOST_FAILURES} more, in junit.xml and log.txt")
+            parts.append(f"junit.xml and log.txt have {len(failed) - MOST_FAILURES} more.")
     path.write_text("\n\n".join(parts) + "\n")
 
 
 def table(results: list[Result], benchmarks: Benchmarks) -> str:
-    """One line for each operator: its tests, and its time over that of the baseline in every benchmark."""
+    """One line for each operator: its test results, and its speedup over the baseline in every benchmark."""
     lines = []
     for verdict in verdicts(results):
         ours = [b for name, b in benchmarks.items() if _is_ours(name, verdict.operator, verdict.backend)]
@@ -101,7 +101,7 @@ def table(results: list[Result], benchmarks: Benchmarks) -> str:
 
 
 def _times(benchmarks: Benchmarks) -> list[str]:
-    """A table for each group of benchmarks: peers beside the baseline, floor and prediction."""
+    """A table for each group of benchmarks: all peers with baseline, floor and prediction."""
     groups: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
     for name, measured in benchmarks.items():
         groups.setdefault(str(measured["group"]), []).append((name, measured))
@@ -125,7 +125,7 @@ def _times(benchmarks: Benchmarks) -> list[str]:
 
 
 def _decisions(all_verdicts: Iterable[Verdict], benchmarks: Benchmarks) -> list[str]:
-    """Which of two kinds of kernels wins, where there are two; the loser goes, once both are verified."""
+    """For operators with two kinds of kernels, which one wins. The loser will be removed once both are verified."""
     verified = {(v.operator, v.backend): v.verified == "yes" for v in all_verdicts}
     parts = []
     for operator in CONTENDERS:
@@ -149,11 +149,11 @@ _OURS = {"Triton": "triton", "CUDA C++": "native"}
 
 
 def _is_ours(benchmark: str, operator: str, backend: str) -> bool:
-    """Whether a benchmark is of our own kernels, and of which kind; most operators have but one."""
+    """Whether a benchmark measures our own kernels of this kind; most operators have only one kind."""
     file, _, test = benchmark.partition("::")
     if Path(file).stem.removesuffix("_gpu") != operator:
         return False
-    case = "-" + test.partition("[")[2]  # its parameters, the peer among them
+    case = "-" + test.partition("[")[2]  # its parameters, including the peer
     named = [kind for label, kind in _OURS.items() if label in case]
     return named == [backend] if named else backend == "triton" and any(x in case for x in PUBLIC_NAMES)
 
@@ -169,7 +169,7 @@ PUBLIC_NAMES = (
     "-prototype_cross_entropy]",
     "-photometric]",
 )
-"""How benchmarks call what is ours among the peers."""
+"""Names of our own functions among the peers of a benchmark."""
 
 
 def _case(benchmark: str) -> str:

@@ -1,10 +1,10 @@
-"""Records which kernels passed their tests on a GPU, from the file that ``make gpu`` leaves; nobody does it by hand.
+"""Record which kernels passed their tests on a GPU, from the file that ``make gpu`` writes. Nobody edits it by hand.
 
-    python -m gpu.verify gpu-results/junit.xml      into dinov2_kernels/verified_on_gpu.json, which info() reads
-    python -m gpu.verify --changed                  forgets the kernels whose source is no longer what passed
+    python -m gpu.verify gpu-results/junit.xml      writes dinov2_kernels/verified_on_gpu.json, which info() reads
+    python -m gpu.verify --changed                  removes the kernels whose source has changed since their tests
 
-Kernels are verified where all of their tests passed and there was at least one: none failed, none was skipped for want
-of anything, none was left out because time was up.
+Kernels are verified if they have at least one test and all of their tests passed: no test failed, was skipped, or was
+not reached in time.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ SOURCES = {
     "triton": ("dinov2_kernels/_triton.py", "dinov2_kernels/{operator}/triton_*.py"),
     "native": ("csrc/common/cuda*", "csrc/{operator}/cuda*"),
 }
-"""Files whose change makes a verification void."""
+"""Source files of each kind of kernels. If they change, the verification no longer counts."""
 
 Backend = Literal["triton", "native"]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the tests say of one operator's kernels of one kind.
+    """Test results for one operator's kernels of one kind.
 
     Attributes:
         operator: folder of its tests.
         backend: the kind of kernels.
-        counts: of tests that passed, failed, were skipped, were not reached.
+        counts: numbers of tests that passed, failed, were skipped, and were not reached.
     """
 
     operator: str
@@ -53,7 +53,7 @@ class Verdict:
 
 
 def verdicts(results: Iterable[Result]) -> list[Verdict]:
-    """For each operator and kind of kernels; a test that names no kind is of Triton."""
+    """The verdict for each operator and kind of kernels; a test that names no kind tests Triton."""
     outcomes: dict[tuple[str, Backend], list[str]] = {}
     for result in results:
         backend: Backend = "native" if re.search(r"\[(.*-)?native\b", result.test) else "triton"
@@ -66,7 +66,7 @@ def verdicts(results: Iterable[Result]) -> list[Verdict]:
 
 
 def fingerprint(operator: str, backend: str) -> str:
-    """A hash of the source that was compiled for an operator's kernels."""
+    """A hash of the source files of an operator's kernels."""
     paths = {path for pattern in SOURCES[backend] for path in ROOT.glob(pattern.format(operator=operator))}
     digest = hashlib.sha256()
     for path in sorted(paths):
@@ -75,7 +75,7 @@ def fingerprint(operator: str, backend: str) -> str:
 
 
 def read_record() -> dict[str, dict[str, dict[str, str]]]:
-    """By operator and kind of kernels: the GPU, the date, the versions and the fingerprint."""
+    """The record: GPU, date, versions and fingerprint for each operator and kind of kernels."""
     record: dict[str, dict[str, dict[str, str]]] = json.loads(RECORD.read_text())
     return record
 
@@ -91,10 +91,10 @@ def outdated(record: dict[str, dict[str, dict[str, str]]]) -> list[tuple[str, st
 
 
 def record_junit(path: Path) -> list[Verdict]:
-    """Write what the file verifies into the record; forget what it refutes.
+    """Add the kernels that the file verifies to the record, and remove those that it does not verify.
 
     Raises:
-        ValueError: no GPU made the file.
+        ValueError: the file is not from a run on a GPU.
     """
     results, properties = read_junit(path)
     if properties.get("gpu", "none") in ("none", "unknown") or "stand-in" in properties["gpu"]:
@@ -119,8 +119,8 @@ def _write(record: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m gpu.verify", description=(__doc__ or "").partition("\n")[0])
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("junit", nargs="?", type=Path, help="junit.xml of a run on a GPU")
-    what.add_argument("--changed", action="store_true", help="forget what has changed since")
+    what.add_argument("junit", nargs="?", type=Path, help="record the results in this junit.xml of a run on a GPU")
+    what.add_argument("--changed", action="store_true", help="remove the kernels that have changed since their tests")
     options = parser.parse_args()
     if options.changed:
         record = read_record()

@@ -93,7 +93,7 @@ def test_bad_runs(runs: list[tuple[int, int]]) -> None:
 
 
 def test_packing_the_wrong_number_of_tensors() -> None:
-    with pytest.raises(ValueError, match="layout has 2 runs, but tensors has 1 elements"):
+    with pytest.raises(ValueError, match="tensors: expected one for each of the 2 runs, got 1"):
         PackedLayout([(1, 2), (3, 4)]).pack([torch.zeros(1, 2, 8)])
 
 
@@ -103,5 +103,5 @@ def test_packing_a_tensor_of_another_shape() -> None:
 
 
 def test_unpacking_another_number_of_tokens() -> None:
-    with pytest.raises(ValueError, match="layout describes 14 tokens, but packed has 10"):
+    with pytest.raises(ValueError, match="packed: expected 14 tokens, as the layout describes, got 10"):
         PackedLayout(RUNS).unpack(torch.zeros(10, 3))

@@ -1,8 +1,8 @@
-// Attention over packed sequences on CPU: operators, and how threads share their work. What one thread does stands in
-// cpu_kernels.cpp; the definition is dinov2_kernels/attention/reference.py.
+// Attention over packed sequences on CPU: operators, and how threads share their work. cpu_kernels.cpp has the work of
+// one thread; the definition is dinov2_kernels/attention/reference.py.
 //
-// A thread takes some heads of some sequences at a time; the sequences of a small batch are parted by queries too. No
-// number depends on who computes what beside it, so the result is the same for every number of threads.
+// A thread takes some heads of some sequences at a time; the sequences of a small batch are also split by queries. Each
+// number is computed by one thread in the same way, so the result is the same for every number of threads.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -27,14 +27,14 @@ namespace {
 
 constexpr int64_t kMaxHeadDim = 128;
 constexpr int64_t kGrain = 1 << 20;       // multiplications below which a second thread does not pay
-constexpr int64_t kShares = 32;           // that a thread takes, so that none waits long for the last
-constexpr int64_t kQueriesPerPart = 144;  // of a part, small beside which is packing the keys anew
+constexpr int64_t kShares = 32;           // shares per thread: many, so that no thread waits long for the last
+constexpr int64_t kQueriesPerPart = 144;  // queries of a part: enough that packing the keys again costs little
 
 struct Sequence {
   int64_t start, length;
 };
 
-// The sequences that have tokens, the longest first: a thread that is late with a short one is not waited for long.
+// The sequences that have tokens, the longest first: the last thread then finishes a short one, and others wait less.
 std::vector<Sequence> sequences_of(const std::optional<Tensor>& cu_seqlens, const std::vector<int64_t>& runs,
                                    int64_t T) {
   std::vector<Sequence> sequences;
@@ -71,7 +71,7 @@ struct Free {
   void operator()(void* memory) const { ::operator delete(memory, std::align_val_t(64)); }
 };
 
-// Calls body(index, workspace) for each index in [0, n). A thread that is done with its share takes the next one.
+// Calls body(index, workspace) for each index in [0, n). A thread that has finished its share takes the next one.
 template <class Body>
 void share(int64_t n, int64_t workspace_bytes, bool parallel, const Body& body) {
   const int64_t threads = parallel ? torch::stable::get_num_threads() : 1;

@@ -7,24 +7,24 @@
 
 namespace CPU_TARGET {
 
-// Queries of a block of the forward pass, and of the backward pass, in which sums over queries go through memory: whole
-// tiles of rows, and in the latter whole steps of n.
+// Queries in a block of the forward pass and of the backward pass, where sums over queries go through memory. Both are
+// whole tiles of rows; in the backward pass they are also whole steps of n.
 template <class E>
 constexpr int kQueries = kTileRows<E> > 1 ? 2 * kTileRows<E> : 24;
 template <class E>
 constexpr int kGradQueries = kStep<E> > 1 ? 2 * kStepValues<E> : 48;
-constexpr int kGradKeys = 384;  // of a block of the backward pass: all of theirs stays in the second-level cache
+constexpr int kGradKeys = 384;  // keys in a block of the backward pass: their data stay in the second-level cache
 
-constexpr int64_t kAheadBytes = 256 << 10;  // of the next head at most: the second-level cache has room beside this one
+constexpr int64_t kAheadBytes = 256 << 10;  // limit for a prefetch of the next head: both fit the second-level cache
 
 ALWAYS_INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Floats from one row of scores to the next: an odd number of vectors, so that a column spreads over the cache.
+// Stride of a row of scores in floats: an odd number of vectors, so that a column spreads over the cache.
 ALWAYS_INLINE int64_t score_row(int64_t keys) {
   return round_up(keys, 2 * lanes<float>) + lanes<float>;
 }
 
-// The same for rows of P or dS as a left factor: float ones replace the scores, pairs are half as long.
+// The same for rows of P or dS as a left factor: floats replace the scores, rows of pairs are half as long.
 template <class E>
 ALWAYS_INLINE int64_t factor_row(int64_t keys) {
   return kValues<E> == 1 ? score_row(keys) : score_row(elements<E>(keys));
@@ -47,7 +47,7 @@ ALWAYS_INLINE void store_factors(float* row, int64_t j, vec<float> x) { store(ro
   store(reinterpret_cast<bf16*>(row) + j, x);
 }
 
-// Zeros from the n values of a row, and those up to a whole vector, to a whole step.
+// Writes zeros after the n values of a row, from the end of their last vector to a whole step.
 template <class E>
 ALWAYS_INLINE void end_factors(E* row, int64_t n) {
   for (int64_t j = round_up(n, lanes<float>); j < round_up(n, kStepValues<E>); j += lanes<float>) {
@@ -104,7 +104,7 @@ ALWAYS_INLINE RowSum exp_row(const float* s, int64_t N, float scale, E* p) {
   return {max, sum_of_lanes(sum)};
 }
 
-// Asks for values of token i, to the second-level cache. An address outside the tensor is no error.
+// Prefetches values of token i into the second-level cache. An address outside the tensor is not an error.
 template <class X>
 ALWAYS_INLINE void prefetch(Tokens<const X> x, int64_t i, int64_t values) {
   constexpr int64_t kLine = 64 / sizeof(X);
@@ -117,7 +117,7 @@ void attention_forward(HeadShape shape, Head<X> head, Head<X> next, int64_t begi
   using E = Element<X>;
   const auto [N, D, scale] = shape;
   const auto [q, k, v] = head;
-  // Q, K and V come in turns: the few lines that a core can wait for at a time then hold up no arithmetic.
+  // Q, K and V are prefetched in turns: a core can wait for a few lines at a time only, and arithmetic must not stop.
   const int64_t ahead = 3 * N * D * static_cast<int64_t>(sizeof(X)) <= kAheadBytes ? D : 0;
   const ForwardWorkspace<E> w(workspace, N, D);
   const TileUse<E> tiles;
@@ -190,7 +190,7 @@ ALWAYS_INLINE float dot(const X* a, const X* b, int64_t D) {
   return sum_of_lanes(sum);
 }
 
-// From a row of products s and of dp: p = exp(scale * s - lse) and ds = p (dp - delta), and zeros up to a whole step.
+// From rows of products s and dp: p = exp(scale * s - lse) and ds = p (dp - delta), and zeros up to a whole step.
 template <class E>
 ALWAYS_INLINE void grad_row(const float* s, const float* dp, int64_t keys, float scale, float lse, float delta, E* p,
                             E* ds) {

@@ -1,5 +1,4 @@
-// Attention within one head of one sequence, which is one thread's share of the work: cpu_kernels.cpp, compiled for
-// every CPU target.
+// Attention within one head of one sequence, the work of one thread: cpu_kernels.cpp, compiled for every CPU target.
 #pragma once
 
 #include "common/cpu_target.h"

@@ -1,6 +1,6 @@
-// Products of bf16 in tiles (Intel AMX): 16 rows of 16 floats from 16 rows of 16 pairs and 16 pairs of 16 columns, in one
-// instruction. Part of matmul.h. The compiler knows neither the registers nor what they load and store, so the assembly
-// says that it touches memory.
+// Products of bf16 in tiles (Intel AMX). One instruction makes 16 rows of 16 floats from 16 rows of 16 pairs and 16
+// pairs of 16 columns. Part of matmul.h. The compiler does not know these registers or their loads and stores, so the
+// assembly declares that it touches memory.
 #pragma once
 
 #include "common/matmul.h"
@@ -10,7 +10,7 @@ namespace CPU_TARGET {
 constexpr int kTile = kTileRows<bf16_pair>;
 static_assert(kTile == kStep<bf16_pair> && kTile == lanes<float>, "tiles are square, and a vector wide");
 
-// The thread's tiles, whole ones. Afterwards they have the shape from before: another library may have left one.
+// Configures the thread's tiles with their full size. Restores the old configuration, which may be another library's.
 template <>
 struct TileUse<bf16_pair> {
   struct alignas(64) Shape {

@@ -20,13 +20,13 @@ struct Cpuid {
   explicit Cpuid(unsigned leaf) { __get_cpuid_count(leaf, 0, &eax, &ebx, &ecx, &edx); }
 };
 
-// These by their bits: not every compiler has names for them.
+// These features are tested by their bits, because not every compiler has names for them.
 static bool has_f16c() { return Cpuid(1).ecx >> 29 & 1; }
 
 static bool has_amx() {
   const unsigned features = Cpuid(7).edx;
   if (!(features >> 22 & 1) || !(features >> 24 & 1)) return false;  // amx-bf16, amx-tile
-  // Linux keeps the 8 KB of a thread's tiles for processes that asked for it.
+  // Linux saves the 8 KB of a thread's tiles only for processes that have asked for it.
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }

@@ -1,15 +1,15 @@
 // Which build of the hot code runs on this processor.
 //
-// A file named cpu_kernels.cpp is compiled once per target, everything in it inside `namespace CPU_TARGET`; it holds
-// plain loops over pointers and includes neither PyTorch nor the standard library, because an inline function compiled
-// for AVX-512 may be the copy that the linker keeps for everyone. cpu.cpp declares those functions with
+// A file named cpu_kernels.cpp is compiled once per target, with all code inside `namespace CPU_TARGET`. It has plain
+// loops over pointers and includes neither PyTorch nor the standard library: the linker keeps one copy of an inline
+// function for all targets, and this copy might be compiled for AVX-512. cpu.cpp declares these functions with
 // FOR_EACH_CPU_TARGET and calls the right one through ON_CPU_TARGET.
 #pragma once
 
 enum class CpuTarget { generic, avx2, avx512, avx512bf16, amx };
 
-// The widest target this processor runs. DINOV2_KERNELS_CPU_TARGET=generic|avx2|avx512|avx512bf16|amx asks for another one,
-// for tests.
+// The widest target that this processor runs. For tests, DINOV2_KERNELS_CPU_TARGET=generic|avx2|avx512|avx512bf16|amx
+// chooses another one.
 CpuTarget cpu_target();
 
 const char* name_of(CpuTarget target);

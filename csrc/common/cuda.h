@@ -1,4 +1,4 @@
-// What every cuda.cu shares. Host: launches on PyTorch's current stream, with every return code checked. Device: 16-byte
+// Code of every cuda.cu. Host: launches on PyTorch's current stream, with every return code checked. Device: 16-byte
 // loads and stores, warp reductions. Kernels are launched through cudaLaunchKernel, never <<<>>>, so that a C++ compiler
 // can build the same files against the host stand-in for the CUDA headers in tests/cuda_shim.
 #pragma once
@@ -87,7 +87,7 @@ void launch(const Tensor& tensor, int64_t blocks, int threads, void (*kernel)(Pa
   CUDA_CHECK(cudaLaunchKernel(kernel, dim3(blocks), dim3(threads), pointers, 0, current_stream(device)));
 }
 
-// The same with as many blocks as the device holds at once, which may then synchronise across the grid.
+// The same with as many blocks as the device holds at once; they may synchronise across the grid.
 template <typename... Params>
 void launch_cooperative(const Tensor& tensor, int threads, void (*kernel)(Params...),
                         std::type_identity_t<Params>... params) {
@@ -101,8 +101,8 @@ void launch_cooperative(const Tensor& tensor, int threads, void (*kernel)(Params
                                          current_stream(device)));
 }
 
-// Clusters: `size` neighbouring blocks that run side by side, wait for each other and write to each other's shared memory.
-// On devices from compute capability 9.0 on, by kernels with machine code for it.
+// Clusters: `size` neighbouring blocks that run at the same time, wait for each other and write to each other's shared
+// memory. They need compute capability 9.0 or higher, and kernels with machine code for it.
 template <typename Kernel>
 class ClusterLauncher {
  public:
@@ -119,10 +119,10 @@ class ClusterLauncher {
     CUDA_CHECK(cudaOccupancyMaxActiveClusters(&at_once_, kernel, &one));
   }
 
-  // How many clusters the device holds at once: 0 where it knows none, or cannot hold one of this size.
+  // Number of clusters that the device holds at once: 0 if it has no clusters, or cannot hold one of this size.
   int at_once() const { return at_once_; }
 
-  // Nothing at all for 0 clusters.
+  // Launches nothing for 0 clusters.
   template <typename... Params>
   void launch(int64_t clusters, Params... params) {
     if (clusters == 0) return;
@@ -164,7 +164,7 @@ constexpr int WARP = 32;
 template <typename T>
 constexpr int PER_LOAD = 16 / sizeof(T);  // values in a 16-byte load
 
-// N neighbouring values as memory holds them; kernels convert them one by one, when they use them.
+// N neighbouring values with the type they have in memory; kernels convert each value when they use it.
 template <typename T, int N>
 struct alignas(16) Pack {
   T value[N];
@@ -172,7 +172,7 @@ struct alignas(16) Pack {
 
 inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// The N values of a row of `length` from `start` on; `fill` past the end. Set `aligned` where the row starts on a 16-byte
+// The N values of a row of `length` from `start` on; `fill` past the end. Set `aligned` if the row starts on a 16-byte
 // boundary and its length is a multiple of N.
 template <int N, typename T>
 __device__ Pack<T, N> load(const T* row, int64_t start, int64_t length, bool aligned, T fill) {
@@ -192,12 +192,12 @@ __device__ void store(T* row, const Pack<T, N>& pack, int64_t start, int64_t len
   }
 }
 
-// A sum of exponentials on the way: sum = sum_i exp((z_i - max) * scale) over the z_i seen so far.
+// A running sum of exponentials: sum = sum_i exp((z_i - max) * scale) over the z_i seen so far.
 template <typename A>
 struct ExpSum {
   A max, sum;
 
-  // Of nothing yet. The lowest finite maximum, since -infinity would give exp(-infinity + infinity).
+  // The empty sum. Its maximum is the lowest finite number, because -infinity would give exp(-infinity + infinity).
   static __device__ ExpSum empty() { return {std::numeric_limits<A>::lowest(), 0}; }
 
   template <int N>

@@ -1,4 +1,4 @@
-// exp for vectors, without care for overflow: softmax and log-sum-exp take about the maximum off first.
+// exp for vectors, without overflow handling: softmax and log-sum-exp first subtract a value near the maximum.
 #pragma once
 
 #include "common/simd.h"
@@ -15,7 +15,7 @@ struct ExpConstants<float> {
   static constexpr float kRound = 0x1.8p23f + 127;  // adding it rounds and leaves n + 127, 2^n's exponent field, below
   static constexpr float kLowest = -88;             // n = -127: the exponent field, and so the result, is 0
   static constexpr float kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;  // n * kLn2High is exact
-  // exp(r) for |r| <= ln 2 / 2, least maximum relative error (3e-9) among polynomials that begin 1 + r.
+  // exp(r) for |r| <= ln 2 / 2, with the smallest maximum relative error (3e-9) of all polynomials that begin 1 + r.
   static constexpr float kPolynomial[] = {1, 1, 0x1.fffffcp-2f, 0x1.555492p-3f, 0x1.5558f2p-5f, 0x1.1239e2p-7f,
                                           0x1.6a2434p-10f};
 };

@@ -1,4 +1,4 @@
-// Memory that a large result is about to be written to for the first time.
+// Huge pages for a large result, requested before it is written for the first time.
 #pragma once
 
 #include <stdint.h>
@@ -6,8 +6,8 @@
 #include <sys/mman.h>
 #endif
 
-// Ask for pages of 2 MB within [p, p + bytes): a fresh allocation is mapped while it is written, and mapping 4 KB at a
-// time costs several times as much as the writes. Only a hint; it adds no memory, since no page reaches over the ends.
+// Ask for pages of 2 MB within [p, p + bytes): a new allocation is mapped while it is written, and mapping 4 KB at a
+// time costs several times as much as the writes. It is only a hint. It adds no memory: no page crosses the ends.
 inline void advise_huge_pages(void* p, int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kPage = 2 << 20;

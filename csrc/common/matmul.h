@@ -1,8 +1,8 @@
-// Products of small matrices that lie in cache: C [rows, columns] = A [rows, n] B [n, columns], in float32.
+// Products of small matrices in the cache: C [rows, columns] = A [rows, n] B [n, columns], in float32.
 //
 // Rows of B are whole vectors. Elements of A are broadcast from memory, at any strides, so that A may be a transpose.
-// An element is a float or, where the processor has their dot product, a pair of bf16: neighbours along n, which then
-// has half as many elements. Where it has whole tiles of them (AMX), amx.h has their product.
+// An element is a float or, if the processor has bf16 dot products, a pair of bf16: neighbours along n, which then has
+// half as many elements. For a processor with bf16 tiles (AMX), amx.h has the product.
 #pragma once
 
 #include "common/simd.h"
@@ -38,8 +38,8 @@ ALWAYS_INLINE int64_t elements(int64_t n) {
   return (n + kValues<E> - 1) / kValues<E>;
 }
 
-// Elements of n that a product takes in one step, and rows of C that it computes: whole ones of either. Both factors hold
-// zeros from n up to a whole step; A and C have memory for whole tiles of rows.
+// Elements of n that a product takes in one step, and rows of C in one tile. A product computes whole steps and whole
+// tiles: both factors hold zeros from n up to a whole step, and A and C have memory for whole tiles of rows.
 template <class E>
 constexpr int kStep = 1;
 template <class E>
@@ -57,13 +57,13 @@ constexpr int kStepValues = kValues<E> * kStep<E>;
 
 ALWAYS_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// A tile of C stays in registers: kHigh rows of kWide vectors, with a row of B and an element of A beside it.
+// A tile of C stays in registers: kHigh rows of kWide vectors, together with a row of B and an element of A.
 #if defined(__AVX512F__)
 constexpr int kHigh = 6, kWide = 4;  // 32 registers
 #elif defined(__AVX2__)
 constexpr int kHigh = 6, kWide = 2;  // 16
 #else
-constexpr int kHigh = 4, kWide = 2;  // 16, and products need one
+constexpr int kHigh = 4, kWide = 2;  // 16, and products need one of them
 #endif
 constexpr int kPanel = kWide * lanes<float>;
 
@@ -116,7 +116,7 @@ __attribute__((noinline)) static void multiply_tile(Left<E> a, const E* b, int64
   }
 }
 
-// The last rows, fewer than a tile has.
+// The last rows, fewer than a full tile.
 template <int R, int W, class E>
 ALWAYS_INLINE void multiply_rest(int64_t rows, Left<E> a, const E* b, int64_t b_row, int64_t n, float* c,
                                  int64_t c_row, bool add) {
@@ -141,7 +141,7 @@ ALWAYS_INLINE void multiply_panel(int64_t vectors, int64_t rows, Left<E> a, cons
   }
 }
 
-// C [rows, columns], of which whole vectors are written. A panel of B stays in the first-level cache for all rows.
+// C [rows, columns], written in whole vectors. A panel of B stays in the first-level cache for all rows.
 template <class E>
 static void multiply(Left<E> a, Right<E> b, int64_t n, int64_t rows, int64_t columns, float* c, int64_t c_row,
                      bool add) {
@@ -152,7 +152,7 @@ static void multiply(Left<E> a, Right<E> b, int64_t n, int64_t rows, int64_t col
   }
 }
 
-// What products of E need of a thread, for as long as this lives.
+// Prepares a thread for products of E, as long as this object lives.
 template <class E>
 struct TileUse {
   TileUse() {}  // nothing

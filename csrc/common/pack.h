@@ -1,5 +1,5 @@
-// Bringing rows into the layouts of matmul.h: of attention those of one head of one sequence, which in memory are far
-// apart. Here they are neighbours, widened to elements, and padded with zeros.
+// Packs rows into the layouts of matmul.h. In attention these are the rows of one head of one sequence, which are far
+// apart in memory. Packed rows are neighbours, widened to elements, and padded with zeros.
 #pragma once
 
 #include "common/matmul.h"
@@ -27,7 +27,7 @@ ALWAYS_INLINE void pack_row(const bf16* x, int64_t D, bf16_pair* out) {
   }
 }
 
-// n rows x of D values, `stride` apart, and after them rows of zeros up to a multiple of `multiple`.
+// n rows x of D values, `stride` apart, followed by rows of zeros up to a multiple of `multiple`.
 template <class X, class E>
 static void pack_rows(const X* x, int64_t stride, int64_t n, int64_t D, E* out, int64_t multiple = 1) {
   const int64_t row = packed_row<E>(D);
@@ -35,9 +35,9 @@ static void pack_rows(const X* x, int64_t stride, int64_t n, int64_t D, E* out, 
   memset(out + n * row, 0, (round_up(n, multiple) - n) * row * sizeof(E));
 }
 
-// ---- rows as the right factor with n along them: as they are, or with each two rows of bf16 zipped into pairs
+// ---- rows as the right factor with n along them: unchanged, or with every two rows of bf16 zipped into pairs
 
-// n rows of `row` elements, n a multiple of kValues. Returns where the result is; its rows are kValues times as long.
+// n rows of `row` elements, n a multiple of kValues. Returns the result; its rows are kValues times as long.
 ALWAYS_INLINE const float* zip_rows(const float* rows, int64_t, int64_t, float*) { return rows; }
 
 #if defined(__AVX512BF16__)
@@ -68,7 +68,7 @@ ALWAYS_INLINE Right<E> transpose_as_right(const E* transpose, int64_t D) {
   return {transpose, kPanel, packed_row<E>(D) * kPanel};
 }
 
-// Rows and columns change places.
+// Transposes a square.
 template <class E>
 ALWAYS_INLINE void transpose_square(vec<E> (&square)[lanes<E>]) {
   constexpr int L = lanes<E>;
@@ -85,7 +85,7 @@ ALWAYS_INLINE void transpose_square(vec<E> (&square)[lanes<E>]) {
   }
 }
 
-// Of n packed rows of D values, n a multiple of the lanes.
+// The transpose of n packed rows of D values, n a multiple of the lanes.
 template <class E>
 static void transpose_rows(const E* rows, int64_t n, int64_t D, E* out) {
   constexpr int L = lanes<E>;
@@ -103,7 +103,7 @@ static void transpose_rows(const E* rows, int64_t n, int64_t D, E* out) {
 
 // ---- the transpose as the left factor, with n along the zipped rows
 
-// Of n elements of `row` zipped columns each, of which `columns` become rows; `out` has memory for them in whole tiles.
+// The transpose of n rows of `row` zipped columns, `columns` of which become rows; `out` has memory for whole tiles.
 template <class E>
 ALWAYS_INLINE Left<E> transpose_as_left(const E* zipped, int64_t row, int64_t, int64_t, E*) {
   return {zipped, 1, row};

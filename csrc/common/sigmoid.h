@@ -5,7 +5,7 @@
 
 namespace CPU_TARGET {
 
-// 1 / (1 + exp(-x)), and what it lacks to 1: both to full precision, for any x and with one exponential.
+// s = 1 / (1 + exp(-x)) and 1 - s, both to full precision, for any x, with one exponential.
 template <class A>
 struct Sigmoid {
   vec<A> value, rest;

@@ -1,4 +1,4 @@
-// Vectors of float or double, as wide as the target has them, in the vector extension of GCC and Clang: +, -, *,
+// Vectors of float or double, as wide as the target allows, in the vector extension of GCC and Clang: +, -, *,
 // comparisons and ?: work lane by lane, and a * b + c becomes a fused multiply-add where the target has one.
 #pragma once
 
@@ -7,7 +7,7 @@
 #include "common/dtypes.h"
 #if defined(__AVX2__)
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"  // false alarms of GCC 12 inside its own AVX-512 header
+#pragma GCC diagnostic ignored "-Wuninitialized"  // false warnings of GCC 12 about its own AVX-512 header
 #if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
@@ -16,7 +16,7 @@
 #endif
 
 #define ALWAYS_INLINE __attribute__((always_inline)) static inline
-#pragma GCC diagnostic ignored "-Wpsabi"  // how a call passes vectors: everything here is inlined, nothing is called
+#pragma GCC diagnostic ignored "-Wpsabi"  // about passing vectors in calls; all code here is inlined
 
 namespace CPU_TARGET {
 
@@ -39,7 +39,7 @@ using vec = typename VectorOf<A, kVectorBytes>::type;
 template <class A>
 constexpr int lanes = kVectorBytes / static_cast<int>(sizeof(A));
 
-// As many doubles as vec<A> has lanes: for sums of very many terms.
+// As many doubles as vec<A> has lanes, for sums of very many terms.
 template <class A>
 using wide = typename VectorOf<double, 8 * lanes<A>>::type;
 
@@ -48,7 +48,7 @@ ALWAYS_INLINE vec<A> broadcast(A x) {
   return x - vec<A>{};
 }
 
-// ---- A row is whole vectors and a part of one. A loop body is written once, for both.
+// ---- A row is several whole vectors and a part of a vector. A loop body is written once, for both.
 
 struct Whole {};
 struct Part {
@@ -101,7 +101,7 @@ ALWAYS_INLINE vec<float> load(const fp16* p, Whole = {}) {
 #elif defined(__AVX2__)
   return (vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
-  // Exponent and mantissa move to float's places; the factor then moves the exponent's bias from 15 to 127.
+  // Exponent and mantissa move to their positions in a float; the factor changes the exponent's bias from 15 to 127.
   const vec<uint32_t> half = load_16_bits(p), magnitude = (half & 0x7fff) << 13;
   const vec<uint32_t> finite = (vec<uint32_t>)((vec<float>)magnitude * 0x1p112f);
   const vec<uint32_t> inf_or_nan = magnitude | 0x7f800000u;
@@ -148,7 +148,7 @@ ALWAYS_INLINE vec_of_16_bits round_to(bf16, vec<float> v) {
   return (vec_of_16_bits)_mm512_cvtneps_pbh(v);
 #else
   const vec<uint32_t> bits = (vec<uint32_t>)v, rounded = bits + 0x7fff + (bits >> 16 & 1);
-  return __builtin_convertvector((v == v ? rounded : bits | 0x400000) >> 16, vec_of_16_bits);  // a NaN stays one
+  return __builtin_convertvector((v == v ? rounded : bits | 0x400000) >> 16, vec_of_16_bits);  // a NaN stays NaN
 #endif
 }
 
@@ -159,7 +159,7 @@ ALWAYS_INLINE vec_of_16_bits round_to(fp16, vec<float> v) {
   return (vec_of_16_bits)_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
 #else
   const vec<uint32_t> bits = (vec<uint32_t>)v, magnitude = bits & 0x7fffffff;
-  // The exponent's bias moves from 127 to 15; adding 1/2 shifts a subnormal number into place, and rounds it.
+  // The exponent's bias changes from 127 to 15; adding 1/2 shifts a subnormal number into position and rounds it.
   const vec<uint32_t> normal = (magnitude - (112u << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
   const vec<uint32_t> subnormal = (vec<uint32_t>)((vec<float>)magnitude + 0.5f) - (126u << 23);
   const vec<uint32_t> inf_or_nan = magnitude > 0x7f800000u ? broadcast(0x7e00u) : broadcast(0x7c00u);
@@ -176,7 +176,7 @@ ALWAYS_INLINE void store(fp16* p, vec<float> v, Part part) { store(&p->bits, rou
 
 // ---- arithmetic
 
-// The product v as it stands: without this, it may be fused with the addition that follows, and is then not rounded.
+// The product v, rounded: without this, the compiler may fuse it with the following addition and not round it.
 template <class V>
 ALWAYS_INLINE V rounded(V v) {
 #if defined(__x86_64__)
@@ -200,7 +200,7 @@ ALWAYS_INLINE V zero_outside(V v, Part part) {
   return kept;
 }
 
-// maximum, minimum: a NaN in `a` is passed over, a NaN in `b` stays. any_greater: whether a > b in any lane.
+// maximum, minimum: a NaN in `a` is ignored, a NaN in `b` stays. any_greater: whether a > b in any lane.
 #if defined(__AVX512F__)
 ALWAYS_INLINE vec<float> maximum(vec<float> a, vec<float> b) { return _mm512_max_ps(a, b); }
 ALWAYS_INLINE vec<double> maximum(vec<double> a, vec<double> b) { return _mm512_max_pd(a, b); }
@@ -287,7 +287,7 @@ ALWAYS_INLINE vec<float> keep(vec<float> v, Part part, float fill) {
   return lane < part.n ? v : broadcast(fill);
 }
 
-// ---- doubles beside the vectors
+// ---- vectors of doubles
 
 template <class A>
 ALWAYS_INLINE wide<A> widen(vec<A> v) {
@@ -310,7 +310,7 @@ ALWAYS_INLINE wide<A> load_wide(const double* p) {
 
 // ---- sums over rows
 
-// Rows whose terms are added in A before they are added to a sum in double.
+// Number of rows whose terms are added in A before their sum is added to a double.
 constexpr int kRows = 4;
 
 // sum[c] += the N terms of column c.

@@ -9,11 +9,11 @@
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Calls body(begin, end, sums) for chunks of [0, tokens), of `grain` tokens at least; returns what body adds to sums
-// [width], in the order of the chunks.
+// Calls body(begin, end, sums) for chunks of [0, tokens) with at least `grain` tokens; returns the total [width] of the
+// sums, added in the order of the chunks.
 template <class Body>
 std::vector<double> sum_over_tokens(int64_t tokens, int64_t grain, int64_t width, const Body& body) {
-  constexpr int64_t kChunks = 128;  // at most
+  constexpr int64_t kChunks = 128;  // the maximum number of chunks
   const int64_t size = std::max(grain, ceil_div(tokens, kChunks)), chunks = ceil_div(tokens, size);
   std::vector<double> partial(chunks * width);  // [chunks, width]
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {

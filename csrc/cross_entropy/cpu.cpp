@@ -1,10 +1,10 @@
-// Soft-target cross-entropy on CPU: operators, and how threads share their work. What is done with one tile of a row
-// stands in cpu_kernels.cpp; the definition is dinov2_kernels/cross_entropy/reference.py.
+// Soft-target cross-entropy on CPU: operators, and how threads share their work. cpu_kernels.cpp has the work on one
+// tile of a row; the definition is dinov2_kernels/cross_entropy/reference.py.
 //
-// Students that face the same teachers form groups, and a thread takes a group: a tile of each teacher is exponentiated
-// once for all of its students. Forward sums are online, tile by tile, so that every logit is read from memory once.
+// Student rows with the same teacher rows form a group, and a thread takes a group: a tile of each teacher row is
+// exponentiated once for all its student rows. Forward sums are online, tile by tile: every logit is read once.
 //
-// Bytes: forward reads student and teacher logits once, each teacher row once for every 8 students that share it.
+// Bytes: forward reads student and teacher logits once, and a shared teacher row once for every 8 student rows.
 // Backward reads the same and writes the student's gradient. Nothing else is larger than a tile or [N].
 
 #include <torch/csrc/stable/library.h>
@@ -30,7 +30,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 namespace {
 
-constexpr int64_t kStudents = 8;     // of a group, at most: small groups share the work among threads evenly
+constexpr int64_t kStudents = 8;     // in a group, at most: with small groups, threads get equal shares of work
 constexpr int64_t kGrain = 1 << 15;  // logits below which a second thread does not pay
 
 template <class Body>
@@ -44,7 +44,7 @@ void dispatch(ScalarType dtype, const char* name, const Body& body) {
   }
 }
 
-// Calls body<X, Y>() with the C++ types of student and teacher, which are float64 both or neither.
+// Calls body<X, Y>() with the C++ types of student and teacher; both are float64, or none is.
 template <class Body>
 void dispatch(const Tensor& student, const Tensor& teacher, const Body& body) {
   dispatch(student.scalar_type(), "student_logits", [&]<class X>() {
@@ -63,11 +63,11 @@ const X* pointer(const Tensor& tensor) {
   return static_cast<const X*>(tensor.const_data_ptr());
 }
 
-// ---- groups of students that face the same teachers
+// ---- groups of student rows with the same teacher rows
 
 struct Teacher {
   int64_t row;
-  int64_t times;  // that a student faces it
+  int64_t times;  // that a student row has this teacher row
 };
 
 struct Group {
@@ -75,7 +75,7 @@ struct Group {
   std::vector<Teacher> teachers;
 };
 
-// index [N, J] holds each student's teacher rows; without it, student n faces teacher n.
+// index [N, J] holds the teacher rows of each student row; without it, student row n has teacher row n.
 std::vector<Group> make_groups(int64_t N, const OptionalTensor& index) {
   std::vector<Group> groups;
   if (!index) {
@@ -124,13 +124,13 @@ void for_tiles(int64_t K, const Body& body) {
 
 // ---- forward
 
-// sum exp((z - shift) * scale) on the way, and the sums that depend on shift in the same manner.
+// A running sum exp((z - shift) * scale), and other sums that depend on shift in the same way.
 template <class A>
 struct OnlineSum {
   A shift = std::numeric_limits<A>::lowest();
   double sum = 0;
 
-  // Moves the shift to the maximum of another tile; returns by what that multiplies the sum so far.
+  // Raises the shift to the maximum of another tile; returns the factor by which the sum so far changes.
   double raise(A largest, double scale) {
     const A raised = std::max(shift, largest);
     const double factor = raised == shift ? 1 : std::exp((static_cast<double>(shift) - raised) * scale);
@@ -149,7 +149,7 @@ struct Arguments {
   A student_scale, teacher_scale;
 };
 
-// Loss of the students of one group, and the norms [2] of rows: the maximum, and the sum of exponentials about it.
+// Loss of the student rows of one group, and norms [2] of rows: maximum, and sum of exponentials relative to it.
 template <class X, class Y, class A>
 void forward(const Arguments<X, Y>& args, const Group& group, const A* weight, A* loss, A* student_norm,
              A* teacher_norms) {
@@ -248,7 +248,7 @@ ScalarType accumulation_dtype(const Tensor& logits) {
   return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// A vector as A; `missing` elements of 0 where there is none.
+// A vector in type A; if it is absent, `missing` zeros.
 template <class A>
 std::vector<A> vector_of(const OptionalTensor& tensor, int64_t missing) {
   if (!tensor) return std::vector<A>(missing, 0);
@@ -264,7 +264,7 @@ std::tuple<Tensor, Tensor, Tensor> soft_cross_entropy(const Tensor& student, con
   const ScalarType dtype = accumulation_dtype(student);
   Tensor loss = torch::stable::new_empty(student, {N}, dtype);
   Tensor student_norm = torch::stable::new_empty(student, {N, 2}, dtype);
-  Tensor teacher_norm = torch::stable::new_zeros(teacher, {M, 2}, dtype);  // of rows that no student faces, too
+  Tensor teacher_norm = torch::stable::new_zeros(teacher, {M, 2}, dtype);  // teacher rows without a student row stay 0
   const std::vector<Group> groups = make_groups(N, index);
   dispatch(student, teacher, [&]<class X, class Y>() {
     using A = accumulate_t<X>;

@@ -6,18 +6,18 @@
 
 namespace CPU_TARGET {
 
-// Vectors whose sum is taken in A before it is widened to double.
+// Number of vectors that are summed in A before the sum is widened to double.
 constexpr int kStep = 8;
 
-// z, and -inf beyond the end of a row. Every pass must round it alike, so the loads come first: all passes then fuse the
-// multiplication and the addition.
+// z, and -inf past the end of a row. Every pass must round z in the same way, so the loads come first: all passes then
+// fuse the multiplication and the addition.
 template <class X, class A, class WholeOrPart>
 ALWAYS_INLINE vec<A> biased(const X* x, A scale, const A* bias, WholeOrPart part) {
   const vec<A> x_k = load(x, part), bias_k = load(bias, part, A(-INFINITY));
   return x_k * scale + bias_k;
 }
 
-// Calls body(k, part) for the vectors of [0, n), and after() behind every kStep of them and at the end.
+// Calls body(k, part) for the vectors of [0, n), and after() after every kStep vectors and at the end.
 template <class A, class Body, class After>
 ALWAYS_INLINE void in_steps(int64_t n, Body body, After after) {
   for (int64_t k = 0; k < n; k += kStep * lanes<A>) {

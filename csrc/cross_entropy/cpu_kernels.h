@@ -1,7 +1,7 @@
-// The serial parts of soft-target cross-entropy, one tile of columns each: cpu_kernels.cpp, compiled for every CPU target.
+// The serial parts of soft-target cross-entropy, for one tile of columns. cpu_kernels.cpp is built for every CPU target.
 //
-// Of one row, n <= kTileColumns logits x of type X, student's or teacher's; A = accumulate_t<X>; scale is 1 / T. Teacher
-// logits have a bias [n], and z = x * scale + bias.
+// One row has n <= kTileColumns logits x of type X, of the student or the teacher; A = accumulate_t<X>; scale is 1 / T.
+// Teacher logits have a bias [n], and z = x * scale + bias.
 #pragma once
 
 #include "common/cpu_target.h"
@@ -25,10 +25,10 @@ struct TileSums {
   double teacher_exponentials(const X* x, int64_t n, A scale, const A* bias, A shift, A* e);                         \
   template <class X, class A = accumulate_t<X>>                                                                      \
   TileSums student_sums(const X* x, int64_t n, A scale, A shift, const A* e);                                        \
-  /* The second of these sums alone. */                                                                              \
+  /* Only the second of these sums. */                                                                               \
   template <class X, class A = accumulate_t<X>>                                                                      \
   double student_products(const X* x, int64_t n, A shift, const A* e);                                               \
-  /* q = factor * exp(z - shift), added to what is there where `add`. */                                             \
+  /* q = factor * exp(z - shift), or q += the same with `add`. */                                                    \
   template <class X, class A = accumulate_t<X>>                                                                      \
   void targets(const X* x, int64_t n, A scale, const A* bias, A shift, A factor, bool add, A* q);                    \
   /* dx = student_factor * exp((x - shift) * scale) - target_factor * q; dx may be x. */                             \

@@ -1,5 +1,5 @@
-// GELU's backward pass on CPU: the operator, and how threads share its work. What one thread does stands in
-// cpu_kernels.cpp; the definition is dinov2_kernels/gelu/reference.py.
+// GELU's backward pass on CPU: the operator, and how threads share its work. cpu_kernels.cpp has the
+// work of one thread; the definition is dinov2_kernels/gelu/reference.py.
 //
 // Bytes: reads grad and z once, and writes grad and h once.
 

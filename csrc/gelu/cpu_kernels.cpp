@@ -9,8 +9,8 @@ struct Gelu {
   vec<A> value, slope;
 };
 
-// t P(y) with t = 1 / (a + 4) and y = (a - 4) t is exp(a^2 / 2) Phi(-a) for a >= 0, Phi being the normal distribution
-// function. Chebyshev's interpolation of P over all a; it is off by 2e-9 in float and by 1e-16 in double.
+// For a >= 0, exp(a^2 / 2) Phi(-a) = t P(y) with t = 1 / (a + 4) and y = (a - 4) t, where Phi is the normal distribution
+// function. P is interpolated in Chebyshev's points over all a, with an error of 2e-9 in float and 1e-16 in double.
 template <class A>
 struct TailConstants;
 
@@ -33,7 +33,7 @@ struct TailConstants<double> {
 };
 
 // z Phi(z), and Phi(z) + z phi(z) with phi(z) = exp(-z^2 / 2) / sqrt(2 pi), from one exponential. The smaller of Phi(z)
-// and Phi(-z) comes from it directly, so the tail is no difference of numbers near 1.
+// and Phi(-z) comes from it directly, so the tail is not a difference of numbers near 1.
 template <class A>
 ALWAYS_INLINE Gelu<A> gelu_erf(vec<A> z) {
   using C = TailConstants<A>;

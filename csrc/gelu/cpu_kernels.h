@@ -1,4 +1,4 @@
-// The serial part of GELU's backward pass, one thread's share: cpu_kernels.cpp, compiled for every CPU target.
+// The serial part of GELU's backward pass, the work of one thread: cpu_kernels.cpp, compiled for every CPU target.
 #pragma once
 
 #include "common/cpu_target.h"

@@ -1,10 +1,10 @@
-// KoLeo on CPU: operators, and how threads share their work. What one thread does stands in cpu_kernels.cpp; the
-// definition, with the meaning of all arguments, is dinov2_kernels/koleo/reference.py.
+// KoLeo on CPU: operators, and how threads share their work. cpu_kernels.cpp has the work of one thread; the definition,
+// with the meaning of all arguments, is dinov2_kernels/koleo/reference.py.
 //
-// The search goes through pairs of panels of unit rows, all packed beforehand: [N, D] of scratch, in float32 for anything
-// narrower than float64. Each tile of cosines is used where it was made, in the cache, for its rows and, since two rows
-// are as near to each other, for its columns. What a row finds does not depend on who found it: the results are the same
-// for every number of threads.
+// The search goes through pairs of panels of unit rows, which are packed first: [N, D] of scratch memory, in float32 for
+// rows narrower than float64. Each tile of cosines is used in the cache, for its rows and, because the cosine is
+// symmetric, for its columns. The result for a row does not depend on the thread, so results are the same for every
+// number of threads.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -28,12 +28,12 @@ using torch::stable::Tensor;
 namespace {
 
 constexpr int64_t kGrain = 1 << 17;        // values below which a second thread does not pay
-constexpr int64_t kSearchGrain = 1 << 20;  // the same in multiplications of a search
-constexpr int64_t kInsertion = 16;         // values in the time of which a neighbour is put in its place
+constexpr int64_t kSearchGrain = 1 << 20;  // multiplications below which a second thread does not pay in a search
+constexpr int64_t kInsertion = 16;         // inserting a neighbour takes the time of this many values
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Where the rows of this process stand among all N, and which of them are one batch.
+// The rows of this process among all N, and the batches that they form.
 struct Rows {
   int64_t N, D, B, first, block;
 
@@ -82,7 +82,7 @@ std::vector<A> at_least(std::vector<A> lengths, double eps) {
   return lengths;
 }
 
-// The neighbours of some rows, of which the first is number `base`. Until there is another, each is its own.
+// The neighbours of some rows; the first row has number `base`. At first, each row is its own neighbour.
 template <class A>
 class Neighbors {
  public:
@@ -119,7 +119,7 @@ std::vector<Panel<A>> pack(const X* x, const std::vector<A>& divisor, const Rows
   return panels;
 }
 
-// The k nearest of each row of this process, of which row i stands at rows.first - base + i.
+// The k nearest neighbours of each row of this process; row i is at rows.first - base + i.
 template <class X, class A>
 Neighbors<A> find_nearest(const Tensor& x, const std::vector<A>& divisor, const Rows& rows, int64_t k) {
   const int64_t P = ON_CPU_TARGET(panel_rows)();
@@ -133,12 +133,12 @@ Neighbors<A> find_nearest(const Tensor& x, const std::vector<A>& divisor, const 
   std::vector<int32_t> batch(padded, -1);
   for (int64_t n = 0; n < rows.N; ++n) batch[n] = rows.batch(n);
 
-  // A panel is ours where it holds any row of this process; the neighbours of others in it are found, but not used.
+  // A panel is ours if it holds any row of this process; neighbours of its other rows are found, but not used.
   const int64_t begin = rows.first / P, end = ceil_div(rows.first + rows.B, P), base = begin * P;
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), end - begin);
   const int64_t parts = std::clamp<int64_t>(rows.B * rows.N * rows.D / kSearchGrain, 1, threads);
   Neighbors<A> found((end - begin) * P, k, base);
-  std::vector<Neighbors<A>> of_columns(parts, found);  // one for each part: they meet in the same columns
+  std::vector<Neighbors<A>> of_columns(parts, found);  // one for each part, because parts have the same columns
   std::atomic<int64_t> next = begin;
   parallel_for(0, parts, 1, [&](int64_t part, int64_t) {
     const Nearest<A> of_left = found.nearest(), of_right = of_columns[part].nearest();
@@ -204,7 +204,7 @@ std::tuple<Tensor, Tensor> koleo_forward(const Tensor& x, int64_t k, int64_t n_g
   return {loss, index};
 }
 
-// The neighbours of which a row of this process is one: who[start[i]] to who[start[i + 1] - 1], in the order of numbers.
+// The rows that have row i of this process as neighbour: who[start[i]] to who[start[i + 1] - 1], in ascending order.
 struct Followers {
   std::vector<int64_t> start, who;
 
@@ -238,7 +238,7 @@ Tensor koleo_backward(const Tensor& grad, const Tensor& x, const Tensor& index, 
     const auto add_difference = ON_CPU_TARGET(add_difference<X>);
     const auto normalize_backward = ON_CPU_TARGET(normalize_backward<X>);
 
-    // Adds to g what the distance from row n to its neighbour m does to n (sign 1) or m (sign -1).
+    // Adds to g the gradient of the distance from row n to its neighbour m, for n (sign 1) or for m (sign -1).
     const auto add_pull = [&](int64_t n, int64_t m, int sign, A* g) {
       const X *from = data + n * D, *to = data + m * D;
       const A apart = distance(from, divisor[n], to, divisor[m], D, eps);
@@ -247,7 +247,7 @@ Tensor koleo_backward(const Tensor& grad, const Tensor& x, const Tensor& index, 
       add_difference(from, divisor[n], to, divisor[m], D, eps, sign * slope, g);
     };
     parallel_for(0, B, std::max<int64_t>(kGrain / std::max<int64_t>(4 * k * D, 1), 1), [&](int64_t begin, int64_t end) {
-      std::vector<A> g(D);  // of a unit row
+      std::vector<A> g(D);  // gradient of a unit row
       for (int64_t i = begin; i < end; ++i) {
         const int64_t n = rows.first + i;
         std::fill(g.begin(), g.end(), A(0));

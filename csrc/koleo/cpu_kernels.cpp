@@ -6,7 +6,7 @@
 
 namespace CPU_TARGET {
 
-// In place of a cosine that is NaN: farther than all others, but a candidate.
+// Replaces a NaN cosine: farther than all others, but still a candidate.
 template <class A>
 constexpr A kFarthest = sizeof(A) == 4 ? A(-0x1.fffffep127) : A(-0x1.fffffffffffffp1023);
 
@@ -17,12 +17,12 @@ ALWAYS_INLINE A add_lanes(vec<A> v) {
   return combine_lanes(v, [](auto a, auto b) { return a + b; });
 }
 
-// A vector of a row over the row's divisor, with its inverse at hand: rounded as a division is, at a third of its price.
+// A vector of a row divided by the row's divisor, whose inverse is given: rounded as a division, at a third of the cost.
 template <class A>
 ALWAYS_INLINE vec<A> divide(vec<A> x, A divisor, A inverse) {
 #if defined(__FMA__)
   const vec<A> quotient = x * inverse;
-  return rounded(quotient + (x - quotient * divisor) * inverse);  // what is missing is exact, in a multiply-add
+  return rounded(quotient + (x - quotient * divisor) * inverse);  // a multiply-add computes the remainder exactly
 #else
   return x / divisor;
 #endif
@@ -77,7 +77,7 @@ static void multiply(const double* left, const double* right, int64_t D, int64_t
   }
 }
 
-// All cosines of two panels [kPanel, kPanel]; of a panel with itself, those above the diagonal at least.
+// All cosines of two panels [kPanel, kPanel]; for a panel with itself, at least those above the diagonal.
 template <class A>
 static void multiply_panels(const Panel<A>& left, const Panel<A>& right, bool same, int64_t D, A* tile) {
   const int64_t strip = same ? lanes<A> : kPanel;
@@ -87,7 +87,7 @@ static void multiply_panels(const Panel<A>& left, const Panel<A>& right, bool sa
   }
 }
 
-// Leaves -inf in place of pairs that are not to meet.
+// Writes -inf for pairs of different batches and, for a panel with itself, for pairs that come twice.
 template <class A>
 static void exclude(const Panel<A>& left, const Panel<A>& right, bool same, const int32_t* batch, A* tile) {
   for (int64_t i = 0; i < left.rows; ++i) {
@@ -107,7 +107,7 @@ void insert(const Nearest<A>& nearest, int64_t i, A cosine, int64_t index) {
   for (; slot > 0; --slot) {
     const int64_t nearer = (slot - 1) * nearest.rows;
     if (cosine < cosines[nearer] || (cosine == cosines[nearer] && index > indices[nearer])) break;
-    if (slot == nearest.k) continue;  // the farthest of all drops out
+    if (slot == nearest.k) continue;  // the farthest one is dropped
     cosines[slot * nearest.rows] = cosines[nearer];
     indices[slot * nearest.rows] = indices[nearer];
   }
@@ -116,7 +116,7 @@ void insert(const Nearest<A>& nearest, int64_t i, A cosine, int64_t index) {
   indices[slot * nearest.rows] = index;
 }
 
-// Cosines of which none is a NaN.
+// Cosines without NaN.
 template <class A>
 ALWAYS_INLINE vec<A> comparable(const A* cosines) {
   const vec<A> v = load(cosines);
@@ -132,7 +132,7 @@ void search(const Panel<A>& left, const Panel<A>& right, int64_t D, const int32_
   multiply_panels(left, right, same, D, tile);
   if (same || left.low != left.high || right.low != right.high) exclude(left, right, same, batch, tile);
 
-  // Candidates come in the order of their numbers, so that one as near as the last of a row's neighbours is too late.
+  // Candidates come in the order of their numbers, so a candidate as near as a row's last neighbour does not replace it.
   const A* left_last = of_left.cosine + (of_left.k - 1) * of_left.rows + left.first - base;
   for (int64_t i = 0; i < left.rows; ++i) {
     for (int64_t j = 0; j < kPanel; j += L) {
@@ -182,7 +182,7 @@ A distance(const X* a, A a_divisor, const X* b, A b_divisor, int64_t D, A eps) {
 template <class X, class A>
 void add_difference(const X* a, A a_divisor, const X* b, A b_divisor, int64_t D, A eps, A scale, A* g) {
   for_difference(a, a_divisor, b, b_divisor, D, eps, [&](int64_t d, vec<A> v, auto part) {
-    // Rounded before it is added: two equal rows, each the other's neighbour, pull with large forces that cancel.
+    // Rounded before it is added: two equal rows that are each other's neighbours have large gradients that cancel.
     store(g + d, load(g + d, part, A(0)) + rounded(v * scale), part);
   });
 }

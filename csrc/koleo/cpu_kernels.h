@@ -1,6 +1,6 @@
-// The serial parts of KoLeo, one thread's share each: cpu_kernels.cpp, compiled for every CPU target.
+// The serial parts of KoLeo, the work of one thread: cpu_kernels.cpp, compiled for every CPU target.
 //
-// Rows x hold D values of type X, A = accumulate_t<X>; over its divisor, a row has unit length. Unit rows are packed in
+// Rows x hold D values of type X, A = accumulate_t<X>; a row over its divisor has unit length. Unit rows are packed in
 // panels of panel_rows() of them, transposed: value d of row i of a panel at [d * panel_rows() + i].
 #pragma once
 
@@ -9,12 +9,12 @@
 #include "common/cpu_target.h"
 #include "common/dtypes.h"
 
-// A panel of unit rows, the first of which is number `first`; the rest of the panel holds zeros.
+// A panel of unit rows; the first row has number `first`, and the rest of the panel holds zeros.
 template <class A>
 struct Panel {
   const A* unit;
   int64_t first, rows;
-  int32_t low, high;  // the batches to which its rows belong are among these; -1 is that of the zeros
+  int32_t low, high;  // range of the batches of its rows; -1 for the zeros
 };
 
 // The k candidates nearest to each of many rows, nearest first: slot t of row i at [t * rows + i].

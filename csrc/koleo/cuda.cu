@@ -1,11 +1,11 @@
 // KoLeo in CUDA C++: the three operators that dinov2_kernels/koleo/reference.py defines.
 //
-// Legend: x [N, D] of type T (double, float, BFloat16, Half), contiguous; lengths, cosines and gradients on the way are of
-// type A (double for double, float otherwise). The rows of this process are the B from `first` on, in blocks of `block`,
-// and block g of all processes is one batch. No atomics: results do not change from run to run.
+// Legend: x [N, D] of type T (double, float, BFloat16, Half), contiguous; lengths, cosines and intermediate gradients
+// have type A (double for double, float otherwise). This process has the B rows from `first` on, in blocks of `block`
+// rows, and block g of all processes is one batch. No atomics: results are the same in every run.
 //
-// Unit rows come from divisions, and so do the pulls between them: no multiply-add can swallow the last rounding, and what
-// equal rows do to each other cancels exactly.
+// Unit rows come from divisions, and so do the gradients between them. The compiler cannot fuse a division into a
+// multiply-add, so the last rounding stays, and the gradients of equal rows cancel exactly.
 #include "common/cuda.h"
 
 namespace dinov2_kernels::cuda {
@@ -13,11 +13,11 @@ namespace {
 
 constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / WARP;
-constexpr int SIDE = 16;   // of the square in which the threads of a search stand
+constexpr int SIDE = 16;   // threads of a search form a square of this side
 constexpr int DEPTH = 16;  // values of a row in shared memory at a time
 
 template <typename A>
-constexpr int EACH = sizeof(A) == 8 ? 2 : 4;  // rows of a thread, and its columns
+constexpr int EACH = sizeof(A) == 8 ? 2 : 4;  // rows of a thread, and as many columns
 template <typename A>
 constexpr int TILE = SIDE * EACH<A>;  // rows and columns of the cosines in shared memory
 
@@ -36,7 +36,7 @@ __device__ A warp_sum(A own) {
   return own;
 }
 
-// The sum over the threads of a block, in all of them.
+// The sum over the threads of a block, in every thread.
 template <typename A>
 __device__ A block_sum(A own) {
   __shared__ A shared[WARPS];
@@ -49,7 +49,7 @@ __device__ A block_sum(A own) {
   return sum;
 }
 
-// The square of ||u - v + eps|| of two unit rows, as far as every `step`-th value from `start` on goes.
+// The part of ||u - v + eps||^2 of two unit rows that comes from every `step`-th value from `start` on.
 template <typename T, typename A>
 __device__ A squared_distance(const T* u, A u_divisor, const T* v, A v_divisor, int64_t D, A eps, int start, int step) {
   A sum = 0;
@@ -60,7 +60,7 @@ __device__ A squared_distance(const T* u, A u_divisor, const T* v, A v_divisor, 
   return sum;
 }
 
-// A warp for each row.
+// Each row has a warp.
 template <typename T, typename A = Accumulate<T>>
 __global__ void __launch_bounds__(THREADS) length_kernel(const T* x, int64_t N, int64_t D, A* length) {
   const int64_t n = blockIdx.x * int64_t(WARPS) + threadIdx.x / WARP;
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(THREADS) length_kernel(const T* x, int64_t N, 
 
 // ---- the search: a block has TILE rows of one batch, a thread the products of EACH rows with EACH columns
 
-// Values [start, start + DEPTH) of TILE unit rows, of which row(i) is the number of the i-th, or -1.
+// Values [start, start + DEPTH) of TILE unit rows; row(i) is the number of the i-th row, or -1.
 template <typename T, typename A, typename Row>
 __device__ void load_unit_rows(A (&tile)[DEPTH][TILE<A> + 1], const T* x, const A* length, int64_t D, int64_t start, A eps,
                                const Row& row) {
@@ -83,7 +83,7 @@ __device__ void load_unit_rows(A (&tile)[DEPTH][TILE<A> + 1], const T* x, const 
   }
 }
 
-// The nearest of a row so far, in the memory of the result: nearest first.
+// The nearest neighbours of a row so far, in the memory of the result, nearest first.
 template <typename A>
 struct Nearest {
   A* cosine;
@@ -93,11 +93,11 @@ struct Nearest {
   __device__ void start(int64_t own_number) {
     for (int64_t slot = 0; slot < k; ++slot) {
       cosine[slot] = -std::numeric_limits<A>::infinity();
-      index[slot] = own_number;  // until there is another
+      index[slot] = own_number;  // until another one is found
     }
   }
 
-  // Candidates come in the order of their numbers: one as near as another is behind it.
+  // Candidates come in the order of their numbers: if two are equally near, the later one comes second.
   __device__ void add(A candidate, int64_t number) {
     if (candidate != candidate) candidate = std::numeric_limits<A>::lowest();  // NaN: the farthest
     int64_t slot = k;
@@ -122,8 +122,8 @@ __global__ void __launch_bounds__(THREADS, 2)
     search_kernel(const T* x, const A* length, Rows rows, int64_t k, A eps, int64_t* index, A* cosine) {
   __shared__ A left[DEPTH][TILE<A> + 1], right[DEPTH][TILE<A> + 1], cosines[TILE<A>][TILE<A> + 1];
   const int64_t tiles = (rows.block + TILE<A> - 1) / TILE<A>;
-  const int64_t begin = blockIdx.x / tiles * rows.block;   // of the batch, in the rows of a process
-  const int64_t top = blockIdx.x % tiles * TILE<A>;        // of the tile, in the batch
+  const int64_t begin = blockIdx.x / tiles * rows.block;   // start of the batch, in the rows of a process
+  const int64_t top = blockIdx.x % tiles * TILE<A>;        // start of the tile, in the batch
   const int64_t own = begin + top + threadIdx.x;           // row of this process whose neighbours this thread collects
   const bool collects = threadIdx.x < TILE<A> && top + threadIdx.x < rows.block;
   const int tx = threadIdx.x % SIDE, ty = threadIdx.x / SIDE;
@@ -150,7 +150,7 @@ __global__ void __launch_bounds__(THREADS, 2)
       __syncthreads();
       for (int c = 0; collects && c < TILE<A> && start + c < rows.block; ++c)
         if (column + c != rows.first + own) nearest.add(cosines[threadIdx.x][c], column + c);
-      // The next tile's products end with a barrier, before cosines is written to again.
+      // The next tile's products end with a barrier before the next write to cosines.
     }
   }
   if (collects) nearest.finish();
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(THREADS) loss_kernel(const A* logarithm, int64
   if (threadIdx.x == 0) *loss = -sum / A(B * k);
 }
 
-// ---- gradient: a block for each row, which finds all rows that lead to it
+// ---- gradient: a block for each row, which finds all rows that have it as neighbour
 
 template <typename T, typename A = Accumulate<T>>
 __global__ void __launch_bounds__(THREADS, 2)
@@ -193,9 +193,9 @@ __global__ void __launch_bounds__(THREADS, 2)
   A* g = unit_gradient + own * D;
   for (int64_t d = threadIdx.x; d < D; d += THREADS) g[d] = 0;
 
-  // Adds what the distance from row i to its neighbour j does to i (sign 1) or to j (sign -1).
+  // Adds the gradient of the distance from row i to its neighbour j, for i (sign 1) or for j (sign -1).
   const auto add_pull = [&](int64_t i, int64_t j, A sign) {
-    if (i == j) return;  // it is alone
+    if (i == j) return;  // a single row
     const T *u = x + i * D, *v = x + j * D;
     const A u_divisor = at_least(length[i], eps), v_divisor = at_least(length[j], eps);
     const A distance =
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(THREADS, 2)
   const A along = block_sum(product);  // the part of g that would only change the length
   for (int64_t d = threadIdx.x; d < D; d += THREADS) {
     const A gradient = (g[d] - A(x[n * D + d]) / divisor * along) / divisor;
-    dx[own * D + d] = T(length[n] < eps ? A(0) : gradient);  // a row that short has no direction
+    dx[own * D + d] = T(length[n] < eps ? A(0) : gradient);  // such a short row has no direction
   }
 }
 

@@ -1,8 +1,8 @@
-// The photometric augmentation on CPU: how threads share the images. What is done to one of them stands in
-// cpu_kernels.cpp; the definition is dinov2_kernels/photometric/reference.py.
+// The photometric augmentation on CPU: how threads share the images. cpu_kernels.cpp has the work on one image; the
+// definition is dinov2_kernels/photometric/reference.py.
 //
-// Bytes: reads 3 a pixel, and 3 more from the cache for images with a contrast jitter; writes the result once. Scratch
-// memory is a dozen rows a thread. An image is the work of one thread, so no number depends on how many there are.
+// Bytes: reads 3 per pixel, and 3 more from the cache for images with a contrast jitter; writes the result once. Scratch
+// memory is a dozen rows per thread. One thread does an image, so results do not depend on the number of threads.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -24,7 +24,7 @@ using torch::stable::Tensor;
 namespace {
 
 constexpr int64_t kGrain = 1 << 12;  // pixels below which a second thread does not pay
-constexpr int64_t kColumns = 12;     // of a plan's table: flip, four times jitter and strength, grayscale, blur, solarise
+constexpr int64_t kColumns = 12;     // columns of a plan: flip, four times jitter and strength, grayscale, blur, solarise
 
 ImagePlan read_plan(const float* row, const std::vector<double>& mean, const std::vector<double>& std) {
   ImagePlan plan{};

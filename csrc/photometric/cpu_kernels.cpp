@@ -1,6 +1,6 @@
-// Everything happens row by row, in memory that stays in the first-level cache: a row is unpacked into three rows of
-// levels, each step goes over them, and the result is normalised and stored. Where there is a contrast jitter, the rows
-// go as far as that step once before, for the mean luma. A blur filters each row along itself and keeps the last nine.
+// An image is processed row by row, in memory that stays in the first-level cache: a row is unpacked into three rows of
+// levels, each step goes over them, and the result is normalised and stored. With a contrast jitter, all rows first go
+// through the steps before it, for the mean luma. A blur filters each row horizontally and keeps the last nine rows.
 #include "photometric/cpu_kernels.h"
 
 #include "photometric/pixels.h"
@@ -10,7 +10,7 @@ namespace CPU_TARGET {
 constexpr int kTaps = 2 * kReach + 1;
 constexpr int kMargin = 16;  // levels before and after a row: a vector of the widest target, and the reach of the blur
 
-// Three rows of levels, one a channel, each with its margins.
+// Three rows of levels, one for each channel, each with its margins.
 struct Rows {
   float* first;
   int64_t pitch;
@@ -24,7 +24,7 @@ ALWAYS_INLINE vec<float> clip(vec<float> x) {
 
 ALWAYS_INLINE vec<float> luma(const Pixels& x) { return 0.299f * x.red + 0.587f * x.green + 0.114f * x.blue; }
 
-// Replaces all pixels of a row, and some of its margin, which nobody looks at, by body(pixels).
+// Replaces all pixels of a row, and some of its margin, which is not used, with body(pixels).
 template <class Body>
 ALWAYS_INLINE void for_each_pixel(const Rows& rows, int64_t W, Body body) {
   float *red = rows.channel(0), *green = rows.channel(1), *blue = rows.channel(2);
@@ -36,14 +36,14 @@ ALWAYS_INLINE void for_each_pixel(const Rows& rows, int64_t W, Body body) {
   }
 }
 
-// Levels away from a vector of grays, by a factor.
+// Moves levels away from a vector of grays by a factor.
 ALWAYS_INLINE Pixels away_from(vec<float> gray, float factor, const Pixels& x) {
   const vec<float> rest = (1 - factor) * gray;
   return {clip(factor * x.red + rest), clip(factor * x.green + rest), clip(factor * x.blue + rest)};
 }
 
-// The hue turned by some sixths of the circle, between -3 and 3. With hue, value and chroma in the sense of HSV, a
-// channel is the value within a sixth of its own hue on either side, and falls to value - chroma over the next sixth.
+// Turns the hue by some sixths of the circle, between -3 and 3. With hue, value and chroma as in HSV, a channel equals
+// the value within a sixth of its own hue on either side, and falls to value - chroma over the next sixth.
 ALWAYS_INLINE Pixels turn_hue(const Pixels& x, float turn) {
   const vec<float> value = maximum(x.red, maximum(x.green, x.blue));
   const vec<float> least = minimum(x.red, minimum(x.green, x.blue)), chroma = value - least;
@@ -53,7 +53,7 @@ ALWAYS_INLINE Pixels turn_hue(const Pixels& x, float turn) {
   vec<float> hue = turn + (value == x.red ? from_red : value == x.green ? from_green : from_blue);  // -6 to 6
   hue = hue > 3 ? hue - 6 : hue < -3 ? hue + 6 : hue;
   const auto channel = [&](vec<float> offset) {
-    const vec<float> distance = maximum(offset, -offset);  // at most 5; the other way round the circle, 6 less that
+    const vec<float> distance = maximum(offset, -offset);  // at most 5; the other way round is 6 - distance
     const vec<float> share = maximum(2 - distance, distance - 4);
     return chroma * minimum(broadcast(1.f), maximum(broadcast(0.f), share)) + least;
   };
@@ -70,13 +70,13 @@ ALWAYS_INLINE void unpack_row(const uint8_t* bytes, int64_t W, const Rows& rows)
   }
 }
 
-// One image, and what a row of it goes through.
+// One image, and the steps for one of its rows.
 struct Image {
   const uint8_t* bytes;  // [H, W, 3]
   int64_t W;
   const ImagePlan& plan;
-  uint8_t* row_of_bytes;  // a copy with margins, over which vectors may read
-  float mean = 0;         // luma, where a contrast jitter needs it
+  uint8_t* row_of_bytes;  // a copy with margins, so that vectors may read past its ends
+  float mean = 0;         // mean luma, if a contrast jitter needs it
 
   // Row y, flipped, after the first `steps` steps.
   void recolour(int64_t y, int steps, const Rows& rows) const {
@@ -117,7 +117,7 @@ float mean_luma(const Image& image, int64_t H, int steps, const Rows& rows) {
   return static_cast<float>(total / static_cast<double>(H * image.W));
 }
 
-// The pixel that stands for one outside the image: -1 is 1, size is size - 2, and so on.
+// The pixel that replaces one outside the image: -1 becomes 1, size becomes size - 2, and so on.
 inline int64_t reflect(int64_t place, int64_t size) {
   if (size == 1) return 0;
   const int64_t period = 2 * (size - 1), rest = (place % period + period) % period;
@@ -162,7 +162,7 @@ void photometric(const uint8_t* bytes, int64_t H, int64_t W, const ImagePlan& pl
     if (plan.step[i] == Jitter::contrast) image.mean = mean_luma(image, H, i, rows);
   }
 
-  int64_t known = 0;  // rows that are blurred along themselves; row r is kept in place r % kTaps
+  int64_t known = 0;  // number of rows that are blurred horizontally; row r is at r % kTaps
   for (int64_t row = 0; row < H; ++row, y += W) {
     if (!plan.blur) {
       image.recolour(row, plan.steps, rows);

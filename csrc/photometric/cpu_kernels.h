@@ -7,23 +7,23 @@
 enum class Jitter { none, brightness, contrast, saturation, hue };  // the numbers of a plan's table
 
 constexpr int kMaxSteps = 5;  // four jitters, and grayscale
-constexpr int kReach = 4;     // of the blur, to either side
+constexpr int kReach = 4;     // pixels of the blur on either side
 
-// What is to be done to one image.
+// The steps for one image.
 struct ImagePlan {
   bool flip;
   int steps;
   Jitter step[kMaxSteps];
   float strength[kMaxSteps];  // a factor, or the turn of the hue in [-0.5, 0.5] circles
   bool blur;
-  float weight[kReach + 1];  // of the blur, from the middle outwards
-  float threshold;           // of solarisation
+  float weight[kReach + 1];  // weights of the blur, from the middle outwards
+  float threshold;           // threshold of solarisation
   float scale[3], shift[3];  // normalised value = level * scale + shift
 };
 
-// Floats of scratch memory that a thread needs for images of this width, for any target.
+// Scratch memory of a thread for images of this width, in floats, for any target.
 constexpr int64_t photometric_scratch(int64_t W) {
-  const int64_t row = 16 + (W + 15) / 16 * 16 + 16;  // with margins of a vector each
+  const int64_t row = 16 + (W + 15) / 16 * 16 + 16;  // with a margin of one vector at each end
   return row + (1 + 2 * kReach + 1) * 3 * row;        // bytes of a row; rows of levels: one, and nine blurred ones
 }
 

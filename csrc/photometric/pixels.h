@@ -11,11 +11,11 @@ struct Pixels {
 
 constexpr int kOverread = 4;  // bytes past the last pixel that load_pixels may read
 
-// As many pixels as a vector has lanes, each in four bytes of a lane: red lowest, the highest undefined.
+// As many pixels as a vector has lanes. A lane's four bytes hold a pixel: red is the lowest, the highest is undefined.
 template <bool backwards>
 ALWAYS_INLINE vec<uint32_t> load_pixels(const uint8_t* p) {
 #if defined(__AVX2__)
-  // Four pixels at a time: a load of 16 bytes, of which 12 are theirs, and a shuffle that spreads them.
+  // Four pixels at a time: a load of 16 bytes, 12 of them pixels, and a shuffle that spreads them.
   constexpr int groups = lanes<float> / 4;
   const auto group = [&](int i) {
     const uint8_t* first = p + 12 * (backwards ? groups - 1 - i : i);
@@ -41,7 +41,7 @@ ALWAYS_INLINE vec<uint32_t> load_pixels(const uint8_t* p) {
 #endif
 }
 
-// The channels of the pixels that begin at p, or of the same in reverse.
+// The channels of the pixels that begin at p, in order or reversed.
 template <bool backwards>
 ALWAYS_INLINE Pixels unpack(const uint8_t* p) {
   const vec<uint32_t> pixels = load_pixels<backwards>(p);

@@ -1,8 +1,8 @@
 // The cross-entropy of prototypes on CPU: the operators on a chunk of c prototypes, and how threads share their work.
-// What a thread does stands in cpu_kernels.cpp; the definition is dinov2_kernels/prototype_cross_entropy/reference.py.
+// cpu_kernels.cpp has the work of a thread; the definition is dinov2_kernels/prototype_cross_entropy/reference.py.
 //
-// Bytes: each operator reads its arguments once, or twice the second time from the cache, and writes its result once. A
-// thread takes whole rows, so that the result is the same for every number of threads.
+// Bytes: each operator reads its arguments once, or a second time from the cache, and writes its result once. A thread
+// takes whole rows, so the result is the same for every number of threads.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -51,7 +51,7 @@ X* written(Tensor& tensor) {
   return static_cast<X*>(tensor.mutable_data_ptr());
 }
 
-// The index [N, J] of targets, or without one, of each row its own number.
+// The index [N, J] of targets; without one, each row has its own number.
 class Index {
  public:
   explicit Index(const std::optional<Tensor>& index) {
@@ -66,7 +66,7 @@ class Index {
   int64_t J_ = 1;
 };
 
-// A state [4, N]: the numbers of one row lie N apart.
+// A state [4, N]: the numbers of one row are N apart.
 template <class A>
 RowState<A> read_state(const A* state, int64_t N, int64_t row) {
   return {state[row], state[N + row], state[2 * N + row], state[3 * N + row]};

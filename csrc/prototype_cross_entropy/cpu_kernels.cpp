@@ -6,7 +6,7 @@
 
 namespace CPU_TARGET {
 
-// Columns whose terms are added in A; the sums of tiles are added in double.
+// Number of columns whose terms are added in A; the sums of these tiles are added in double.
 constexpr int64_t kTile = 1024;
 
 // Calls body(k, part) for the vectors of every tile, and end_of_tile() after each tile.
@@ -18,8 +18,8 @@ ALWAYS_INLINE void for_each_tile(int64_t c, Body body, EndOfTile end_of_tile) {
   }
 }
 
-// z = t / T + bias, and -inf beyond the end of a row. Every pass over a row must round z alike, or z - maximum would
-// not be exact where z is constant: the loads come first, so that all of them fuse multiplication and addition.
+// z = t / T + bias, and -inf past the end of a row. Every pass over a row must round z in the same way, or z - maximum
+// would not be exact for constant z. The loads come first, so that all passes fuse multiplication and addition.
 template <class X, class A, class WholeOrPart>
 ALWAYS_INLINE vec<A> biased(const X* t, A inverse_T, const A* bias, WholeOrPart part) {
   const vec<A> t_k = load(t, part), bias_k = load(bias, part, A(-INFINITY));
@@ -69,7 +69,7 @@ void targets(const X* t, const A* bias, TargetNorm<A> norm, int64_t c, double T,
   });
 }
 
-// Q, the sum of the rows of q that the index names; 0 beyond the end of a row.
+// Q, the sum of the rows of q that are in the index; 0 past the end of a row.
 template <class A, class WholeOrPart>
 ALWAYS_INLINE vec<A> sum_of_targets(const A* q, const int64_t* index, int64_t J, int64_t c, int64_t k,
                                     WholeOrPart part) {

@@ -1,21 +1,21 @@
-// The serial parts of the cross-entropy of prototypes, of one row each: cpu_kernels.cpp, compiled for every CPU target.
+// The serial parts of the cross-entropy of prototypes, for one row: cpu_kernels.cpp, compiled for every CPU target.
 //
 // A row has c columns: teacher logits t of type X, with bias [c]; student logits s of type X; rows of targets q [M, c]
-// in A = accumulate_t<X>, of which those of an index [J] are summed up as Q. T is the teacher's or the student's
+// in A = accumulate_t<X>. Q is the sum of the target rows in an index [J]. T is the teacher's or the student's
 // temperature.
 #pragma once
 
 #include "common/cpu_target.h"
 #include "common/dtypes.h"
 
-// What turns z = t / T + bias into targets: q = exp(z - maximum) / total.
+// The norm that turns z = t / T + bias into targets: q = exp(z - maximum) / total.
 template <class A>
 struct TargetNorm {
   A maximum, total;
 };
 
-// What is known of a student row after some columns: the largest s, total = sum exp((s - maximum) / T), the mass sum Q,
-// and cross = sum Q (s - maximum).
+// The state of a student row after some columns: the largest s, total = sum exp((s - maximum) / T), the mass sum Q, and
+// cross = sum Q (s - maximum).
 template <class A>
 struct RowState {
   A maximum, total, mass, cross;

@@ -1,8 +1,8 @@
-// Residual connections on CPU: operators, and how threads share their work. What one thread does stands in
-// cpu_kernels.cpp; the definition is dinov2_kernels/residual/reference.py.
+// Residual connections on CPU: operators, and how threads share their work. cpu_kernels.cpp has the work of one thread;
+// the definition is dinov2_kernels/residual/reference.py.
 //
-// Every operator is one pass over its tokens; a token is read from memory once and then from the cache. Gradients of
-// parameters are sums over tokens that are the same for every number of threads.
+// Every operator is one pass over its tokens; a token is read once from memory and then from the cache. Gradients of
+// parameters are sums over tokens; they are the same for every number of threads.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -27,12 +27,12 @@ using OptionalTensor = std::optional<Tensor>;
 namespace {
 
 constexpr int64_t kGrain = 1 << 15;  // elements below which a second thread does not pay
-constexpr int64_t kAligned = 4;      // rows and positions of a draw start at a multiple of so many
+constexpr int64_t kAligned = 4;      // rows and positions of a draw start at a multiple of this number
 
-// Tokens of C elements that are worth a thread.
+// Number of tokens of C elements that are worth a thread.
 int64_t token_grain(int64_t C) { return ceil_div(kGrain, std::max<int64_t>(C, 1)); }
 
-// What body(begin, end, first_sum, second_sum) adds to its two sums [C].
+// The two sums [C] to which body(begin, end, first_sum, second_sum) adds.
 struct Sums {
   std::vector<double> first, second;  // [C]
 };
@@ -55,8 +55,8 @@ Tensor to(const Tensor& tensor, ScalarType dtype) {
   return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
 }
 
-// The dtype to compute with beside tokens of dtype x: `dtype` itself where that pair is compiled. float64 beside
-// anything narrower is not; it is so rare that a converted copy will do.
+// The dtype of the branch's side in kernels for tokens of dtype x: `dtype` itself if that pair is compiled. float64 with
+// a narrower dtype is not compiled; it is so rare that a converted copy is enough.
 ScalarType computed_dtype(ScalarType dtype, ScalarType x) {
   return accumulation_dtype(dtype) == accumulation_dtype(x) ? dtype : accumulation_dtype(x);
 }
@@ -74,7 +74,7 @@ void dispatch(ScalarType dtype, const Body& body) {
   }
 }
 
-// Calls body<X, H>() with the C++ types of tokens and of what the branch reads or returns.
+// Calls body<X, H>() with the C++ types of tokens and of the branch's input or output.
 template <class Body>
 void dispatch(ScalarType x, ScalarType h, const Body& body) {
   dispatch(x, [&]<class X>() {
@@ -94,14 +94,14 @@ const X* pointer(const OptionalTensor& tensor) {
   return tensor ? pointer<X>(*tensor) : nullptr;
 }
 
-// Where a fresh result is to be written.
+// The memory of a new result.
 template <class X>
 X* written(Tensor& tensor) {
   advise_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * sizeof(X));
   return static_cast<X*>(tensor.mutable_data_ptr());
 }
 
-// A parameter [C] of any dtype in A; one that is absent is `fill` everywhere.
+// A parameter [C] of any dtype in type A; if it is absent, all its values are `fill`.
 template <class A>
 std::vector<A> parameter(const OptionalTensor& tensor, int64_t C, A fill) {
   if (!tensor) return std::vector<A>(C, fill);
@@ -119,8 +119,8 @@ Tensor gradient(const Tensor& like, const std::vector<double>& sum) {
 
 // ---- operators
 
-// One draw: writes the rows of the kept samples, kept[r] of each run, and into `place`, which is -1 throughout, where
-// each kept token went.
+// One draw: writes the rows of the kept samples, kept[r] of each run, and the place of each kept token into `place`,
+// which holds -1 before.
 template <class Key>
 void keep_smallest(const Key* key, const std::vector<int64_t>& runs, const int64_t* kept, int32_t* row,
                    int32_t* place) {
@@ -163,7 +163,7 @@ std::tuple<Tensor, Tensor> residual_kept_rows(const Tensor& keys, std::vector<in
   int32_t* row = static_cast<int32_t*>(rows.mutable_data_ptr());
   int32_t* place = static_cast<int32_t*>(position.mutable_data_ptr());
   std::fill(place, place + num_places, -1);
-  for (int64_t d = 1; d < draws; ++d)  // the end of a gap is known, and what a draw writes comes after it
+  for (int64_t d = 1; d < draws; ++d)  // the end of a gap is known, and a draw writes after it
     std::fill(row + std::max<int64_t>(first_row[d] - (kAligned - 1), 0), row + first_row[d], 0);
   const auto draw_all = [&]<class Key>(const Key* key) {
     parallel_for(0, draws, 1, [&](int64_t begin, int64_t end) {
@@ -172,7 +172,7 @@ std::tuple<Tensor, Tensor> residual_kept_rows(const Tensor& keys, std::vector<in
       }
     });
   };
-  if (keys.scalar_type() == ScalarType::Float) {  // as they are drawn: converting them would cost more than the rest
+  if (keys.scalar_type() == ScalarType::Float) {  // the usual dtype: converting it would cost more than the rest
     draw_all(pointer<float>(keys));
   } else {
     const Tensor wide_keys = to(keys, ScalarType::Double);
@@ -236,7 +236,7 @@ std::tuple<Tensor, Tensor, Tensor> residual_gather_norm_backward(
                                         .inverse_weight = inverses.data(),
                                         .C = C,
                                         .dx = written<X>(dx)};
-    // The first of the kept tokens that is not before this one; they are in ascending order.
+    // The first kept token that is not before this token; kept tokens are in ascending order.
     const auto first_from = [&](int64_t token) {
       return kept ? std::lower_bound(kept, kept + rows->numel(), token) - kept : token;
     };
@@ -324,8 +324,8 @@ std::tuple<Tensor, Tensor, Tensor> residual_scatter_backward(const Tensor& grad,
   return {to(dresidual, dtype), *dgamma, *dbias};
 }
 
-// The next two are one operator after the other. Tile by tile, with the tokens in the cache, the forward pass took 0.96 to
-// 1.08 times as long, and the backward pass 0.94 to 0.98 times: docs/operators/residual.md.
+// The next two run one operator after the other. Tile by tile, with the tokens in the cache, the forward pass took 0.96
+// to 1.08 times as long, and the backward pass 0.94 to 0.98 times: docs/operators/residual.md.
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> residual_scatter_gather_norm(
     const Tensor& x, const Tensor& residual, const OptionalTensor& position, const OptionalTensor& scale,

@@ -31,8 +31,8 @@ struct DoubleSum {
   }
 };
 
-// sum_c term(c) of a row, in double: four vectors are added in A before they are widened. The lanes of a term beyond
-// the end of the row must be 0.
+// sum_c term(c) of a row, in double: four vectors are added in A before they are widened. The lanes of a term past the
+// end of the row must be 0.
 template <class A, class Term>
 ALWAYS_INLINE double sum_over_row(int64_t C, Term term) {
   DoubleSum<A> sum;
@@ -59,7 +59,7 @@ void gather_norm(const GatherNorm<X, H>& args, int64_t begin, int64_t end) {
     const X* x = args.x + row_of(args.rows, i) * C;
     H* h = args.h + i * C;
     const A mean = sum_over_row<A>(C, [&](int64_t c, auto part) { return load(x + c, part); }) / C;
-    // Squares are taken about the mean, so that a mean far from 0 costs the variance nothing.
+    // The squares are those of x - mean, so a mean far from 0 does not hurt the precision of the variance.
     const double squares = sum_over_row<A>(C, [&](int64_t c, auto part) {
       const vec<A> centred = zero_outside(load(x + c, part) - mean, part);
       return centred * centred;
@@ -123,7 +123,7 @@ ALWAYS_INLINE void norm_backward_rows(const GatherNormBackward<X, H>& args, int6
     vec<A> grads[N], products[N];
     for (int n = 0; n < N; ++n) {
       const vec<A> grad = load(grad_h[n] + c, part), normed_c = normed[n](c, part);
-      // Rounded as in the sum above: a difference that is 0 would come out as a rounding error, times rstd.
+      // Rounded as in the sum above: otherwise a difference of 0 would become a rounding error times rstd.
       const vec<A> dx = (rounded(grad * weight) - shift[n]) - normed_c * slope[n];
       store(args.dx + start[n] + c, dx * rstd[n] + load(args.grad_x + start[n] + c, part), part);
       grads[n] = grad;
@@ -175,7 +175,7 @@ void gather_norm_backward(const GatherNormBackward<X, H>& args, int64_t begin, i
   }
 }
 
-// y = x + scale * gamma * (residual + bias), of the kept token i that stands in this row of x.
+// y = x + scale * gamma * (residual + bias), for the kept token i, which is in this row of x.
 template <class X, class H>
 ALWAYS_INLINE void add_residual(const Scatter<X, H>& args, int64_t row, int64_t i) {
   using A = accumulate_t<X>;

@@ -1,8 +1,8 @@
-// The serial parts of a residual connection, one thread's share each: cpu_kernels.cpp, compiled for every CPU target.
+// The serial parts of a residual connection, the work of one thread: cpu_kernels.cpp, compiled for every CPU target.
 //
-// x [T, C] are tokens of type X, of which the rows [t] are kept, in ascending order; h and residual [t, C] have type H.
+// x [T, C] are tokens of type X; rows [t] are the kept ones, in ascending order; h and residual [t, C] have type H.
 // Everything is contiguous. A = accumulate_t<X> = accumulate_t<H> is the type of statistics [t] and parameters [C].
-// Where rows and position are null, every token is kept; where scale is null, it is 1.
+// If rows and position are null, every token is kept; if scale is null, it is 1.
 #pragma once
 
 #include "common/cpu_target.h"
@@ -15,8 +15,8 @@ struct GatherNorm {
   const A *weight, *bias;
   double eps;
   int64_t C;
-  H* h;            // written, as are the next two
-  A *mean, *rstd;  // of every kept token
+  H* h;            // written, like the next two
+  A *mean, *rstd;  // for every kept token
 };
 
 template <class X, class H, class A = accumulate_t<X>>

@@ -1,15 +1,15 @@
-// The Sinkhorn-Knopp step on CPU: operators, and how threads share their work. What one thread does stands in
-// cpu_kernels.cpp; the definition is dinov2_kernels/sinkhorn/reference.py.
+// The Sinkhorn-Knopp step on CPU: operators, and how threads share their work. cpu_kernels.cpp has the work of one
+// thread; the definition is dinov2_kernels/sinkhorn/reference.py.
 //
-// Bytes: sinkhorn_bias, for all rows at once, reads the logits once per iteration and takes one exponential of each: a
-// tile of columns is visited with all its rows, and its p stay in the cache until the columns' sums are known; divided
-// by them, they add up to the rows' sums of the next iteration.
+// Bytes: sinkhorn_bias has all rows. It reads the logits once per iteration and takes one exponential of each: it goes
+// through a tile of columns with all its rows, and their p stay in the cache until the columns' sums are known. p
+// divided by these sums gives the rows' sums of the next iteration.
 //
-// The other operators are its passes, between which several processes reduce a vector. column_logsumexp reads the
-// logits once, from memory. column_mass reads them twice, along rows and then down columns: the sums of two threads
-// never meet, so that no thread needs vectors [K] of its own, and the result is the same for every number of threads.
-// assign reads them once from memory and writes the result, which stays in the cache until it is normalised. No
-// operator allocates more than vectors [B] and [K], and sinkhorn_bias a tile per thread.
+// The other operators are its passes; several processes reduce a vector between two passes. column_logsumexp reads the
+// logits once, from memory. column_mass reads them twice, along rows and then down columns: each sum is made by one
+// thread, so no thread needs vectors [K] of its own, and the result is the same for every number of threads. assign
+// reads them once from memory and writes the result, which stays in the cache until it is normalised. Operators allocate
+// only vectors [B] and [K], and sinkhorn_bias also a tile per thread.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -29,7 +29,7 @@ using torch::stable::Tensor;
 namespace {
 
 constexpr int64_t kGrain = 1 << 15;  // elements below which a second thread does not pay
-constexpr int64_t kColumns = 64;     // threads part between multiples of this many columns: whole cache lines
+constexpr int64_t kColumns = 64;     // the share of a thread is a multiple of this many columns: whole cache lines
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -69,8 +69,8 @@ struct alignas(64) CacheLine {
   char bytes[64];
 };
 
-// Columns of a tile: their p stays in the second-level cache. With very many rows it moves to the third, because the
-// shorter a tile's runs in memory, the slower they are read.
+// Columns of a tile: their p stays in the second-level cache. With very many rows it stays in the third-level cache,
+// because a narrower tile would be read more slowly.
 int64_t tile_width(int64_t B, int64_t bytes) {
   constexpr int64_t kCached = 256 << 10, kMinTileWidth = 128;
   const int64_t width = kCached / (std::max<int64_t>(B, 1) * bytes) / kColumns * kColumns;
@@ -98,8 +98,8 @@ class SinkhornKnopp {
   }
 
  private:
-  // Threads part between groups of tiles, and add up the rows' sums of all groups in their order: the result is the
-  // same for every number of threads.
+  // Threads share groups of tiles, and the rows' sums of all groups are added in order, so the result is the same for
+  // every number of threads.
   static constexpr int64_t kGroups = 128;
 
   void iteration(bool first) {
@@ -114,9 +114,9 @@ class SinkhornKnopp {
     });
   }
 
-  // Far below the others, a row has hardly any share in the columns' first sums, and its own sum is lost among numbers
-  // too small for A. Such a row is measured by itself, now and in the iterations to come: at |z| = 1e5, where z is
-  // rounded to 1 %, the p of one iteration do not add up to what the next one needs.
+  // A row far below the others has hardly any share in the columns' first sums, and its own sum underflows in A. Such a
+  // row is computed by itself, now and in later iterations: at |z| = 1e5, where z is rounded to 1 %, the p of one
+  // iteration do not give the sum that the next one needs.
   void scale_rows() {
     const auto row_scale = ON_CPU_TARGET(row_scale<X>);
     parallel_rows(B, K, [&](int64_t b) {
@@ -128,7 +128,7 @@ class SinkhornKnopp {
     });
   }
 
-  // Nobody asks for the rows' sums any more.
+  // The rows' sums are not needed any more.
   void last_iteration() {
     const auto kernel = ON_CPU_TARGET(column_mass<X>);
     std::vector<A> mass(K);
@@ -145,7 +145,7 @@ class SinkhornKnopp {
   const double T;
   A* bias;  // [K]
   const int64_t width = tile_width(B, sizeof(A));
-  const int64_t group = ceil_div(ceil_div(K, kGroups), width) * width;  // columns of one
+  const int64_t group = ceil_div(ceil_div(K, kGroups), width) * width;  // columns of a group
   const int64_t groups = ceil_div(K, group);
   std::vector<RowScale<A>> rows;  // [B]
   std::vector<double> row_sums;   // [groups, B]

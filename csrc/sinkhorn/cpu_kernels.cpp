@@ -6,17 +6,17 @@
 
 namespace CPU_TARGET {
 
-// Values that one step takes at a time: rows of a column, vectors of a row. They share one rescaling of the sum so far.
+// Number of values in one step: rows of a column, or vectors of a row. They share one rescaling of the sum so far.
 constexpr int kStep = 8;
-// Columns that a pass down the rows carries along at most; their sums stay in the first-level cache.
+// Largest number of columns in a pass down the rows; their sums stay in the first-level cache.
 constexpr int kTile = kMaxTileWidth;
 
-// A shift below every finite number that is to come, with which -inf gives exp(-inf) = 0.
+// A shift below every later finite number; with it, -inf gives exp(-inf) = 0.
 template <class A>
 constexpr A kNoShift = sizeof(A) == 4 ? A(-0x1.fffffep127) : A(-0x1.fffffffffffffp1023);
 
-// An online log-sum-exp of scale * x, lane by lane: N more values x for the sum of exp(scale * (x - shift)). The shift
-// is a value seen before; it follows the maximum, but only where the exponential would otherwise grow beyond e^kSlack.
+// An online log-sum-exp of scale * x, lane by lane: adds N values x to the sum of exp(scale * (x - shift)). The shift is
+// an earlier value; it rises to the maximum only if an exponential would otherwise exceed e^kSlack.
 template <class A, int N>
 ALWAYS_INLINE void add_values(const vec<A> (&x)[N], A scale, vec<A>& shift, wide<A>& sum) {
   constexpr A kSlack = 32;
@@ -61,8 +61,8 @@ void column_logsumexp(const X* x, int64_t B, int64_t K, double T, int64_t begin,
   }
 }
 
-// z = x / T + bias, and -inf beyond the end of a row. Every pass over a row must round z alike, or z - shift would not
-// be exact where z is constant: the loads come first, so that all of them fuse the multiplication and the addition.
+// z = x / T + bias, and -inf past the end of a row. Every pass over a row must round z in the same way, or z - shift
+// would not be exact for constant z. The loads come first, so that all passes fuse the multiplication and the addition.
 template <class X, class A, class WholeOrPart>
 ALWAYS_INLINE vec<A> biased(const X* x, A inverse_T, const A* bias, WholeOrPart part) {
   const vec<A> x_k = load(x, part), bias_k = load(bias, part, A(-INFINITY));
@@ -89,8 +89,8 @@ RowScale<A> row_scale(const X* x, int64_t K, double T, const A* bias) {
   return {row_shift, static_cast<A>(1 / sum_of_lanes<A>(sum))};
 }
 
-// Adds what N rows give to the mass of some columns, and shows every vector of z and p to visit(b, k, z, p). The rows
-// are K apart, where no hardware fetches ahead: it is done here, for N rows more.
+// Adds the share of N rows to the mass of some columns, and passes every vector of z and p to visit(b, k, z, p). The rows
+// are K apart, and hardware does not prefetch over such distances, so this code prefetches the next N rows.
 template <int N, class X, class A, class Visit>
 ALWAYS_INLINE void add_mass(const X* x, int64_t K, A inverse_T, const A* bias, const RowScale<A>* rows,
                             int64_t columns, double* mass, Visit visit) {
@@ -107,7 +107,7 @@ ALWAYS_INLINE void add_mass(const X* x, int64_t K, A inverse_T, const A* bias, c
   });
 }
 
-// mass[k] = sum_b p_bk, for at most kTile columns. A vector beyond their end has p = 0 there.
+// mass[k] = sum_b p_bk, for at most kTile columns. Past their end, a vector has p = 0.
 template <class X, class A, class Visit>
 ALWAYS_INLINE void tile_mass(const X* x, int64_t B, int64_t K, A inverse_T, const A* bias, const RowScale<A>* rows,
                              int64_t columns, double* mass, Visit visit) {
@@ -131,7 +131,7 @@ void column_mass(const X* x, int64_t B, int64_t K, double T, const A* bias, cons
   }
 }
 
-// A bias that puts the first rows' largest z at 0: of all rows' largest z, it is usually within reach.
+// A bias that makes the largest z of the first rows 0. The largest z of all rows is then usually within reach.
 template <class X, class A>
 ALWAYS_INLINE void guess_bias(const X* x, int64_t B, int64_t K, A inverse_T, int64_t columns, A* bias) {
   for_each_vector<A>(0, columns, [&](int64_t k, auto part) {
@@ -141,15 +141,15 @@ ALWAYS_INLINE void guess_bias(const X* x, int64_t B, int64_t K, A inverse_T, int
   });
 }
 
-// Whether the largest z of a column is so far from 0 that exp(z) might overflow, or underflow where it counts. Within
-// reach, the column's sum and the inverse of that are ordinary numbers.
+// Whether the largest z of a column is so far from 0 that exp(z) might overflow, or underflow and change the sum. Within
+// reach, the column's sum and its inverse are normal numbers.
 template <class A>
 static bool out_of_reach(A largest) {
   constexpr A kReach = 60;
   return largest > kReach || (largest < -kReach && largest > -INFINITY);
 }
 
-// Puts the largest z at 0 in columns where it is out of reach; returns whether there were any.
+// Makes the largest z 0 in columns where it is out of reach; returns whether there were any.
 template <class A>
 static bool correct_bias(const A* largest, int64_t columns, A* bias) {
   bool corrected = false;
@@ -162,7 +162,7 @@ static bool correct_bias(const A* largest, int64_t columns, A* bias) {
   return corrected;
 }
 
-// bias -= log mass. weight = exp(new bias - old bias): what turns p into its value with the new bias, as it is rounded.
+// bias -= log mass. weight = exp(new bias - old bias), with the rounded biases, turns p into its value with the new bias.
 // A column without mass keeps its bias.
 template <class A>
 static void balance(const double* mass, int64_t columns, A* bias, A* weight) {
@@ -202,7 +202,7 @@ void iterate(const X* x, int64_t B, int64_t K, double T, bool first, const RowSc
       visit_first();
       if (correct_bias(largest, columns, bias + begin)) visit_first();
       for (int64_t k = 0; k < columns; ++k) {
-        if (out_of_reach(largest[k])) {  // still: |x / T| beyond 1e9, beside which log mass is nothing
+        if (out_of_reach(largest[k])) {  // still out of reach: |x / T| is above 1e9, and log mass is negligible
           mass[k] = 0;
           lost = true;
         }

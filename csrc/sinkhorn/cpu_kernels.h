@@ -1,4 +1,4 @@
-// The serial parts of the Sinkhorn-Knopp step, one thread's share each: cpu_kernels.cpp, compiled for every CPU target.
+// The serial parts of the Sinkhorn-Knopp step, the work of one thread: cpu_kernels.cpp, compiled for every CPU target.
 //
 // x [B, K] are logits of type X, contiguous, at temperature T; A = accumulate_t<X>; bias [K]; z = x / T + bias.
 #pragma once
@@ -6,7 +6,7 @@
 #include "common/cpu_target.h"
 #include "common/dtypes.h"
 
-// What turns a row of z into its softmax: p = exp(z - shift) * inverse_sum.
+// The shift and scale that turn a row of z into its softmax: p = exp(z - shift) * inverse_sum.
 template <class A>
 struct RowScale {
   A shift, inverse_sum;
@@ -14,12 +14,12 @@ struct RowScale {
 
 constexpr int64_t kMaxTileWidth = 1024;
 
-// Room for one thread's tile of `width` columns, at most kMaxTileWidth, and all rows. Aligned to cache lines.
+// Memory for one thread's tile of `width` columns, at most kMaxTileWidth, and all rows. Aligned to cache lines.
 template <class A>
 struct Scratch {
   int64_t width;
   A* p;          // [B, width]
-  A* lane_sums;  // [B, lanes]: sums over columns, before the lanes of a vector are added; room for 64 bytes a row
+  A* lane_sums;  // [B, lanes]: sums over columns, before the lanes of a vector are added; 64 bytes per row
 };
 
 #define DECLARE(target)                                                                                              \

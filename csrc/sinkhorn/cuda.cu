@@ -1,8 +1,8 @@
 // Sinkhorn-Knopp in CUDA C++: the operators that dinov2_kernels/sinkhorn/reference.py defines.
 //
-// Legend: logits [B, K] of type T (double, float, BFloat16, Half), contiguous; bias [K] and every result of type A, in
-// which sums are accumulated (double for double, float otherwise); scale = 1 / temperature. No atomics: results do not
-// change from run to run.
+// Legend: logits [B, K] of type T (double, float, BFloat16, Half), contiguous; bias [K] and every result of type A, the
+// type of sums (double for double, float otherwise); scale = 1 / temperature. No atomics: results are the same in every
+// run.
 #include <algorithm>
 
 #include "common/cuda.h"
@@ -53,7 +53,7 @@ Tensor new_empty(const Tensor& logits, std::initializer_list<int64_t> sizes) {
   return torch::stable::new_empty(logits, sizes, is_double ? ScalarType::Double : ScalarType::Float);
 }
 
-// Whether every row, and the bias, starts on a 16-byte boundary and holds a whole number of 16-byte loads.
+// Whether every row and the bias start on a 16-byte boundary and hold a whole number of 16-byte loads.
 bool is_aligned(const Tensor& logits, const void* bias) {
   const int64_t row_bytes = logits.size(1) * logits.element_size();
   return row_bytes % 16 == 0 && cuda::is_aligned(logits.data_ptr()) && cuda::is_aligned(bias);
@@ -72,12 +72,12 @@ Tensor column_logsumexp(const Tensor& logits, double temperature) {
   return out;
 }
 
-// The mass, in parts [P, K] whose sum it is.
+// Parts [P, K] whose sum is the mass.
 //
-// Bytes, in clusters: one read of the logits, one write of a part [K] for each cluster that the device holds at once: 32
-// of them, 8 MB, for 65536 BFloat16 columns on an H100.
-// Without clusters, or where a row is too long for one: two reads of the logits (the second from L2 where they fit: the
-// class tokens, [128, 65536] BFloat16, are 17 MB), B / 4 reads of the bias (B for few rows) from L2, [K] and [2, B].
+// Bytes, in clusters: one read of the logits, one write of a part [K] for each cluster that the device holds at once. For
+// 65536 BFloat16 columns on an H100, these are 32 clusters and 8 MB.
+// Without clusters, or if a row is too long for one: two reads of the logits (the second from L2 if they fit: the class
+// tokens, [128, 65536] BFloat16, are 17 MB), B / 4 reads of the bias (B for few rows) from L2, [K] and [2, B].
 Tensor mass_in_parts(const Tensor& logits, double temperature, const Tensor& bias) {
   const int64_t B = logits.size(0), K = logits.size(1);
   return dispatch_floating(logits.scalar_type(), [&]<typename T>() {

@@ -1,5 +1,5 @@
-// The mass where each row is spread over a cluster of blocks, which hold it until they know its norm and need not read it
-// a second time; see cuda.cu. From compute capability 9.0 on.
+// The mass for rows that are spread over a cluster of blocks. The blocks hold a row until they know its norm, so they
+// need not read it again; see cuda.cu. Needs compute capability 9.0 or higher.
 #pragma once
 
 #include <algorithm>
@@ -10,25 +10,25 @@
 namespace dinov2_kernels::cuda {
 namespace {
 
-constexpr int ROW_LOADS = 4;       // of 16 bytes, by a thread, of its part of a row
-constexpr int CLUSTER_ROWS = 2;    // rows in a cluster at once: with them 128 bytes in flight per thread
-constexpr int MAX_CLUSTER = 16;    // blocks; 8192 bfloat16 columns each
-constexpr int CLUSTER_BLOCKS = 2;  // at once on a multiprocessor: while one waits for its cluster, the other reads
+constexpr int ROW_LOADS = 4;       // loads of 16 bytes of a thread, for its part of a row
+constexpr int CLUSTER_ROWS = 2;    // rows in a cluster at once: a thread then loads 128 bytes at a time
+constexpr int MAX_CLUSTER = 16;    // blocks, with 8192 bfloat16 columns each
+constexpr int CLUSTER_BLOCKS = 2;  // blocks on a multiprocessor: while one waits for its cluster, the other reads
 
 template <typename T>
 constexpr int64_t MAX_SLICE = int64_t(THREADS) * ROW_LOADS * PER_LOAD<T>;  // columns of a row that a block can hold
 
-// Dynamic shared memory of a block. A thread's columns lie apart by THREADS, 16 bytes at a time: no bank conflicts.
+// Dynamic shared memory of a block. A thread's loads of 16 bytes are THREADS apart, so there are no bank conflicts.
 template <typename T, typename A = Accumulate<T>>
 struct ClusterShared {
   static constexpr int PACK = 16 / sizeof(A), PACKS = PER_LOAD<T> / PACK;
 
   Pack<A, PACK> bias[ROW_LOADS][PACKS][THREADS], mass[ROW_LOADS][PACKS][THREADS];
-  ExpSum<A> norms[2][CLUSTER_ROWS][MAX_CLUSTER * WARPS];  // of each warp of the cluster; of this step and the last one
+  ExpSum<A> norms[2][CLUSTER_ROWS][MAX_CLUSTER * WARPS];  // for each warp of the cluster; this step and the last one
 };
 
-// A cluster takes CLUSTER_ROWS rows at a time; each of its blocks holds a slice of their columns, in registers from the
-// load to the last sum. Writes what the rows of each cluster add to the mass: parts [clusters, K].
+// A cluster takes CLUSTER_ROWS rows at a time; each block holds a slice of their columns in registers, from the load to
+// the last sum. Writes the share of each cluster's rows in the mass: parts [clusters, K].
 template <typename T, typename A = Accumulate<T>>
 __global__ void __launch_bounds__(THREADS, CLUSTER_BLOCKS)
     cluster_mass_kernel(const T* logits, const A* bias, int64_t B, int64_t K, int64_t slice, A scale, A* parts) {
@@ -39,10 +39,10 @@ __global__ void __launch_bounds__(THREADS, CLUSTER_BLOCKS)
   const auto cluster = cooperative_groups::this_cluster();
   const int blocks = cluster.num_blocks(), rank = cluster.block_rank();
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  const int64_t number = blockIdx.x / blocks, clusters = gridDim.x / blocks;  // of this cluster; of all
-  const int64_t begin = rank * slice;  // of the block's columns
+  const int64_t number = blockIdx.x / blocks, clusters = gridDim.x / blocks;  // this cluster's number; number of all
+  const int64_t begin = rank * slice;  // first column of the block
   const int width = std::min(slice, K - begin);
-  const auto column = [](int c) { return int(c * THREADS + threadIdx.x) * N; };  // of a load, from `begin` on
+  const auto column = [](int c) { return int(c * THREADS + threadIdx.x) * N; };  // of a load, relative to `begin`
 
   for (int c = 0; c < ROW_LOADS; ++c) {
     const auto offset = load<N>(bias + begin, column(c), width, true, A(0));
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(THREADS, CLUSTER_BLOCKS)
       shared->mass[c][i / PACK][threadIdx.x].value[i % PACK] = 0;
     }
   }
-  cluster.sync();  // all its blocks run: their shared memory can be written
+  cluster.sync();  // now all its blocks run, and their shared memory can be written
 
   int parity = 0;
   for (int64_t b = number * CLUSTER_ROWS; b < B; b += clusters * CLUSTER_ROWS, parity ^= 1) {
@@ -71,9 +71,9 @@ __global__ void __launch_bounds__(THREADS, CLUSTER_BLOCKS)
             z[r][c][p * PACK + i] = std::fma(A(x[r][c].value[p * PACK + i]), scale, offset.value[i]);
       }
 
-#pragma unroll  // or z would not stay in registers
+#pragma unroll  // keeps z in registers
     for (int r = 0; r < CLUSTER_ROWS; ++r) {
-      auto own = ExpSum<A>::empty();  // of the warp; z becomes exp(z - own.max)
+      auto own = ExpSum<A>::empty();  // sum of the warp; z becomes exp(z - own.max)
 #pragma unroll
       for (int c = 0; c < ROW_LOADS; ++c)
         for (const A value : z[r][c]) own.max = std::fmax(own.max, value);

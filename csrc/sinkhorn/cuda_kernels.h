@@ -1,7 +1,7 @@
-// Sinkhorn's kernels whose blocks work by themselves, down columns and along rows; see cuda.cu.
+// Sinkhorn's kernels without clusters, down columns and along rows; see cuda.cu.
 //
-// A *column tile* is 32 lanes x 16 bytes of neighbouring columns and all rows: a block's warps take turns with the rows
-// and add up in shared memory. A *row* is read by a whole block.
+// A *column tile* is 32 lanes x 16 bytes of neighbouring columns with all rows: a block's warps take the rows in turns
+// and combine their sums in shared memory. A whole block reads a *row*.
 #pragma once
 
 #include "common/cuda.h"
@@ -11,10 +11,10 @@ namespace {
 
 constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / WARP;
-constexpr int ROWS = 4;  // rows a thread reads at once: 64 bytes in flight per thread
+constexpr int ROWS = 4;  // rows that a thread reads at once: 64 bytes
 
 template <typename A>
-constexpr int BLOCKS = sizeof(A) == 8 ? 2 : 3;  // at once on a multiprocessor: leaves 128 or 80 registers to a thread
+constexpr int BLOCKS = sizeof(A) == 8 ? 2 : 3;  // blocks on a multiprocessor: leaves 128 or 80 registers to a thread
 template <typename T>
 constexpr int TILE = WARP * PER_LOAD<T>;  // columns of a column tile
 
@@ -25,7 +25,7 @@ __device__ Pack<T, PER_LOAD<T>> load_logits(const T* logits, int64_t b, int64_t 
   return load<PER_LOAD<T>>(logits + b * K, k, b < B ? end : 0, aligned, T(-std::numeric_limits<float>::infinity()));
 }
 
-// Visits the rows of a column tile: f(b, x) gets the lane's columns x[r].value[i] of ROWS rows from b on.
+// Goes over the rows of a column tile: f(b, x) gets the lane's columns x[r].value[i] of ROWS rows from b on.
 template <typename T, typename F>
 __device__ void for_rows_of_tile(const T* logits, int64_t column, int64_t B, int64_t K, bool aligned, const F& f) {
   for (int64_t b = threadIdx.x / WARP * ROWS; b < B; b += WARPS * ROWS) {
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS<A>)
   for (auto& sum : own) sum = ExpSum<A>::empty();
   for_rows_of_tile(logits, first + lane * N, B, K, aligned, [&](int64_t, const Pack<T, N>* x) {
     for (int i = 0; i < N; ++i) {
-      // The maximum is taken of the logits themselves: x - maximum is small, and nearly exact, where it matters.
+      // The maximum is that of the logits, not of x / T: x - maximum is small, and nearly exact, where it matters.
       A column[ROWS];
       for (int r = 0; r < ROWS; ++r) column[r] = x[r].value[i];
       own[i].add(column, scale);

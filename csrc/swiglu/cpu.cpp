@@ -1,4 +1,4 @@
-// SwiGLU on CPU: operators, and how threads share their work. What one thread does stands in cpu_kernels.cpp; the
+// SwiGLU on CPU: operators, and how threads share their work. cpu_kernels.cpp has the work of one thread; the
 // definition is dinov2_kernels/swiglu/reference.py.
 //
 // Bytes: each operator reads its arguments once and writes its result once, and keeps nothing else.
@@ -40,7 +40,7 @@ const X* pointer(const Tensor& tensor) {
   return static_cast<const X*>(tensor.const_data_ptr());
 }
 
-// Where a fresh result is to be written.
+// The memory of a new result.
 template <class X>
 X* written(Tensor& tensor) {
   X* data = static_cast<X*>(tensor.mutable_data_ptr());

@@ -1,4 +1,4 @@
-// The serial parts of SwiGLU, one thread's share each: cpu_kernels.cpp, compiled for every CPU target.
+// The serial parts of SwiGLU, the work of one thread: cpu_kernels.cpp, compiled for every CPU target.
 //
 // Some rows of x12 [rows, 2H], the gate x1 before the value x2, and of grad and y [rows, H]; all of type X, contiguous.
 #pragma once

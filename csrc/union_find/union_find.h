@@ -1,8 +1,8 @@
-// Connected components by disjoint sets over an array that holds a parent of each node, 4 or 8 bytes a node.
+// Connected components by disjoint sets over an array with the parent of each node, 4 or 8 bytes per node.
 //
-// A root is linked under the lower of two roots, so parents never have a higher number than their children, the root of
-// a component is its lowest node, and the result does not depend on the order of edges. Paths are halved on the way
-// (Tarjan and van Leeuwen, 1984): amortised time of an edge is O(log nodes), near constant in practice.
+// The higher of two roots is linked to the lower one. So a parent never has a higher number than its children, the root
+// of a component is its lowest node, and the result does not depend on the order of edges. A search halves its path
+// (Tarjan and van Leeuwen, 1984): the amortised time of an edge is O(log nodes), nearly constant in practice.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ void join_components(Node* parent, const std::int64_t* first, const std::int64_t
   }
 }
 
-// Parents come before their children, so that theirs is the root already.
+// A parent comes before its children, so its own parent is already the root.
 template <typename Node>
 void label_components(Node* parent, std::int64_t num_nodes) {
   for (std::int64_t node = 0; node < num_nodes; ++node) parent[node] = parent[parent[node]];

@@ -1,4 +1,4 @@
-"""Attention over packed sequences: two operators, their derivative, and the functions that users call."""
+"""Attention over packed sequences: forward and backward operators, autograd, and the functions that users call."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def _fake_backward(grad: Tensor, q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape[0], 3, *q.shape[1:])  # [T, 3, H, D]
 
 
-# q, k, v [T, H, D] with a dense last dimension and any other strides; grad and out contiguous. The sequences are
-# described by cu_seqlens [S + 1], or by runs (count, length, count, length, ...) on the host where it is None.
+# q, k, v [T, H, D] have a dense last dimension and any other strides; grad and out are contiguous. cu_seqlens [S + 1]
+# describes the sequences; if it is None, runs (count, length, count, length, ...) on the host do.
 _forward = define(
     "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, SymInt[] runs, float scale) "
     "-> (Tensor, Tensor)",
@@ -57,21 +57,22 @@ def varlen_attention(
 ) -> Tensor:
     """Softmax attention within each sequence of a packed batch, see :mod:`dinov2_kernels.attention.reference`.
 
-    Differentiable, deterministic, and equal to attending to every sequence on its own. Under autocast it computes in
-    autocast's dtype, as ``F.scaled_dot_product_attention`` does.
+    It is differentiable and deterministic, and gives the same result as a separate attention for each sequence. Under
+    autocast it computes in autocast's dtype, as ``F.scaled_dot_product_attention`` does.
 
     Bytes, with e bytes per element: forward reads q, k and v and writes the result, 4 T H D e, and 4 T H of
-    log-sum-exps; backward reads them and the gradient and writes three gradients, 8 T H D e. The attention matrix is
-    never stored.
+    log-sum-exps; backward reads all of these and the gradient, and writes three gradients, 8 T H D e. The attention
+    matrix is never stored.
 
     Args:
         q, k, v: [T, H, D] tokens, heads, width of a head; equal floating dtypes; any strides with a dense last
             dimension (others are copied). There are kernels for float32, bfloat16 and float16 with D up to 128;
             float64 and wider heads run in plain PyTorch.
         layout: the sequences, as a :class:`PackedLayout` or as int32 offsets [S + 1] from 0 to T on the device of q.
-            A layout is cheaper: kernels are chosen by its lengths, on the host.
+            A PackedLayout is faster: its lengths, which the host knows, decide which kernels run.
         scale: factor of the scores; 1 / sqrt(D) by default.
-        validate: check the values of offsets that lie on a GPU too, which waits for it. Those on a CPU always are.
+        validate: check the values of offsets on a GPU too; the host then waits for the GPU. Offsets on a CPU are
+            always checked.
 
     Returns:
         [T, H, D], contiguous, in the dtype of v.
@@ -101,9 +102,9 @@ def varlen_attention(
 def varlen_attention_qkvpacked(
     qkv: Tensor, layout: PackedLayout | Tensor, *, scale: float | None = None, validate: bool = False
 ) -> Tensor:
-    """:func:`varlen_attention` for queries, keys and values that one linear layer wrote into one tensor.
+    """:func:`varlen_attention` for queries, keys and values in one tensor, as one linear layer makes them.
 
-    The kernels read q, k and v by their strides, and the gradient is written as one tensor: nothing is copied.
+    The kernels read q, k and v with their strides and write the gradient as one tensor, so nothing is copied.
 
     Args:
         qkv: [T, 3, H, D] queries, keys and values.
@@ -200,7 +201,7 @@ def _dense(x: Tensor) -> Tensor:
 def _sequences(
     layout: PackedLayout | Tensor, tokens: Tensor, name: str, validate: bool
 ) -> tuple[Tensor | None, Sequence[int]]:
-    """The sequences as operators take them: offsets, or runs."""
+    """The sequences as operators take them: offsets, or None and runs."""
     if isinstance(layout, PackedLayout):
         layout.check(tokens, name)
         return None, layout.flat_runs
@@ -221,7 +222,7 @@ def _check_offsets(cu_seqlens: Tensor, tokens: Tensor, name: str) -> None:
         got = cu_seqlens.tolist() if len(cu_seqlens) <= 16 else f"{cu_seqlens[:16].tolist()} and so on"
         raise ValueError(f"layout: expected offsets that start at 0 and never decrease, got {got}")
     if (total := int(cu_seqlens[-1])) != tokens.shape[0]:
-        raise ValueError(f"layout describes {total} tokens, but {name} has {tokens.shape[0]}")
+        raise ValueError(f"layout: expected offsets that end at the {tokens.shape[0]} tokens of {name}, got {total}")
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:

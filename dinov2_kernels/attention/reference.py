@@ -30,7 +30,7 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """The result [T, H, D] and lse [H, T], float32 or float64, from q, k, v [T, H, D].
 
-    The sequences are described by cu_seqlens [S + 1], or by runs (count, length, count, length, ...) where it is None.
+    cu_seqlens [S + 1] describes the sequences; if it is None, runs (count, length, count, length, ...) do.
     """
     out = torch.empty_like(q, memory_format=torch.contiguous_format)  # [T, H, D]
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=accumulation_dtype(q))  # [H, T]
@@ -53,7 +53,7 @@ def attention_backward(
     runs: Sequence[int],
     scale: float,
 ) -> Tensor:
-    """Gradients [T, 3, H, D] of q, k and v, given that of the result, grad [T, H, D]."""
+    """Gradients [T, 3, H, D] of q, k and v from grad [T, H, D], the gradient of the result."""
     dqkv = q.new_empty(q.shape[0], 3, *q.shape[1:])  # [T, 3, H, D]
     for tokens, count in split_into_runs(cu_seqlens, runs):
         g, q_run, k_run, v_run, o = (_widen(x[tokens], count) for x in (grad, q, k, v, out))  # [S, N, H, D] each
@@ -68,7 +68,7 @@ def attention_backward(
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
-    """The result alone, by plain differentiable PyTorch: q, k, v [T, H, D] with T = sum(lengths); returns [T, H, D]."""
+    """The result alone, in differentiable PyTorch: q, k, v [T, H, D] with T = sum(lengths); returns [T, H, D]."""
     sequences = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
     return torch.cat([attention(*sequence, scale) for sequence in sequences])
 
@@ -80,7 +80,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def split_into_runs(cu_seqlens: Tensor | None, runs: Sequence[int]) -> Iterator[tuple[slice, int]]:
-    """The tokens of each run that has any, and its number of sequences; offsets are runs of one sequence."""
+    """For each run with tokens: its tokens, and its number of sequences. Offsets describe runs of one sequence."""
     if cu_seqlens is not None:
         pairs = [(1, end - start) for start, end in pairwise(cu_seqlens.tolist())]
     else:

@@ -1,8 +1,8 @@
-"""Backward attention in Triton: one kernel for sequences that fit into one tile, one for longer ones.
+"""Backward attention in Triton: one kernel for sequences that fit into one tile, one for longer sequences.
 
-No atomics and no float32 copy of a gradient in memory: every gradient is summed in registers, in a fixed order, and
-written once. The gradient is one tensor dqkv [T, 3, H, D]. Both are launched with the same arguments, and both compute
-delta [queries], grad_i . out_i, where they need it.
+There are no atomics and no float32 copy of a gradient in memory: every gradient is summed in registers, in a fixed
+order, and written once. The gradient is one tensor dqkv [T, 3, H, D]. Both kernels have the same arguments and compute
+delta [queries], grad_i . out_i, themselves.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def backward_short(
 ):  # fmt: skip
     """A program takes one sequence of at most ROWS tokens and one head, in one tile: five matrix products, no loop.
 
-    Probabilities are kept transposed, [keys, queries]: two of the products then find their left operand in registers.
+    Probabilities are transposed, [keys, queries]: the left operand of two products is then in registers.
     """
     program = tl.program_id(0)
     head = program % H
@@ -57,7 +57,7 @@ def backward_short(
     there = (row < length)[:, None]
     p = tl.where(there, p, 0.0)
     ds = tl.where(there, ds, 0.0)
-    if q.dtype.element_ty == tl.float32:  # ds sums to 0 over the keys; of a single key, what rounding leaves is all
+    if q.dtype.element_ty == tl.float32:  # ds sums to 0 over the keys, so for a single key only rounding error is left
         ds -= p * tl.sum(ds, 0)[None, :]
     p = p.to(queries[0].dtype)
     ds = ds.to(queries[0].dtype)
@@ -70,7 +70,7 @@ def backward_short(
 
 @triton.jit
 def _load_queries(grads, out, lse, first, end, row_stride, ROWS: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
-    """lse in units of log 2, and delta [ROWS]; lse is infinite for a query that is not there: it attends to nothing."""
+    """lse in units of log 2, and delta [ROWS]. A row past the end has an infinite lse, so it attends to nothing."""
     delta = row_products(grads, load_tile(out, first, end, row_stride, ROWS, D, MASKED))
     row = first + tl.arange(0, ROWS)
     if MASKED:
@@ -81,7 +81,7 @@ def _load_queries(grads, out, lse, first, end, row_stride, ROWS: tl.constexpr, D
 
 @triton.jit
 def _probabilities(x, y, gx, gy, norm, delta, scale):
-    """p and ds, from queries and keys as x and y, or as y and x; gradients and values as gx and gy alike."""
+    """p and ds. x and y are queries and keys, gx and gy gradients and values; or both pairs in the other order."""
     p = tl.exp2(inner_products(x, y) * (scale * LOG2E) - norm)
     return p, p * (inner_products(gx, gy) - delta)
 
@@ -93,12 +93,12 @@ def backward_blocks(
     token_stride, head_stride, T, H, scale,
     D: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, OFFSETS: tl.constexpr,
 ):  # fmt: skip
-    """Two programs share a block of one sequence and one head: one takes its queries and one its keys.
+    """Two programs share a block of one sequence and one head: one takes its queries, the other its keys.
 
-    Programs of a sequence are neighbours, and run at a time: what one has read the others find in L2.
+    Programs of a sequence are neighbours and run at the same time, so they share their reads in L2.
     """
     program = tl.program_id(0)
-    takes_keys = program % 2 == 0  # the longer of the two first
+    takes_keys = program % 2 == 0  # the role that takes longer starts first
     head = program // 2 % H
     first, length, first_row = find_block(program // 2 // H, table, start, length, blocks, BLOCK, OFFSETS)
     if first_row >= length:
@@ -129,7 +129,7 @@ def _take_queries(
     dq = zeros_like(queries, QUERIES)
     rest = length % KEYS
     for key in range(0, length - rest, KEYS):
-        if q.dtype.element_ty == tl.float32:  # three parts of an operand, kept for all steps, would fill the registers
+        if q.dtype.element_ty == tl.float32:  # an operand's three parts, kept for all steps, would fill the registers
             queries = load_tile(q, first_row, length, token_stride, QUERIES, D, True)
             grads = load_tile(grad, first_row, length, H * D, QUERIES, D, True)
         dq = _visit_keys(queries, grads, k, v, token_stride, norm, delta, dq, key, length, scale, D, KEYS, False)
@@ -158,7 +158,7 @@ def _visit_keys(
 
 @triton.jit
 def _without_rounding(ds, tokens, length):
-    """ds is 0 where there is a single key, whose p is 1 whatever its score; float32 would show what rounding leaves."""
+    """ds without rounding errors for a single key: its p is always 1, so ds is 0, and float32 would show the error."""
     if tokens.dtype.element_ty == tl.float32:
         return tl.where(length > 1, ds, 0.0)
     else:
@@ -171,7 +171,7 @@ def _take_keys(
     first_key, length, token_stride, H, scale,
     D: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a block of keys: four products, and delta once more, for each block of queries."""
+    """dk and dv of a block of keys: for each block of queries, four products, and delta again."""
     keys = load_tile(k, first_key, length, token_stride, KEYS, D, True)
     values = load_tile(v, first_key, length, token_stride, KEYS, D, True)
     dk = zeros_like(keys, KEYS)

@@ -1,6 +1,6 @@
-"""Forward attention in Triton: one kernel for sequences whose keys stay on the chip, one for longer ones.
+"""Forward attention in Triton: one kernel for sequences whose keys stay on the chip, one for longer sequences.
 
-Scores are kept in units of log 2, so that exp2, one instruction, is all the exponential there is.
+Scores are in units of log 2, so that the exponential is exp2, one instruction.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def forward_resident(
 ):  # fmt: skip
     """A program takes one sequence of at most sum(PARTS) tokens and one head.
 
-    All keys and values are read once and stay in shared memory; a block of queries sees all of its scores at once, so
+    All keys and values are read once and stay in shared memory. A block of queries has all of its scores at once, so
     the softmax needs no running maximum. With a tail of 16, 257 keys cost 272.
     """
     program = tl.program_id(0)
@@ -95,7 +95,7 @@ def _attend_few(
     q, out, lse, token_stride, H, first_row, length, scale, keys, values,
     D: tl.constexpr, PARTS: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """The same for less than 64 queries, transposed: Hopper's matrix instructions want 64 rows on the left."""
+    """The same for fewer than 64 queries, transposed, because Hopper's matrix instructions need 64 rows on the left."""
     row = first_row + tl.arange(0, QUERIES)
     queries = load_tile(q, first_row, length, token_stride, QUERIES, D, True)
     maximum = tl.full([QUERIES], float("-inf"), tl.float32)
@@ -124,7 +124,7 @@ def forward_streaming(
     token_stride, head_stride, T, H, scale,
     D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, OFFSETS: tl.constexpr,
 ):  # fmt: skip
-    """A program takes one block of queries of one sequence and one head; keys stream past, with a running maximum."""
+    """A program takes one block of queries of one sequence and head, and loops over keys with a running maximum."""
     program = tl.program_id(0)
     head = program % H
     first, length, first_row = find_block(program // H, table, start, length, blocks, QUERIES, OFFSETS)

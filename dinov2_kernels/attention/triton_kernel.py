@@ -1,35 +1,37 @@
 """Attention in Triton: the two operators of :mod:`dinov2_kernels.attention.reference` for CUDA tensors.
 
 Legend: T tokens, H heads of width D <= 128; q, k, v [T, H, D] in float32, bfloat16 or float16 with a dense last
-dimension; grad and out [T, H, D] contiguous; lse [H, T] float32. No atomics: results do not change from run to run.
+dimension; grad and out [T, H, D] contiguous; lse [H, T] float32. No atomics: results are the same in every run.
 
-Which kernel takes which sequences, in which tiles, is decided on the host, once for every layout:
+The host chooses kernels and tiles by the lengths of the sequences, once for every layout:
 
 ========  ==============================================  ============================================================
 tokens    forward                                         backward
 ========  ==============================================  ============================================================
 1..64     one tile                                        one tile, five matrix products
-65..272   keys and values resident, full-row softmax      one kernel of two roles, blocks of 64 and a tail of 16
+65..272   keys and values resident, full-row softmax      one kernel, two roles, blocks of 64 and a tail of 16
 longer    keys stream past 128 queries                    the same kernel, blocks of 128
 ========  ==============================================  ============================================================
 
 The table is for bfloat16 and float16, heads of up to 64 columns, and Hopper. Elsewhere registers run out earlier, and
 tiles are the largest that ptxas does not spill (`python -m tests.aot attention`).
 
-Beyond 64 tokens, a program of the backward takes a block of queries (dq: three products) or one of keys (dk and dv:
-four), by its number. In one launch the two roles of a sequence share what they read in L2, and memory moves the least,
-8 N D e bytes. It costs seven products instead of five; read-outs for sm_90 and 64 columns leave no way around:
+Beyond 64 tokens, the number of a backward program decides its role: it takes a block of queries (dq: three products) or
+a block of keys (dk and dv: four). In one launch, the two roles of a sequence share their reads in L2, and memory moves
+the minimum, 8 N D e bytes. This costs seven products instead of five. What ptxas reports for sm_90 and 64 columns shows
+no other way:
 
-- The gradients of 272 keys and values are 136 KB of float32, over half of a multiprocessor's registers. Kept there
-  while queries pass by, they leave one program of eight warps that still spills 200 bytes a thread and more.
-- With a whole sequence in shared memory (86 KB), so that a role reads it once and not once for every block, the role
-  of queries takes 245 registers, but that of keys spills 416 bytes, and 1280 if it keeps delta; both in turn in one
-  program spill 628. Parts of 32 rows do not help, nor do eight warps.
-- Two roles in blocks of 64 spill nothing: 250 registers and 48 KB, so two programs of four warps to a multiprocessor.
-  Steps of 32 take 154, and three programs fit, but matrix instructions of 32 columns wait for shared memory.
+- The gradients of 272 keys and values are 136 KB of float32, over half of a multiprocessor's registers. If they stay
+  there for all queries, only one program of eight warps fits, and it still spills 200 bytes per thread and more.
+- With a whole sequence in shared memory (86 KB), a role reads it once and not once for every block. The role of queries
+  then takes 245 registers, but the role of keys spills 416 bytes, and 1280 if it keeps delta. One program that does
+  both in turn spills 628. Neither parts of 32 rows nor eight warps help.
+- Two roles in blocks of 64 spill nothing: they take 250 registers and 48 KB, so two programs of four warps share a
+  multiprocessor. Steps of 32 take 154, and three programs fit, but matrix instructions of 32 columns wait for shared
+  memory.
 
-Computing delta in both roles, from a result that is in L2, costs less than a kernel before them or waiting for another
-program. For b blocks to a sequence, programs read (3 + 2 b) N D e and (2 + 3 b) N D e bytes, mostly from L2.
+Both roles compute delta, from a result that is in L2. This costs less than another kernel before them or waiting for
+another program. With b blocks per sequence, programs read (3 + 2 b) N D e and (2 + 3 b) N D e bytes, mostly from L2.
 """
 
 from __future__ import annotations
@@ -46,16 +48,16 @@ from dinov2_kernels._tables import table_cache
 from dinov2_kernels.attention.triton_backward import backward_blocks, backward_short
 from dinov2_kernels.attention.triton_forward import forward_resident, forward_streaming
 
-MOST_RUNS = 2  # that one tile takes in launches of their own: more are cheaper as one launch that reads a table
+MOST_RUNS = 2  # runs of one tile that get a launch each: for more runs, one launch that reads a table is cheaper
 
 
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, runs: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The result [T, H, D] and lse [H, T], of sequences given by cu_seqlens [S + 1], or by runs where it is None.
+    """The result [T, H, D] and lse [H, T]. cu_seqlens [S + 1] describes the sequences; if it is None, runs do.
 
-    Bytes, with e per element: one read of q, k and v and one write of the result, 4 T H D e, and 4 T H for lse. Longer
-    sequences than stay on the chip read keys and values again for every block of queries, mostly from L2.
+    Bytes, with e per element: one read of q, k and v and one write of the result, 4 T H D e, and 4 T H for lse. If keys
+    and values do not fit on the chip, every block of queries reads them again, mostly from L2.
     """
     T, H, D = q.shape
     q, k, v = _with_equal_strides(q, k, v)
@@ -74,10 +76,10 @@ def attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     cu_seqlens: Tensor | None, runs: Sequence[int], scale: float,
 ) -> Tensor:  # fmt: skip
-    """Gradients [T, 3, H, D] of q, k and v, given that of the result, grad [T, H, D].
+    """Gradients [T, 3, H, D] of q, k and v from grad [T, H, D], the gradient of the result.
 
-    Bytes, with e per element: 8 T H D e. Beyond 64 tokens a sequence, blocks of it are read again by its other blocks,
-    from L2.
+    Bytes, with e per element: 8 T H D e. In sequences of more than 64 tokens, the blocks of a sequence read each other
+    again, from L2.
     """
     T, H, D = q.shape
     q, k, v = _with_equal_strides(q, k, v)
@@ -93,9 +95,9 @@ def attention_backward(
 
 
 def _with_equal_strides(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Views of one packed tensor have them, and so have separate tensors; anything else is copied.
+    """q, k and v with equal strides. Views of one packed tensor and separate tensors have them; others are copied.
 
-    One set of offsets then serves all three, which saves a kernel up to a fifth of its registers.
+    One set of offsets then serves all three tensors, which saves up to a fifth of a kernel's registers.
     """
     if q.stride() == k.stride() == v.stride():
         return q, k, v
@@ -112,8 +114,8 @@ class Tile:
     Attributes:
         kernel: a Triton kernel.
         shape: names and values of the kernel's constants.
-        block: rows of a sequence that one program takes; None: all.
-        roles: programs that share a block.
+        block: rows of a sequence that one program takes; None for all rows.
+        roles: number of programs that share a block.
     """
 
     kernel: Any
@@ -126,7 +128,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Run:
-    """Sequences of equal length, from the token `start` on."""
+    """Consecutive sequences of equal length; the first one begins at the token `start`."""
 
     count: int
     length: int
@@ -140,7 +142,7 @@ class Launch:
     Attributes:
         sequences: how a program finds its tokens: table, start, length and blocks of
             :func:`dinov2_kernels.attention.triton_tiles.find_block`.
-        options: the kernel's constants, and how Triton compiles it.
+        options: the kernel's constants and Triton's compile options.
     """
 
     kernel: Any
@@ -150,13 +152,13 @@ class Launch:
 
 
 def forward_tile(length: int | None, D: int, dtype: torch.dtype, hopper: bool) -> Tile:
-    """The kernel for sequences of this length, or of any where it is None."""
+    """The forward kernel for sequences of this length, or of unknown length if it is None."""
     half, narrow = dtype != torch.float32, D <= 64
     if length is not None:
         for parts in ((16,), (32,), (64,), (64, 16), (128,), (128, 16), (256,), (256, 16)):
             if length <= sum(parts) <= _longest_resident(half, narrow, hopper):
                 queries = min(parts[0], 64)
-                # A warp takes 16 rows; float32 in three products of TF32 needs more registers, and so more warps.
+                # A warp takes 16 rows. float32, in three TF32 products, needs more registers and so more warps.
                 shape = ("PARTS", parts), ("QUERIES", queries)
                 return Tile(forward_resident, shape, queries // 16 if half else 4)
     if not half:
@@ -167,7 +169,7 @@ def forward_tile(length: int | None, D: int, dtype: torch.dtype, hopper: bool) -
 
 
 def _longest_resident(half: bool, narrow: bool, hopper: bool) -> int:
-    """Tokens whose scores fit into registers beside everything else."""
+    """Number of tokens whose scores fit into registers together with all other values."""
     if not half:
         return 32 if narrow else 16
     if not hopper:
@@ -176,7 +178,7 @@ def _longest_resident(half: bool, narrow: bool, hopper: bool) -> int:
 
 
 def backward_tile(length: int | None, D: int, dtype: torch.dtype, hopper: bool) -> Tile:
-    """The kernel for the gradients of sequences of this length, or of any where it is None."""
+    """The backward kernel for sequences of this length, or of unknown length if it is None."""
     half, narrow = dtype != torch.float32, D <= 64
     if length is not None:
         for rows in (16, 32, 64):
@@ -204,14 +206,14 @@ def _blocks(block: int, step: int, num_warps: int, num_stages: int = 2) -> Tile:
 
 
 def forward_launches(cu_seqlens: Tensor | None, runs: Sequence[int], q: Tensor) -> Sequence[Launch]:
-    """What to launch for sequences of q [T, H, D], given as operators take them."""
+    """The launches of forward for the sequences of q [T, H, D], which are given as in the operators."""
     if cu_seqlens is None:
         return _launches_for_runs(forward_tile, tuple(runs), q.shape[2], q.dtype, q.device)
     return _launches_for_offsets(forward_tile, cu_seqlens, q)
 
 
 def backward_launches(cu_seqlens: Tensor | None, runs: Sequence[int], q: Tensor) -> Sequence[Launch]:
-    """What to launch for the gradients of sequences of q [T, H, D]."""
+    """The launches of backward for the sequences of q [T, H, D]."""
     if cu_seqlens is None:
         return _launches_for_runs(backward_tile, tuple(runs), q.shape[2], q.dtype, q.device)
     return _launches_for_offsets(backward_tile, cu_seqlens, q)
@@ -247,7 +249,7 @@ def _launches_for_runs(
 
 
 def _launches_for_offsets(choose: ChooseTile, cu_seqlens: Tensor, q: Tensor) -> list[Launch]:
-    """For lengths that only the device knows: as many programs as there may be blocks."""
+    """The launch for lengths that only the device knows, with enough programs for the largest number of blocks."""
     T, S, D = q.shape[0], len(cu_seqlens) - 1, q.shape[2]
     if T == 0:
         return []
@@ -261,9 +263,9 @@ def _tile_for_any_length(choose: ChooseTile, D: int, dtype: torch.dtype, device:
 
 
 def _is_hopper(device: torch.device) -> bool:
-    """Whether matrix instructions read operands from shared memory, as in Hopper and its successor for data centres.
+    """Whether matrix instructions read operands from shared memory, as in Hopper and its data-centre successor.
 
-    Then registers and shared memory have room for more. The interpreter, on a CPU, takes the same tiles.
+    Then registers and shared memory allow larger tiles. Triton's interpreter, on a CPU, takes the same tiles.
     """
     return device.type == "cpu" or torch.cuda.get_device_capability(device)[0] in (9, 10)
 

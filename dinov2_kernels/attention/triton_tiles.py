@@ -1,7 +1,7 @@
-"""What the attention kernels in Triton share: tiles of rows, their products, and finding a program's sequence.
+"""Functions that the attention kernels in Triton share: tiles of rows, their products, and the search for a sequence.
 
-A tile is a tuple of one or two chunks: [rows, D0] and, for widths of a head that are no power of two, [rows, D1]. So 80
-columns cost 64 + 16 and not 128 (in float32 64 + 32); columns past D are loaded as zeros and not stored.
+A tile is a tuple of one or two chunks: [rows, D0], and [rows, D1] if the width of a head is not a power of two. So 80
+columns cost 64 + 16 and not 128 (in float32 64 + 32). Columns past D are loaded as zeros and not stored.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 
 LN2 = tl.constexpr(0.6931471805599453)
-# 1 / LN2, to multiply by: a division is off by up to 2 units in the last place, which exp2 of large scores shows.
+# 1 / LN2, as a factor: a division has an error of up to 2 units in the last place, which is visible in exp2 of large
+# scores.
 LOG2E = tl.constexpr(1.4426950408889634)
 # Products of float32 are float32, as in PyTorch by default; narrower operands have only one precision.
 PRECISION = tl.constexpr("tf32x3")
@@ -20,14 +21,14 @@ TAIL = tl.constexpr(16)
 
 @triton.constexpr_function
 def main_width(D, dtype):
-    """Columns of the first chunk: 16, 32, 64, or, where 64 + 32 would not do, the widest."""
+    """Columns of the first chunk: 16, 32, 64, or the widest if 64 + 32 are too few."""
     widest = 64 if dtype == tl.float32 else 128  # 128 columns of three-part operands would fill the registers
     return 16 if D <= 16 else 32 if D <= 32 else 64 if D <= 96 else widest
 
 
 @triton.constexpr_function
 def rest_width(D, dtype):
-    """Columns of the second chunk: 0 where the first has them all."""
+    """Columns of the second chunk; 0 if the first chunk has all columns."""
     rest = D - main_width(D, dtype)
     narrowest = 32 if dtype == tl.float32 else 16  # warps cannot share products of 16 rows and 16 columns
     return 0 if rest <= 0 else narrowest if rest <= narrowest else 32 if rest <= 32 else 64
@@ -35,7 +36,7 @@ def rest_width(D, dtype):
 
 @triton.jit
 def load_tile(x, first, end, row_stride, ROWS: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
-    """Rows from `first` on of the matrix at x; those from `end` on are zero. MASKED is False where there are none."""
+    """Rows of the matrix at x from row `first` on; rows from `end` on are zero. MASKED is False if there are none."""
     x += tl.cast(row_stride, tl.int64) * first  # within a tile, 32 bits suffice
     main_columns: tl.constexpr = main_width(D, x.dtype.element_ty)
     rest_columns: tl.constexpr = rest_width(D, x.dtype.element_ty)
@@ -66,13 +67,13 @@ def _load_chunk(
 
 @triton.constexpr_function
 def total(parts, number=None):
-    """Rows of the first `number` parts of a sequence, or of all."""
+    """Number of rows in the first `number` parts of a sequence, or in all parts."""
     return sum(parts[:number])
 
 
 @triton.jit
 def load_parts(x, end, row_stride, PARTS: tl.constexpr, D: tl.constexpr):
-    """All rows of a matrix as tiles of PARTS[i] rows; only the last is filled up with zeros from `end` on."""
+    """All rows of a matrix as tiles of PARTS[i] rows; only the last tile is padded with zeros, from `end` on."""
     parts = ()
     for i in tl.static_range(len(PARTS)):
         parts += (load_tile(x, total(PARTS, i), end, row_stride, PARTS[i], D, i == len(PARTS) - 1),)
@@ -81,7 +82,7 @@ def load_parts(x, end, row_stride, PARTS: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def store_tile(x, first, end, row_stride, tile, D: tl.constexpr):
-    """Write a tile's rows before `end`, the first of which is `first`, rounded to the dtype of x."""
+    """Write the rows `first` to `end` - 1 of a tile, rounded to the dtype of x."""
     x += tl.cast(row_stride, tl.int64) * first
     _store_chunk(x, end - first, row_stride, tile[0], D, 0)
     if len(tile) == 2:
@@ -97,7 +98,7 @@ def _store_chunk(x, end, row_stride, chunk, D: tl.constexpr, FIRST: tl.constexpr
 
 @triton.jit
 def zeros_like(tile, ROWS: tl.constexpr):
-    """[ROWS, D] of float32, in the chunks of a tile."""
+    """Zeros [ROWS, D] in float32, in the chunks of a tile."""
     if len(tile) == 1:
         return (tl.zeros([ROWS, tile[0].shape[1]], tl.float32),)
     else:
@@ -106,7 +107,7 @@ def zeros_like(tile, ROWS: tl.constexpr):
 
 @triton.jit
 def transposed_zeros_like(tile, ROWS: tl.constexpr):
-    """The transpose of that, [D, ROWS]."""
+    """Zeros [D, ROWS], the transpose of :func:`zeros_like`."""
     if len(tile) == 1:
         return (tl.zeros([tile[0].shape[1], ROWS], tl.float32),)
     else:
@@ -123,7 +124,7 @@ def transpose(tile):
 
 @triton.jit
 def scale_rows(tile, factor):
-    """Every row times its element of factor [rows]."""
+    """Each row multiplied by its element of factor [rows]."""
     if len(tile) == 1:
         return (tile[0] * factor[:, None],)
     else:
@@ -132,7 +133,7 @@ def scale_rows(tile, factor):
 
 @triton.jit
 def scale_tile(tile, factor):
-    """All of it times a number."""
+    """The tile multiplied by a number."""
     if len(tile) == 1:
         return (tile[0] * factor,)
     else:
@@ -171,7 +172,7 @@ def add_product(weights, tile, total):
 def add_transposed_product(tile, weights, total):
     """total + tile^T @ weights: [D, rows] times [rows, n], a transposed tile of n rows.
 
-    The width of a head, 64 or more, is then the side that Hopper's matrix instructions cannot split below 64.
+    Hopper's matrix instructions cannot split one side below 64; here this side is the width of a head, 64 or more.
     """
     if len(tile) == 1:
         return (tl.dot(tl.trans(tile[0]), weights, total[0], input_precision=PRECISION),)
@@ -184,7 +185,7 @@ def add_transposed_product(tile, weights, total):
 def find_sequence(index, table, start, length):
     """First token (64 bits: it will be multiplied by strides) and length of a sequence.
 
-    The sequences are rows (start, length) of a table [n, 2], or, where it is None, a run of equal lengths from `start`.
+    The sequences are rows (start, length) of a table [n, 2]; if it is None, a run of equal lengths from `start` on.
     """
     if table is None:
         return start + index.to(tl.int64) * length, length
@@ -196,17 +197,17 @@ def find_sequence(index, table, start, length):
 def find_block(item, table, start, length, blocks, BLOCK: tl.constexpr, OFFSETS: tl.constexpr):
     """First token and length of an item's sequence, and the first row of its block; the row may lie past the end.
 
-    As :func:`find_sequence`, with `blocks` items for every sequence. With OFFSETS, the table holds the offsets of
-    `blocks` sequences, whose lengths the host does not know. Sequence s then owns the items from offset_s // BLOCK + s
-    on: never fewer than its length needs, at most one more, and no sum over the sequences before it.
+    It is like :func:`find_sequence`, with `blocks` items for every sequence. With OFFSETS, the table holds the offsets
+    of `blocks` sequences, whose lengths the host does not know. The items of sequence s begin at offset_s // BLOCK + s.
+    It has at least the items that its length needs, and at most one more; no sum over earlier sequences is needed.
 
-    A step of the search looks at 32 sequences at once, the lanes of a warp, and keeps the part that begins with the
-    last one before the item: 1024 sequences take two steps, and 32,768 three. Each step waits for one load. Predicted:
-    less than 1 us at the start of a program, where halving would wait for ten loads, 2 to 5 us.
+    A step of the search compares 32 sequences at once, one per lane of a warp, and keeps the part that begins with the
+    last one before the item. 1024 sequences take two steps, and 32,768 three; each step waits for one load. Predicted:
+    less than 1 us at the start of a program; halving would wait for ten loads, 2 to 5 us.
     """
     if OFFSETS:
         low = 0
-        size = blocks  # the sequence is one of `size` from `low` on
+        size = blocks  # the sequence is one of the `size` sequences from `low` on
         while size > 1:
             part = tl.cdiv(size, 32)
             candidate = low + tl.arange(0, 32) * part

@@ -1,4 +1,4 @@
-"""Soft-target cross-entropy: three operators, their derivative, and the function that users call."""
+"""Soft-target cross-entropy: forward and backward operators, autograd, and the function that users call."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def _fake_backward_(student: Tensor, *_: Any) -> None:
     return None
 
 
-# All contiguous: student [N, K], teacher [M, K], index [N, J] int64; bias [K], weight and grad [N] as sums are.
+# All are contiguous: student [N, K], teacher [M, K], index [N, J] int64; bias [K], weight and grad [N] in the
+# accumulation dtype.
 _forward = define(
     "soft_cross_entropy(Tensor student, Tensor teacher, Tensor? index, Tensor? bias, Tensor? weight, "
     "float student_temperature, float teacher_temperature) -> (Tensor, Tensor, Tensor)",
@@ -67,29 +68,30 @@ def soft_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of each student row against ``softmax(teacher_logits / teacher_temperature + teacher_bias)``.
 
-    The loss of DINO and iBOT (arXiv:2104.14294, arXiv:2111.07832); formula in
-    :mod:`dinov2_kernels.cross_entropy.reference`. The targets are never written down, and gradients reach the student
-    alone. The arithmetic is float32 (float64 for float64 logits), whatever the dtype of the logits and inside autocast
-    too. Results do not change from run to run, nor with the number of threads.
+    This is the loss of DINO and iBOT (arXiv:2104.14294, arXiv:2111.07832); the formula is in
+    :mod:`dinov2_kernels.cross_entropy.reference`. The targets are never stored, and only the student gets a gradient.
+    The arithmetic is float32 (float64 for float64 logits) for every dtype of the logits, and under autocast too.
+    Results are the same in every run and for every number of threads.
 
-    Bytes, with s and t per student and teacher logit: forward reads the student, N K s, and the teacher, M K t, which
-    8 students (on a GPU: students that L2 serves) share. Backward reads the same and writes N K s. Between them 8 bytes
-    a row are kept beside the logits.
+    Bytes, with s per student logit and t per teacher logit: forward reads the student logits, N K s, and the teacher
+    logits, M K t. One read of the teacher serves up to 8 students (on a GPU: all students that find it in L2). Backward
+    reads the same and writes N K s. Backward needs 8 more bytes per row, which forward keeps.
 
     Args:
         student_logits: [N, K], float64, float32, bfloat16 or float16.
-        teacher_logits: [M, K], of any of these, but float64 beside float64 only.
+        teacher_logits: [M, K] in any of these dtypes; float64 if and only if student_logits are float64.
         student_temperature: above 0; 0.1 in DINO.
         teacher_temperature: above 0; 0.04 to 0.07 in DINO.
         teacher_bias: [K], added to the scaled teacher logits: -center / teacher_temperature for softmax centring, the
-            result of :func:`sinkhorn_bias` for Sinkhorn-Knopp; None for none.
-        row_weight: [N], factor on each row's loss; None for 1. NaN raises an error on a CPU; elsewhere it spreads.
-        teacher_index: [N] or [N, J] integers, the teacher rows that a student faces; the losses against J of them are
-            added. None pairs row n with row n. Its values are checked on a CPU only: elsewhere that would wait for the
-            device.
-        overwrite_student_logits: backward writes the gradient over the student logits, and takes no memory. Whoever
-            made the logits must not need them for its own backward (a linear layer does not), and a second backward
-            raises autograd's error.
+            result of :func:`sinkhorn_bias` for Sinkhorn-Knopp; None for no bias.
+        row_weight: [N], factor on each row's loss; None for 1. NaN raises an error on a CPU; on other devices it
+            makes that row's loss NaN.
+        teacher_index: [N] or [N, J] integers: the teacher rows whose targets a student row learns. The J losses of a
+            row are added. None pairs student row n with teacher row n. The values are checked on a CPU only: on other
+            devices the check would wait for the device.
+        overwrite_student_logits: backward writes the gradient over the student logits and allocates nothing. The
+            layer that made the logits must not need them for its own backward (a linear layer does not). A second
+            backward raises autograd's error.
 
     Returns:
         [N], float32 (float64 for float64 logits).
@@ -105,7 +107,7 @@ def soft_cross_entropy(
         >>> loss.mean().backward()
         >>> student.grad.shape
         torch.Size([4, 8])
-        >>> index = torch.tensor([[0, 1], [1, 0], [0, 1], [1, 0]])  # each student faces two teachers
+        >>> index = torch.tensor([[0, 1], [1, 0], [0, 1], [1, 0]])  # each student row has two teacher rows
         >>> temperatures = {"student_temperature": 0.1, "teacher_temperature": 0.04}
         >>> soft_cross_entropy(student, teacher[:2], teacher_index=index, **temperatures).shape
         torch.Size([4])
@@ -121,7 +123,7 @@ def soft_cross_entropy(
     dtype = accumulation_dtype(student_logits)
     if accumulation_dtype(teacher_logits) != dtype:
         raise TypeError(
-            f"teacher_logits: expected float64 beside float64 student_logits only, got {teacher_logits.dtype}"
+            f"teacher_logits: expected float64 if and only if student_logits are, got {teacher_logits.dtype}"
         )
     index = checked_targets(
         beside=beside,
@@ -173,7 +175,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
             gradient = student.detach()
             _backward_(gradient, grad.contiguous(), *constants)
             if not torch.compiler.is_compiling():
-                torch.autograd.graph.increment_version(student)  # by which autograd notices a second backward
+                torch.autograd.graph.increment_version(student)  # makes autograd notice a second backward
         else:
             gradient = _backward(grad.contiguous(), student, *constants)
         return gradient, *(None,) * 7

@@ -1,12 +1,12 @@
 """Soft-target cross-entropy in plain PyTorch: the definition every kernel is tested against.
 
-With teacher logits t [M, K], their temperature and a bias b [K], and student logits s [N, K], student n facing the
-teachers index_n1, ..., index_nJ,
+With teacher logits t [M, K], their temperature and a bias b [K], and student logits s [N, K], where student row n
+learns the targets of teacher rows index_n1, ..., index_nJ,
 
     q_m = softmax(t_m / T_teacher + b)                          (the targets; no gradient)
     loss_n = -w_n sum_j sum_k q_(index_nj)k log_softmax(s_n / T_student)_k
 
-Both centrings of DINO are such a bias: b = -center / T_teacher (arXiv:2104.14294), or b = log u after Sinkhorn-Knopp.
+Both centrings of DINO are such a bias: b = -center / T_teacher (arXiv:2104.14294), or b = log u from Sinkhorn-Knopp.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ def soft_cross_entropy(
     student_temperature: float,
     teacher_temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [N]; norms of students [N, 2] and teachers [M, 2]: a row's maximum, and the sum of exponentials about it.
+    """Loss [N], and norms of students [N, 2] and teachers [M, 2].
 
-    The maximum is that of the logits s of a student, and of t / T + b of a teacher. Kept apart, not as one log-sum-exp:
-    at 1e5 its rounding alone would cost the softmax 1 %.
+    A norm is the maximum of a row, of s for a student and of t / T + b for a teacher, and the sum of exponentials
+    relative to it. They are two numbers and not one log-sum-exp: at 1e5 its rounding alone would change the softmax
+    by 1 %.
     """
     targets = _targets(teacher, index, bias, teacher_temperature)  # [N, K]
     scaled = student.to(accumulation_dtype(student)) / student_temperature
@@ -63,7 +64,7 @@ def soft_cross_entropy_backward(
     student_norm: Tensor,
     teacher_norm: Tensor,
 ) -> Tensor:
-    """Gradient of the students [N, K], given that of the losses: w_n / T_student (J softmax(s_n / T) - sum_j q_j)."""
+    """Gradient [N, K] of the student logits from grad [N]: grad_n w_n / T_student (J softmax(s_n / T) - sum_j q_j)."""
     targets = _targets(teacher, index, bias, teacher_temperature)  # [N, K]
     probabilities = torch.softmax(student.to(accumulation_dtype(student)) / student_temperature, dim=-1)
     faced = 1 if index is None else index.shape[1]
@@ -72,7 +73,7 @@ def soft_cross_entropy_backward(
 
 
 def soft_cross_entropy_backward_(student: Tensor, grad: Tensor, teacher: Tensor, *args: Tensor) -> None:
-    """The same, written over the student logits."""
+    """:func:`soft_cross_entropy_backward`, written over the student logits."""
     student.copy_(soft_cross_entropy_backward(grad, student, teacher, *args))  # type: ignore[arg-type]
 
 

@@ -1,10 +1,12 @@
 """Soft-target cross-entropy in Triton: the operators of :mod:`dinov2_kernels.cross_entropy.reference` for CUDA tensors.
 
 Legend: student [N, K] and teacher [M, K] contiguous, float64 both or neither; index [N, J] int64; bias [K], weight and
-grad [N], norms [N, 2] and [M, 2] and the loss in the accumulation dtype. No atomics: results do not change from run to
-run. J targets of a student are the rows of a tile [JS, COLUMNS], JS the next power of two; the rows past J count as 0.
+grad [N], norms [N, 2] and [M, 2] and the loss in the accumulation dtype. No atomics: results are the same in every run.
+The J teacher rows of a student row are the rows of a tile [JS, COLUMNS], where JS is the next power of two; rows past J
+count as 0.
 
-A tile is 4096 columns of one student: 32 or 64 bytes in flight per thread, from student and teacher each.
+A tile has 4096 columns of one student row: each thread loads 32 or 64 bytes from the student and as many from the
+teacher.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from dinov2_kernels._library import accumulation_dtype
 
-_LOWEST = tl.constexpr(-3.0e38)  # where a running maximum starts: -inf would give exp(-inf + inf)
+_LOWEST = tl.constexpr(-3.0e38)  # start of a running maximum: -inf would give exp(-inf + inf)
 
 
 def soft_cross_entropy(
@@ -27,13 +29,13 @@ def soft_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss [N], norms of students [N, 2] and of teachers [M, 2].
 
-    Bytes: one read of the students, and J reads of a teacher row for every student, from L2 where students share it
-    (class tokens: 128 rows of 65,536 in bfloat16 are 17 MB); in iBOT each row is read once.
+    Bytes: one read of the students, and J reads of a teacher row for every student row. Shared teacher rows come from
+    L2 (class tokens: 128 rows of 65,536 in bfloat16 are 17 MB); in iBOT each row is read once.
     """
     N, M, K, dtype = student.shape[0], teacher.shape[0], student.shape[1], accumulation_dtype(student)
     loss = torch.empty(N, dtype=dtype, device=student.device)  # [N]
     student_norm = torch.empty(N, 2, dtype=dtype, device=student.device)  # [N, 2]
-    teacher_norm = torch.zeros(M, 2, dtype=dtype, device=student.device)  # [M, 2], of rows that nobody faces, too
+    teacher_norm = torch.zeros(M, 2, dtype=dtype, device=student.device)  # [M, 2]; unused teacher rows stay 0
     shape = _tile(index, columns=4096)
     scales = 1 / student_temperature, 1 / teacher_temperature
     with torch.cuda.device_of(student):
@@ -44,14 +46,14 @@ def soft_cross_entropy(
 
 
 def soft_cross_entropy_backward(grad: Tensor, student: Tensor, *args: Any) -> Tensor:
-    """Gradient of the students [N, K]. Bytes: the reads of the forward, and one write of the students' size."""
+    """Gradient of the student logits [N, K]. Bytes: the reads of forward, and one write of the students' size."""
     dstudent = torch.empty_like(student)  # [N, K]
     _write_gradient(dstudent, student, grad, *args)
     return dstudent
 
 
 def soft_cross_entropy_backward_(student: Tensor, grad: Tensor, *args: Any) -> None:
-    """The same, over the student logits."""
+    """:func:`soft_cross_entropy_backward`, written over the student logits."""
     _write_gradient(student, student, grad, *args)
 
 
@@ -76,7 +78,7 @@ def _tile(index: Tensor | None, columns: int) -> dict[str, int]:
     return {"J": J, "JS": JS, "COLUMNS": max(128, columns // JS)}
 
 
-# The scales are 1 / T. Triton passes a Python float as float32 unless told otherwise; float64 logits need all of it.
+# The scales are 1 / T. Triton passes a Python float as float32 by default; float64 logits need all of its digits.
 
 
 @triton.jit
@@ -85,7 +87,7 @@ def _forward(
     K, student_scale: tl.float64, teacher_scale: tl.float64,
     J: tl.constexpr, JS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One student: its sum of exponentials, those of its teachers, and sum_k e_jk (max - x_k), all online."""
+    """One student row: its sum of exponentials, those of its teacher rows, and sum_k e_jk (max - x_k), all online."""
     dtype: tl.constexpr = loss.dtype.element_ty
     n = tl.program_id(0).to(tl.int64)
     rows, faced = _teachers(index, n, J, JS)  # [JS]
@@ -106,7 +108,8 @@ def _forward(
         student_sum = student_sum * tl.exp((student_max - raised) * student_scale) + tl.sum(
             tl.exp((x - raised[:, None]) * student_scale[:, None]), 1
         )
-        # The products are about the students' old maximum until it is raised; before the first tile there are none.
+        # The products are relative to the student's old maximum, so they are corrected when it rises. Before the first
+        # tile there are no products.
         rise = tl.where(start == 0, 0.0, raised - student_max)
         distance = tl.where((column < K)[None, :], raised[:, None] - x, 0.0)
         products = (products + rise * teacher_sum) * shrink + tl.sum(e * distance, 1)
@@ -120,7 +123,7 @@ def _forward(
     tl.store(loss + n, total)
     tl.store(student_norm + 2 * n + tl.arange(0, 1), student_max)
     tl.store(student_norm + 2 * n + 1 + tl.arange(0, 1), student_sum)
-    # Students that share a teacher write the same bits.
+    # Student rows that share a teacher row write the same bits.
     tl.store(teacher_norm + 2 * rows, teacher_max, mask=faced)
     tl.store(teacher_norm + 2 * rows + 1, teacher_sum, mask=faced)
 
@@ -131,7 +134,7 @@ def _backward(
     K, pieces, student_scale: tl.float64, teacher_scale: tl.float64,
     J: tl.constexpr, JS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of one student."""
+    """A program takes one tile of one student row."""
     dtype: tl.constexpr = grad.dtype.element_ty
     n = (tl.program_id(0) // pieces).to(tl.int64)
     column = tl.program_id(0) % pieces * COLUMNS + tl.arange(0, COLUMNS)
@@ -151,7 +154,7 @@ def _backward(
 
 @triton.jit
 def _teachers(index, n, J: tl.constexpr, JS: tl.constexpr):
-    """Rows [JS] of the teachers that student n faces, and which of them there are; the others repeat the first."""
+    """The teacher rows [JS] of student row n, and which of them exist; the others repeat the first."""
     j = tl.arange(0, JS)
     if index is None:
         return n + tl.zeros([JS], tl.int64), j < J
@@ -161,7 +164,7 @@ def _teachers(index, n, J: tl.constexpr, JS: tl.constexpr):
 
 @triton.jit
 def _teacher_tile(teacher, bias, rows, column, K, scale, dtype: tl.constexpr):
-    """z = x / T + bias of some rows [JS, COLUMNS]; -inf, which adds nothing to any sum, past the last column."""
+    """z = x / T + bias for some rows [JS, COLUMNS]; past the last column -inf, which adds nothing to any sum."""
     address = teacher + rows[:, None] * K + column[None, :]
     z = tl.load(address, mask=(column < K)[None, :], other=float("-inf")).to(dtype) * tl.full([1], scale, dtype)
     if bias is None:

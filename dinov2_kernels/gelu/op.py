@@ -21,21 +21,21 @@ _backward_ = define(
 
 
 def gelu_backward_(grad: Tensor, z: Tensor, *, approximate: str = "none") -> tuple[Tensor, Tensor]:
-    """The pass over the features between the matrix products of a feed-forward layer's backward.
+    """Backward of GELU inside a feed-forward layer: one pass over the features between two matrix products.
 
     With ``z = linear(x)`` and ``y = linear(gelu(z))``, backward needs the gradient of z, its sum over the rows for the
     first bias, and gelu(z) again for the second weight. See :mod:`dinov2_kernels.gelu.reference`.
 
-    Bytes: reads ``grad`` and z, writes gelu(z) and, over ``grad``, the gradient of z. Sums have a fixed order, so they
-    do not change from run to run, nor with the number of threads.
+    Bytes: reads ``grad`` and z, writes gelu(z) and, over ``grad``, the gradient of z. Sums have a fixed order, so
+    results are the same in every run and for every number of threads.
 
     Args:
         grad: [..., H] contiguous, gradient of gelu(z); overwritten with the gradient of z.
-        z: [..., H] contiguous; any floating dtype, that of ``grad``.
-        approximate: ``"none"`` for the exact GELU or ``"tanh"``, as ``nn.GELU`` takes it.
+        z: [..., H] contiguous; any floating dtype, the same as ``grad``.
+        approximate: ``"none"`` for the exact GELU or ``"tanh"``, as in ``nn.GELU``.
 
     Returns:
-        gelu(z) [..., H] in the dtype of z, and the sum [H] over all rows of the gradient of z, in float32, or in
+        gelu(z) [..., H] in the dtype of z, and the sum [H] of the gradient of z over all rows, in float32, or in
         float64 for float64.
 
     Raises:

@@ -2,7 +2,7 @@
 
 gelu(z) = z P(z)    gelu'(z) = P(z) + z P'(z)
 
-where P is the distribution function of the normal distribution, or what is close to it:
+where P is the distribution function of the normal distribution, or an approximation of it:
 
 exact    P(z) = (1 + erf(z / sqrt(2))) / 2                                        P'(z) = exp(-z^2 / 2) / sqrt(2 pi)
 tanh     P(z) = (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (z + 0.044715 z^3)        P'(z) = (1 - tanh(u)^2) u' / 2
@@ -19,9 +19,9 @@ from dinov2_kernels._library import accumulation_dtype
 
 
 def gelu_backward_(grad: Tensor, z: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
-    """gelu(z) [..., H] and the sum [H] over all rows of z's gradient, which is put into ``grad`` in place of gelu(z)'s.
+    """gelu(z) [..., H], and the sum [H] of z's gradient over all rows; ``grad`` becomes z's gradient.
 
-    The sum is in the accumulation dtype, of the gradient before it is rounded to the dtype of ``grad``.
+    The sum is in the accumulation dtype and takes the gradient before it is rounded to the dtype of ``grad``.
     """
     wide = z.to(accumulation_dtype(z))
     P, slope = _tanh(wide) if tanh else _exact(wide)

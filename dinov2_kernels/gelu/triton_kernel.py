@@ -1,7 +1,7 @@
 """GELU's backward pass in Triton: the operator of :mod:`dinov2_kernels.gelu.reference` for CUDA tensors.
 
 Legend: z [..., H] contiguous, R rows of H features; float64, float32, bfloat16 or float16. Arithmetic and sums are in
-float32, or in float64 for float64. No atomics: results do not change from run to run.
+float32, or in float64 for float64. No atomics: results are the same in every run.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from dinov2_kernels._triton import grid_of_sums, sigmoid, widen
 
 
 def gelu_backward_(grad: Tensor, z: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
-    """gelu(z) [..., H] and the sum [H] of z's gradient, which is put into grad [..., H] in place of gelu(z)'s.
+    """gelu(z) [..., H] and the sum [H] of z's gradient; grad [..., H] becomes z's gradient.
 
-    Moves 4 R H elements: reads both, writes gelu(z) and the gradient. Programs add up the gradient over their own rows,
-    and PyTorch adds up the programs.
+    Moves 4 R H elements: reads grad and z, writes gelu(z) and the gradient. Programs sum the gradient over their own
+    rows, and PyTorch sums the programs.
     """
     h = torch.empty_like(z)  # [..., H]
     H = z.shape[-1]
@@ -53,7 +53,7 @@ def _backward(grad, z, h, sums, R, H, TANH: tl.constexpr, ROWS: tl.constexpr, WI
 
 @triton.jit
 def _exact(x):
-    """P and its derivative, as the reference has them."""
+    """P and its derivative, with the reference's formulas."""
     return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476), tl.exp(-0.5 * x * x) * 0.3989422804014327
 
 

@@ -1,4 +1,4 @@
-"""``accelerate(model)``: finds the modules it knows and lets their forward run on the kernels, in place."""
+"""``accelerate(model)`` finds the modules that it knows and makes their forward run on the kernels, in place."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ NATIVE: dict[type[nn.Module], str] = {
 }
 
 LISTED = re.compile("Attention|Attn|SwiGLU|Block$|[a-z]Layer$")
-"""Names of classes that belong into a report, whether any recipe recognises them or not."""
+"""Names of classes that a report lists even if no recipe recognises them."""
 
 REASONS = {
     "AttentionPool|CrossAttention": "cross-attention: queries and keys are of different tokens",
@@ -50,23 +50,24 @@ REASONS = {
     "SwiGLU": "gate and value come from two linear layers, and joining them for the kernel costs more than it saves",
     "": "not a module that accelerate knows",
 }
-"""Why such a module is left, by what is in the full name of its class; the first that fits."""
+"""Why a module is not swapped, by a pattern in the full name of its class; the first pattern that matches counts."""
 
 
 def accelerate(model: Model) -> Model:
-    """Run what the kernels can do of a vision transformer on them: attention, SwiGLU, and residual connections.
+    """Run the attention, SwiGLU and residual connections of a vision transformer on the kernels.
 
     Modules of timm's ``VisionTransformer`` family, of transformers' DINOv2 and ViT models and of facebook's DINOv2 get
-    another forward, which computes the same. Parameters, their names, hooks and optimisers keep working, copies and
-    pickles are accelerated too, and :func:`restore` takes it back. In training, blocks with stochastic depth drop the
-    work of whole samples (:func:`dinov2_kernels.stochastic_depth`) where they multiplied by a mask. Masks, attention
-    dropout in training and wanted attention weights run the library's own forward; see docs/integrations.md.
+    another forward, which computes the same. Parameters, their names, hooks and optimisers keep working. Copies and
+    pickles are accelerated too, and :func:`restore` undoes everything. In training, blocks with stochastic depth no
+    longer multiply samples by a mask: they do not compute dropped samples (:func:`dinov2_kernels.stochastic_depth`).
+    A call with a mask, with attention dropout in training, or that returns attention weights runs the library's own
+    forward; see docs/integrations.md.
 
     Args:
-        model: changed in place; calling twice is harmless.
+        model: the model, which is changed in place. A second call changes nothing.
 
     Returns:
-        The model. :func:`report` tells what was swapped and why the rest was left; it is logged, too.
+        The model. :func:`report` says what was swapped, and why the rest was not; the report is also logged.
 
     Warns:
         UserWarning: nothing in the model runs on the kernels.
@@ -91,7 +92,7 @@ def accelerate(model: Model) -> Model:
 
 
 def restore(model: Model) -> Model:
-    """Give all modules of an accelerated model, in place, the classes and with them the forwards they had.
+    """Undo :func:`accelerate` in place: all modules get back their classes and with them their forwards.
 
     Returns:
         The model.
@@ -111,9 +112,9 @@ def restore(model: Model) -> Model:
 
 
 def report(model: nn.Module) -> Report:
-    """What of a model runs on the kernels, and what is left and why; before :func:`accelerate`, what would.
+    """Report which modules run on the kernels, and why others do not; before :func:`accelerate`, which ones would.
 
-    Prints as a table.
+    ``print`` shows the report as a table.
 
     Examples:
         >>> from timm.models.vision_transformer import VisionTransformer
@@ -134,7 +135,7 @@ def _find_recipe(module: nn.Module) -> type[Accelerated] | None:
 
 
 def _status(module: nn.Module) -> tuple[Status, str] | None:
-    """What happens to a module, and how or why; None if it is nothing that the kernels could do."""
+    """The status of a module, with its kernel or the reason; None if the kernels have nothing like it."""
     if isinstance(module, Accelerated):
         return ("accelerated", module.runs_on + module.restriction()) if module.runs_on else None
     for cls, kernel in NATIVE.items():

@@ -1,4 +1,4 @@
-"""What the blocks of all libraries share: a residual branch with its norm, LayerScale and stochastic depth.
+"""Code for the blocks of all libraries: a residual branch with its norm, LayerScale and stochastic depth.
 
 Legend: B samples of N tokens of width C.
 """
@@ -17,17 +17,17 @@ from dinov2_kernels.packing import PackedLayout
 from dinov2_kernels.residual import Connection, draw_subsets, residual_chain
 
 DROPPED_IN_TRAINING = ", but in training the library's own forward, for its attention dropout"
-"""What a report adds to an attention with dropout of its weights."""
+"""The words that a report adds for an attention with dropout of its weights."""
 
 
 class AcceleratedBlock(Accelerated):
     """A block whose residual branches go through :func:`dinov2_kernels.stochastic_depth`.
 
-    LayerScale and DropPath are read and not called. So a block runs its own forward where these are something else, or
-    somebody watches them by a hook.
+    LayerScale and DropPath are read but not called. So a block runs its own forward if these modules are something else
+    or have a hook.
 
     Attributes:
-        scales, drop_paths: names of these parts; an Identity stands for none.
+        scales, drop_paths: names of the LayerScale and DropPath modules; an Identity means that there is none.
     """
 
     runs_on = "stochastic_depth"
@@ -47,7 +47,7 @@ class AcceleratedBlock(Accelerated):
         return None
 
     def can_fuse(self, x: object) -> bool:
-        """Whether x is tokens [B, N, C] and nobody would miss a call of a LayerScale or DropPath."""
+        """Whether x is tokens [B, N, C], and LayerScale and DropPath need not be called."""
         if not isinstance(x, Tensor) or x.dim() != 3:
             return False
         for name in self.scales:
@@ -62,7 +62,7 @@ class AcceleratedBlock(Accelerated):
 
 
 class ResidualBranch(NamedTuple):
-    """A branch of a block, on tokens [B, N, C], and what its library puts around it."""
+    """A branch of a block, on tokens [B, N, C], with its norm, LayerScale and drop rate."""
 
     branch: Callable[[Tensor], Tensor]
     norm: nn.Module
@@ -71,9 +71,9 @@ class ResidualBranch(NamedTuple):
 
 
 def add_branches(x: Tensor, branches: Sequence[ResidualBranch]) -> Tensor:
-    """x + layer_scale(branch(norm(x))) for one branch after the other; x: [B, N, C].
+    """Run the branches one after the other: x + layer_scale(branch(norm(x))), with x: [B, N, C].
 
-    Where a rate is above 0, a random subset of the samples goes through the branch.
+    With a rate above 0, a random subset of the samples goes through the branch.
     """
     layout = PackedLayout([(x.shape[0], x.shape[1])])
     subsets = draw_subsets(x, layout, [rate for *_, rate in branches])
@@ -82,7 +82,7 @@ def add_branches(x: Tensor, branches: Sequence[ResidualBranch]) -> Tensor:
         for (branch, norm, layer_scale, _), subset in zip(branches, subsets, strict=True)
     ]
     y = residual_chain(x.flatten(0, 1), layout, connections)  # [B N, C]
-    shaped: Tensor = torch.ops.aten._unsafe_view.default(y, x.shape)  # a fresh tensor to autograd, as callers expect
+    shaped: Tensor = torch.ops.aten._unsafe_view.default(y, x.shape)  # for autograd not a view, as callers expect
     return shaped
 
 
@@ -91,7 +91,7 @@ def _on_packed(branch: Callable[[Tensor], Tensor]) -> Callable[[Tensor, PackedLa
 
 
 def gamma_of(layer_scale: nn.Module | None) -> Tensor | None:
-    """The factors [C] of a LayerScale, None of an Identity."""
+    """The factors [C] of a LayerScale; None for an Identity."""
     if layer_scale is None or isinstance(layer_scale, nn.Identity):
         return None
     gamma: Tensor = getattr(layer_scale, "lambda1" if hasattr(layer_scale, "lambda1") else "gamma")
@@ -99,14 +99,14 @@ def gamma_of(layer_scale: nn.Module | None) -> Tensor | None:
 
 
 def drop_rate(drop_path: nn.Module) -> float:
-    """The share of samples that a DropPath would drop if it were called now."""
+    """The share of samples that a call of the DropPath would drop now."""
     if isinstance(drop_path, nn.Identity) or not drop_path.training:
         return 0.0
     return float(drop_path.drop_prob or 0.0)  # type: ignore[arg-type]
 
 
 def in_use(*args: object, **kwargs: object) -> bool:
-    """Whether an optional argument asks for something: a mask that is there, a switch that is on."""
+    """Whether any optional argument is set: not None (a mask) and not False (a switch)."""
     return any(argument is not None and argument is not False for argument in (*args, *kwargs.values()))
 
 

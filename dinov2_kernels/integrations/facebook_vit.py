@@ -1,4 +1,4 @@
-"""facebook's DINOv2 (torch.hub, and the many copies of its layers): known by names, arguments and parts.
+"""facebook's DINOv2 (torch.hub, and copies of its layers), recognised by names, arguments and parts.
 
 Legend: B samples of N tokens of width C; T tokens of a list of crops, packed.
 """
@@ -26,10 +26,10 @@ from dinov2_kernels.residual import Connection, draw_subsets, residual_chain
 
 
 class Facebook(Accelerated):
-    """Base of the three below.
+    """Base of the three classes below.
 
     Attributes:
-        forwards: qualified name of a forward, and the arguments that it may have.
+        forwards: for each qualified name of a forward, the argument lists that it may have.
     """
 
     forwards: ClassVar[dict[str, tuple[tuple[str, ...], ...]]]
@@ -43,7 +43,7 @@ class Facebook(Accelerated):
 
 
 class Attention(Facebook):
-    """``Attention`` and ``MemEffAttention``; the latter takes packed crops with a PackedLayout as their bias too."""
+    """``Attention`` and ``MemEffAttention``; the latter also takes packed crops, with a PackedLayout as their bias."""
 
     runs_on = "varlen_attention"
     parts = ("num_heads", "scale", "qkv", "attn_drop", "proj", "proj_drop")
@@ -60,7 +60,7 @@ class Attention(Facebook):
 
     @classmethod
     def recognises(cls, module: nn.Module) -> bool:
-        # The attention of the first DINO has the same name and parts, and returns its weights, too.
+        # The attention of the first DINO has the same name and parts, but also returns its weights.
         place, name = forward_name(module)
         return super().recognises(module) and ("dinov2" in place or name == "MemEffAttention.forward")
 
@@ -68,14 +68,14 @@ class Attention(Facebook):
         return DROPPED_IN_TRAINING if self._drops() else ""
 
     def _drops(self) -> bool:
-        return bool(getattr(self.attn_drop, "p", self.attn_drop))  # a module, or in later versions a number
+        return bool(getattr(self.attn_drop, "p", self.attn_drop))  # attn_drop is a module; in later versions, a number
 
     def takes(self, attn_bias: object) -> bool:
-        """Whether the kernels can serve a call: no mask but a layout of packed crops, no dropout of weights."""
+        """Whether the kernels can serve a call: its bias is None or a PackedLayout, and no weights are dropped."""
         return not (self.training and self._drops()) and (isinstance(attn_bias, PackedLayout) or not in_use(attn_bias))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x: [B, N, C], or [1, T, C] with a PackedLayout; any other bias and dropout of weights are facebook's."""
+        """x: [B, N, C], or [1, T, C] with a PackedLayout; facebook's forward serves other biases and weight dropout."""
         bias = next(iter((*args, *kwargs.values())), None)
         if not self.takes(bias):
             result: Tensor = super().forward(x, *args, **kwargs)
@@ -103,7 +103,7 @@ class Block(AcceleratedBlock, Facebook):
     sample_drop_ratio: float
 
     def forward(self, x: Tensor | list[Tensor]) -> Any:
-        """x: [B, N, C], or a list of such; returns the same."""
+        """x: [B, N, C], or a list of such tensors; returns the same shapes."""
         rate = self.sample_drop_ratio if self.training else 0.0
         if isinstance(x, list):
             return self._forward_list(x, rate)

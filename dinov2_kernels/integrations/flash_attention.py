@@ -1,12 +1,12 @@
 """This library's attention behind ``F.scaled_dot_product_attention`` and ``torch.nn.attention.varlen.varlen_attn``.
 
-PyTorch lets a library replace the kernels of its flash attention while a user has activated them by name
-(``torch.nn.attention.activate_flash_attention_impl``). Ours take the calls that a ViT makes: see :func:`_is_served`.
-Every other call goes on to the kernel that was there before. A log-sum-exp means the same to both, so either backward
-takes what either forward left.
+A library can replace the kernels of PyTorch's flash attention; a user then activates them by name
+(``torch.nn.attention.activate_flash_attention_impl``). Our kernels serve the calls that a ViT makes, see
+:func:`_is_served`. Every other call goes to PyTorch's own kernel. Both define the log-sum-exp in the same way, so the
+backward of one works with the forward of the other.
 
-Legend: B sequences of N tokens, H heads of width D; T tokens packed. SDPA's tensors are [B, H, N, D], and what it
-returns has the strides that PyTorch's fake kernels promise to ``torch.compile``: those of the query.
+Legend: B sequences of N tokens, H heads of width D; T tokens packed. SDPA's tensors are [B, H, N, D]. Its results have
+the strides of the query, as PyTorch's fake kernels promise to ``torch.compile``.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _backward = torch.ops.dinov2_kernels.attention_backward.default
 
 
 def register_flash_attention() -> None:
-    """Tell PyTorch of this library's attention under the name ``"DINOV2"``; a user then activates it.
+    """Register this library's attention with PyTorch under the name ``"DINOV2"``, so that a user can activate it.
 
     Raises:
-        RuntimeError: this PyTorch cannot replace its flash attention and restore it.
+        RuntimeError: this version of PyTorch cannot replace and restore its flash attention.
 
     Examples:
         >>> register_flash_attention()
@@ -59,11 +59,11 @@ class _Overrides:
                 _override(self.library, key, name, function)
 
     def remove(self) -> None:
-        self.library = None  # destroyed, it takes its kernels with it
+        self.library = None  # its kernels are removed with it
 
 
 def _override(library: torch.library.Library, key: str, name: str, function: Callable[..., Any]) -> None:
-    """Register a function that returns NotImplemented for the calls which are to go on to the kernel of before."""
+    """Register a function as a kernel. If it returns NotImplemented, the call goes to PyTorch's own kernel."""
     operator = f"aten::{name}"
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
     original = torch.library.get_kernel(operator, key) if has_kernel else None
@@ -74,13 +74,13 @@ def _override(library: torch.library.Library, key: str, name: str, function: Cal
             return result
         if original is None:
             raise NotImplementedError(
-                f"{operator}: PyTorch has no kernel for {key}, and {NAME} serves full attention without dropout, "
-                f"window, bias or cache, of equally many queries and keys, and heads of width 1 to {MAX_HEAD_DIM} in "
+                f"{operator}: PyTorch has no kernel for {key}, and {NAME} serves only full attention without dropout, "
+                f"window, bias or cache, with as many queries as keys, and heads of width 1 to {MAX_HEAD_DIM} in "
                 "float32, bfloat16 or float16"
             )
         return original.call_boxed(keyset, *args, **kwargs)
 
-    with warnings.catch_warnings():  # of what it is for: that it overrides a kernel
+    with warnings.catch_warnings():  # PyTorch warns that this overrides a kernel, which is the purpose
         warnings.simplefilter("ignore", UserWarning)
         library.impl(name, kernel, key, with_keyset=True)
 
@@ -198,7 +198,7 @@ def _dense_backward(
 
 
 def _tokens(x: Tensor) -> Tensor:
-    """[B, H, N, D] as [B N, H, D]: a view where tokens of a linear layer were split into heads, else a copy."""
+    """[B, H, N, D] as [B N, H, D]: a view if tokens of a linear layer were split into heads, else a copy."""
     return _dense(x.transpose(1, 2).flatten(0, 1))
 
 
@@ -220,7 +220,7 @@ def _varlen_forward(
     scale: float | None = None,
     window_size_left: int | None = None,
     window_size_right: int | None = None,
-    **options: Any,  # a cache of keys, or a bias: alibi_slopes, seqused_k, block_table, num_splits
+    **options: Any,  # key cache and bias options: alibi_slopes, seqused_k, block_table, num_splits
 ) -> Any:
     is_plain = not return_debug_mask and all(option is None for option in options.values())
     window = (window_size_left, window_size_right)
@@ -264,10 +264,10 @@ def _varlen_backward(
 
 
 def _is_full(window: tuple[int | None, int | None], cum_seq_q: Tensor | None, cum_seq_k: Tensor | None) -> bool:
-    """Whether every query sees the keys of its own sequence, and all of them.
+    """Whether every query sees all keys of its own sequence, and no others.
 
-    Offsets of queries and keys are known to be the same where they are the same memory. To compare their values would
-    wait for a GPU.
+    Offsets of queries and keys count as equal if they are the same memory. A comparison of their values would wait for
+    the GPU.
     """
     if cum_seq_q is None or cum_seq_k is None or any(side not in (None, -1) for side in window):
         return False
@@ -283,14 +283,14 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _in_layout_of(x: Tensor, result: Tensor) -> Tensor:
-    """result with the strides that ``empty_like(x)`` has."""
+    """The result with the strides of ``empty_like(x)``."""
     if result.stride() == torch.empty_like(x, device="meta").stride():
         return result
     return torch.empty_like(x).copy_(result)
 
 
 def _unused(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What flash attention returns of its dropout: random state, offset, mask."""
+    """The values that flash attention returns for its dropout: random state, offset, mask."""
     state = query.new_empty(2, dtype=torch.uint64)
     return state, query.new_empty((), dtype=torch.uint64), query.new_empty(0)
 
@@ -308,6 +308,6 @@ _OVERRIDES: dict[str, dict[str, Callable[..., Any]]] = {
     "CPU": {
         "_scaled_dot_product_flash_attention_for_cpu": _cpu_sdpa_forward,
         "_scaled_dot_product_flash_attention_for_cpu_backward": _cpu_sdpa_backward,
-        **_VARLEN,  # PyTorch has none for CPU
+        **_VARLEN,  # PyTorch has no kernel for CPU
     },
 }

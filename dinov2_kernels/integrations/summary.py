@@ -1,4 +1,4 @@
-"""What ``accelerate`` did to a model, in numbers and as a table."""
+"""A report of what ``accelerate`` did to a model, in numbers and as a table."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Literal
 from torch import nn
 
 Status = Literal["accelerated", "native", "ready", "left"]
-"""Swapped; one of our own modules; recognised and not swapped yet; not swapped for a reason."""
+"""accelerated: swapped; native: one of our own modules; ready: recognised, not swapped yet; left: cannot be swapped."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Modules of one kind to which the same thing happened.
+    """Modules of one class with the same status.
 
     Attributes:
         kind: name of their class.
-        names: their names in the model.
-        status: what happened.
+        names: names of these modules in the model.
+        status: whether they run on the kernels.
         detail: the kernel that runs, or the reason why none does.
     """
 
@@ -31,11 +31,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """One row per kind of module that the kernels could serve.
+    """The modules of a model that run, or could run, on the kernels.
 
     Attributes:
         model: name of the model's class.
-        rows: in the order of the model.
+        rows: one row per class and status, in the order of the model.
     """
 
     model: str
@@ -55,7 +55,7 @@ class Report:
 
 
 def summarise(model: nn.Module, status_of: Callable[[nn.Module], tuple[Status, str] | None]) -> Report:
-    """Walk the modules of a model and join those of one kind and status."""
+    """The report of a model: modules of one class and status form one row."""
     rows: dict[tuple[str, Status, str], list[str]] = {}
     for name, module in model.named_modules():
         if (status := status_of(module)) is not None:

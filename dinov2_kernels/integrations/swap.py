@@ -1,7 +1,7 @@
-"""How a module gets a forward that runs on the kernels and stays what it was: its class becomes a subclass of it.
+"""Swapping a module's forward for one that runs on the kernels: the module's class becomes a subclass of its class.
 
-Parameters, buffers, hooks and their names are the instance's and do not change; ``isinstance`` and wrapping policies by
-class keep holding; a copy and a pickle are accelerated too. The way back is the class from before.
+Parameters, buffers, hooks and their names belong to the instance and do not change. ``isinstance`` and wrapping
+policies by class still work. A copy and a pickle are accelerated too. To undo it, the module gets its old class back.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Accelerated(nn.Module):
     Attributes:
         runs_on: the kernel, for the report; empty for a part that goes with its block.
         parts: attributes that its forward reads; a module of another version may lack some.
-        original_class: of the module; set on the classes that :func:`accelerated_class` makes.
+        original_class: the class of the module before; set on the classes that :func:`accelerated_class` makes.
     """
 
     runs_on: ClassVar[str]
@@ -27,7 +27,7 @@ class Accelerated(nn.Module):
 
     @classmethod
     def recognises(cls, module: nn.Module) -> bool:
-        """Whether this class's forward replaces that of the module."""
+        """Whether this class can replace the forward of the module."""
         raise NotImplementedError
 
     @classmethod
@@ -44,7 +44,7 @@ class Accelerated(nn.Module):
         module.__class__ = accelerated_class(type(module), cls)
 
     def restriction(self) -> str:
-        """When it does not run after all, as the rest of a sentence."""
+        """When the library's own forward runs instead, as the end of a sentence; empty if never."""
         return ""
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # the class was made here, so pickle would not find it by its name
@@ -72,12 +72,12 @@ def accelerated_class(cls: type[nn.Module], recipe: type[Accelerated]) -> type[n
 
 
 def original_class(module: nn.Module) -> type[nn.Module] | None:
-    """The class that an accelerated module had before; None of any other module."""
+    """The class that an accelerated module had before; None for any other module."""
     return type(module).original_class if isinstance(module, Accelerated) and _recipe(type(module)) else None
 
 
 def forward_of(module: nn.Module) -> Any:
-    """The function that the class of a module has as its forward, decorators aside; None if it is none."""
+    """The forward function of a module's class, without decorators; None if it is not a function."""
     function = inspect.unwrap(getattr(type(module), "forward", None))  # type: ignore[arg-type]
     return function if inspect.isfunction(function) else None
 
@@ -89,7 +89,7 @@ def forward_name(module: nn.Module) -> tuple[str, str]:
 
 
 def _recipe(cls: type[nn.Module]) -> type[Accelerated] | None:
-    """What :func:`accelerated_class` made a class of; None if something else made it, for instance a subclass of it."""
+    """The recipe of a class that :func:`accelerated_class` made; None for other classes, subclasses of it included."""
     return cls.__bases__[0] if "original_class" in vars(cls) else None
 
 

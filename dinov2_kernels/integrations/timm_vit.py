@@ -1,6 +1,6 @@
-"""timm: the blocks, attention and feed-forward layers of ``timm.models.vision_transformer`` and what is built of them.
+"""timm: the blocks, attention and feed-forward layers of ``timm.models.vision_transformer`` and models made of them.
 
-timm itself is never imported here: its classes are known by where their forward is defined.
+timm itself is never imported here. A class is recognised by the place where its forward is defined.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dinov2_kernels.swiglu import swiglu
 
 
 class Attention(Accelerated):
-    """Self-attention with optional norms of queries and keys, norm and gate of the result."""
+    """Self-attention with optional norms of queries and keys, and optional norm and gate of the result."""
 
     runs_on = "varlen_attention"
     parts = ("qkv", "q_norm", "k_norm", "attn_drop", "proj", "proj_drop")
@@ -47,7 +47,7 @@ class Attention(Accelerated):
         return DROPPED_IN_TRAINING if self.attn_drop.p else ""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x: [B, N, C]; a mask among the further arguments, and dropout of weights, are left to timm."""
+        """x: [B, N, C]; timm's own forward serves calls with a mask or with dropout of weights."""
         if in_use(*args, **kwargs) or (self.training and self.attn_drop.p):
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
@@ -88,7 +88,7 @@ class Block(AcceleratedBlock):
                 LayerNorm.swap(norm)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x: [B, N, C]; a block with a mask is left to timm."""
+        """x: [B, N, C]; timm's own forward serves calls with a mask."""
         if in_use(*args, **kwargs) or not self.can_fuse(x):
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
@@ -98,7 +98,7 @@ class Block(AcceleratedBlock):
 
 
 class LayerNorm(Accelerated, nn.LayerNorm):
-    """timm's LayerNorm without its option of a faster norm is PyTorch's; as such a block can fuse it."""
+    """timm's LayerNorm. Without its fast norm it equals PyTorch's, so a block can fuse it."""
 
     runs_on = ""
 
@@ -114,7 +114,7 @@ class LayerNorm(Accelerated, nn.LayerNorm):
 
 
 class SwiGLU(Accelerated):
-    """``GluMlp`` as ``SwiGLUPacked`` makes it: one linear layer for gate and value, the gate first."""
+    """``GluMlp`` as in ``SwiGLUPacked``: one linear layer for gate and value, with the gate first."""
 
     runs_on = "swiglu"
     parts: ClassVar[tuple[str, ...]] = ("fc1", "act", "drop1", "norm", "fc2", "drop2", "gate_last", "chunk_dim")

@@ -1,8 +1,8 @@
-"""transformers: DINOv2 with and without registers, and the ViTs that share one code: ViT, DeiT, MAE, MSN, I-JEPA.
+"""transformers: DINOv2 with and without registers, and the ViTs that share their code: ViT, DeiT, MAE, MSN, I-JEPA.
 
-transformers itself is never imported here: its classes are known by where their forward is defined. There are two
-generations of them. In the earlier one (4.57, and for DINOv2 still 5.16) an attention holds a "self-attention" and its
-output, and the SwiGLU layer has one linear layer for gate and value.
+transformers itself is never imported here. A class is recognised by the place where its forward is defined. There are
+two generations of these classes. In the earlier one (4.57, and 5.16 for DINOv2), an attention module contains a
+"self-attention" and its output layer, and the SwiGLU layer has one linear layer for gate and value.
 
 Legend: B samples of N tokens of width C; H heads of width D.
 """
@@ -33,7 +33,7 @@ VIT = {"vit": "ViT", "deit": "DeiT", "vit_mae": "ViTMAE", "vit_msn": "ViTMSN", "
 
 
 def _forwards(models: dict[str, str], kind: str) -> set[tuple[str, str]]:
-    """Where the forward of every "Layer", for instance, is defined."""
+    """Module and qualified name of the forward of each model's class of one kind, for instance "Layer"."""
     return {
         (f"transformers.models.{name}.modeling_{name}", f"{prefix}{kind}.forward") for name, prefix in models.items()
     }
@@ -47,17 +47,17 @@ SWIGLUS = _forwards(DINOV2, "SwiGLUFFN")
 
 
 class Transformers(Accelerated):
-    """Base of what follows."""
+    """Base of the classes below."""
 
     @classmethod
     def obstacle(cls, module: nn.Module) -> str | None:
         if "output_attentions" in inspect.signature(forward_of(module)).parameters:
-            return "of a version that hands attention weights from layer to layer"
+            return "a version that passes attention weights from layer to layer"
         return super().obstacle(module)
 
 
 class SelfAttention(Transformers):
-    """Three linear layers and the attention itself, whatever implementation of it the model is configured for."""
+    """Three linear layers and the attention itself, for every attention implementation that a model may configure."""
 
     runs_on = "varlen_attention"
     parts: ClassVar[tuple[str, ...]] = (
@@ -80,7 +80,7 @@ class SelfAttention(Transformers):
         return DROPPED_IN_TRAINING if self._dropout() else ""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """hidden_states: [B, N, C]; masks, weights that somebody reads, and their dropout are left to transformers."""
+        """hidden_states: [B, N, C]; transformers' own forward serves masks, and weights that are read or dropped."""
         if _has_mask(args, kwargs) or (self.training and self._dropout()) or self._weights_are_read():
             result: tuple[Tensor, Tensor | None] = super().forward(hidden_states, *args, **kwargs)
             return result
@@ -91,7 +91,7 @@ class SelfAttention(Transformers):
         return self._output(y.flatten(1).unflatten(0, hidden_states.shape[:2])), None
 
     def _weights_are_read(self) -> bool:
-        """Only the eager implementation returns weights; transformers records them by a hook, or another forward."""
+        """Whether weights are read: only eager attention returns them, and a hook or another forward records them."""
         return self.config._attn_implementation == "eager" and not is_unwatched(self)
 
     def _projections(self) -> tuple[Any, Any, Any]:
@@ -108,14 +108,14 @@ class SelfAttention(Transformers):
 
 
 class Attention(SelfAttention):
-    """The same of the later generation, with the output's linear layer."""
+    """The attention of the later generation, which includes the output's linear layer."""
 
     parts = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling", "attention_dropout", "config")
     o_proj: nn.Module
 
     @classmethod
     def recognises(cls, module: nn.Module) -> bool:
-        return forward_name(module) in ATTENTIONS and not hasattr(module, "attention")  # of the earlier generation
+        return forward_name(module) in ATTENTIONS and not hasattr(module, "attention")  # the earlier generation has it
 
     def _projections(self) -> tuple[Any, Any, Any]:
         return self.q_proj, self.k_proj, self.v_proj
@@ -156,7 +156,7 @@ class Dinov2Layer(AcceleratedBlock, Transformers):
             return result
 
         def attend(x: Tensor) -> Tensor:
-            attended: Any = self.attention(x, **kwargs)  # with its weights in the later generation
+            attended: Any = self.attention(x, **kwargs)  # in the later generation, a tuple with the weights
             y: Tensor = attended[0] if isinstance(attended, tuple) else attended
             return y
 
@@ -166,7 +166,7 @@ class Dinov2Layer(AcceleratedBlock, Transformers):
 
 
 class ViTLayer(AcceleratedBlock, Transformers):
-    """The block of ViT and its relatives, of the later generation: no LayerScale, no stochastic depth."""
+    """The block of ViT and similar models, in the later generation: no LayerScale, no stochastic depth."""
 
     parts = ("layernorm_before", "attention", "dropout", "layernorm_after", "mlp")
     layernorm_before: nn.Module
@@ -195,7 +195,7 @@ class ViTLayer(AcceleratedBlock, Transformers):
 
 
 class SwiGLU(Transformers):
-    """The feed-forward layer of ViT-g, of the earlier generation."""
+    """The feed-forward layer of ViT-g, in the earlier generation."""
 
     runs_on = "swiglu"
     parts = ("weights_in", "weights_out")
@@ -212,5 +212,5 @@ class SwiGLU(Transformers):
 
 
 def _has_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Of tokens, in the later generation, or of heads, in versions of the earlier one; alone among the arguments."""
+    """Whether a call has a mask, of tokens (later generation) or of heads (versions of the earlier one)."""
     return in_use(*args, kwargs.get("attention_mask"), kwargs.get("head_mask"))

@@ -1,4 +1,4 @@
-"""KoLeo and nearest neighbours: three operators, their derivative, and the functions that users call."""
+"""KoLeo and nearest neighbours: three operators, autograd, and the functions that users call."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _fake_backward(grad: Tensor, x: Tensor, index: Tensor, rank: int, eps: float
     return x.new_empty(x.shape[0] // grad.numel(), x.shape[1])  # [B, D]
 
 
-# All tensors contiguous; their shapes stand in reference.py.
+# All tensors are contiguous; reference.py has their shapes.
 _nearest = define(
     "koleo_nearest(Tensor x, int k, int n_groups, int world_size, int rank, float eps) -> (Tensor, Tensor)",
     reference=reference.koleo_nearest,
@@ -54,26 +54,27 @@ def koleo_loss(
 ) -> Tensor:
     """KoLeo regulariser of DINOv2 (arXiv:2304.07193, section 4): minus the mean log distance to the nearest neighbour.
 
-    The rows are scaled to unit length and each is pushed away from the nearest other one; see
-    :mod:`dinov2_kernels.koleo.reference` for the formula. The arithmetic is float32 (float64 for float64 rows) whatever
-    the dtype of ``x`` and inside autocast too: in float16 ``eps`` would round to zero and two equal rows give an
-    infinite loss; here they give a finite one, and so do rows of zeros. A row with a NaN makes the loss NaN.
+    The rows are scaled to unit length, and each row is pushed away from its nearest neighbour; see
+    :mod:`dinov2_kernels.koleo.reference` for the formula. The arithmetic is float32 (float64 for float64 rows) for
+    every dtype of ``x``, and under autocast too: in float16, ``eps`` would round to zero and two equal rows would give
+    an infinite loss. Here equal rows and rows of zeros give a finite loss. A row with a NaN makes the loss NaN.
 
-    Bytes: forward reads x, writes and reads a copy of it in float32 on CPU, and keeps x and the indices [B, k] for
-    backward, which reads x and writes its gradient. The cosines [B, B] are never written.
+    Bytes: forward reads x, on CPU also writes and reads a copy of it in float32, and keeps x and the indices [B, k] for
+    backward. Backward reads x and writes its gradient. The cosines [B, B] are never stored.
 
     Args:
         x: [B, D] with B >= 1; any floating dtype. A single row is its own neighbour: its loss is the constant
-            -log(eps * (sqrt(D) + 1)), its gradient zero. A row shorter than eps gets no gradient either.
-        k: neighbours per row, whose logarithms are averaged, as in DINOv3; at most one less than a batch has rows.
-        n_groups: the rows are so many equal consecutive blocks, each a batch of its own: neighbours are sought in a
-            row's own block only. The loss is the mean over all rows, so ``n_groups * koleo_loss(x, n_groups=n_groups)``
-            is the sum of the blocks' losses: of DINOv2's global crops, for example, in one call.
+            -log(eps * (sqrt(D) + 1)), and its gradient is zero. A row shorter than eps gets no gradient either.
+        k: neighbours per row; the loss averages the logarithms of their distances, as in DINOv3. At most the number of
+            rows in a batch minus 1.
+        n_groups: number of equal blocks of consecutive rows. Each block is a batch of its own: a row's neighbours are
+            in its block. The loss is the mean over all rows, so ``n_groups * koleo_loss(x, n_groups=n_groups)`` is the
+            sum of the blocks' losses, for example of both of DINOv2's global crops.
         eps: guards the normalisation, the distance and the logarithm.
-        group: processes whose rows form one batch, B rows on each; neighbours are found among all of them and
+        group: processes whose rows form one batch, with B rows on each. Neighbours come from all of them, and
             gradients flow between processes. Block i of all processes together is one batch. The loss is the mean over
-            this process's rows: the mean of it over the processes is the loss of the whole batch. None means the rows
-            of this process alone.
+            this process's rows; its mean over the processes is the loss of the whole batch. None means the rows of
+            this process alone.
 
     Returns:
         Scalar, float32 (float64 for float64 rows).
@@ -92,7 +93,7 @@ def koleo_loss(
     world_size, rank = place_in(group)
     members = _check(x, n_groups, world_size)
     if members == 1 and k != 1:
-        raise ValueError(f"k: expected 1 neighbour of a row that is alone: itself, got {k}")
+        raise ValueError(f"k: expected 1, because a single row is its own only neighbour, got {k}")
     if members > 1:
         _check_neighbors(k, members)
     if not eps > 0:
@@ -108,20 +109,22 @@ def koleo_loss(
 def nearest_neighbors(
     x: Tensor, k: int = 1, *, n_groups: int = 1, group: dist.ProcessGroup | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The k other rows with the largest cosine to each row, by exhaustive search and without gradient.
+    """The k nearest neighbours of each row by cosine: exhaustive search, without gradient.
 
-    Bytes: the rows once more in float32 on CPU, and the result; the cosines [B, B] are never written.
+    Bytes: reads the rows, writes the result, and on CPU also a copy of the rows in float32. The cosines [B, B] are
+    never stored.
 
     Args:
-        x: [B, D]; any floating dtype. The arithmetic is float32 (float64 for float64 rows), inside autocast too.
-        k: neighbours per row, at most one less than a batch has rows. A row is no neighbour of itself, equal rows are.
+        x: [B, D]; any floating dtype. The arithmetic is float32 (float64 for float64 rows), under autocast too.
+        k: neighbours per row, at most the number of rows in a batch minus 1. A row is not its own neighbour; an equal
+            row is its neighbour.
         n_groups, group: as for :func:`koleo_loss`.
 
     Returns:
-        index: [B, k] int64, nearest first, of equally near ones the lowest index first. It numbers the rows of x, also
-            where they are several blocks; in a group, row i of process r is number r * B + i.
-        cosine: [B, k] float32 (float64 for float64 rows); 0 where a row is zero. NaN where a row holds one, which is
-            farther than any other; its index is in range all the same.
+        index: [B, k] int64, the nearest neighbour first; if two are equally near, the lower index first. An index is a
+            row number in x, with several blocks too; in a group, row i of process r has number r * B + i.
+        cosine: [B, k] float32 (float64 for float64 rows); 0 for a row of zeros. A row with a NaN has cosine NaN and
+            counts as the farthest; its index is still in range.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -165,14 +168,14 @@ class _KoLeo(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, index = ctx.saved_tensors
-        # What reaches a row from the rows of other processes, it computes itself: their indices are fewer bytes than
-        # gradients [N, D].
+        # Each process computes the whole gradient of its rows, also the part that comes from other processes' losses:
+        # their indices are fewer bytes than gradients [N, D].
         index, grad = _all_gather(index, ctx.group), _all_gather(grad, ctx.group)
         return _backward(grad, rows, index, ctx.rank, ctx.eps), None, None, None, None, None, None
 
 
 def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """x [n, ...] of all processes behind each other; a scalar counts as one row."""
+    """x [n, ...] of all processes, concatenated; a scalar counts as one row."""
     if group is None:
         return x
     x = x.reshape(-1, *x.shape[1:])

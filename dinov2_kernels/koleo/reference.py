@@ -1,17 +1,18 @@
 """KoLeo in plain PyTorch: the definition every kernel is tested against.
 
-The Kozachenko-Leonenko estimate of differential entropy, as a regulariser (Sablayrolles et al., arXiv:1806.03198) that
-spreads samples over the unit sphere: with u_i the rows scaled to unit length and j(i, t) the t-th nearest other row,
+KoLeo is the Kozachenko-Leonenko estimate of differential entropy, used as a regulariser (Sablayrolles et al.,
+arXiv:1806.03198) that spreads samples over the unit sphere: with u_i the rows scaled to unit length and j(i, t) the
+t-th nearest other row,
 
     loss = -1/(B k) sum_i sum_t log(||u_i - u_j(i,t) + eps|| + eps)
 
-DINOv2 takes k = 1, DINOv3 k > 1. Neighbours are chosen by cosine and without gradient: the nearest first, of equal ones
-the lowest number first, a NaN last. The distance passes its gradient to both ends. A row shorter than eps has no
+DINOv2 takes k = 1, DINOv3 k > 1. Neighbours are chosen by cosine, without gradient: the nearest first, then the lowest
+row number first, and NaN last. Both rows of a pair get a gradient from their distance. A row shorter than eps has no
 direction, and gets no gradient.
 
 Legend: x [N, D] are the rows of all processes, B = N / world_size of each. The rows of a process are n_groups equal
-consecutive blocks, and block g of all processes together is one batch, in which neighbours are sought. Row i of process
-r is number r * B + i. What is computed is for the rows of one process, `rank`.
+blocks of consecutive rows. Block g of all processes together is one batch: neighbours are in the same batch. Row i of
+process r has number r * B + i. Results are for the rows of one process, `rank`.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ def unit_rows(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def koleo_nearest(x: Tensor, k: int, n_groups: int, world_size: int, rank: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Numbers [B, k] int64 and cosines [B, k] of the k rows nearest to each row of this process, nearest first.
+    """Row numbers [B, k] int64 and cosines [B, k] of the k nearest neighbours of this process's rows, nearest first.
 
-    A row is no neighbour of itself: it comes last, and so is its own where it is alone.
+    A row itself comes last, so it is its own neighbour only if it is alone.
     """
 
     def in_batches(rows: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ def koleo_nearest(x: Tensor, k: int, n_groups: int, world_size: int, rank: int, 
 
 
 def koleo_forward(x: Tensor, k: int, n_groups: int, world_size: int, rank: int, eps: float) -> tuple[Tensor, Tensor]:
-    """KoLeo of the rows of this process, a scalar, and the numbers [B, k] of their neighbours."""
+    """The KoLeo loss of this process's rows, a scalar, and the row numbers [B, k] of their neighbours."""
     index, _ = koleo_nearest(x, k, n_groups, world_size, rank, eps)
     unit, _ = unit_rows(x, eps)
     own = unit.unflatten(0, (world_size, -1))[rank]
@@ -61,9 +62,9 @@ def koleo_forward(x: Tensor, k: int, n_groups: int, world_size: int, rank: int, 
 
 
 def koleo_backward(grad: Tensor, x: Tensor, index: Tensor, rank: int, eps: float) -> Tensor:
-    """Gradient [B, D] of the rows of this process: their own distances pull on them, and those that lead to them.
+    """Gradient [B, D] of the rows of this process, from the distances to their neighbours and from theirs to them.
 
-    ``grad`` holds one scalar of each process, the gradient of its loss; ``index`` [N, k] the neighbours of all rows.
+    ``grad`` holds one scalar for each process, the gradient of its loss; ``index`` [N, k] the neighbours of all rows.
     """
     unit, length = unit_rows(x, eps)
     difference = unit[:, None] - unit[index] + eps  # [N, k, D]

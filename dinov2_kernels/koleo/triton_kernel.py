@@ -1,9 +1,9 @@
 """KoLeo in Triton: the three operators of :mod:`dinov2_kernels.koleo.reference` for CUDA tensors.
 
-Legend: x [N, D] contiguous, float64, float32, bfloat16 or float16; lengths, cosines and gradients on the way are in the
-accumulation dtype, float64 for float64 and float32 otherwise. A program has ROWS rows of one batch. It makes their
-cosines with COLUMNS candidates at a time, from DEPTH values at a time, and never stores them. Products of float32 are
-float32's own, not TF32's; those of 16-bit rows are exact. No atomics: results do not change from run to run.
+Legend: x [N, D] contiguous, float64, float32, bfloat16 or float16; lengths, cosines and intermediate gradients are in
+the accumulation dtype, float64 for float64 and float32 otherwise. A program has ROWS rows of one batch. It computes
+their cosines with COLUMNS candidates at a time, from DEPTH values at a time, and never stores them. float32 products
+are true float32, not TF32; products of 16-bit rows are exact. No atomics: results are the same in every run.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 from dinov2_kernels._library import accumulation_dtype
 from dinov2_kernels._triton import div_rn, sqrt_rn, widen
 
-MANY_ROWS = 8192  # from here on tiles of 64 rows are enough for every multiprocessor
-REGISTERS = 255  # all that a thread can have; left to itself, ptxas spills some to keep more threads
+MANY_ROWS = 8192  # from this number on, tiles of 64 rows are enough work for every multiprocessor
+REGISTERS = 255  # the maximum for a thread; without this limit, ptxas spills registers to keep more threads
 
-_FARTHEST = tl.constexpr(-3.0e38)  # in place of a cosine that is NaN: a candidate, but the last
+_FARTHEST = tl.constexpr(-3.0e38)  # replaces a NaN cosine: the row stays a candidate, but comes last
 
 
 def koleo_nearest(x: Tensor, k: int, n_groups: int, world_size: int, rank: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Numbers [B, k] and cosines [B, k] of the nearest rows.
+    """Row numbers [B, k] and cosines [B, k] of the nearest neighbours.
 
     Bytes: every program reads its batch, mostly from L2, and writes its share of the result.
     """
@@ -38,24 +38,24 @@ def koleo_nearest(x: Tensor, k: int, n_groups: int, world_size: int, rank: int, 
 
 
 def koleo_forward(x: Tensor, k: int, n_groups: int, world_size: int, rank: int, eps: float) -> tuple[Tensor, Tensor]:
-    """The loss, and the numbers [B, k] of the neighbours; one launch where a program holds all rows, else two.
+    """The loss, and the row numbers [B, k] of the neighbours; one launch if a program holds all rows, else two.
 
-    Bytes: those of :func:`koleo_nearest`; the neighbours are read twice more.
+    Bytes: those of :func:`koleo_nearest`, and two more reads of the neighbours.
     """
     N, D = x.shape
     B = N // world_size
     index = torch.empty(B, k, dtype=torch.int64, device=x.device)
     grid, tile = _tiles(x, B, B // n_groups, k)
-    shares = torch.empty(grid[0] * grid[1], dtype=accumulation_dtype(x), device=x.device)  # of the programs in the loss
+    shares = torch.empty(grid[0] * grid[1], dtype=accumulation_dtype(x), device=x.device)  # loss, program by program
     with torch.cuda.device_of(x):
         _forward[grid](x, index, shares, N, D, B, B // n_groups, rank, eps, k, **tile)
     return shares.view(()) if len(shares) == 1 else shares.sum(), index
 
 
 def koleo_backward(grad: Tensor, x: Tensor, index: Tensor, rank: int, eps: float) -> Tensor:
-    """Gradient [B, D] of the rows of this process, in one launch: a program for each row.
+    """Gradient [B, D] of the rows of this process, in one launch with a program for each row.
 
-    Bytes: B reads of index [N, k] and about 4 k B of rows, mostly from L2, and one write of the result.
+    Bytes: B reads of index [N, k] and about 4 k B reads of rows, mostly from L2, and one write of the result.
     """
     N, D = x.shape
     B, k = N // grad.numel(), index.shape[1]
@@ -68,12 +68,12 @@ def koleo_backward(grad: Tensor, x: Tensor, index: Tensor, rank: int, eps: float
 
 
 def _tiles(x: Tensor, B: int, block: int, k: int) -> tuple[tuple[int, int], dict[str, int]]:
-    """The grid, tiles and batches, and the sizes of a tile; ``block`` rows of a batch are of this process."""
+    """The grid, tiles and batches, and the sizes of a tile; this process has ``block`` rows of each batch."""
     rows = 64 if block <= 64 or B >= MANY_ROWS else 16
     rows = max(16, min(rows, triton.next_power_of_2(block)))
     size = x.element_size()
     tile = {"SLOTS": triton.next_power_of_2(k), "ROWS": rows, "COLUMNS": 32 if size == 8 else 64, "DEPTH": 128 // size}
-    # Products outside the tensor cores take so many registers that loading ahead would spill them.
+    # Products outside the tensor cores take so many registers that prefetching would spill them.
     tile |= {"num_stages": 1 if size >= 4 else 2, "maxnreg": REGISTERS}
     return (triton.cdiv(block, rows), B // block), tile
 
@@ -120,7 +120,7 @@ def _forward(
 
 @triton.jit
 def _own_rows(block, ROWS: tl.constexpr):
-    """Which rows of this process are the program's [ROWS], and whether there are such."""
+    """The program's rows [ROWS] among those of this process, and which of them exist."""
     member = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     return tl.program_id(1).to(tl.int64) * block + member, member < block
 
@@ -133,7 +133,7 @@ def _backward(grad, x, index, dx, N, D, B, k, rank, eps: tl.float64, WIDTH: tl.c
     n = tl.cast(rank, tl.int64) * B + own
     column = tl.arange(0, WIDTH)
     unit, length = _unit_row(x, n, column, D, eps)
-    g = tl.zeros([WIDTH], dtype)  # of the unit row
+    g = tl.zeros([WIDTH], dtype)  # gradient of the unit row
     scale = -tl.load(grad + n // B) / (B * k)
     for slot in range(k):
         m = tl.load(index + n * k + slot)
@@ -149,13 +149,13 @@ def _backward(grad, x, index, dx, N, D, B, k, rank, eps: tl.float64, WIDTH: tl.c
             other, _ = _unit_row(x, m, column, D, eps)
             g -= _pull(other, unit, column, D, eps, -tl.load(grad + m // B) / (B * k), n == m)
     gradient = (g - unit * tl.sum(unit * g, 0)) / _at_least(length, eps)
-    gradient = tl.where(length < eps, 0.0, gradient)  # a row that short has no direction
+    gradient = tl.where(length < eps, 0.0, gradient)  # such a short row has no direction
     tl.store(dx + own * D + column, gradient.to(dx.dtype.element_ty), mask=column < D)
 
 
 @triton.jit
 def _unit_row(x, n, column, D, eps):
-    """[WIDTH], and the length of the row."""
+    """The unit row [WIDTH], and the length of the row."""
     values = widen(tl.load(x + n * D + column, mask=column < D, other=0.0))
     length = sqrt_rn(tl.sum(values * values, 0))
     return div_rn(values, _at_least(length, eps)), length
@@ -163,10 +163,10 @@ def _unit_row(x, n, column, D, eps):
 
 @triton.jit
 def _pull(u, v, column, D, eps, scale, same):
-    """scale times the gradient of log(||u - v + eps|| + eps) with regard to u [WIDTH].
+    """scale times the gradient of log(||u - v + eps|| + eps) with respect to u [WIDTH].
 
-    A division ends it, which no multiply-add can swallow: between two equal rows that are each other's neighbours such
-    pulls are large, and cancel.
+    It ends with a division, which the compiler cannot fuse into a multiply-add. For two equal rows that are each
+    other's neighbours, these gradients are large and must cancel exactly.
     """
     difference = tl.where(column < D, u - v + eps, 0.0)
     apart = tl.sqrt(tl.sum(difference * difference, 0))
@@ -176,9 +176,9 @@ def _pull(u, v, column, D, eps, scale, same):
 # ----------------------------------------------------------------------------------------------------- parts of kernels
 
 
-# Rows of a tile stand in `row` (their numbers, [ROWS] int64) and `inside` (whether there is such a row); `eps` has the
-# dtype of arithmetic. The nearest on the way are `(cosine, index)`, both [ROWS, SLOTS] and in no order: the first k
-# slots hold -inf and a number past all rows until they are filled, the others +inf.
+# The rows of a tile are `row` (row numbers, [ROWS] int64) and `inside` (whether the row exists); `eps` has the
+# accumulation dtype. The nearest candidates so far are `(cosine, index)`, both [ROWS, SLOTS], unordered. Until they are
+# filled, the first k slots hold -inf and a number past all rows; the other slots hold +inf.
 
 
 @triton.jit
@@ -189,9 +189,9 @@ def _load_rows(x, row, inside, column, D):
 
 @triton.jit
 def _row_divisor(x, row, inside, D, eps, DEPTH: tl.constexpr):
-    """What divides each row to make it a unit row: its length, but at least eps.
+    """The divisor of each row that makes it a unit row: its length, but at least eps.
 
-    The length is rounded to the nearest number: a row of one number then becomes exactly 1 or -1.
+    The length is rounded to the nearest number, so a row with a single value becomes exactly 1 or -1.
     """
     squares = tl.zeros([row.shape[0]], eps.dtype)
     for start in range(0, D, DEPTH):
@@ -210,7 +210,7 @@ def _at_least(length, eps):
 def _distance(x, row, divisor, other, inside, D, eps, DEPTH: tl.constexpr):
     """||u - v + eps|| [ROWS] of unit rows.
 
-    They come from divisions, which no multiply-add can swallow: equal rows cancel exactly.
+    Unit rows come from divisions, which the compiler cannot fuse into a multiply-add, so equal rows cancel exactly.
     """
     other_divisor = _row_divisor(x, other, inside, D, eps, DEPTH)
     squares = tl.zeros([row.shape[0]], eps.dtype)
@@ -227,11 +227,11 @@ def _distance(x, row, divisor, other, inside, D, eps, DEPTH: tl.constexpr):
 def _search(
     x, row, inside, divisor, N, D, B, block, eps, k, SLOTS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr
 ):
-    """The nearest to each row, all of one batch, among the rows of all processes."""
+    """The nearest neighbours of each row in its batch, among the rows of all processes."""
     slot = tl.arange(0, SLOTS).to(tl.int64)[None, :] + tl.zeros([row.shape[0], 1], tl.int64)
     cosine = tl.where(slot < k, float("-inf"), float("inf")).to(eps.dtype)
     index = N + slot
-    first = tl.program_id(1).to(tl.int64) * block  # of the batch, among the rows of a process
+    first = tl.program_id(1).to(tl.int64) * block  # first row of the batch, among the rows of a process
     scale = div_rn(1.0, divisor)
     for process in range(0, N // B):
         for start in range(0, block, COLUMNS):
@@ -246,10 +246,10 @@ def _search(
 
 @triton.jit
 def _cosines(x, row, inside, scale, column, exists, D, eps, DEPTH: tl.constexpr):
-    """[ROWS, COLUMNS]; `scale` [ROWS] is 1 / length.
+    """Cosines [ROWS, COLUMNS]; `scale` [ROWS] is 1 / length.
 
-    The candidates' lengths are taken from the values that are multiplied anyway. A cosine costs two more products and
-    no division; between unit rows these products are exact.
+    The candidates' lengths are computed from the values that the products load anyway. A cosine costs two more products
+    and no division; for unit rows these products are exact.
     """
     products = tl.zeros([row.shape[0], column.shape[0]], eps.dtype)
     squares = tl.zeros([column.shape[0]], eps.dtype)
@@ -265,7 +265,7 @@ def _cosines(x, row, inside, scale, column, exists, D, eps, DEPTH: tl.constexpr)
 
 @triton.jit
 def _insert(cosine, index, tile, column):
-    """Candidates nearer than a slot take its place. They come in the order of numbers: an equal one is too late."""
+    """Put candidates that are nearer than a slot into it. They come in row order: an equal one does not replace it."""
     best, last = tl.max(tile, 1), tl.min(cosine, 1)
     while tl.max((best > last).to(tl.int32), 0) > 0:
         at = _lowest_of(tile == best[:, None], column[None, :])
@@ -279,7 +279,7 @@ def _insert(cosine, index, tile, column):
 
 @triton.jit
 def _take_nearest(cosine, index, k, row):
-    """Cosine and number [ROWS] of the nearest, and the slots without it. A row that is alone is its own neighbour."""
+    """Cosine and row number [ROWS] of the nearest, and the slots without it. A single row is its own neighbour."""
     counted = tl.arange(0, cosine.shape[1])[None, :] < k
     best = tl.max(tl.where(counted, cosine, float("-inf")), 1)
     at = _lowest_of(counted & (cosine == best[:, None]), index)

@@ -17,12 +17,12 @@ class Attention(nn.Module):
     Args:
         dim: width C of the tokens.
         num_heads: number of heads H; must divide ``dim``.
-        qkv_bias: bias of the first linear layer.
-        proj_bias: bias of the second.
-        attn_drop: dropout of the attention weights, which are never stored: 0 is all there is.
+        qkv_bias: whether the first linear layer has a bias.
+        proj_bias: whether the second linear layer has a bias.
+        attn_drop: dropout of the attention weights; must be 0, because the kernels never store these weights.
         proj_drop: dropout of the result.
-        qk_norm: normalise queries and keys, head by head (arXiv:2302.05442).
-        norm_layer: makes these norms from the width of a head.
+        qk_norm: normalise queries and keys in each head (arXiv:2302.05442).
+        norm_layer: function that makes these norms from the width of a head.
 
     Raises:
         ValueError: ``num_heads`` does not divide ``dim``, or ``attn_drop`` is not 0.
@@ -51,7 +51,7 @@ class Attention(nn.Module):
         if dim % num_heads:
             raise ValueError(f"num_heads: expected a divisor of dim = {dim}, got {num_heads}")
         if attn_drop:
-            raise ValueError(f"attn_drop: expected 0, the kernels drop no attention weights, got {attn_drop}")
+            raise ValueError(f"attn_drop: expected 0, because the kernels drop no attention weights, got {attn_drop}")
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.q_norm = norm_layer(dim // num_heads) if qk_norm else nn.Identity()
@@ -60,14 +60,14 @@ class Attention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor, layout: PackedLayout | None = None) -> Tensor:
-        """x: [T, C] packed as ``layout`` says, or [B, N, C] without one; returns the same shape."""
+        """x: [T, C] packed as ``layout`` says, or [B, N, C] without a layout; returns the same shape."""
         if layout is None:
             return self.forward(x.flatten(0, 1), PackedLayout([(x.shape[0], x.shape[1])])).view_as(x)
         projected: Tensor = self.proj_drop(self._run(x, layout, bias=True))
         return projected
 
     def separable_bias(self) -> Tensor | None:
-        """The last bias [C], where the result is ``forward_without_bias(x, layout)`` plus it; None elsewhere."""
+        """The last bias [C], if the result is ``forward_without_bias(x, layout)`` plus this bias; else None."""
         return separable_bias(self.proj, self.proj_drop)
 
     def forward_without_bias(self, x: Tensor, layout: PackedLayout) -> Tensor:
@@ -80,7 +80,7 @@ class Attention(nn.Module):
 
 
 def attend(qkv: Tensor, layout: PackedLayout, q_norm: nn.Module, k_norm: nn.Module) -> Tensor:
-    """Attention of qkv [T, 3, H, D] after a norm of queries and keys, where that is no Identity; returns [T, H, D]."""
+    """Attention of qkv [T, 3, H, D], after the norms of queries and keys; returns [T, H, D]."""
     if isinstance(q_norm, nn.Identity) and isinstance(k_norm, nn.Identity):
         return varlen_attention_qkvpacked(qkv, layout)
     q, k, v = qkv.unbind(1)

@@ -1,4 +1,4 @@
-"""The pre-norm transformer block of DINOv2, many of them in a row, and the small modules of residual branches."""
+"""The pre-norm transformer block of DINOv2, a run of several blocks, and the small modules of residual branches."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from dinov2_kernels.packing import PackedLayout
 from dinov2_kernels.residual import Connection, Subset, draw_subsets, residual_chain
 
 _SEPARABLE = (Attention, Mlp, SwiGLUFFN)
-"""Parts that run without their last bias, too."""
-_SEPARABLE_FORWARDS = [part.forward for part in _SEPARABLE]  # tools may replace those of the classes later
+"""Parts that can also run without their last bias."""
+_SEPARABLE_FORWARDS = [part.forward for part in _SEPARABLE]  # kept here, because tools may replace a class's forward
 
 
 class Block(nn.Module):
     """Attention and feed-forward layer, each as a residual branch after a norm.
 
     In training, a ``drop_path`` above 0 sends only a random subset of the samples through each branch
-    (:func:`dinov2_kernels.stochastic_depth`), whatever the rate. facebook's code does the same for a list of crops; for
-    a single tensor it does so only above 0.1, and below multiplies the samples by Bernoulli variables, as timm always
-    does, which have the same expectation but save no work.
+    (:func:`dinov2_kernels.stochastic_depth`), at every rate. facebook's code does the same for a list of crops. For a
+    single tensor it does so only above 0.1; below, it multiplies the samples by Bernoulli variables, as timm always
+    does. These have the same expectation but save no work.
 
-    The positional order is facebook's; what only timm has, or names otherwise, is for keywords.
+    Positional arguments have facebook's order. Arguments or names that only timm has are keywords.
 
     Args:
         dim: width C of the tokens.
-        num_heads: heads of the attention.
+        num_heads: number of heads of the attention.
         mlp_ratio: width of the feed-forward layer in units of ``dim``.
-        qkv_bias, proj_bias, ffn_bias: biases of the linear layers.
+        qkv_bias, proj_bias, ffn_bias: whether the linear layers have biases.
         drop: dropout in the feed-forward layer and of the attention's result.
         attn_drop: as for :class:`Attention`.
         init_values: initial LayerScale of the branches; None or 0 for no LayerScale.
         drop_path: share of the samples that each branch drops in training, in [0, 1).
-        act_layer: makes the activation of the feed-forward layer.
-        norm_layer: makes a norm from its width; note that models of DINOv2 have LayerNorms with an eps of 1e-6.
-        attn_class: makes the attention, which is called with (tokens [T, C], layout).
-        ffn_layer: makes the feed-forward layer: :class:`Mlp` or :class:`SwiGLUFFN`.
+        act_layer: function that makes the activation of the feed-forward layer.
+        norm_layer: function that makes a norm from its width. DINOv2's models have LayerNorms with an eps of 1e-6.
+        attn_class: class of the attention, which is called with (tokens [T, C], layout).
+        ffn_layer: class of the feed-forward layer: :class:`Mlp` or :class:`SwiGLUFFN`.
         qk_norm: as for :class:`Attention`.
-        proj_drop: timm's name of ``drop``.
-        mlp_layer: timm's name of ``ffn_layer``.
-        recompute: keep 2 T C elements less for backward, which then recovers the normalised tokens from what the
-            branches keep anyhow. The gradient of norm weights loses precision where they are small beside their biases,
-            in bfloat16 up to ten times; all other gradients are the same.
+        proj_drop: timm's name for ``drop``.
+        mlp_layer: timm's name for ``ffn_layer``.
+        recompute: keep 2 T C elements less for backward, which recovers the normalised tokens from tensors that the
+            branches keep anyway. The gradient of norm weights loses precision if they are small compared with their
+            biases, in bfloat16 up to ten times. All other gradients are the same.
 
     Examples:
         >>> block = Block(128, num_heads=2, init_values=1e-5, drop_path=0.3)
@@ -105,14 +105,14 @@ class Block(nn.Module):
         """Tokens after both branches.
 
         Args:
-            x: [T, C] packed as ``layout`` says, or [B, N, C] without one.
+            x: [T, C] packed as ``layout`` says, or [B, N, C] without a layout.
             layout: the samples of x.
             subsets: the samples that go through each of the two branches
-                (:func:`dinov2_kernels.residual.draw_subsets`), for a network that draws those of all its blocks at
-                once; by default the block draws its own.
+                (:func:`dinov2_kernels.residual.draw_subsets`), for a network that draws the samples of all its blocks
+                at once; by default the block draws its own.
 
         Returns:
-            The shape of x.
+            Tokens in the shape of x.
         """
         if layout is None:
             return self.forward(x.flatten(0, 1), PackedLayout([(x.shape[0], x.shape[1])]), subsets).view_as(x)
@@ -137,28 +137,28 @@ class Block(nn.Module):
 
     @property
     def drop_rates(self) -> tuple[float, float]:
-        """Share of the samples that each branch drops in the present mode."""
+        """Share of the samples that each branch drops in the current mode, training or evaluation."""
         rate = self.drop_path if self.training else 0.0
         return rate, rate
 
 
-_BLOCK_FORWARD = Block.forward  # as above
+_BLOCK_FORWARD = Block.forward  # kept for the same reason as _SEPARABLE_FORWARDS
 
 
 def run_blocks(
     blocks: Sequence[nn.Module], x: Tensor, layout: PackedLayout, subsets: Sequence[Sequence[Subset]]
 ) -> Tensor:
-    """Tokens after some blocks, one after the other: ``x = block(x, layout, of_block)`` for each.
+    """Run several blocks in a row: ``x = block(x, layout, of_block)`` for each, where of_block are its subsets.
 
-    Neighbours that are plain :class:`Block` run as one :func:`dinov2_kernels.residual.residual_chain`, so that the end
-    of one is one pass with the start of the next. A block is called by itself where that would be noticed: it has
-    hooks (as FSDP sets them), another forward (as recomputed activations need), or is compiled by itself.
+    Consecutive plain :class:`Block` modules run as one :func:`dinov2_kernels.residual.residual_chain`, which joins the
+    end of one and the start of the next in one pass. A block is called by itself if it has hooks (FSDP sets them), has
+    another forward (activation checkpointing needs it), or is compiled by itself.
 
     Args:
-        blocks: modules called as :class:`Block` is.
+        blocks: modules with the call signature of :class:`Block`.
         x: [T, C] packed as ``layout`` says.
         layout: the samples of x.
-        subsets: for each block, those of its two branches.
+        subsets: for each block, the subsets of its two branches.
 
     Returns:
         [T, C] in the dtype of x.
@@ -176,7 +176,7 @@ def run_blocks(
     """
     if len(blocks) != len(subsets):
         raise ValueError(f"subsets: expected one pair for each of the {len(blocks)} blocks, got {len(subsets)}")
-    chain: list[Connection] = []  # of the blocks that have yet to run
+    chain: list[Connection] = []  # connections of blocks that have not run yet
     recompute = False
     for block, of_block in zip(blocks, subsets, strict=True):
         plain = block if _is_plain(block) else None
@@ -192,12 +192,12 @@ def run_blocks(
 
 
 class LayerScale(nn.Module):
-    """Multiplies every channel by a learned factor that starts small (Touvron et al., arXiv:2103.17239).
+    """Multiply every channel by a learned factor that starts small (Touvron et al., arXiv:2103.17239).
 
     Args:
         dim: number of channels C.
         init_values: initial value of the factors, one number or [C].
-        inplace: overwrite the argument.
+        inplace: overwrite the input.
 
     Examples:
         >>> LayerScale(2, init_values=0.5)(torch.ones(3, 2)).detach()
@@ -224,17 +224,18 @@ class LayerScale(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Sets the residual of every sample to zero with a given probability, in training (arXiv:1603.09382).
+    """In training, set the residual of each sample to zero with a given probability (arXiv:1603.09382).
 
-    The residual is computed all the same: :func:`dinov2_kernels.stochastic_depth` and :class:`Block` save that work.
+    The residual of a dropped sample is still computed; :func:`dinov2_kernels.stochastic_depth` and :class:`Block` do
+    not compute it.
 
     Args:
         drop_prob: probability of dropping a sample.
-        scale_by_keep: divide what is kept by ``1 - drop_prob``, which preserves the expectation.
+        scale_by_keep: divide the kept samples by ``1 - drop_prob``, which preserves the expectation.
 
     Examples:
         >>> y = DropPath(0.5)(torch.ones(1000, 3))
-        >>> y.unique()  # samples are dropped, or counted twice
+        >>> y.unique()  # a sample is dropped, or counts twice
         tensor([0., 2.])
     """
 
@@ -256,12 +257,12 @@ class DropPath(nn.Module):
 
 
 def _is_plain(block: nn.Module) -> TypeGuard[Block]:
-    """Whether a call of the block does nothing but its chain of connections."""
+    """Whether a call of the block only runs its chain of connections."""
     return isinstance(block, Block) and type(block).forward is _BLOCK_FORWARD and is_unwatched(block)
 
 
 def _without_last_bias(part: nn.Module) -> tuple[Callable[..., Tensor], Tensor | None]:
-    """How to run a part, and the bias that its result then lacks; where that would be noticed, the part, and None."""
+    """A function that runs a part without its last bias, and that bias; if this is not possible, the part and None."""
     if not isinstance(part, _SEPARABLE) or type(part).forward not in _SEPARABLE_FORWARDS:
         return part, None
     bias = part.separable_bias() if is_unwatched(part) else None

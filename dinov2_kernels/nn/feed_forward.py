@@ -12,19 +12,18 @@ from dinov2_kernels.swiglu import swiglu
 
 
 class Mlp(nn.Module):
-    """Linear, activation, linear.
+    """Linear layer, activation, linear layer.
 
-    Backward makes the result of a GELU again, in place of keeping it, in one pass with all that lies between its
-    matrix products.
+    Backward computes the result of a GELU again instead of keeping it, in the one pass between its matrix products.
 
     Args:
         in_features: width of the input.
         hidden_features: width between the linear layers; that of the input by default.
         out_features: width of the output; that of the input by default.
-        act_layer: makes the activation; the exact (erf) GELU by default.
-        drop: dropout after the activation and of the result; a pair for different rates.
-        bias: biases of the linear layers; a pair for different choices.
-        norm_layer: makes a norm of the hidden features from their width; none by default.
+        act_layer: function that makes the activation; the exact (erf) GELU by default.
+        drop: dropout rate after the activation and after the second linear layer; a pair for different rates.
+        bias: whether the linear layers have biases; a pair for different choices.
+        norm_layer: function that makes a norm of the hidden features from their width; no norm by default.
 
     Examples:
         >>> Mlp(64, 256)(torch.randn(4, 10, 64)).shape
@@ -75,19 +74,19 @@ class Mlp(nn.Module):
 
 
 class SwiGLUFFN(nn.Module):
-    """SwiGLU feed-forward layer (arXiv:2002.05202) with about the parameters of an :class:`Mlp` of the same arguments.
+    """SwiGLU feed-forward layer (arXiv:2002.05202) with about as many parameters as an :class:`Mlp` of these arguments.
 
-    facebook's ``SwiGLUFFNFused``, the one its models have; the ``SwiGLUFFN`` there takes ``hidden_features`` as it is.
-    Backward makes the gated features again, in place of keeping them, in one pass with all that lies between its matrix
-    products.
+    It is facebook's ``SwiGLUFFNFused``, which its models use; facebook's ``SwiGLUFFN`` does not reduce
+    ``hidden_features``. Backward computes the gated features again instead of keeping them, in the one pass between its
+    matrix products.
 
     Args:
         in_features: width of the input.
-        hidden_features: width an Mlp would have; the layer's own is ``swiglu_hidden_features`` of it.
+        hidden_features: width of an Mlp; the width of this layer is ``swiglu_hidden_features`` of it.
         out_features: width of the output; that of the input by default.
-        act_layer: accepted as an Mlp's is, and not used: the gate is SiLU.
-        drop: dropout after the gate and of the result.
-        bias: biases of both linear layers.
+        act_layer: accepted because an Mlp has it, but not used: the gate is SiLU.
+        drop: dropout rate after the gate and after the second linear layer.
+        bias: whether both linear layers have biases.
 
     Examples:
         >>> layer = SwiGLUFFN(64, 256)
@@ -132,7 +131,7 @@ class SwiGLUFFN(nn.Module):
 
 
 def swiglu_hidden_features(mlp_hidden_features: int) -> int:
-    """Width of a SwiGLU layer with the parameters of an Mlp: two thirds of its width, rounded up to a multiple of 8.
+    """Width of a SwiGLU layer as large as an Mlp: two thirds of the Mlp's width, rounded up to a multiple of 8.
 
     Examples:
         >>> swiglu_hidden_features(4 * 1536)

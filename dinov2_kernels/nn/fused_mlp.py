@@ -1,11 +1,11 @@
-"""Linear layer, activation, linear layer, with one pass over the features between the products of backward.
+"""Linear layer, activation, linear layer; backward makes one pass over the features between its matrix products.
 
-Only the activation's argument z [T, Z] is kept of the features. The pass makes the activation's result h [T, H] again,
-which the gradient of the second weight needs, and the gradient of z with its sum over the tokens, which is that of the
-first bias. The same with one operator after the other is h again, the activation's derivative, and the sum:
+Forward keeps only the activation's input z [T, Z]. The pass computes the activation's result h [T, H] again, which the
+gradient of the second weight needs, and the gradient of z. Its sum over the tokens is the gradient of the first bias.
+Separate operators would compute h, the derivative of the activation, and the sum one after the other:
 
 ==========  ================================  ================================
-activation  elements moved in one pass        by one operator after the other
+activation  elements moved in one pass        by separate operators
 ==========  ================================  ================================
 GELU        4 T H                             6 T H
 SwiGLU      6 T H                             10 T H
@@ -30,11 +30,12 @@ from dinov2_kernels.swiglu import swiglu, swiglu_backward_
 
 @dataclass(frozen=True)
 class Activation:
-    """An activation, and the pass over the features in backward.
+    """An activation, and its pass over the features in backward.
 
     Attributes:
-        forward: z [..., Z] to h [..., H].
-        backward: gradient of h [T, H], which may be overwritten, and z [T, Z] to h, the gradient of z and its sum [Z].
+        forward: function from z [..., Z] to h [..., H].
+        backward: function from the gradient of h [T, H], which it may overwrite, and z [T, Z] to h, the gradient of z,
+            and the sum [Z] of that gradient.
     """
 
     forward: Callable[[Tensor], Tensor]
@@ -60,17 +61,17 @@ SWIGLU = Activation(swiglu, _swiglu_backward)
 
 
 def fused_mlp(first: nn.Module, activation: Activation, second: nn.Module, x: Tensor, *, bias: bool = True) -> Tensor:
-    """``second(activation(first(x)))`` with one pass between the products of backward; the same values and gradients.
+    """``second(activation(first(x)))`` with the same values and gradients, and one pass between backward's products.
 
-    It is just that expression under ``torch.compile``, which fuses by itself, and where a call of a layer does more
-    than ``F.linear``.
+    Under ``torch.compile``, which fuses by itself, or if a layer does more than ``F.linear``, it is the plain
+    expression.
 
     Args:
-        first: ``nn.Linear`` to width Z, or what stands in its place.
-        activation: from width Z to width H.
-        second: ``nn.Linear`` from width H, or what stands in its place.
+        first: ``nn.Linear`` to width Z, or a module that replaces it.
+        activation: activation from width Z to width H.
+        second: ``nn.Linear`` from width H, or a module that replaces it.
         x: [..., in_features].
-        bias: whether to add the bias of ``second``, which must be a plain ``nn.Linear`` if not.
+        bias: whether to add the bias of ``second``. If False, ``second`` must be a plain ``nn.Linear``.
 
     Returns:
         [..., out_features].
@@ -113,7 +114,7 @@ class _FusedMlp(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, z, weight1, bias1, weight2, bias2 = ctx.saved_tensors
         activation, wanted = ctx.activation, ctx.needs_input_grad
-        if torch.is_grad_enabled():  # for derivatives of what is computed here
+        if torch.is_grad_enabled():  # the gradients must be differentiable
             y = _linear(activation.forward(_linear(x, weight1, bias1)), weight2, bias2)
             return _gradients(y, (None, x, weight1, bias1, weight2, bias2), wanted, grad)
         _, x_wanted, weight1_wanted, bias1_wanted, weight2_wanted, bias2_wanted = wanted
@@ -124,7 +125,7 @@ class _FusedMlp(torch.autograd.Function):
             dbias2 = grad.sum(dim=0).to(bias2.dtype)
         if x_wanted or weight1_wanted or bias1_wanted:
             h, dz, dz_sum = activation.backward(grad @ weight2.to(grad.dtype), z)
-            # Through the dtype of z, as under autocast: copies of weights in that dtype then have the same gradients.
+            # Rounded to the dtype of z first, as autocast does: weights stored in that dtype get the same gradients.
             dbias1 = dz_sum.to(z.dtype).to(bias1.dtype) if bias1_wanted else None
         elif weight2_wanted:
             h = activation.forward(z)
@@ -139,14 +140,14 @@ class _FusedMlp(torch.autograd.Function):
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """In the dtype of x, as under autocast."""
+    """``F.linear`` in the dtype of x, as under autocast."""
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def _gradients(
     y: Tensor, inputs: tuple[Tensor | None, ...], wanted: tuple[bool, ...], grad: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of the inputs for which they are wanted, which can be differentiated again."""
+    """Gradients of the wanted inputs, which can be differentiated again; None for the other inputs."""
     chosen = [x for x, is_wanted in zip(inputs, wanted, strict=True) if is_wanted and x is not None]
     gradients = iter(torch.autograd.grad(y, chosen, grad, create_graph=True))
     return tuple(next(gradients) if is_wanted else None for is_wanted in wanted)

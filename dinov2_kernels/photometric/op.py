@@ -37,18 +37,18 @@ def photometric(
 ) -> Tensor:
     """Flip, recolour, blur, solarise and normalise each image by its plan, see :mod:`.reference`.
 
-    Images come channels last, as decoders and crops leave them: every step but the blur needs all three channels of a
-    pixel, so that no worker has to move them apart, and the kernels do it in registers. There are no gradients.
+    Images have their channels last, as decoders and crops make them. Workers need not transpose them: the kernels
+    separate the channels in registers. There are no gradients.
 
-    Bytes: reads 3 a pixel, and for images with a contrast jitter 3 more; writes 3 elements of `dtype`. On a GPU, images
-    with a blur also write their levels in float32, 12 bytes a pixel, and read them once and a quarter.
+    Bytes per pixel: reads 3, and 3 more for images with a contrast jitter; writes 3 elements of `dtype`. On a GPU,
+    images with a blur also write their levels in float32, 12 bytes, and read them 1.25 times.
 
     Args:
         images: uint8 [N, H, W, 3]; N, H and W may be 0.
-        plan: of N images, with its table on the device of the images; see :func:`draw_plan`.
+        plan: plan of the N images, with its table on the device of the images; see :func:`draw_plan`.
         mean: three numbers, subtracted from red, green and blue on a scale from 0 to 1.
-        std: three numbers above 0, by which the channels are divided then.
-        dtype: of the result: float32, bfloat16 or float16. Arithmetic is in float32.
+        std: three numbers above 0; each channel is divided by its number after the subtraction.
+        dtype: dtype of the result: float32, bfloat16 or float16. Arithmetic is in float32.
 
     Returns:
         [N, 3, H, W] contiguous.
@@ -68,9 +68,9 @@ def photometric(
     if images.dim() != 4 or images.shape[3] != 3:
         raise ValueError(f"images: expected shape [N, H, W, 3], got {list(images.shape)}")
     if len(plan.table) != len(images):
-        raise ValueError(f"plan: expected one of {len(images)} images, got one of {len(plan.table)}")
+        raise ValueError(f"plan: expected a plan of {len(images)} images, got one of {len(plan.table)}")
     if plan.table.device != images.device:
-        raise ValueError(f"plan: expected its table on {images.device}, as the images, got {plan.table.device}")
+        raise ValueError(f"plan: expected a table on the device of images, {images.device}, got {plan.table.device}")
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != 3:
             raise ValueError(f"{name}: expected three numbers, got {values}")

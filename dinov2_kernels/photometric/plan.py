@@ -1,6 +1,6 @@
-"""What is to be done to each image of a batch: :class:`ImagePlan` for one, :class:`PhotometricPlan` for N of them.
+"""The augmentation of each image in a batch: :class:`ImagePlan` for one image, :class:`PhotometricPlan` for N images.
 
-A plan is one small table, a row per image, so that it travels to a device in one copy and needs no host there.
+A plan is one small table with a row per image, so one copy brings it to a device, and kernels need no host to read it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Jitter(IntEnum):
-    """The four colour jitters, and no jitter; the numbers are those of the table."""
+    """The four colour jitters, and no jitter. The plan's table has these numbers."""
 
     NONE = 0
     BRIGHTNESS = 1
@@ -25,7 +25,7 @@ class Jitter(IntEnum):
 
 
 class Column(IntEnum):
-    """Columns of a plan's table. Four pairs of a jitter and its strength begin at ``JITTERS``, in order of use."""
+    """Columns of a plan's table. At ``JITTERS`` begin four pairs of a jitter and its strength, in order of use."""
 
     FLIP = 0  # 0 or 1
     JITTERS = 1  # jitter, strength, jitter, strength, ...
@@ -40,16 +40,16 @@ COLUMNS = 12
 
 @dataclass(frozen=True, kw_only=True)
 class ImagePlan:
-    """What is to be done to one image, in this order. The defaults do nothing.
+    """The steps for one image, in this order. The defaults do nothing.
 
     Attributes:
         flip: mirror left and right.
-        jitters: pairs of a jitter and its strength, in order of use, each jitter at most once. The strength is a factor
-            >= 0 of brightness, contrast or saturation, where 1 changes nothing, or the part of the circle by which the
-            hue turns.
+        jitters: pairs of a jitter and its strength, in order of use, each jitter at most once. For brightness, contrast
+            and saturation the strength is a factor >= 0, and 1 changes nothing. For hue it is the part of the circle
+            by which the hue turns.
         grayscale: replace every colour by its luma.
-        blur_sigma: standard deviation of the Gaussian blur, in pixels; 0 for none.
-        solarize_threshold: invert the levels from this one on, of 0 to 255; infinite for none.
+        blur_sigma: standard deviation of the Gaussian blur, in pixels; 0 for no blur.
+        solarize_threshold: invert levels (0 to 255) that are at least this one; infinite for no solarisation.
 
     Raises:
         ValueError: a value is not as described.
@@ -72,7 +72,7 @@ class ImagePlan:
         if not 0 <= self.blur_sigma < math.inf:
             raise ValueError(f"blur_sigma: expected a finite number >= 0, got {self.blur_sigma}")
         if math.isnan(self.solarize_threshold):
-            raise ValueError(f"solarize_threshold: expected a level, got {self.solarize_threshold}")
+            raise ValueError(f"solarize_threshold: expected a number, got {self.solarize_threshold}")
 
     def as_row(self) -> list[float]:
         """The image's row of the table, [12]."""
@@ -96,14 +96,15 @@ class ImagePlan:
 
 @dataclass(frozen=True, eq=False)
 class PhotometricPlan:
-    """What is to be done to each of N images.
+    """The steps for each of N images.
 
     Attributes:
-        table: [N, 12] float32 on any device, the rows of :meth:`ImagePlan.as_row`, whose columns :class:`Column` names.
-            A batch of workers may carry this tensor alone, and slice or concatenate it.
+        table: [N, 12] float32 on any device; rows as :meth:`ImagePlan.as_row` makes them, columns as :class:`Column`
+            names them. Data workers may pass on this tensor alone, and slice or concatenate it.
 
     Raises:
-        TypeError, ValueError: the table is not as described. Its values, which may lie on a device, are not looked at.
+        TypeError, ValueError: the table has another shape or dtype. Its values are not checked, because they may lie
+            on a GPU.
 
     Examples:
         >>> plan = PhotometricPlan.of([ImagePlan(flip=True), ImagePlan(jitters=((Jitter.HUE, 0.25),))])
@@ -123,7 +124,7 @@ class PhotometricPlan:
 
     @classmethod
     def of(cls, images: Iterable[ImagePlan]) -> PhotometricPlan:
-        """The plan of some images, on the host."""
+        """The plan of these images, on the host."""
         rows = [image.as_row() for image in images]
         return cls(torch.tensor(rows, dtype=torch.float32).view(-1, COLUMNS))
 
@@ -131,7 +132,7 @@ class PhotometricPlan:
         return len(self.table)
 
     def images(self) -> list[ImagePlan]:
-        """The plan of each image; waits for a device that holds the table."""
+        """The plan of each image. If the table is on a GPU, this waits for the GPU."""
         return [ImagePlan.from_row(row) for row in self.table.tolist()]
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PhotometricPlan:

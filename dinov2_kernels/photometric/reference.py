@@ -1,15 +1,16 @@
 """DINOv2's augmentation after the crop (arXiv:2304.07193, after BYOL, arXiv:2006.07733): the definition of the kernels.
 
-An image x [3, H, W] has levels from 0 to 255 in floating point, never rounded between steps. In the order of its plan,
+An image x [3, H, W] has levels from 0 to 255 in floating point, never rounded between steps. Steps in plan order:
 
     brightness f    clip(f x)
-    contrast f      clip(m + f (x - m))       m: mean luma of the image as this step finds it
+    contrast f      clip(m + f (x - m))       m: mean luma of the image before this step
     saturation f    clip(y + f (x - y))       y: luma of each pixel; f = 0 is grayscale
     hue t           HSV with its hue turned by t circles
     blur s          Gaussian of 9 x 9 taps and standard deviation s, borders reflected without their outermost pixel
     solarise t      255 - x where x >= t
 
-with clip to [0, 255] and luma 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601), as in Pillow. At last (x / 255 - mean) / std.
+with clip to [0, 255] and luma 0.299 R + 0.587 G + 0.114 B (ITU-R BT.601), as in Pillow. Normalisation comes last:
+(x / 255 - mean) / std.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def photometric(
 ) -> Tensor:
     """images: uint8 [N, H, W, 3], plan: a plan's table [N, 12]; returns [N, 3, H, W] of a floating dtype.
 
-    Arithmetic is in float32, in float64 for float64.
+    Arithmetic is in float32, or in float64 if ``dtype`` is float64.
     """
     N, H, W, _ = images.shape
     computed = torch.float64 if dtype == torch.float64 else torch.float32
@@ -84,7 +85,8 @@ def turn_hue(x: Tensor, turn: float) -> Tensor:
     hue = torch.where(value == blue, 4 + (red - green) / divisor, 0)
     hue = torch.where(value == green, 2 + (blue - red) / divisor, hue)
     hue = torch.where(value == red, (green - blue) / divisor, hue) + 6 * turn
-    # A channel keeps the value within a sixth of its own hue on either side, and falls to value - chroma over the next.
+    # A channel has the full value within a sixth of the circle on either side of its own hue. Over the next sixth it
+    # falls to value - chroma.
     away = [((hue - centre + 3) % 6 - 3).abs() for centre in (0, 2, 4)]
     return torch.stack([value - chroma * (distance - 1).clamp(0, 1) for distance in away])
 
@@ -103,7 +105,7 @@ def blur(x: Tensor, sigma: float) -> Tensor:
 
 
 def reflect(place: int, size: int) -> int:
-    """The pixel that stands for one outside the image: -1 is 1, size is size - 2, and so on (BORDER_REFLECT_101)."""
+    """The pixel that replaces one outside the image: -1 becomes 1, size becomes size - 2 (BORDER_REFLECT_101)."""
     period = max(1, 2 * (size - 1))
     return min(place % period, period - place % period)
 

@@ -1,4 +1,4 @@
-"""Drawing plans on the host, with NumPy's generators: the distributions of DINOv2's augmentation."""
+"""Random plans with the distributions of DINOv2's augmentation, drawn on the host by NumPy's generators."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ class PhotometricDistribution:
 
     Attributes:
         flip: chance of a left-right flip.
-        jitter: chance of a colour jitter: brightness, contrast, saturation and hue, in any order with equal chances.
+        jitter: chance of a colour jitter: brightness, contrast, saturation and hue, in random order.
         brightness: its factor is uniform in 1 - brightness ... 1 + brightness; 0 leaves this jitter out.
-        contrast: as brightness.
-        saturation: as brightness.
-        hue: the hue turns by up to this part of the circle, either way; 0 leaves this jitter out.
+        contrast: the same for contrast.
+        saturation: the same for saturation.
+        hue: the hue turns by up to this part of the circle, in either direction; 0 leaves this jitter out.
         grayscale: chance of losing all colour.
         blur: chance of a Gaussian blur.
         blur_sigma: smallest and largest standard deviation of the blur, in pixels; uniform in between.
         solarize: chance of solarisation.
-        solarize_threshold: levels from this one on, of 0 to 255, are inverted.
+        solarize_threshold: solarisation inverts levels (0 to 255) that are at least this one.
 
     Raises:
         ValueError: a value is not as described.
@@ -60,9 +60,9 @@ class PhotometricDistribution:
             raise ValueError(f"blur_sigma: expected (low, high) with 0 < low <= high, got {self.blur_sigma}")
 
     def draw(self, generator: np.random.Generator) -> ImagePlan:
-        """Draw the plan of one image, which depends on nothing but the state of the generator.
+        """Draw the plan of one image. It depends only on the state of the generator.
 
-        What is drawn, and in which order, is part of the definition: runs that resume draw the same plans again.
+        The draws and their order are part of the definition, so that a run that resumes draws the same plans again.
         """
         jitters: tuple[tuple[Jitter, float], ...] = ()
         sigma, threshold = 0.0, float("inf")
@@ -95,9 +95,9 @@ def draw_plan(distribution: PhotometricDistribution, generators: Iterable[np.ran
     """Draw the plan of a batch on the host, one image after the other.
 
     Args:
-        distribution: of every image.
-        generators: one for each of the N images. Where each is derived from a seed and the image's number in the run,
-            the plan of an image does not depend on the others, nor on where the run started.
+        distribution: distribution for every image.
+        generators: one for each of the N images. Derive each from a seed and the number of the image in the run: then
+            the plan of an image depends neither on the other images nor on where the run started.
 
     Returns:
         A plan of N images.

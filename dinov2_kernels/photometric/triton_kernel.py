@@ -1,9 +1,9 @@
 """The photometric augmentation in Triton: the operator of :mod:`dinov2_kernels.photometric.reference` on CUDA.
 
 Legend: images uint8 [N, H, W, 3]; plan [N, 12] float32, whose columns :class:`.plan.Column` names; levels [N, 3, H, W]
-float32, where only the images with a blur are ever written and read; out [N, 3, H, W]. Three kernels, none of which
-asks the host what a plan holds: a program that has nothing to do for its image ends at once. No atomics: the mean luma
-of an image is the sum of a fixed number of parts.
+float32, which only images with a blur use; out [N, 3, H, W]. The host does not read the plan: it launches all three
+kernels, and a program that has nothing to do for its image ends at once. No atomics: the mean luma of an image is the
+sum of a fixed number of parts.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from dinov2_kernels.photometric.plan import COLUMNS, Column, Jitter
 
-PARTS = 32  # of an image, each with its own sum of luma
-PIXELS = 1024  # of a program
+PARTS = 32  # parts of an image, each with its own sum of luma
+PIXELS = 1024  # pixels of a program
 
 _ROW = tl.constexpr(COLUMNS)
 _FLIP = tl.constexpr(int(Column.FLIP))
@@ -38,15 +38,15 @@ def photometric(
 ) -> Tensor:
     """images [N, H, W, 3] uint8, recoloured by the plan and normalised: [N, 3, H, W] of `dtype`.
 
-    Bytes: 3 a pixel for images with a contrast jitter, to find its mean; 3 again, from L2 where the images fit; three
-    elements written. With a blur, 12 bytes a pixel are written in between, and a quarter more than that read.
+    Bytes per pixel: reads 3 for the mean of images with a contrast jitter, and 3 for all images, from L2 if the images
+    fit; writes three elements. With a blur, it also writes 12 bytes in between and reads a quarter more than that.
     """
     N, H, W, _ = images.shape
     out = images.new_empty(N, 3, H, W, dtype=dtype)
     if out.numel() == 0:
         return out
-    sums = images.new_empty(N, PARTS, dtype=torch.float32)  # of luma; only of images with a contrast jitter
-    levels = images.new_empty(N, 3, H, W, dtype=torch.float32)  # only of images with a blur
+    sums = images.new_empty(N, PARTS, dtype=torch.float32)  # sums of luma, only for images with a contrast jitter
+    levels = images.new_empty(N, 3, H, W, dtype=torch.float32)  # only for images with a blur
     scale = tuple(1 / (255 * s) for s in std)
     shift = tuple(-m / s for m, s in zip(mean, std, strict=True))
     strips = 3 * triton.cdiv(W, 128) * triton.cdiv(H, 32)
@@ -61,7 +61,7 @@ def photometric(
 
 @triton.jit
 def _sum_luma(images, plan, sums, H, W, PARTS: tl.constexpr, PIXELS: tl.constexpr):
-    """The luma of every part of an image, summed as its contrast jitter finds it."""
+    """Sum of the luma in every part of an image, before its contrast jitter."""
     n, part = (tl.program_id(0) // PARTS).to(tl.int64), tl.program_id(0) % PARTS
     row = plan + n * _ROW
     steps = 4  # before the contrast jitter
@@ -82,7 +82,7 @@ def _sum_luma(images, plan, sums, H, W, PARTS: tl.constexpr, PIXELS: tl.constexp
 
 @triton.jit
 def _recolour(images, plan, sums, levels, out, H, W, scale, shift, PARTS: tl.constexpr, PIXELS: tl.constexpr):
-    """Everything before the blur. Images that have one leave their levels, the others are finished."""
+    """All steps before the blur. Images with a blur write their levels; the others are finished."""
     pieces = tl.cdiv(H * W, PIXELS)
     n = (tl.program_id(0) // pieces).to(tl.int64)
     pixel = tl.program_id(0) % pieces * PIXELS + tl.arange(0, PIXELS)
@@ -96,7 +96,7 @@ def _recolour(images, plan, sums, levels, out, H, W, scale, shift, PARTS: tl.con
     gray = tl.load(row + _GRAYSCALE) != 0
     red, green, blue = _adjust(red, green, blue, tl.where(gray, _SATURATION, _NONE), 0.0, mean)
 
-    first = n * 3 * H * W + pixel  # of the red plane
+    first = n * 3 * H * W + pixel  # in the red plane
     if tl.load(row + _BLUR_SIGMA) > 0:
         tl.store(levels + first, red, mask=inside)
         tl.store(levels + first + H * W, green, mask=inside)
@@ -110,7 +110,7 @@ def _recolour(images, plan, sums, levels, out, H, W, scale, shift, PARTS: tl.con
 
 @triton.jit
 def _blur(levels, plan, out, H, W, scale, shift, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A strip of one channel, from above: rows blurred along themselves pass through a window of nine."""
+    """A strip of one channel, from top to bottom: rows are blurred horizontally and pass through a window of nine."""
     strips, segments = tl.cdiv(W, COLUMNS), tl.cdiv(H, ROWS)
     plane = tl.program_id(0) // (strips * segments)
     n, channel = (plane // 3).to(tl.int64), plane % 3
@@ -156,7 +156,7 @@ def _load(image, row, pixel, H, W):
 
 @triton.jit
 def _adjust(red, green, blue, jitter, strength, mean):
-    """One jitter; `mean` is what the contrast jitter moves levels away from."""
+    """One jitter; `mean` is the mean luma for the contrast jitter."""
     if jitter == _BRIGHTNESS:
         red, green, blue = _clip(strength * red), _clip(strength * green), _clip(strength * blue)
     elif jitter == _HUE:
@@ -183,7 +183,7 @@ def _turn_hue(red, green, blue, turn):
 
 @triton.jit
 def _channel(hue, value, chroma):
-    """Of a pixel whose hue is so far from the channel's own, between -5 and 11 sixths."""
+    """Level of a channel for a pixel whose hue is `hue` sixths from the channel's own hue, between -5 and 11."""
     away = tl.abs(hue - 6 * tl.floor(hue / 6 + 0.5))  # 0 to 3
     return value - chroma * tl.minimum(1.0, tl.maximum(0.0, away - 1))
 
@@ -216,7 +216,7 @@ def _weights(sigma):
 
 @triton.jit
 def _reflect(place, size):
-    """The pixel that stands for one up to 8 sizes before or any number after an image's edge (BORDER_REFLECT_101)."""
+    """The pixel that replaces one outside the image (BORDER_REFLECT_101); at most 8 sizes before its first pixel."""
     period = tl.maximum(2 * (size - 1), 1)
     rest = (place + 8 * period) % period
     return tl.minimum(rest, period - rest)

@@ -1,18 +1,17 @@
 """The two operators of :mod:`dinov2_kernels.prototype_cross_entropy.reference` in chunks of prototypes.
 
-A chunk of c prototypes is a matrix product, the student's logits [N, c]; the targets [M, c] of the same columns; and
-one kernel that takes both together, in place. Nothing is larger than a chunk but arguments and results.
+For a chunk of c prototypes, a matrix product makes the student logits [N, c], a kernel makes the targets [M, c] of the
+same columns, and another kernel combines both in place. Except arguments and results, nothing is larger than a chunk.
 
-FLOPs, of 2 N K D for one product: forward 1; backward 3, the logits again, the gradient of the features, and that of
-the prototypes. Two ways to share work were counted and left:
+FLOPs: one product is 2 N K D. Forward takes one product. Backward takes three: the logits again, the gradient of the
+features and the gradient of the prototypes. Two ways to share work were counted and rejected:
 
-- The gradient of the features can be summed up in the forward pass, as Flash Attention sums up its result. The gradient
-  of the prototypes needs the logits again all the same, so no product is spared, and a pass without gradient would have
-  one more.
+- The forward pass could sum the gradient of the features, as Flash Attention sums its result. The gradient of the
+  prototypes still needs the logits again, so this saves no product, and a pass without gradient would need one more.
 - Cross-entropy is linear in its targets: loss and gradient of the features need the mean q_m W [D] of the prototypes
-  under a target, and no row meets its targets column by column. That takes 2 M K D more FLOPs in forward, and as many
-  in backward for q^T times the sums of h that share a target, and spares 4 J N K: with M = J N and D = 256 it costs 256
-  times what it spares. In 16 bits it would also round p and q apart, and lose what their difference keeps.
+  under a target, so rows need not read their targets column by column. This adds 2 M K D FLOPs in forward, and as many
+  in backward for q^T times the sums of h that share a target. It saves 4 J N K: with M = J N and D = 256, it costs 256
+  times what it saves. In 16 bits it would also round p and q separately, and lose the digits of their difference.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ from dinov2_kernels.prototype_cross_entropy import reference
 
 _TRITON = "dinov2_kernels.prototype_cross_entropy.triton_kernel"
 
-# Of logits, targets and prototypes together. On a CPU they stay in the last-level cache; on a GPU a chunk lasts longer
-# than the host takes for its 25 launches.
+# Bytes of logits, targets and prototypes together. On a CPU they stay in the last-level cache. On a GPU, computing a
+# chunk takes longer than its 25 kernel launches take the host.
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
-LEAST_COLUMNS = 256  # where rows are so many that fewer columns would fit: matrix products of fewer are slow
+LEAST_COLUMNS = 256  # even if they exceed CHUNK_BYTES: matrix products with fewer columns are slow
 
 
 def _fake_target_norm(teacher_logits: Tensor, bias: Tensor, temperature: float) -> Tensor:
@@ -43,7 +42,7 @@ def _fake_in_place(*_: Any) -> None:
     pass
 
 
-# Rows of teacher_logits may lie any distance apart; all else is contiguous. Shapes stand in reference.py.
+# Rows of teacher_logits may have any stride; all else is contiguous. reference.py has the shapes.
 _target_norm = define(
     "prototype_target_norm(Tensor teacher_logits, Tensor bias, float temperature) -> Tensor",
     reference=reference.prototype_target_norm,
@@ -73,7 +72,7 @@ _gradient_ = define(
 
 @dataclass(frozen=True)
 class Chunk:
-    """Of c prototypes: their columns, the prototypes [c, D], logits [N, c] and targets [M, c]."""
+    """One chunk of c prototypes: its columns, the prototypes [c, D], logits [N, c] and targets [M, c]."""
 
     columns: slice
     prototypes: Tensor
@@ -93,7 +92,7 @@ def prototype_cross_entropy(
     teacher_temperature: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [N], state [4, N] and norm [2, M] of the targets."""
+    """Loss [N], state [4, N], and norm [2, M] of the targets, as in reference.py."""
     features = features.to(dtype)
     norm = _target_norm(teacher_logits, teacher_bias, teacher_temperature)  # [2, M]
     state = reference.initial_state(len(features), features)  # [4, N]
@@ -152,7 +151,7 @@ def _chunks(
     norm: Tensor,
     temperature: float,
 ) -> Iterator[Chunk]:
-    """All prototypes, chunk by chunk, in memory that the next chunk overwrites."""
+    """All prototypes, chunk by chunk. The next chunk overwrites the memory of the one before."""
     (N, D), (M, K) = h.shape, teacher_logits.shape
     bytes_per_column = N * h.itemsize + M * norm.itemsize + D * weight.itemsize
     width = columns_of_a_chunk(bytes_per_column, K, h.device.type)
@@ -169,6 +168,6 @@ def _chunks(
 
 
 def columns_of_a_chunk(bytes_per_column: int, K: int, device_type: str) -> int:
-    """A power of two, or K if that is less. Nothing that varies from run to run enters, so results do not vary."""
+    """A power of two, or K if that is smaller. It is the same in every run, so results are too."""
     columns = max(CHUNK_BYTES.get(device_type, CHUNK_BYTES["cpu"]) // bytes_per_column, LEAST_COLUMNS)
     return min(1 << (columns.bit_length() - 1), K)

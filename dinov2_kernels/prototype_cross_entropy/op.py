@@ -1,4 +1,4 @@
-"""Cross-entropy of prototypes: the operators over all of them, their derivative, and the function that users call."""
+"""Cross-entropy of prototypes: forward and backward operators, autograd, and the function that users call."""
 
 from __future__ import annotations
 
@@ -69,31 +69,31 @@ def prototype_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of ``softmax(features @ prototypes.T / student_temperature)`` against the targets of a teacher.
 
-    The last layer of a DINO or iBOT head together with its loss (arXiv:2104.14294, arXiv:2111.07832), without the
-    logits [N, K] of the student or their gradient, and without the targets
-    ``softmax(teacher_logits / teacher_temperature + teacher_bias)``; formula in
+    This is the last layer of a DINO or iBOT head together with its loss (arXiv:2104.14294, arXiv:2111.07832). It never
+    stores the student logits [N, K], their gradient, or the targets
+    ``softmax(teacher_logits / teacher_temperature + teacher_bias)``; the formula is in
     :mod:`dinov2_kernels.prototype_cross_entropy.reference`. It equals ``F.linear`` followed by
-    :func:`soft_cross_entropy`, under autocast too: the product is in autocast's dtype, all else in float32. Gradients
-    reach features, weight and weight_gain.
+    :func:`soft_cross_entropy`, under autocast too: the product is in autocast's dtype, all else in float32. features,
+    weight and weight_gain get gradients.
 
-    Memory: beyond arguments and gradients, chunks of 16 MB (256 MB on a GPU), or of 256 columns where rows are very
-    many. FLOPs: 2 N K D forward, 6 N K D backward, which computes the logits again. Deterministic as far as
-    ``torch.mm`` is: chunks depend on shapes and dtypes, and no sum of a kernel crosses two threads.
+    Memory: beyond arguments and gradients, one chunk of 16 MB (256 MB on a GPU), or of 256 columns if these need more.
+    FLOPs: 2 N K D forward, 6 N K D backward, which computes the logits again. The function is as deterministic as
+    ``torch.mm``: chunks depend only on shapes and dtypes, and each sum in a kernel is made by one thread.
 
     Args:
         features: [N, D], any floating dtype.
-        weight: [K, D] prototypes, any floating dtype; they are multiplied in the dtype of features, or autocast's. With
-            weight_gain, their directions.
+        weight: [K, D] prototypes, any floating dtype. The product is in the dtype of features, or autocast's. With
+            weight_gain, only the directions of these rows count.
         teacher_logits: [M, K], any floating dtype.
         student_temperature: above 0; 0.1 in DINO.
         teacher_temperature: above 0; 0.04 to 0.07 in DINO.
         teacher_bias: [K], added to the scaled teacher logits: -center / teacher_temperature for softmax centring, the
-            result of :func:`sinkhorn_bias` for Sinkhorn-Knopp; None for none.
+            result of :func:`sinkhorn_bias` for Sinkhorn-Knopp; None for no bias.
         row_weight: [N], factor on each row's loss; None for 1.
-        teacher_index: [N] or [N, J] integers, the teacher rows whose cross-entropies a row adds up; None for the row of
-            the same number, M = N. Values are checked on a CPU only.
+        teacher_index: [N] or [N, J] integers: the teacher rows whose targets a row learns. The J losses of a row are
+            added. None pairs row n with teacher row n, with M = N. The values are checked on a CPU only.
         weight_gain: [K] or [K, 1]: prototypes are ``weight_gain * F.normalize(weight)``, weight normalisation
-            (arXiv:1602.07868); None for weight as it is.
+            (arXiv:1602.07868). None: prototypes are ``weight``.
 
     Returns:
         [N], float32 (float64 for float64 features).
@@ -121,7 +121,7 @@ def prototype_cross_entropy(
     check_tensor("teacher_logits", teacher_logits, is_teacher, ("M", K), "to match weight", beside)
     M = teacher_logits.shape[0]
     if M != N and teacher_index is None:
-        raise ValueError(f"teacher_logits: without teacher_index expected a row for each of features, {N}, got {M}")
+        raise ValueError(f"teacher_logits: expected {N} rows, those of features, without a teacher_index, got {M}")
     if weight_gain is not None:
         is_gain = weight_gain.shape in ((K,), (K, 1))
         check_tensor("weight_gain", weight_gain, is_gain, (K,), f"or [{K}, 1] to match weight", beside)

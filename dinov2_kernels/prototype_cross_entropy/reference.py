@@ -2,7 +2,7 @@
 
 With features h [N, D], prototypes W [K, D], teacher logits t [M, K] and a bias b [K],
 
-    s = h W^T                                   (the student's logits; W_k = g_k v_k / |v_k| where there is a gain g)
+    s = h W^T                                   (the student's logits; W_k = g_k v_k / |v_k| with a gain g)
     q_m = softmax(t_m / T_teacher + b)          (the targets; no gradient)
     loss_n = -w_n sum_j sum_k q_index(n,j),k log_softmax(s_n / T_student)_k
 
@@ -11,12 +11,12 @@ largest logit S_n and Z_n = sum_k exp((s_nk - S_n) / T),
 
     loss_n = w_n (|Q_n| log Z_n - sum_k Q_nk (s_nk - S_n) / T)
 
-in which no term has the other sign, so that none cancels however large the logits are; and, with the gradient g of
+in which all terms have the same sign, so nothing cancels, however large the logits are; and, with the gradient g of
 loss,
 
     ds_n = w_n g_n / T (|Q_n| softmax(s_n / T) - Q_n)        dh = ds W        dW = ds^T h
 
-Everything about prototypes is a sum over k, or a maximum: it can be taken over one chunk of prototypes after the other.
+Everything about prototypes is a sum or a maximum over k, so it can be computed chunk by chunk.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dinov2_kernels._library import accumulation_dtype
 
-EPS = 1e-12  # of torch.nn.functional.normalize
+EPS = 1e-12  # as in torch.nn.functional.normalize
 
 
 def widen(x: Tensor) -> Tensor:
@@ -36,24 +36,24 @@ def widen(x: Tensor) -> Tensor:
     return x.to(accumulation_dtype(x))
 
 
-# ---------------------------------------------------------------------------------------------- of a chunk of c columns
+# --------------------------------------------------------------------------------------------- for a chunk of c columns
 
 
 def prototype_target_norm(teacher_logits: Tensor, bias: Tensor, temperature: float) -> Tensor:
-    """Of z = t / T + b, t [M, K], the maximum over k, and sum_k exp(z_k - maximum): [2, M]."""
+    """[2, M]: the maximum over k of z = t / T + b, with t [M, K], and sum_k exp(z_k - maximum)."""
     z = widen(teacher_logits) / temperature + bias
     maximum = z.amax(dim=1)
     return torch.stack([maximum, torch.exp(z - maximum[:, None]).sum(dim=1)])
 
 
 def prototype_targets_(targets: Tensor, teacher_logits: Tensor, bias: Tensor, norm: Tensor, temperature: float) -> None:
-    """Write the targets q [M, c] of the columns of teacher_logits [M, c] and bias [c], given the norm [2, M]."""
+    """Write the targets q [M, c] for the columns in teacher_logits [M, c] and bias [c], with the norm [2, M]."""
     z = widen(teacher_logits) / temperature + bias
     targets.copy_(torch.exp(z - norm[0, :, None]) / norm[1, :, None])
 
 
 def initial_state(N: int, like: Tensor) -> Tensor:
-    """The state [4, N] of rows of which no column was seen: maximum S, sum Z, mass |Q|, and sum_k Q_nk (s_nk - S_n)."""
+    """The state [4, N] of rows before any column: maximum S, sum Z, mass |Q|, and sum_k Q_nk (s_nk - S_n)."""
     state = torch.zeros(4, N, dtype=accumulation_dtype(like), device=like.device)
     state[0] = torch.finfo(state.dtype).min
     return state
@@ -62,9 +62,9 @@ def initial_state(N: int, like: Tensor) -> Tensor:
 def prototype_accumulate_(
     state: Tensor, logits: Tensor, targets: Tensor, index: Tensor | None, temperature: float
 ) -> None:
-    """Add to the state [4, N] of :func:`initial_state` the columns of logits [N, c] and targets [M, c].
+    """Add the columns of logits [N, c] and targets [M, c] to the state [4, N] of :func:`initial_state`.
 
-    index: [N, J] rows of targets whose sum is Q_n; None: row n.
+    Q_n is the sum of the rows index[n] of targets; index is [N, J]. If it is None, Q_n is row n of targets.
     """
     s, q = widen(logits), _sum_of_targets(targets, index)
     maximum, total, mass, cross = state
@@ -78,7 +78,7 @@ def prototype_accumulate_(
 def prototype_gradient_(
     logits: Tensor, state: Tensor, targets: Tensor, index: Tensor | None, row_scale: Tensor, temperature: float
 ) -> None:
-    """Overwrite the logits s [N, c] by row_scale (|Q| softmax(s / T) - Q), given the state of all columns."""
+    """Overwrite the logits s [N, c] with row_scale (|Q| softmax(s / T) - Q); the state is that of all columns."""
     maximum, total, mass, _ = state[:, :, None]
     p = torch.exp((widen(logits) - maximum) / temperature) * (mass / total)
     logits.copy_(row_scale[:, None] * (p - _sum_of_targets(targets, index)))
@@ -93,7 +93,7 @@ def _sum_of_targets(targets: Tensor, index: Tensor | None) -> Tensor:
     return total
 
 
-# ------------------------------------------------------------------------------------------------- of the prototypes W
+# ------------------------------------------------------------------------------------------------- the prototypes W
 
 
 def prototypes_of(weight: Tensor, gain: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -105,7 +105,7 @@ def prototypes_of(weight: Tensor, gain: Tensor | None, dtype: torch.dtype) -> Te
 
 
 def prototypes_backward(grad: Tensor, weight: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of weight [K, D] and gain [K, 1], given that of the prototypes [K, D].
+    """Gradients of weight [K, D] and gain [K, 1] from the gradient of the prototypes [K, D].
 
     With u = v / |v|: dg = dW . u and dv = g / |v| (dW - (dW . u) u).
     """
@@ -113,7 +113,7 @@ def prototypes_backward(grad: Tensor, weight: Tensor, gain: Tensor) -> tuple[Ten
     norm = _norm(weight)
     divisor = norm.clamp_min(EPS)
     grad_gain = (grad * weight).sum(dim=1, keepdim=True) / divisor  # [K, 1]
-    # Below EPS the divisor is constant, and no part of the gradient is taken off.
+    # Below EPS the divisor is constant, so nothing is subtracted from the gradient.
     along = torch.where(norm < EPS, 0.0, grad_gain / divisor)
     grad_weight = (grad - along * weight) * (gain / divisor)  # [K, D]
     return grad_weight.to(dtype), grad_gain.to(gain.dtype)
@@ -141,7 +141,7 @@ def prototype_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [N], and what backward needs: the state [4, N] of the rows and the norm [2, M] of the targets.
 
-    The matrix product is in ``dtype``; teacher_index is [N, J] or None; the rest as for the public function.
+    The matrix product is in ``dtype``; teacher_index is [N, J] or None; other arguments are as in the public function.
     """
     logits, targets, norm = _logits_and_targets(
         features, weight, weight_gain, teacher_logits, teacher_bias, None, teacher_temperature, dtype

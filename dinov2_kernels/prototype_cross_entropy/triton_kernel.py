@@ -1,9 +1,8 @@
 """The operators on a chunk of :mod:`dinov2_kernels.prototype_cross_entropy.chunked` in Triton, for CUDA tensors.
 
-Legend: c columns of a chunk; teacher logits [M, c], whose rows lie `stride` apart, and student logits [N, c], in
-float64, float32, bfloat16 or float16; bias [c], targets [M, c], norm [2, M] and state [4, N] in the dtype of
-arithmetic. A program has one row, or a piece of one: sums go along rows alone, and no two programs add to the same
-number.
+Legend: c columns of a chunk; teacher logits [M, c] with row stride `stride`, and student logits [N, c], in float64,
+float32, bfloat16 or float16; bias [c], targets [M, c], norm [2, M] and state [4, N] in the accumulation dtype. A
+program has one row or a piece of a row. Sums go along rows only, and no two programs add to the same number.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from torch import Tensor
 
 from dinov2_kernels._triton import div_rn, widen
 
-COLUMNS = 2048  # of a tile: 16 for each thread
-_LOWEST = tl.constexpr(-3.0e38)  # where a running maximum starts: -inf would give exp(-inf + inf)
+COLUMNS = 2048  # columns of a tile: 16 for each thread
+_LOWEST = tl.constexpr(-3.0e38)  # start of a running maximum: -inf would give exp(-inf + inf)
 
 
 def prototype_target_norm(teacher_logits: Tensor, bias: Tensor, temperature: float) -> Tensor:
@@ -41,7 +40,7 @@ def prototype_targets_(targets: Tensor, teacher_logits: Tensor, bias: Tensor, no
 def prototype_accumulate_(
     state: Tensor, logits: Tensor, targets: Tensor, index: Tensor | None, temperature: float
 ) -> None:
-    """Reads the student's logits, and of each row J rows of targets."""
+    """Reads the student's logits, and J rows of targets for each row."""
     N, c = logits.shape
     J = 1 if index is None else index.shape[1]
     with torch.cuda.device_of(logits):
@@ -51,7 +50,7 @@ def prototype_accumulate_(
 def prototype_gradient_(
     logits: Tensor, state: Tensor, targets: Tensor, index: Tensor | None, row_scale: Tensor, temperature: float
 ) -> None:
-    """Reads and writes the student's logits, and reads of each row J rows of targets."""
+    """Reads and writes the student's logits, and reads J rows of targets for each row."""
     N, c = logits.shape
     J = 1 if index is None else index.shape[1]
     grid = (N, triton.cdiv(c, COLUMNS))
@@ -59,7 +58,7 @@ def prototype_gradient_(
         _gradient[grid](logits, state, targets, index, row_scale, N, J, c, 1 / temperature, COLUMNS=COLUMNS)
 
 
-# `scale` is 1 / T. Triton passes a Python float as float32 unless told otherwise; float64 logits need all of it.
+# `scale` is 1 / T. Triton passes a Python float as float32 by default; float64 logits need all of its digits.
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -67,7 +66,7 @@ def _target_norm(teacher_logits, bias, norm, stride, M, K, scale: tl.float64, CO
     dtype: tl.constexpr = norm.dtype.element_ty
     row = tl.program_id(0)
     scale = tl.full([], scale, dtype)
-    # A maximum and a sum per lane: rows are long, and the lanes meet once, at the end.
+    # Each lane has its own maximum and sum. Rows are long, so the lanes are combined only once, at the end.
     maximum = tl.full([COLUMNS], _LOWEST, dtype)
     total = tl.full([COLUMNS], 0.0, dtype)
     for start in range(0, K, COLUMNS):
@@ -135,7 +134,7 @@ def _gradient(logits, state, targets, index, row_scale, N, J, c, scale: tl.float
 
 @triton.jit
 def _sum_of_targets(targets, index, row, J, c, column):
-    """The sum over the J rows that belong to a row, [COLUMNS]; 0 beyond the columns."""
+    """The sum [COLUMNS] of the J target rows of a row; 0 past the last column."""
     inside = column < c
     if index is None:
         q = tl.load(targets + row * c + column, mask=inside, other=0.0)

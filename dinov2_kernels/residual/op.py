@@ -89,7 +89,7 @@ def _fake_scatter_gather_norm_backward(
     return *_fake_gather_norm_backward(grad_h, grad_y), *of_scatter
 
 
-# All tensors contiguous; their shapes stand in reference.py.
+# All tensors are contiguous; reference.py has their shapes.
 _gather_norm = define(
     "residual_gather_norm(Tensor x, Tensor? rows, Tensor? weight, Tensor? bias, float eps, ScalarType dtype) "
     "-> (Tensor, Tensor, Tensor)",
@@ -150,15 +150,15 @@ def gather_norm(
 ) -> tuple[Tensor, Tensor]:
     """LayerNorm of the kept tokens, and x itself for :func:`scatter_add`.
 
-    What becomes of x goes through the second result, so that its gradient arrives here and that of the norm is added to
-    it in the same pass. Under autocast the norm is written in autocast's dtype at once.
+    The rest of the network uses the second result, so the gradient of x arrives here, and one pass adds the gradient of
+    the norm to it. Under autocast, the norm is written directly in autocast's dtype.
 
     Args:
         x: [T, C] contiguous.
         subset: the kept tokens.
-        norm: over C channels.
-        inplace: the second result is x itself, to be overwritten, in place of a view of it.
-        recompute: backward recovers the normalised tokens from the result in place of x.
+        norm: LayerNorm over C channels.
+        inplace: the second result is x itself, which will be overwritten, instead of a view of x.
+        recompute: backward recovers the normalised tokens from the result instead of x.
 
     Returns:
         The normalised tokens [t, C], and x.
@@ -182,7 +182,7 @@ def scatter_add(
         residual: [t, C] result of the branch, in any floating dtype.
         subset: the kept tokens, with their scale.
         gamma: [C] LayerScale.
-        bias: [C] bias of the branch's last linear layer, where that left it out.
+        bias: [C] bias of the branch's last linear layer, if the branch left it out.
         inplace: overwrite x.
 
     Returns:
@@ -215,7 +215,7 @@ def scatter_gather_norm(
 
     Returns:
         The normalised tokens of the next connection, and the result of the scatter. With ``recompute``, backward does
-        without the latter, which may be overwritten.
+        not need the latter, so it may be overwritten.
     """
     dtype = autocast_dtype(x)
     residual, gamma, bias = residual.contiguous(), _contiguous(gamma), _contiguous(bias)

@@ -1,17 +1,17 @@
 """Stochastic depth over a packed batch: the definition every kernel is tested against.
 
-Of the n samples of a run, a set K of kept ones goes through the residual branch f (DINOv2, arXiv:2304.07193, section 5,
-after Huang et al., arXiv:1603.09382):
+A run has n samples. A set K of them, the kept samples, goes through the residual branch f (DINOv2, arXiv:2304.07193,
+section 5, after Huang et al., arXiv:1603.09382):
 
     y_i = x_i + n / |K| * gamma * f(norm(x_i))    for i in K
     y_i = x_i                                     otherwise
 
-so that the expectation over a uniformly drawn K is the plain residual connection. Four steps make it up, and the
-operators below are their definitions: which rows are kept, gather and LayerNorm (Ba et al., arXiv:1607.06450), the
-branch, and the scatter that adds its scaled result.
+so that the expectation over a uniformly drawn K is the plain residual connection. There are four steps: draw the kept
+rows, gather them with a LayerNorm (Ba et al., arXiv:1607.06450), run the branch, and scatter its scaled result. The
+operators below define them, except for the branch.
 
-Legend: T tokens of width C, of which t are kept; rows [t] int32 are the kept tokens in x; position [T] int32 is the
-place of a token among the kept ones, or -1; where rows and position are None, all tokens are kept. S are all samples.
+Legend: T tokens of width C, t of them kept; rows [t] int32 are the kept tokens in x; position [T] int32 is the index of
+a token among the kept ones, or -1; if rows and position are None, all tokens are kept. S is the number of samples.
 Statistics, sums and weights' gradients are float32, or float64 for float64 tokens.
 """
 
@@ -54,9 +54,9 @@ def stochastic_depth(
 def residual_kept_rows(keys: Tensor, runs: Sequence[int], kept: Sequence[int]) -> tuple[Tensor, Tensor]:
     """rows [t] and position [T] of every draw, one draw after the other, from keys [draws, S].
 
-    A draw keeps those samples of a run that have its smallest keys, in their order; of equal keys the first one counts
-    as smaller. ``runs`` are (count, length, count, length, ...); ``kept`` has a number for each draw and run of it.
-    Every draw starts at a multiple of 4 numbers, 16 bytes: rows are filled up with 0 and positions with -1.
+    A draw keeps the samples with the smallest keys of each run, in the order of the batch. If two keys are equal, the
+    first counts as smaller. ``runs`` are (count, length, count, length, ...); ``kept`` has a number for each draw and
+    run. Every draw starts at a multiple of 4 numbers, 16 bytes: rows are padded with 0 and positions with -1.
     """
     num_runs = len(runs) // 2
     draws = [_kept_rows_of_a_draw(keys[d], runs, kept[d * num_runs : (d + 1) * num_runs]) for d in range(len(keys))]
@@ -106,9 +106,10 @@ def residual_gather_norm_backward(
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x [T, C], weight [C] and bias [C], given those of h [t, C] and of what else becomes of x [T, C].
+    """Gradients of x [T, C], weight [C] and bias [C] from grad_h [t, C] and grad_x [T, C].
 
-    The normalised rows are computed again from x, or recovered from h where x is None: 0 where the weight is 0.
+    grad_x is the gradient that x gets from its other uses. The normalised rows are computed again from x. If x is None,
+    they are recovered from h, and are 0 for weight 0.
     """
     kept = x if x is None or rows is None else x[rows]
     grad, total, kept, h, weight, bias = _widen(grad_x, grad_h, grad_x, kept, h, weight, bias)
@@ -147,7 +148,7 @@ def residual_scatter_(
     gamma: Tensor | None,
     bias: Tensor | None,
 ) -> None:
-    """:func:`residual_scatter` in place of x."""
+    """:func:`residual_scatter` in place: overwrites x."""
     r, gamma, bias = _widen(x, residual, gamma, bias)
     r = r if bias is None else r + bias
     r = r if gamma is None else r * gamma
@@ -167,9 +168,9 @@ def residual_scatter_backward(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the residual [t, C] in ``dtype``, of gamma [C] and of bias [C], given that of the result [T, C].
+    """Gradients of the residual [t, C] in ``dtype``, of gamma [C] and of bias [C] from that of the result [T, C].
 
-    The residual is needed where there is a gamma. A gamma or bias that is None has a gradient of size 0.
+    The residual is only needed with a gamma. If gamma or bias is None, its gradient has size 0.
     """
     kept, r, gamma, bias = _widen(grad, grad if rows is None else grad[rows], residual, gamma, bias)
     kept = kept if scale is None else kept * scale[:, None]  # [t, C]
@@ -194,9 +195,9 @@ def residual_scatter_gather_norm(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Result y [T, C] of :func:`residual_scatter`, and of it :func:`residual_gather_norm` for the next branch.
+    """Result y [T, C] of :func:`residual_scatter`, and :func:`residual_gather_norm` of y for the next branch.
 
-    That branch keeps next_rows [t'], whose inverse is next_position [T].
+    The next branch keeps next_rows [t'], whose inverse is next_position [T].
     """
     y = residual_scatter(x, residual, position, scale, gamma, bias)
     return y, *residual_gather_norm(y, next_rows, weight, norm_bias, eps, dtype)
@@ -223,7 +224,7 @@ def residual_scatter_gather_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x [T, C], weight, norm_bias [C], residual [t, C] in ``dtype``, gamma and bias [C].
 
-    Given are those of h [t', C] and of what else becomes of y [T, C].
+    grad_h [t', C] is the gradient of h, and grad_y [T, C] is the gradient that y gets from its other uses.
     """
     dx, dweight, dnorm_bias = residual_gather_norm_backward(
         grad_h, grad_y, y, h, next_rows, mean, rstd, weight, norm_bias
@@ -232,5 +233,5 @@ def residual_scatter_gather_norm_backward(
 
 
 def _widen(x: Tensor, *tensors: Tensor | None) -> list[Any]:
-    """The tensors, as far as they are there, in the accumulation dtype of the tokens x."""
+    """The tensors in the accumulation dtype of the tokens x; None stays None."""
     return [None if tensor is None else tensor.to(accumulation_dtype(x)) for tensor in tensors]

@@ -1,4 +1,4 @@
-"""Which samples go through a residual branch: drawn without waiting for the device, unique by construction."""
+"""Draws the samples that go through a residual branch, without repetition and without waiting for the device."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class Subset(NamedTuple):
 
     Attributes:
         layout: the kept samples, t tokens in all.
-        rows: [t] int32, where they stand in the batch; None where all are kept.
-        position: [T] int32, the place of each token among the kept ones, or -1; None where all are kept.
-        scale: [t] float32 or float64, n / kept of the run that a token belongs to; None where all are kept.
+        rows: [t] int32, rows of the kept tokens in the batch; None if all are kept.
+        position: [T] int32, index of each token among the kept ones, or -1 if it is dropped; None if all are kept.
+        scale: [t] float32 or float64, n / kept of each token's run; None if all are kept.
     """
 
     layout: PackedLayout
@@ -53,39 +53,39 @@ class Subset(NamedTuple):
 
 
 def num_kept_samples(num_samples: int, drop_rate: float) -> int:
-    """Samples of a run that go through the branch: max(1, int(n * (1 - drop_rate))), and 0 of an empty run.
+    """Number of samples of a run that go through the branch: max(1, int(n * (1 - drop_rate))), or 0 for an empty run.
 
-    The product is truncated in floating point, as in DINOv2's code: of 90 samples at rate 0.3 it keeps 62, not 63.
+    The floating-point product is truncated, as in DINOv2's code: with 90 samples and rate 0.3 it keeps 62, not 63.
 
     Examples:
         >>> num_kept_samples(10, 0.3), num_kept_samples(1, 0.3), num_kept_samples(0, 0.3)
         (7, 1, 0)
     """
-    # index() turns torch.compile's symbolic numbers into numbers: a graph serves one number of samples, of any length.
+    # index() makes torch.compile's symbolic integer a constant: a graph serves one number of samples, of any length.
     return index(min(num_samples, max(1, int(num_samples * (1 - drop_rate)))))
 
 
 def draw_subsets(
     x: Tensor, layout: PackedLayout, drop_rates: Sequence[float], generator: torch.Generator | None = None
 ) -> list[Subset]:
-    """Draw the samples that each of several residual connections keeps, all in one launch.
+    """Draw the samples that several residual connections keep, all in one kernel launch.
 
-    Every sample gets a uniform key per draw, and those with the smallest keys of their run are kept. The number of kept
-    samples is known on the host, so nothing waits for the device, and a CUDA graph draws anew with every replay. On a
-    CPU, the random numbers are those of one draw after the other.
+    Each draw gives every sample a uniform random key, and keeps the samples with the smallest keys of each run. The
+    host knows how many are kept, so nothing waits for the device, and a CUDA graph draws new samples in every replay.
+    On a CPU, the random numbers are the same as in separate draws.
 
     Args:
-        x: tokens on the device and, up to its width, in the dtype of those that the subsets are for.
+        x: the tokens that the subsets are for, or any tensor with their device and accumulation dtype.
         layout: the samples.
-        drop_rates: of each draw; where it is 0, all samples are kept and no random number is drawn.
-        generator: source of the keys; PyTorch's global one of the device by default.
+        drop_rates: share of samples to drop in each draw. A rate of 0 keeps all samples and draws no random numbers.
+        generator: source of the keys; the device's global PyTorch generator by default.
 
     Returns:
-        A subset for each rate.
+        One subset for each rate.
 
     Raises:
         ValueError: a rate is not in [0, 1).
-        RuntimeError: a CUDA graph is being captured, and nothing was drawn for this layout and these rates before.
+        RuntimeError: a CUDA graph is being captured, and no call before had this layout and these rates.
 
     Examples:
         >>> layout = PackedLayout([(4, 5), (8, 2)])  # four samples of 5 tokens, then eight of 2
@@ -109,11 +109,11 @@ def draw_subsets(
         keys = torch.rand(size, device=x.device)  # [draws, S]
     else:
         keys = torch.rand(size, device=generator.device, generator=generator).to(x.device)  # [draws, S]
-    # A fake tensor must not enter the cache, nor a real one a traced graph: tracers work on subclasses of Tensor.
+    # The cache must hold no fake tensor, and a traced graph no real one. Tracers work on subclasses of Tensor.
     is_traced = torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter)
     plan = (_plan if is_traced else _cached_plan)(layout, rates, x.device, accumulation_dtype(x))
     rows, position = _kept_rows(keys, layout.flat_runs, plan.kept)
-    if len(drop_rates) == 1:  # nothing to cut, which would take longer than the draw
+    if len(drop_rates) == 1:  # nothing to split: splitting would take longer than the draw
         return [Subset(plan.layouts[0], rows, position, plan.scales[0])]
     pieces = rows.split_with_sizes(plan.row_sizes)[::2], position.split_with_sizes(plan.position_sizes)[::2]
     draws = map(Subset, plan.layouts, *pieces, plan.scales)
@@ -121,13 +121,13 @@ def draw_subsets(
 
 
 class _Plan(NamedTuple):
-    """What does not depend on the draws.
+    """The part of several draws that is not random.
 
     Attributes:
         layouts: the kept samples of each draw.
-        scales: [t] of each draw.
-        kept: number of kept samples of each draw and run.
-        row_sizes, position_sizes: how to cut the results of all draws: those of a draw, a gap, and so on.
+        scales: scale [t] of each draw.
+        kept: number of kept samples in each run, draw by draw.
+        row_sizes, position_sizes: how to split the results: size of the first draw, gap, size of the second, and so on.
     """
 
     layouts: tuple[PackedLayout, ...]
@@ -154,7 +154,7 @@ def _plan_of_a_rate(
 ) -> tuple[PackedLayout, Tensor]:
     """The layout of the kept samples, and their scale [t]."""
     kept_layout = PackedLayout([(num_kept_samples(count, drop_rate), length) for count, length in layout.runs])
-    with torch.inference_mode(False):  # the scale is saved for backward, which an inference tensor forbids
+    with torch.inference_mode(False):  # autograd saves the scale for backward, which it refuses for inference tensors
         pieces = [torch.empty(0, device=device, dtype=dtype)]
         for (count, length), (kept, _) in zip(layout.runs, kept_layout.runs, strict=True):
             if kept * length:
@@ -163,7 +163,7 @@ def _plan_of_a_rate(
 
 
 def _with_gaps(sizes: Sequence[int]) -> list[int]:
-    """The sizes, and after each but the last what is missing to a multiple of 4."""
+    """The sizes, and between two sizes the gap that makes the first a multiple of 4."""
     return [n for size in sizes for n in (size, -size % 4)][:-1]
 
 

@@ -1,6 +1,6 @@
 """Stochastic depth as users call it: draws the kept samples, gathers them, and adds their residual back.
 
-:func:`residual_chain` does so for connections that follow each other, as those of a transformer block do.
+:func:`residual_chain` does this for several connections in a row, as in a transformer block.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def stochastic_depth(
     inplace: bool = False,
     recompute: bool = False,
 ) -> Tensor:
-    """Residual connection whose branch sees only a random subset of the samples, so that dropping one saves its work.
+    """Residual connection whose branch computes only a random subset of the samples: dropped samples cost nothing.
 
-    Of the n samples of each run, ``num_kept_samples(n, drop_rate)`` are drawn uniformly; their residual is scaled by
-    n / kept and added, the other samples pass unchanged; see :mod:`dinov2_kernels.residual.reference`. With
-    ``drop_rate`` 0 it is the plain residual ``x + gamma * branch(norm(x))`` and draws nothing.
+    For each run of n samples, ``num_kept_samples(n, drop_rate)`` are drawn uniformly. Their residual is scaled by
+    n / kept and added. The other samples stay unchanged; see :mod:`dinov2_kernels.residual.reference`. With
+    ``drop_rate`` 0 it is the plain residual ``x + gamma * branch(norm(x))``, without random numbers.
 
-    An ``nn.LayerNorm`` is fused with the gather, everything after the branch with the scatter. Element moves, m being
-    the elements of the kept tokens and T C those of all:
+    An ``nn.LayerNorm`` is fused with the gather, and everything after the branch with the scatter. Elements moved, with
+    m elements in the kept tokens and T C in all tokens:
 
     ===================  =============================================================  ==============  =============
     step                 reads and writes                                               in place        otherwise
@@ -53,24 +53,24 @@ def stochastic_depth(
     ===================  =============================================================  ==============  =============
 
     At drop rate 0.3, T C = 1.43 m: 12.9 m in place and 13.7 m otherwise, against about 34 m for indexing, LayerNorm,
-    LayerScale and ``index_add``. Beside tensors of these sizes only 24 bytes per kept token are kept.
+    LayerScale and ``index_add``. Backward needs only 24 more bytes per kept token.
 
     Args:
         x: [T, C] packed tokens.
         layout: the samples of x.
         branch: ``branch(packed_subset, sub_layout)`` returns the residual [T', C] of the packed subset [T', C].
         drop_rate: share of the samples to drop, 0 <= drop_rate < 1.
-        subset: samples that were drawn before, in place of a rate: see :func:`dinov2_kernels.residual.draw_subsets`.
+        subset: samples that were drawn before, instead of a rate: see :func:`dinov2_kernels.residual.draw_subsets`.
         gamma: [C] LayerScale of the residual (arXiv:2103.17239).
-        norm: applied to the subset before the branch. Under autocast, an ``nn.LayerNorm`` that is fused gives its
-            result in autocast's dtype.
-        bias: [C] added to the residual before gamma: that of the branch's last linear layer, if the branch leaves it
-            out; its gradient then comes from the same pass as gamma's.
-        generator: source of the subset; PyTorch's global one of the device by default.
-        inplace: overwrite x, which must not be a leaf that requires a gradient; implies ``recompute``. Of a view,
-            autograd does not allow the fused norm to be differentiated: the norm then runs by itself.
-        recompute: backward recovers the normalised tokens from the norm's result, which the branch keeps anyhow, in
-            place of keeping x. Channels whose norm weight is exactly 0 then give that weight no gradient.
+        norm: norm of the subset before the branch. Under autocast, a fused ``nn.LayerNorm`` gives its result in
+            autocast's dtype.
+        bias: [C] added to the residual before gamma: the bias of the branch's last linear layer, if the branch leaves
+            it out. Its gradient then comes from the same pass as gamma's.
+        generator: source of the subset; the device's global PyTorch generator by default.
+        inplace: overwrite x, which must not be a leaf that requires a gradient; implies ``recompute``. If x is a view,
+            the norm is not fused, because autograd cannot differentiate the fused norm of a view.
+        recompute: keep less for backward: it recovers the normalised tokens from the norm's result, which the branch
+            keeps anyway, and needs no x. A norm weight that is exactly 0 then gets no gradient.
 
     Returns:
         [T, C] in the dtype of x.
@@ -86,7 +86,7 @@ def stochastic_depth(
         ...     return torch.ones_like(tokens)
         >>> y = stochastic_depth(x, layout, branch, drop_rate=0.5)
         torch.Size([18, 16]) PackedLayout(runs=((2, 5), (4, 2)))
-        >>> y.unique()  # half of the samples pass unchanged, the residual of the others counts twice
+        >>> y.unique()  # half of the samples stay unchanged, the residual of the others counts twice
         tensor([0., 2.])
     """
     _check(x, layout)
@@ -97,14 +97,14 @@ def stochastic_depth(
     elif drop_rate is not None or subset is None:
         raise ValueError(f"drop_rate, subset: expected one of the two, got drop_rate {drop_rate} and subset {subset}")
     elif generator is not None:
-        raise ValueError("generator: expected None beside a subset, which is drawn already")
+        raise ValueError(f"generator: expected None with a subset, which is already drawn, got {generator}")
     connection = Connection(branch, subset, norm, gamma, bias)
     _check_connection(connection, x)
     return _run(x.contiguous(), [connection], inplace, recompute)
 
 
 class Connection(NamedTuple):
-    """A residual connection of :func:`residual_chain`; its fields are arguments of :func:`stochastic_depth`."""
+    """One residual connection of :func:`residual_chain`. Its fields are arguments of :func:`stochastic_depth`."""
 
     branch: Branch
     subset: Subset
@@ -116,11 +116,11 @@ class Connection(NamedTuple):
 def residual_chain(
     x: Tensor, layout: PackedLayout, connections: Sequence[Connection], *, recompute: bool = False
 ) -> Tensor:
-    """Residual connections one after the other: :func:`stochastic_depth` of each, with its subset.
+    """Several residual connections in a row: the same as :func:`stochastic_depth` for each, with its subset.
 
-    Between two connections, the scatter of the first is one pass with the gather and the LayerNorm of the second, and
-    so are their backward passes. Beside :func:`stochastic_depth` twice, that spares m elements each way, those that the
-    second connection keeps:
+    Between two connections, one pass does the scatter of the first and the gather and LayerNorm of the second; backward
+    does the same. Compared with :func:`stochastic_depth` twice, this saves m elements in each direction, where m counts
+    the tokens that the second connection keeps:
 
     ====================  ============================================================================  =============
     step                  reads and writes                                                              elements
@@ -130,14 +130,14 @@ def residual_chain(
                           of the residual and of x
     ====================  ============================================================================  =============
 
-    On a CPU these are two passes behind one call, which moves as much as :func:`stochastic_depth` twice. Where samples
-    are dropped, 4 bytes more of each token and connection are kept for backward: its place.
+    On a CPU one call makes two passes, which move as much as :func:`stochastic_depth` twice. With dropped samples,
+    backward needs 4 more bytes for each token and connection: the token's position.
 
     Args:
         x: [T, C] packed tokens.
         layout: the samples of x.
         connections: at least one.
-        recompute: as for :func:`stochastic_depth`; what stands between two connections is then overwritten, too.
+        recompute: as for :func:`stochastic_depth`. The tokens between two connections are then overwritten too.
 
     Returns:
         [T, C] in the dtype of x.
@@ -169,9 +169,9 @@ def _run(x: Tensor, connections: Sequence[Connection], inplace: bool, recompute:
     kept, x = _gather(x, connections[0], inplace, recompute)
     for connection, following in pairwise(connections):
         residual = _residual(connection, kept)
-        del kept  # where no backward pass needs it, the result of the scatter may take its memory
+        del kept  # if no backward pass needs it, the result of the scatter can use its memory
         kept, x = _scatter_gather(x, residual, connection, following, inplace, recompute)
-        inplace = recompute  # from here on nobody else holds x
+        inplace = recompute  # from here on, nothing else holds x
     residual = _residual(connections[-1], kept)
     del kept
     _, subset, _, gamma, bias = connections[-1]
@@ -179,7 +179,7 @@ def _run(x: Tensor, connections: Sequence[Connection], inplace: bool, recompute:
 
 
 def _gather(x: Tensor, connection: Connection, inplace: bool, recompute: bool) -> tuple[Tensor, Tensor]:
-    """What the branch is given, and x for the scatter."""
+    """The tokens for the branch, and x for the scatter."""
     subset, norm = connection.subset, connection.norm
     if _is_fusable(norm, x) and not (inplace and _base_of(x) is not x):
         return gather_norm(x, subset, norm, inplace=inplace, recompute=recompute)
@@ -188,7 +188,7 @@ def _gather(x: Tensor, connection: Connection, inplace: bool, recompute: bool) -
 
 
 def _kept(x: Tensor, subset: Subset, inplace: bool) -> Tensor:
-    """The kept tokens, apart from x where x will be overwritten: the branch may need them in its backward."""
+    """The kept tokens. If x will be overwritten, they are a copy: the branch may need them in its backward."""
     if subset.rows is not None:
         return x.index_select(0, subset.rows)
     return x.clone() if inplace else x
@@ -206,7 +206,7 @@ def _residual(connection: Connection, kept: Tensor) -> Tensor:
 def _scatter_gather(
     x: Tensor, residual: Tensor, connection: Connection, following: Connection, inplace: bool, recompute: bool
 ) -> tuple[Tensor, Tensor]:
-    """What the following branch is given, and x with the residual."""
+    """The tokens for the following branch, and x with the residual added."""
     _, subset, _, gamma, bias = connection
     if _is_fusable(following.norm, x) and not inplace:
         next_subset, norm = following.subset, following.norm
@@ -230,11 +230,11 @@ def _check_connection(connection: Connection, x: Tensor) -> None:
     position, scale = subset.position, subset.scale
     tokens = subset.layout.total_tokens if position is None else position.shape[0]
     if tokens != x.shape[0]:
-        raise ValueError(f"subset: expected one of {x.shape[0]} tokens, those of x, got one of {tokens}")
+        raise ValueError(f"subset: expected a subset of {x.shape[0]} tokens, those of x, got one of {tokens}")
     if position is not None and position.device != x.device:
         raise ValueError(f"subset: expected the device of x, {x.device}, got {position.device}")
     if scale is not None and scale.dtype != accumulation_dtype(x):
-        raise TypeError(f"subset: expected one drawn for tokens in {x.dtype}, got a scale in {scale.dtype}")
+        raise TypeError(f"subset: expected a subset drawn for tokens in {x.dtype}, got a scale in {scale.dtype}")
     for name, vector in (("gamma", gamma), ("bias", bias)):
         if vector is None:
             continue
@@ -253,7 +253,7 @@ def _check_overwritable(x: Tensor) -> None:
 
 
 def _base_of(x: Tensor) -> Tensor:
-    """The tensor that x is a view of; x itself where it is none, or where torch.compile does without views."""
+    """The base of x if x is a view, else x itself; also x under torch.compile, where views have no base."""
     return x if torch.compiler.is_compiling() or x._base is None else x._base
 
 
@@ -261,8 +261,8 @@ def _is_fusable(norm: object, x: Tensor) -> TypeGuard[nn.LayerNorm]:
     """Whether a call of the norm does nothing but a LayerNorm over the channels: no hooks, no other forward."""
     if not isinstance(norm, nn.LayerNorm):
         return False
-    weight = norm.weight  # looked up once: a module takes its time over it
+    weight = norm.weight  # looked up once, because attributes of a module are slow
     if weight is not None and weight.device != x.device:
-        return False  # a call of it says so
+        return False  # calling the norm raises PyTorch's error
     is_plain = type(norm).forward is nn.LayerNorm.forward and is_unwatched(norm)
     return is_plain and norm.normalized_shape == x.shape[1:]

@@ -1,12 +1,12 @@
 """Stochastic depth in Triton: the operators of :mod:`dinov2_kernels.residual.reference` for CUDA tensors.
 
-Legend: T tokens of width C, of which t are kept; m = t C and M = T C elements. All tensors are contiguous; tokens,
-weights and gradients may be float64, float32, bfloat16 or float16, each on its own. Statistics and sums are float32, or
-float64 for float64 tokens. No atomics: results do not change from run to run.
+Legend: T tokens of width C, t of them kept; m = t C and M = T C elements. All tensors are contiguous. Tokens, weights
+and gradients may each be float64, float32, bfloat16 or float16. Statistics and sums are float32, or float64 for float64
+tokens. No atomics: results are the same in every run.
 
-A row is cut into 3 to 5 pieces, each a power of two wide, which make exactly 384, 768, 1024, 1280 or 1536 channels; one
-power of two would be up to a third longer. A program holds all pieces of some rows in registers where it needs their
-sums, and one piece otherwise. A thread moves 8 or 16 bytes at a time where C is a multiple of 8.
+A row is split into 3 to 5 pieces whose widths are powers of two. They fit 384, 768, 1024, 1280 and 1536 channels
+exactly; a single power of two would be up to a third longer. A program that needs the sums of its rows holds all their
+pieces in registers, other programs hold one piece. A thread moves 8 or 16 bytes at a time if C is a multiple of 8.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ from dinov2_kernels.residual.triton_passes import (
 def residual_kept_rows(keys: Tensor, runs: list[int], kept: list[int]) -> tuple[Tensor, Tensor]:
     """rows [t] and position [T] of every draw: the samples with the smallest keys [draws, S] of their runs.
 
-    Keys lie in [0, 1). One launch. Every program finds the largest key that a draw keeps of a run, and then writes a
-    few tokens of each sample. Bytes: 4 (t + T) per draw, and the keys of a run for each of its programs, from L2.
+    Keys are in [0, 1). There is one launch. Every program finds the largest key that a draw keeps in a run, and then
+    writes a few tokens of each sample. Bytes: 4 (t + T) per draw, and the keys of a run for each of its programs, from
+    L2.
     """
     counts, lengths = runs[::2], runs[1::2]
     with torch.cuda.device_of(keys):
@@ -48,7 +49,7 @@ def residual_kept_rows(keys: Tensor, runs: list[int], kept: list[int]) -> tuple[
         position = torch.empty(table.num_places, dtype=torch.int32, device=keys.device)
         if table.num_places:
             samples = triton.next_power_of_2(max(counts))
-            tokens = min(16, max(1, 4096 // samples))  # of each sample, in one program
+            tokens = min(16, max(1, 4096 // samples))  # tokens of each sample in one program
             grid = (triton.cdiv(max(lengths), tokens), len(kept))
             warps = min(16, max(4, samples // 512))
             kept_rows[grid](keys, table.numbers, rows, position, SAMPLES=samples, TOKENS=tokens, num_warps=warps)
@@ -77,10 +78,10 @@ def residual_gather_norm_backward(
     grad_h: Tensor, grad_x: Tensor, x: Tensor | None, h: Tensor | None, rows: Tensor | None,
     mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x [T, C], weight [C] and bias [C]; the normalised rows come from x, or from h where x is None.
+    """Gradients of x [T, C], weight [C] and bias [C]; the normalised rows come from x, or from h if x is None.
 
-    Moves 2 m + 2 M elements: reads grad_h, grad_x and the kept rows of x (or h), writes the gradient of x. Programs add
-    up the gradients of weight and bias over their own rows, and PyTorch adds up the programs.
+    Moves 2 m + 2 M elements: reads grad_h, grad_x and the kept rows of x (or h), writes the gradient of x. Programs sum
+    the gradients of weight and bias over their own rows, and PyTorch sums the programs.
     """
     T, C = grad_x.shape
     t = grad_h.shape[0]
@@ -118,7 +119,7 @@ def residual_scatter_(
     x: Tensor, residual: Tensor, rows: Tensor | None,
     scale: Tensor | None, gamma: Tensor | None, bias: Tensor | None,
 ) -> None:  # fmt: skip
-    """:func:`residual_scatter` in place of x. Moves 3 m elements: reads the residual, reads and writes x."""
+    """:func:`residual_scatter` in place. Moves 3 m elements: reads the residual, reads and writes x."""
     t, C = residual.shape
     shape = _shape_of_pieces(C, accumulation_dtype(x))
     grid = (shape["PIECES"] * triton.cdiv(t, shape["ROWS"]),)
@@ -130,10 +131,10 @@ def residual_scatter_backward(
     grad: Tensor, residual: Tensor | None, rows: Tensor | None,
     scale: Tensor | None, gamma: Tensor | None, bias: Tensor | None, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of the residual [t, C] in ``dtype``, of gamma [C] and of bias [C], given that of the result [T, C].
+    """Gradients of the residual [t, C] in ``dtype``, of gamma [C] and of bias [C] from that of the result [T, C].
 
-    Moves 3 m elements: reads the kept rows of grad, reads the residual where there is a gamma, writes its gradient.
-    Programs add up the gradients of gamma and bias over their own rows, and PyTorch adds up the programs.
+    Moves 3 m elements: reads the kept rows of grad and, with a gamma, the residual; writes the residual's gradient.
+    Programs sum the gradients of gamma and bias over their own rows, and PyTorch sums the programs.
     """
     C = grad.shape[1]
     t = grad.shape[0] if rows is None else rows.shape[0]
@@ -187,9 +188,9 @@ def residual_scatter_gather_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x [T, C], weight, norm_bias [C], residual [t, C] in ``dtype``, gamma and bias [C].
 
-    Moves 4 m + 2 M elements: reads grad_h, grad_y, the next branch's rows of y (or h), and the residual where there is
-    a gamma; writes the gradients of x and of the residual. Programs add up the gradients of the vectors over their own
-    rows, and PyTorch adds up the programs.
+    Moves 4 m + 2 M elements: reads grad_h, grad_y, the next branch's rows of y (or h) and, with a gamma, the residual;
+    writes the gradients of x and of the residual. Programs sum the gradients of the vectors over their own rows, and
+    PyTorch sums the programs.
     """
     T, C = grad_y.shape
     t = T if rows is None else rows.shape[0]
@@ -198,7 +199,7 @@ def residual_scatter_gather_norm_backward(
     shape = _shape_of_rows(C, mean.dtype, 2)
     programs, registers = _persistent(T, shape, grad_y.device)
     num_sums = 2 if gamma is None and bias is None else 4
-    sums = torch.empty(num_sums, programs, C, dtype=mean.dtype, device=grad_y.device)  # of the vectors, in their order
+    sums = torch.empty(num_sums, programs, C, dtype=mean.dtype, device=grad_y.device)  # one sum per vector, in order
     of_norm = (grad_h, grad_y, y, h, next_position, mean, rstd, weight, norm_bias)
     of_scatter = (residual, position, scale, gamma, bias)
     with torch.cuda.device_of(grad_y):
@@ -213,10 +214,10 @@ def residual_scatter_gather_norm_backward(
 
 
 class _Table(NamedTuple):
-    """Where things are.
+    """Table of all draws and runs for the kernel that draws.
 
     Attributes:
-        numbers: [draws * runs, 10] int32; kept_rows names the columns.
+        numbers: [draws * runs, 10] int32; the kernel kept_rows explains the columns.
         num_rows, num_places: sizes of the results.
     """
 
@@ -227,9 +228,9 @@ class _Table(NamedTuple):
 
 @table_cache(maxsize=128)
 def _table(counts: tuple[int, ...], lengths: tuple[int, ...], kept: tuple[int, ...], device: torch.device) -> _Table:
-    """On the device from the first call on, so that later ones copy nothing.
+    """The table on the device. It is cached, so that later calls copy nothing.
 
-    Numbers given to Triton by value would make it compile a kernel for every pattern of ones and multiples of 16.
+    If these numbers were kernel arguments, Triton would compile a kernel for every pattern of ones and multiples of 16.
     """
     num_runs, S, T = len(counts), sum(counts), sum(map(mul, counts, lengths))
     samples_before, tokens_before = _before(counts), _before(list(map(mul, counts, lengths)))
@@ -237,7 +238,7 @@ def _table(counts: tuple[int, ...], lengths: tuple[int, ...], kept: tuple[int, .
     for d in range(len(kept) // num_runs if num_runs else 0):
         kept_counts = kept[d * num_runs : (d + 1) * num_runs]
         num_rows = list(map(mul, kept_counts, lengths))
-        row_gap, place_gap = -end_of_rows % 4, -end_of_places % 4  # before this draw
+        row_gap, place_gap = -end_of_rows % 4, -end_of_places % 4  # gaps before this draw
         first_row, first_place = end_of_rows + row_gap, end_of_places + place_gap
         end_of_rows, end_of_places = first_row + sum(num_rows), first_place + T
         for r, rows_before in enumerate(_before(num_rows)):
@@ -249,12 +250,12 @@ def _table(counts: tuple[int, ...], lengths: tuple[int, ...], kept: tuple[int, .
 
 
 def _before(sizes: list[int] | tuple[int, ...]) -> list[int]:
-    """The sum of what comes before each of the sizes."""
+    """For each size, the sum of the sizes before it."""
     return list(accumulate([0, *sizes]))[:-1]
 
 
 def _persistent(rows: int, shape: dict[str, int], device: torch.device) -> tuple[int, int]:
-    """How many programs walk over the rows, all of them at the same time, and the registers of their threads."""
+    """Number of programs that walk over the rows at the same time, and the registers of their threads."""
     warps = shape["num_warps"]
     resident = max(1, 12 // warps) * num_multiprocessors(device)
     return max(1, min(triton.cdiv(rows, shape["ROWS"]), resident)), min(168, 2048 // warps)
@@ -262,9 +263,9 @@ def _persistent(rows: int, shape: dict[str, int], device: torch.device) -> tuple
 
 @lru_cache
 def _shape_of_rows(C: int, dtype: torch.dtype, share: int = 1) -> dict[str, int]:
-    """For programs that hold whole rows: a thread has up to 24 / share numbers of a tensor in its registers.
+    """Tile of programs that hold whole rows: a thread has up to 24 / share numbers of a tensor in its registers.
 
-    Or 16 / share where the sums of a row take registers too, because a piece spans two warps.
+    It has up to 16 / share if a piece spans two warps, because the sums of a row then take registers too.
     """
     width, pieces = _cut(C)
     rows = _num_rows(C, dtype, width * pieces, (3072 if width <= 256 else 2048) // share)
@@ -275,22 +276,23 @@ def _shape_of_rows(C: int, dtype: torch.dtype, share: int = 1) -> dict[str, int]
 
 @lru_cache
 def _shape_of_pieces(C: int, dtype: torch.dtype) -> dict[str, int]:
-    """For programs that work on one piece of some rows: a thread has 16 numbers of a tensor in its registers."""
+    """Tile of programs that work on one piece of some rows: a thread has 16 numbers of a tensor in its registers."""
     width, pieces = _cut(C)
     return {"C": C, "WIDTH": width, "PIECES": pieces, "ROWS": _num_rows(C, dtype, width, 2048), "num_warps": 4}
 
 
 def _num_rows(C: int, dtype: torch.dtype, length: int, numbers: int) -> int:
-    """A power of two of rows, each of a length, that have this many numbers.
+    """Number of rows of a length, a power of two, that together have this many numbers.
 
-    A quarter of them in float64, and half where C leaves rows unaligned, so that every number has its own address.
+    There are a quarter as many rows in float64, and half as many if C leaves rows unaligned, because then every number
+    has its own address.
     """
     numbers //= (4 if dtype == torch.float64 else 1) * (2 if C % 8 else 1)
     return 1 << max(1, numbers // length).bit_length() - 1
 
 
 def _cut(C: int) -> tuple[int, int]:
-    """Width and number of the pieces of a row; only the last one may reach beyond it."""
+    """Width and number of the pieces of a row; only the last piece may reach past its end."""
     power = max(64, triton.next_power_of_2(C))
     width = power // (8 if 5 * power >= 8 * C else 4)
     return width, triton.cdiv(C, width)

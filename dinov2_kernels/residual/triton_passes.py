@@ -1,8 +1,8 @@
 """The kernels of residual connections in Triton: draw, gather with LayerNorm, scatter, and the last two in one pass.
 
-A place counts the kept tokens [t], a row the tokens of x [T]; without ``rows`` or ``position`` they are one. Programs
-that need the sums of a row hold all of its pieces, in lists; the others work on one piece of some rows, as
-:mod:`dinov2_kernels.residual.triton_kernel` explains.
+A place is an index among the kept tokens [t], a row is an index among the tokens of x [T]; without ``rows`` or
+``position`` they are the same. Programs that need the sums of a row hold all of its pieces, in lists; other programs
+work on one piece of some rows, as :mod:`dinov2_kernels.residual.triton_kernel` explains.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from dinov2_kernels.residual.triton_tiles import (
 @triton.jit
 def kept_rows(keys, table, rows, position, SAMPLES: tl.constexpr, TOKENS: tl.constexpr):
     numbers = table + 10 * tl.program_id(1)
-    count, length, num_kept = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2)  # of this run and draw
+    count, length, num_kept = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2)  # for this run and draw
     first_key, first_token, rows_before = tl.load(numbers + 3), tl.load(numbers + 4), tl.load(numbers + 5)
-    rows += tl.load(numbers + 6)  # those of this draw, as are the positions
+    rows += tl.load(numbers + 6)  # rows of this draw; the same for positions
     position += tl.load(numbers + 7)
-    row_gap, place_gap = tl.load(numbers + 8), tl.load(numbers + 9)  # to be filled before them
+    row_gap, place_gap = tl.load(numbers + 8), tl.load(numbers + 9)  # gaps before them, which are padded
     sample = tl.arange(0, SAMPLES)
     key = tl.load(keys + first_key + sample, mask=sample < count, other=float("inf"))
-    # The bits of numbers that are not negative are ordered as the numbers are.
+    # The bits of non-negative numbers have the same order as the numbers.
     BITS: tl.constexpr = 64 if key.dtype == tl.float64 else 32
     bits = key.to(tl.int64, bitcast=True) if BITS == 64 else key.to(tl.float32).to(tl.int32, bitcast=True)
-    # The largest key that is kept is the largest number with fewer than num_kept keys below it: found bit by bit.
+    # The largest kept key is the largest number with fewer than num_kept keys below it. It is found bit by bit.
     one = tl.full([1], 1, bits.dtype)
     last = one - 1
     for bit in range(2, BITS + 1):
@@ -46,8 +46,8 @@ def kept_rows(keys, table, rows, position, SAMPLES: tl.constexpr, TOKENS: tl.con
         last = tl.where(tl.sum((bits < larger).to(tl.int32)) < num_kept, larger, last)
     below, equal = bits < last, bits == last
     kept = below | (equal & (tl.cumsum(equal.to(tl.int32)) <= num_kept - tl.sum(below.to(tl.int32))))  # [SAMPLES]
-    place = tl.cumsum(kept.to(tl.int32)) - 1  # among the kept samples
-    offset = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)  # in a sample
+    place = tl.cumsum(kept.to(tl.int32)) - 1  # index among the kept samples
+    offset = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)  # token in a sample
     inside = (sample < count)[:, None] & (offset < length)[None, :]  # [SAMPLES, TOKENS]
     row = (rows_before + place * length)[:, None] + offset[None, :]
     token = (first_token + sample * length)[:, None] + offset[None, :]
@@ -94,7 +94,7 @@ def gather_norm_backward(
         row = row_of(place, rows, inside)
         average = tl.load(mean + place, mask=inside, other=0.0)
         deviation = tl.load(rstd + place, mask=inside, other=0.0)
-        sources, gradients, totals = [], [], []  # all loads of a program are under way before any of them is awaited
+        sources, gradients, totals = [], [], []  # a program starts all loads before it waits for one of them
         for piece in tl.static_range(PIECES):
             column = piece * WIDTH + tl.arange(0, WIDTH)
             sources += [
@@ -127,10 +127,10 @@ def gather_norm_backward(
 
 @triton.jit
 def _dropped_row(place, rows, t, steps):
-    """The rows at these places among those that ``rows`` [t], which ascends, does not hold.
+    """The dropped rows at these places: the rows that are not in ``rows`` [t], which is ascending.
 
-    Before the dropped row of place p come p other dropped rows and as many kept ones as have no more than p dropped
-    rows before them: found bit by bit, in as many steps as t has bits.
+    The dropped row at place p comes after p dropped rows, and after all kept rows that have at most p dropped rows
+    before them. The number of these kept rows is found bit by bit, in as many steps as t has bits.
     """
     kept = tl.zeros_like(place)
     for step in range(1, steps + 1):
@@ -207,7 +207,7 @@ def scatter_backward(
 # -------------------------------------------------------------- scatter, and the next connection's gather and LayerNorm
 
 
-# A place counts the tokens that a connection keeps: `place` those of the first, `next_place` those of the next one.
+# `place` is an index among the tokens that the first connection keeps, `next_place` among those of the next connection.
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -221,7 +221,7 @@ def scatter_gather_norm(
     place, kept = place_of(row, position, inside)
     next_place, next_kept = place_of(row, next_position, inside)
     factor = None if scale is None else tl.load(scale + place, mask=kept, other=0.0)[:, None]
-    before, residuals = [], []  # all loads of a program are under way before any of them is awaited
+    before, residuals = [], []  # a program starts all loads before it waits for one of them
     for piece in tl.static_range(PIECES):
         column = piece * WIDTH + tl.arange(0, WIDTH)
         before += [load_tile(x, row, inside, column, C, WIDTH)]
@@ -232,7 +232,7 @@ def scatter_gather_norm(
         r = scaled_residual(widen(residuals[piece]), factor, gamma, bias, column, C, ROWS)
         token = (widen(before[piece]) + tl.where(kept[:, None], r, 0.0)).to(y.dtype.element_ty)
         store_tile(y, row, inside, column, token, C, WIDTH)
-        tokens += [widen(token)]  # as it is read again in backward
+        tokens += [widen(token)]  # the rounded value, which backward reads again
         total += tokens[piece]
     store_norm(
         tokens, total, weight, norm_bias, h, mean, rstd, next_place, next_kept, eps, C, WIDTH, PIECES, ROWS
@@ -269,7 +269,7 @@ def scatter_gather_norm_backward(
             totals += [load_tile(grad_y, row, inside, column, C, WIDTH)]
             if gamma is not None:
                 residuals += [load_tile(residual, place, kept, column, C, WIDTH)]
-        # The deviation is 0 where the next connection keeps nothing: the gradient of y passes as it is.
+        # If the next connection drops the row, the deviation is 0, and the gradient of y passes unchanged.
         through_norm, dweight, dnorm_bias = norm_backward(
             sources, gradients, average, deviation, weight, norm_bias, next_kept, dweight, dnorm_bias, y is None,
             C, WIDTH, PIECES, ROWS,

@@ -13,20 +13,20 @@ from dinov2_kernels._triton import widen
 
 @triton.jit
 def row_of(place, rows, inside):
-    """Where the kept tokens at these places stand in x."""
+    """Rows in x of the kept tokens at these places."""
     return place if rows is None else tl.load(rows + place, mask=inside, other=0)
 
 
 @triton.jit
 def place_of(row, position, inside):
-    """Where these rows of x stand among the kept tokens, and which of them do."""
+    """Places of these rows of x among the kept tokens, and which of the rows are kept."""
     place = row if position is None else tl.load(position + row, mask=inside, other=-1)
     return place, inside & (place >= 0)
 
 
 @triton.jit
 def load_tile(tokens, row, inside, column, C: tl.constexpr, WIDTH: tl.constexpr):
-    """[rows, columns] of tokens [.., C]; 0 outside."""
+    """The tile [rows, columns] of tokens [.., C]; 0 outside."""
     mask = _mask(inside, column, C, WIDTH)
     return tl.load(tokens + row.to(tl.int64)[:, None] * C + column[None, :], mask=mask, other=0.0)
 
@@ -39,7 +39,7 @@ def store_tile(tokens, row, inside, column, values, C: tl.constexpr, WIDTH: tl.c
 
 @triton.jit
 def _mask(inside, column, C: tl.constexpr, WIDTH: tl.constexpr):
-    """The columns need none where the pieces make exactly a row."""
+    """Mask of a tile; the columns need no mask if the pieces fit a row exactly."""
     return inside[:, None] if C % WIDTH == 0 else inside[:, None] & (column < C)[None, :]
 
 
@@ -47,7 +47,7 @@ def _mask(inside, column, C: tl.constexpr, WIDTH: tl.constexpr):
 def load_vector(vector, column, C: tl.constexpr, ROWS: tl.constexpr):
     """A vector [C] for each of the rows, widened; 0 outside.
 
-    Every thread reads its own columns, from L1: a vector read once would reach them through shared memory.
+    Every thread reads its own columns from L1. A vector that is read once would reach them through shared memory.
     """
     address = tl.broadcast_to((vector + column)[None, :], [ROWS, column.shape[0]])
     return widen(tl.load(address, mask=(column < C)[None, :], other=0.0))
@@ -55,7 +55,7 @@ def load_vector(vector, column, C: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit
 def scaled_residual(r, factor, gamma, bias, column, C: tl.constexpr, ROWS: tl.constexpr):
-    """factor * gamma * (r + bias), as far as these are there; the factors are those of the rows."""
+    """factor * gamma * (r + bias), where each of these may be missing; there is one factor per row."""
     if bias is not None:
         r = r + load_vector(bias, column, C, ROWS)
     if gamma is not None:
@@ -70,7 +70,7 @@ def store_norm(
     tokens, total, weight, bias, h, mean, rstd, place, kept, eps,
     C: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """LayerNorm h and statistics of some rows, at the places of those that are kept; ``total`` is the sum of tiles."""
+    """Write LayerNorm h and statistics of some rows, at the places of the kept ones; ``total`` is the sum of tiles."""
     average = tl.sum(total, 1) * (1 / C)  # [ROWS]
     centred, squares = [], tl.zeros([ROWS, WIDTH], total.dtype)
     for piece in tl.static_range(PIECES):
@@ -95,9 +95,9 @@ def norm_backward(
     sources, gradients, average, deviation, weight, bias, kept, dweight, dbias, IS_RESULT: tl.constexpr,
     C: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of LayerNorm's input, and those of its weight and bias so far, in lists of tiles.
+    """Gradients of LayerNorm's input, and the gradients of its weight and bias so far, in lists of tiles.
 
-    ``sources`` are its input, or its result h. The gradients and the deviation are 0 where a row is not kept.
+    ``sources`` are its input, or its result h. For dropped rows the gradients and the deviation are 0.
     """
     through, normed, dweight_now, dbias_now = [], [], [], []
     through_total, along_total = tl.zeros([ROWS, WIDTH], average.dtype), tl.zeros([ROWS, WIDTH], average.dtype)
@@ -126,7 +126,7 @@ def norm_backward(
 
 @triton.jit
 def _recover(h, weight, bias, column, C: tl.constexpr, ROWS: tl.constexpr):
-    """The normalised tokens, given the LayerNorm h of them; 0 where the weight is 0."""
+    """The normalised tokens from their LayerNorm h; 0 if the weight is 0."""
     if bias is not None:
         h = h - load_vector(bias, column, C, ROWS)
     if weight is not None:

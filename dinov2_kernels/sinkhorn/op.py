@@ -1,4 +1,4 @@
-"""The Sinkhorn-Knopp step: one operator for a batch of one process; passes between which several reduce a vector."""
+"""The Sinkhorn-Knopp step: one operator for one process; for several processes, passes with all-reduces between."""
 
 from __future__ import annotations
 
@@ -54,23 +54,23 @@ def sinkhorn_bias(
 ) -> Tensor:
     """Prototype bias of Sinkhorn-Knopp centring: the targets are ``softmax(logits / temperature + bias)``.
 
-    The scaling-vector form of the Sinkhorn-Knopp step of DINOv2 (arXiv:2304.07193) and SwAV (arXiv:2006.09882), see
-    :mod:`dinov2_kernels.sinkhorn.reference`. It works in the log domain: any finite logits and any temperature give a
-    finite bias, and adding a constant to all logits changes nothing.
+    This is the scaling-vector form of the Sinkhorn-Knopp step of DINOv2 (arXiv:2304.07193) and SwAV (arXiv:2006.09882),
+    see :mod:`dinov2_kernels.sinkhorn.reference`. It works in the log domain: any finite logits and any temperature give
+    a finite bias, and adding a constant to all logits changes nothing.
 
     Bytes: ``n_iterations`` reads of the logits and a few vectors [K] and [B]; no [B, K] intermediate. With a process
     group, each iteration reduces one vector [K] over the processes.
 
     Args:
         logits: [B, K] teacher logits of this process, float64, float32, bfloat16 or float16; K >= 1. B may differ
-            between processes and may be 0. Leave out rows that only pad a batch: ``logits[:n]`` copies nothing.
+            between processes and may be 0. Leave out padding rows: ``logits[:n]`` copies nothing.
         temperature: temperature T > 0 of the teacher.
         n_iterations: number of Sinkhorn-Knopp iterations, at least 1.
         group: processes whose rows form one batch; None means the rows of this process alone.
 
     Returns:
-        [K] float32, log u, without gradient. Zero for a prototype that no row can choose, and so for every one when
-        the whole batch is empty.
+        [K] float32, log u, without gradient. It is zero for a prototype that no row can choose, and for all prototypes
+        if the whole batch is empty.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -92,17 +92,17 @@ def sinkhorn_bias(
 def sinkhorn_biases(
     logits: Sequence[Tensor], temperature: float, *, n_iterations: int = 3, group: dist.ProcessGroup | None = None
 ) -> list[Tensor]:
-    """:func:`sinkhorn_bias` of several batches at once, whose reductions over the processes are shared.
+    """:func:`sinkhorn_bias` of several batches at once, which share their reductions over the processes.
 
-    DINOv2 balances class tokens and masked patches apart; together they take ``n_iterations`` reductions, not twice as
-    many.
+    DINOv2 balances class tokens and masked patches separately. Here both together take ``n_iterations`` reductions, not
+    twice as many.
 
     Args:
         logits: tensors [B_i, K_i], each a batch of its own.
         temperature, n_iterations, group: as for :func:`sinkhorn_bias`.
 
     Returns:
-        One bias [K_i] float32 for each.
+        One bias [K_i] float32 for each batch.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -121,7 +121,7 @@ def sinkhorn_knopp(
 ) -> Tensor:
     """Sinkhorn-Knopp assignments of samples to prototypes: ``softmax(logits / temperature + sinkhorn_bias(...))``.
 
-    Prefer :func:`sinkhorn_bias` with :func:`soft_cross_entropy`, which never writes the [B, K] result.
+    For training, prefer :func:`sinkhorn_bias` with :func:`soft_cross_entropy`, which never stores the [B, K] result.
 
     Bytes: those of :func:`sinkhorn_bias`, one more read of the logits and one write of the assignments.
 
@@ -161,7 +161,7 @@ def _biases(
 def _biases_over(
     group: dist.ProcessGroup | None, logits: Sequence[Tensor], temperature: float, n_iterations: int
 ) -> list[Tensor]:
-    """The loop of :func:`reference.sinkhorn_bias` over all processes; the vectors of all batches travel as one."""
+    """The loop of :func:`reference.sinkhorn_bias` over all processes; all batches share each reduction."""
     widths = [x.shape[1] for x in logits]
     own = torch.cat([_column_logsumexp(x, temperature) for x in logits])  # [sum K_i]
     bias = _zero_if_empty(_logsumexp_over(group, own)).neg_()
@@ -174,15 +174,15 @@ def _biases_over(
 
 
 def _zero_if_empty(log_mass: Tensor) -> Tensor:
-    """:func:`reference.zero_if_empty` in place, and so in one kernel."""
+    """:func:`reference.zero_if_empty` in place, which takes one kernel."""
     return log_mass.nan_to_num_(nan=torch.nan, posinf=torch.inf, neginf=0.0)
 
 
 def _logsumexp_over(group: dist.ProcessGroup | None, x: Tensor) -> Tensor:
     """log sum exp of x [K] over the processes of the group.
 
-    Every process gathers one slice of the columns from all, combines it, and hands it out: the bytes of one all-reduce,
-    where a maximum and a sum would take two.
+    Every process gathers one slice of the columns from all processes, combines it, and sends it to all. This moves the
+    bytes of one all-reduce; a maximum and a sum would take two.
     """
     world_size, _ = place_in(group)
     slices = torch.nn.functional.pad(x, (0, -len(x) % world_size)).view(world_size, -1)  # [W, K/W]

@@ -7,11 +7,11 @@ arXiv:2006.09882) alternates
     v_b = 1 / sum_k E_bk u_k          (every sample hands out the same mass)
 
 from v = 1, and the targets are the rows of E_bk u_k, normalised: ``softmax(x / T + log u)``. The global
-normalisations of the textbook form cancel, so log u is all that the iterations have to produce.
+normalisations of the textbook form cancel, so the iterations only have to compute log u.
 
-Written with the row softmax p_bk = E_bk u_k v_b, an update of u needs no v: ``u_k <- u_k / sum_b p_bk``. Only the first
-one, from v = 1, is a plain log-sum-exp down the columns. After it, every column of p sums to at least 1 / (B K), so
-nothing underflows, however large the logits are.
+With the row softmax p_bk = E_bk u_k v_b, an update of u needs no v: ``u_k <- u_k / sum_b p_bk``. Only the first update,
+from v = 1, is a plain log-sum-exp over each column. After it, every column of p sums to at least 1 / (B K), so nothing
+underflows, however large the logits are.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def column_logsumexp(logits: Tensor, temperature: float) -> Tensor:
 
 
 def column_mass(logits: Tensor, temperature: float, bias: Tensor) -> Tensor:
-    """sum_b softmax_k(x_b / T + bias) [K]: the mass each prototype receives from the rows."""
+    """sum_b softmax_k(x_b / T + bias) [K]: the mass that each prototype receives from the rows."""
     return torch.softmax(scale(logits, temperature) + bias, dim=1).sum(dim=0)
 
 
@@ -43,12 +43,12 @@ def assign(logits: Tensor, temperature: float, bias: Tensor) -> Tensor:
 
 
 def zero_if_empty(log_mass: Tensor) -> Tensor:
-    """log_mass [K] with 0 in place of -inf: the bias of a prototype that no row gives any mass stays as it is."""
+    """log_mass [K] with 0 instead of -inf: a prototype that receives no mass keeps its bias."""
     return log_mass.nan_to_num(nan=torch.nan, posinf=torch.inf, neginf=0.0)
 
 
 def sinkhorn_bias(logits: Tensor, temperature: float, n_iterations: int = 3) -> Tensor:
-    """log u [K] after the iterations, of a batch that one process holds."""
+    """log u [K] after the iterations, for a batch that one process holds."""
     bias = -zero_if_empty(column_logsumexp(logits, temperature))
     for _ in range(n_iterations - 1):
         bias = bias - zero_if_empty(column_mass(logits, temperature, bias).log())

@@ -1,12 +1,12 @@
 """Sinkhorn-Knopp in Triton: the operators of :mod:`dinov2_kernels.sinkhorn.reference` for CUDA tensors.
 
 Legend: logits [B, K] contiguous, float64, float32, bfloat16 or float16; bias [K] and every result in the accumulation
-dtype, float64 for float64 logits and float32 otherwise. No atomics: results do not change from run to run.
+dtype, float64 for float64 logits and float32 otherwise. No atomics: results are the same in every run.
 
-Down the columns a program owns a *strip*, some neighbouring columns and all rows, and reads it in tiles
-[DEPTH, ROWS, COLUMNS]. A thread holds DEPTH rows of its columns: it adds them up without its neighbours, who meet once,
-at the end of the strip. A tile is 4096 or 8192 logits: 64 bytes of bfloat16 in flight per thread, enough to keep an
-H200's memory busy.
+For sums over columns, a program owns a *strip*, some neighbouring columns with all rows, and reads it in tiles
+[DEPTH, ROWS, COLUMNS]. A thread holds DEPTH rows of its columns and sums them alone; threads combine their sums once,
+at the end of the strip. A tile has 4096 or 8192 logits: each thread loads 64 bytes of bfloat16 at once, enough to keep
+an H200's memory busy.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from torch import Tensor
 
 from dinov2_kernels._library import accumulation_dtype
 
-MANY_ROWS = 1024  # from here on rows share a read of the bias: there are enough of them for every multiprocessor
-PROGRAMS = 264  # that own strips at once: two on each of the 132 multiprocessors of an H100 or H200
-L2_BYTES = 50 * 2**20  # of the same
-SECTOR_BYTES = 32  # the least that memory hands out
+MANY_ROWS = 1024  # from this number on, rows share a read of the bias: there is enough work for every multiprocessor
+PROGRAMS = 264  # programs that own strips at once: two on each of the 132 multiprocessors of an H100 or H200
+L2_BYTES = 50 * 2**20  # L2 cache of an H100 or H200
+SECTOR_BYTES = 32  # the smallest unit of a memory read
 
-_LOWEST = tl.constexpr(-3.0e38)  # where a running maximum starts: -inf would give exp(-inf + inf)
+_LOWEST = tl.constexpr(-3.0e38)  # start of a running maximum: -inf would give exp(-inf + inf)
 
 
 def sinkhorn_bias(logits: Tensor, temperature: float, n_iterations: int) -> Tensor:
-    """log u [K] after the iterations, of a batch that one process holds.
+    """log u [K] after the iterations, for a batch that one process holds.
 
-    Bytes: one read of the logits per iteration; all but the last visit every strip a second time, while L2 holds it.
-    What a program has seen of the rows, [2, 264, B] in all, is updated once per strip, in L2 too: 10 MB for 4900 rows.
+    Bytes: one read of the logits per iteration. Every iteration except the last reads every strip a second time, while
+    L2 holds it. The programs' partial results for the rows, [2, 264, B], are updated once per strip, also in L2: 10 MB
+    for 4900 rows.
     """
     B, K = logits.shape
     columns = _strip_columns(logits)
@@ -53,7 +54,7 @@ def sinkhorn_bias(logits: Tensor, temperature: float, n_iterations: int) -> Tens
 
 
 def column_logsumexp(logits: Tensor, temperature: float) -> Tensor:
-    """log sum_b exp(x_bk / T) [K]; -inf where B = 0.
+    """log sum_b exp(x_bk / T) [K]; -inf if B = 0.
 
     Bytes: one read of the logits, one write of [K].
     """
@@ -67,13 +68,13 @@ def column_logsumexp(logits: Tensor, temperature: float) -> Tensor:
 def column_mass(logits: Tensor, temperature: float, bias: Tensor) -> Tensor:
     """sum_b softmax_k(x_b / T + bias) [K].
 
-    Bytes: two reads of the logits (the second from L2 where they fit, as the class tokens do: [128, 65536] bfloat16
-    are 17 MB), B / 4 reads of the bias, mostly from L2, and the vectors [K] and [2, B].
+    Bytes: two reads of the logits (the second from L2 if they fit, as the class tokens do: [128, 65536] bfloat16 are
+    17 MB), B / 4 reads of the bias, mostly from L2, and the vectors [K] and [2, B].
     """
     B, K = logits.shape
     row_norm = torch.empty(2, B, dtype=bias.dtype, device=logits.device)  # [2, B]: maximum, sum of exponentials
     out = torch.empty(K, dtype=bias.dtype, device=logits.device)  # [K]
-    rows = 1 if B < MANY_ROWS else 4  # of a program
+    rows = 1 if B < MANY_ROWS else 4  # rows of a program
     shape = {"ROWS": rows, "COLUMNS": 8192 // rows, "num_warps": 8}
     with torch.cuda.device_of(logits):
         _row_norm[(triton.cdiv(B, rows),)](logits, bias, row_norm, B, K, 1 / temperature, **shape)
@@ -96,23 +97,23 @@ def assign(logits: Tensor, temperature: float, bias: Tensor) -> Tensor:
 
 
 def _strip_columns(logits: Tensor) -> int:
-    """Columns of a strip that is visited twice: a power of two with which the strips of all programs fit L2."""
+    """Columns of a strip that is read twice: a power of two with which the strips of all programs fit into L2."""
     fitting = L2_BYTES // (PROGRAMS * max(len(logits), 1) * logits.element_size())
     return min(256, max(SECTOR_BYTES // logits.element_size(), 1 << fitting.bit_length() >> 1))
 
 
 def _strip_shape(columns: int, dtype: torch.dtype) -> dict[str, int]:
-    """A thread of 256 holds 8 neighbouring columns of 4 rows; of 2 in float64, whose exponentials take more registers.
+    """Each of 256 threads holds 8 neighbouring columns of 4 rows; 2 rows in float64, which takes more registers.
 
-    With 4, Triton 3.6 spills 1 to 3 KB of them.
+    With 4 rows in float64, Triton 3.6 spills 1 to 3 KB of registers.
     """
     depth = 2 if dtype == torch.float64 else 4
     return {"DEPTH": depth, "ROWS": 2048 // columns, "COLUMNS": columns, "num_warps": 8}
 
 
-# `scale` is 1 / T. Triton passes a Python float as float32 unless told otherwise; float64 logits need all of it. The
-# number of masked patches, B, changes with every step: a kernel for it being 1 or a multiple of 16 would have to be
-# compiled in the middle of training.
+# `scale` is 1 / T. Triton passes a Python float as float32 by default; float64 logits need all of its digits. B, the
+# number of masked patches, changes in every step: if B were specialised, Triton would compile kernels for B = 1 and for
+# multiples of 16 in the middle of training.
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -120,7 +121,7 @@ def _balance(
     logits, bias, row_norm, partial, B, K, scale: tl.float64,
     IS_FIRST: tl.constexpr, IS_LAST: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One iteration: the bias of every column, and of every row the sums under the new bias."""
+    """One iteration: the new bias of every column, and the sums of every row with the new bias."""
     dtype: tl.constexpr = bias.dtype.element_ty
     scale = tl.full([1], scale, dtype)
     for first in range(tl.program_id(0) * COLUMNS, K, tl.num_programs(0) * COLUMNS):
@@ -134,12 +135,12 @@ def _balance(
         tl.store(bias + column, offset, mask=column < K)
         if not IS_LAST:
             _add_row_norms(logits, partial, first, column, offset, B, K, scale, dtype, DEPTH, ROWS)
-            tl.debug_barrier()  # the next strip reads what other threads of this program wrote
+            tl.debug_barrier()  # the next strip reads values that other threads of this program wrote
 
 
 @triton.jit(do_not_specialize=["B", "programs"])
 def _merge_row_norms(partial, row_norm, B, programs, ROWS: tl.constexpr, PROGRAMS: tl.constexpr):
-    """[2, P, B] to [2, B]."""
+    """Merge the programs' partial results [2, P, B] into [2, B]."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     program = tl.arange(0, PROGRAMS)
     inside = (program < programs)[:, None] & (row < B)[None, :]
@@ -203,7 +204,7 @@ def _strip_logsumexp(logits, column, B, K, scale, dtype: tl.constexpr, DEPTH: tl
     total = tl.full([ROWS, column.shape[0]], 0.0, dtype)
     for start in range(0, B, DEPTH * ROWS):
         x = _load(logits, _rows(start, DEPTH, ROWS)[:, :, None], column[None, None, :], B, K, dtype)
-        # The maximum is taken of the logits themselves: x - maximum is small, and nearly exact, where it matters.
+        # The maximum is that of the logits, not of x / T: x - maximum is small, and nearly exact, where it matters.
         larger = tl.maximum(maximum, tl.max(x, 0))  # [ROWS, COLUMNS]
         total = total * tl.exp((maximum - larger) * scale) + tl.sum(tl.exp((x - larger[None, :, :]) * scale), 0)
         maximum = larger
@@ -231,13 +232,13 @@ def _strip_mass(
 def _add_row_norms(
     logits, partial, first, column, offset, B, K, scale, dtype: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr
 ):
-    """Adds the strip's share to this program's maximum and sum of exponentials of every row, [2, P, B].
+    """Add the strip's share to this program's maximum and sum of exponentials of every row, [2, P, B].
 
-    The last rows come first: they were read last, so L2 surely holds them.
+    The last rows come first, because they were read last and L2 still holds them.
     """
     own = partial + tl.program_id(0).to(tl.int64) * B  # [B]
     to_total = tl.num_programs(0).to(tl.int64) * B
-    is_new = first == tl.program_id(0) * column.shape[0]  # nothing was added yet
+    is_new = first == tl.program_id(0) * column.shape[0]  # the program's first strip: nothing was added yet
     for i in range(0, tl.cdiv(B, DEPTH * ROWS)):
         row = _rows((tl.cdiv(B, DEPTH * ROWS) - 1 - i) * DEPTH * ROWS, DEPTH, ROWS)  # [DEPTH, ROWS]
         x = _load(logits, row[:, :, None], column[None, None, :], B, K, dtype)
@@ -253,9 +254,9 @@ def _add_row_norms(
 
 @triton.jit
 def _softmax_norm(logits, bias, row, B, K, scale, COLUMNS: tl.constexpr):
-    """Of some rows b, the maximum of z_bk = x_bk / T + bias_k over k, and sum_k exp(z_bk - maximum_b).
+    """For some rows b, the maximum of z_bk = x_bk / T + bias_k over k, and sum_k exp(z_bk - maximum_b).
 
-    Kept apart, not as one log-sum-exp: at |z| = 1e5 its rounding alone would cost the softmax 1 %.
+    They are two numbers and not one log-sum-exp: at |z| = 1e5 its rounding alone would change the softmax by 1 %.
     """
     dtype: tl.constexpr = bias.dtype.element_ty
     maximum = tl.full(row.shape, _LOWEST, dtype)
@@ -273,14 +274,14 @@ def _softmax_norm(logits, bias, row, B, K, scale, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _rows(start, DEPTH: tl.constexpr, ROWS: tl.constexpr):
-    """The rows of a tile that begins with row `start` [DEPTH, ROWS]."""
+    """Row numbers [DEPTH, ROWS] of a tile that begins with row `start`."""
     return start + tl.arange(0, DEPTH)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
 
 
 @triton.jit
 def _load(logits, row, column, B, K, dtype: tl.constexpr):
-    """Logits at (row, column) in the accumulation dtype; -inf, which adds nothing to any sum, outside the matrix."""
-    address = logits + row.to(tl.int64) * K + column  # B * K may pass 2^31
+    """Logits at (row, column) in the accumulation dtype; outside the matrix -inf, which adds nothing to any sum."""
+    address = logits + row.to(tl.int64) * K + column  # B * K may exceed 2^31
     return tl.load(address, mask=(row < B) & (column < K), other=float("-inf")).to(dtype)
 
 

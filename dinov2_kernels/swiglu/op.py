@@ -1,4 +1,4 @@
-"""SwiGLU: its operators, their derivative, and the functions that call them."""
+"""SwiGLU: forward and backward operators, autograd, and the functions that call them."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ _backward_ = define(
 
 
 def swiglu(x12: Tensor) -> Tensor:
-    """Gate one half of the features by the SiLU of the other, see :mod:`dinov2_kernels.swiglu.reference`.
+    """Multiply one half of the features by the SiLU of the other, see :mod:`dinov2_kernels.swiglu.reference`.
 
-    Bytes: forward reads x12 and writes the result, which is half as large; backward reads x12 and the gradient and
-    writes x12's. Nothing but x12 is kept for it.
+    Bytes: forward reads x12 and writes the result, which is half as large; backward reads x12 and the gradient, and
+    writes the gradient of x12. It needs nothing else.
 
     Args:
         x12: [..., 2H] gate (first half) and value (second half); any floating dtype.
@@ -75,20 +75,20 @@ def swiglu(x12: Tensor) -> Tensor:
 
 
 def swiglu_backward_(grad: Tensor, x12: Tensor) -> tuple[Tensor, Tensor]:
-    """The pass over the features between the matrix products of a feed-forward layer's backward.
+    """Backward of SwiGLU inside a feed-forward layer: one pass over the features between two matrix products.
 
     With ``x12 = linear(x)`` and ``y = linear(swiglu(x12))``, backward needs the gradient of x12, its sum over the rows
     for the first bias, and swiglu(x12) again for the second weight.
 
-    Bytes: reads ``grad`` and x12, writes x12's gradient and, over ``grad``, swiglu(x12). Sums have a fixed order, so
-    they do not change from run to run, nor with the number of threads.
+    Bytes: reads ``grad`` and x12, writes the gradient of x12 and, over ``grad``, swiglu(x12). Sums have a fixed order,
+    so results are the same in every run and for every number of threads.
 
     Args:
         grad: [..., H] contiguous, gradient of swiglu(x12); overwritten with swiglu(x12).
-        x12: [..., 2H] contiguous; any floating dtype, that of ``grad``.
+        x12: [..., 2H] contiguous; any floating dtype, the same as ``grad``.
 
     Returns:
-        The gradient of x12 [..., 2H], and the sum [2H] of it over all rows in float32, or in float64 for float64.
+        The gradient of x12 [..., 2H], and its sum [2H] over all rows in float32, or in float64 for float64.
 
     Raises:
         TypeError, ValueError: an argument is not as described.
@@ -133,6 +133,6 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x12,) = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return reference.swiglu_backward(grad, x12)  # which can be differentiated again
+            return reference.swiglu_backward(grad, x12)  # can be differentiated again
         dx12: Tensor = _backward(grad.contiguous(), x12)
         return dx12

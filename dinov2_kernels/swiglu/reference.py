@@ -22,16 +22,16 @@ def swiglu(x12: Tensor) -> Tensor:
 
 
 def swiglu_backward(grad: Tensor, x12: Tensor) -> Tensor:
-    """Gradient [..., 2H] of x12, given that of the result, grad [..., H]."""
+    """Gradient [..., 2H] of x12 from grad [..., H], the gradient of the result."""
     x1, x2 = x12.chunk(2, dim=-1)
     s = torch.sigmoid(x1)
     return torch.cat([grad * x2 * s * (1 + x1 * (1 - s)), grad * x1 * s], dim=-1)
 
 
 def swiglu_backward_(grad: Tensor, x12: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient [..., 2H] of x12 and its sum [2H] over all rows; the result is put into ``grad`` in place of its own.
+    """Gradient [..., 2H] of x12, and its sum [2H] over all rows in the accumulation dtype.
 
-    The sum is in the accumulation dtype.
+    ``grad`` [..., H] becomes swiglu(x12).
     """
     dx12 = swiglu_backward(grad, x12)
     grad.copy_(swiglu(x12))

@@ -1,8 +1,8 @@
 """SwiGLU in Triton: the two operators of :mod:`dinov2_kernels.swiglu.reference` for CUDA tensors.
 
 Legend: x12 [..., 2H] contiguous, R rows of gate and value; float64, float32, bfloat16 or float16. Arithmetic is in
-float32, or in float64 for float64. Without sums a program works on a tile of 2048 gates, whose width divides H where
-it can. No atomics: results do not change from run to run.
+float32, or in float64 for float64. Without sums, a program works on a tile of 2048 gates, whose width divides H if
+possible. No atomics: results are the same in every run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def swiglu(x12: Tensor) -> Tensor:
 
 
 def swiglu_backward(grad: Tensor, x12: Tensor) -> Tensor:
-    """Gradient of x12 [..., 2H], given that of the result [..., H]. Moves 5 R H elements: reads both, writes one."""
+    """Gradient of x12 [..., 2H] from grad [..., H]. Moves 5 R H elements: reads x12 and grad, writes the gradient."""
     dx12 = torch.empty_like(x12)  # [..., 2H]
     grid, shape = _tiles(grad)
     with torch.cuda.device_of(x12):
@@ -37,8 +37,8 @@ def swiglu_backward(grad: Tensor, x12: Tensor) -> Tensor:
 def swiglu_backward_(grad: Tensor, x12: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient of x12 [..., 2H] and its sum [2H] over all rows; grad [..., H] is overwritten with the result.
 
-    Moves 6 R H elements: reads both, writes the gradient and the result. Programs add up the gradient over their own
-    rows, and PyTorch adds up the programs.
+    Moves 6 R H elements: reads x12 and grad, writes the gradient and the result. Programs sum the gradient over their
+    own rows, and PyTorch sums the programs.
     """
     dx12 = torch.empty_like(x12)  # [..., 2H]
     H = grad.shape[-1]
@@ -52,7 +52,7 @@ def swiglu_backward_(grad: Tensor, x12: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _tiles(y: Tensor) -> tuple[tuple[int], dict[str, int]]:
-    """The grid, and what the kernels take, for a result y [..., H]."""
+    """The grid and the sizes for the kernels, for a result y [..., H]."""
     H = y.shape[-1]
     rows = y.numel() // max(1, H)
     width = min(1024, max(128, H & -H))  # the power of two in H
@@ -110,7 +110,7 @@ def _backward_with_sums(grad, x12, dx12, sums, R, H, ROWS: tl.constexpr, WIDTH: 
 
 @triton.jit
 def _tile(R, H, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows [ROWS, 1] and columns [1, WIDTH] of a program, and which of them exist."""
+    """The rows [ROWS, 1] and columns [1, WIDTH] of a program, and which elements exist."""
     pieces = tl.cdiv(H, WIDTH)
     row = (tl.program_id(0) // pieces * ROWS + tl.arange(0, ROWS))[:, None]
     column = (tl.program_id(0) % pieces * WIDTH + tl.arange(0, WIDTH))[None, :]

@@ -198,7 +198,7 @@ def test_wide_heads_run_in_plain_pytorch_with_one_warning() -> None:
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
-        ([(10, 2, 8)] * 3, "layout describes 12 tokens, but q has 10"),
+        ([(10, 2, 8)] * 3, "q: expected 12 tokens, as the layout describes, got 10"),
         ([(12, 16)] * 3, r"q: expected shape \[T, H, D\], got \[12, 16\]"),
         ([(12, 2, 8), (12, 2, 4), (12, 2, 8)], r"k: expected the shape of q, \[12, 2, 8\], got \[12, 2, 4\]"),
         ([(12, 2, 8), (12, 2, 8), (11, 2, 8)], r"v: expected the shape of q, \[12, 2, 8\], got \[11, 2, 8\]"),
@@ -239,7 +239,7 @@ def test_no_heads() -> None:
 def test_bad_packed_shape() -> None:
     with pytest.raises(ValueError, match=r"qkv: expected shape \[T, 3, H, D\], got \[12, 2, 2, 8\]"):
         varlen_attention_qkvpacked(torch.zeros(12, 2, 2, 8), PackedLayout([(3, 4)]))
-    with pytest.raises(ValueError, match="layout describes 12 tokens, but qkv has 11"):
+    with pytest.raises(ValueError, match="qkv: expected 12 tokens, as the layout describes, got 11"):
         varlen_attention_qkvpacked(torch.zeros(11, 3, 2, 8), PackedLayout([(3, 4)]))
 
 
@@ -250,7 +250,7 @@ def test_bad_packed_shape() -> None:
         (torch.tensor([], dtype=torch.int32), r"expected offsets of dtype torch.int32 and shape \[S \+ 1\]"),
         (torch.tensor([1, 12], dtype=torch.int32), "expected offsets that start at 0 and never decrease"),
         (torch.tensor([0, 7, 5, 12], dtype=torch.int32), "expected offsets that start at 0 and never decrease"),
-        (torch.tensor([0, 7], dtype=torch.int32), "layout describes 7 tokens, but q has 12"),
+        (torch.tensor([0, 7], dtype=torch.int32), "layout: expected offsets that end at the 12 tokens of q, got 7"),
     ],
 )
 def test_bad_offsets(offsets: Tensor, message: str) -> None:

@@ -212,7 +212,7 @@ def test_compiles_forward_and_backward(overwrite: bool) -> None:
         ({"student_logits": torch.zeros(4, 0)}, ValueError, r"student_logits: expected .* K >= 1, got \[4, 0\]"),
         ({"teacher_logits": torch.zeros(4, 6)}, ValueError, r"teacher_logits: expected shape \[4, 7\] .* got \[4, 6\]"),
         ({"teacher_logits": torch.zeros(4, 7, dtype=torch.int32)}, TypeError, "teacher_logits: .* got torch.int32"),
-        ({"teacher_logits": torch.zeros(4, 7).double()}, TypeError, "teacher_logits: expected float64 beside float64"),
+        ({"teacher_logits": torch.zeros(4, 7).double()}, TypeError, "teacher_logits: expected float64 if and only if"),
         ({"teacher_index": torch.zeros(4)}, TypeError, "teacher_index: expected integers, got torch.float32"),
         ({"teacher_index": torch.zeros(3).long()}, ValueError, r"teacher_index: expected shape \[4\] or .* got \[3\]"),
         ({"teacher_index": torch.tensor([0, 4, 1, 2])}, ValueError, "teacher_index: .* rows from 0 to 3, got 4"),

@@ -291,7 +291,7 @@ def test_wrong_values_are_named() -> None:
             nearest_neighbors(torch.randn(4, 2), k)
         with pytest.raises(ValueError, match=f"k: expected 1 to 3 neighbours of 4 rows, got {k}"):
             koleo_loss(torch.randn(8, 2), k=k, n_groups=2)
-    with pytest.raises(ValueError, match="k: expected 1 neighbour of a row that is alone: itself, got 2"):
+    with pytest.raises(ValueError, match="k: expected 1, because a single row is its own only neighbour, got 2"):
         koleo_loss(torch.randn(3, 2), k=2, n_groups=3)
     with pytest.raises(ValueError, match="k: expected 1 to 0 neighbours of 1 rows, got 1"):
         nearest_neighbors(torch.randn(1, 2))

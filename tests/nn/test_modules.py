@@ -311,7 +311,7 @@ def test_block_compiles_in_one_graph(rate: float) -> None:
 
 
 def test_block_reports_a_layout_that_does_not_match() -> None:
-    with pytest.raises(ValueError, match="layout describes 6 tokens, but x has 5"):
+    with pytest.raises(ValueError, match="x: expected 6 tokens, as the layout describes, got 5"):
         random_block()(torch.zeros(5, 16, dtype=torch.float64), PackedLayout([(3, 2)]))
 
 

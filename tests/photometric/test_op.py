@@ -164,12 +164,12 @@ IMAGES, PLAN = torch.zeros(2, 4, 5, 3, dtype=torch.uint8), PhotometricPlan.of([I
         (
             lambda: photometric(IMAGES[:1], PLAN, mean=MEAN, std=STD),
             ValueError,
-            "plan: expected one of 1 images, got one of 2",
+            "plan: expected a plan of 1 images, got one of 2",
         ),
         (
             lambda: photometric(IMAGES, PLAN.to("meta"), mean=MEAN, std=STD),
             ValueError,
-            "plan: expected its table on cpu, as the images, got meta",
+            "plan: expected a table on the device of images, cpu, got meta",
         ),
         (lambda: photometric(IMAGES, PLAN, mean=[0.5], std=STD), ValueError, r"mean: expected three numbers, got \[0"),
         (lambda: photometric(IMAGES, PLAN, mean=MEAN, std=[1, 0, 1]), ValueError, "std: expected three numbers above"),

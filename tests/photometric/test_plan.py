@@ -154,7 +154,7 @@ def test_table_and_back(drawn: list[ImagePlan]) -> None:
         ),
         (lambda: ImagePlan(jitters=((Jitter.HUE, math.inf),)), "jitters: expected a finite turn for hue, got inf"),
         (lambda: ImagePlan(blur_sigma=-1.0), "blur_sigma: expected a finite number >= 0, got -1.0"),
-        (lambda: ImagePlan(solarize_threshold=math.nan), "solarize_threshold: expected a level, got nan"),
+        (lambda: ImagePlan(solarize_threshold=math.nan), "solarize_threshold: expected a number, got nan"),
         (lambda: PhotometricDistribution(flip=1.5), r"flip: expected a chance in \[0, 1\], got 1.5"),
         (lambda: PhotometricDistribution(hue=0.7), r"hue: expected a number in \[0, 0.5\], got 0.7"),
         (lambda: PhotometricDistribution(blur_sigma=(2.0, 1.0)), r"blur_sigma: expected \(low, high\)"),

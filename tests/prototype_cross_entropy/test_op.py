@@ -334,7 +334,7 @@ WRONG_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
         "weight: expected the device of features, cpu, got meta",
     ),
     ({"teacher_logits": torch.zeros(4, 6)}, ValueError, r"teacher_logits: expected shape \[M, 7\] .* got \[4, 6\]"),
-    ({"teacher_logits": torch.zeros(3, 7)}, ValueError, "teacher_logits: without teacher_index expected .* 4, got 3"),
+    ({"teacher_logits": torch.zeros(3, 7)}, ValueError, "teacher_logits: expected 4 rows, .* teacher_index, got 3"),
     ({"teacher_logits": torch.zeros(4, 7, dtype=torch.bool)}, TypeError, "teacher_logits: .* got torch.bool"),
     ({"teacher_bias": torch.zeros(4)}, ValueError, r"teacher_bias: expected shape \[7\] .* got \[4\]"),
     ({"row_weight": torch.zeros(7)}, ValueError, r"row_weight: expected shape \[4\] .* got \[7\]"),

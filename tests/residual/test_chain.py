@@ -241,7 +241,7 @@ def test_bad_chains() -> None:
     with pytest.raises(ValueError, match="connections: expected at least one, got none"):
         residual_chain(x, LAYOUT, [])
     good = Connection(lambda h, _: h, Subset(LAYOUT))
-    with pytest.raises(ValueError, match="subset: expected one of 23 tokens, those of x, got one of 2"):
+    with pytest.raises(ValueError, match="subset: expected a subset of 23 tokens, those of x, got one of 2"):
         residual_chain(x, LAYOUT, [good, good._replace(subset=Subset(PackedLayout([(1, 2)])))])
     with pytest.raises(ValueError, match=r"gamma: expected shape \[6\], the channels of x, got \[3\]"):
         residual_chain(x, LAYOUT, [good, good._replace(gamma=torch.ones(3))])

@@ -243,14 +243,14 @@ def test_bad_subsets() -> None:
     for options in ({}, {"drop_rate": 0.5, "subset": subset}):
         with pytest.raises(ValueError, match="drop_rate, subset: expected one of the two, got"):
             stochastic_depth(x, layout, lambda h, _: h, **options)
-    with pytest.raises(ValueError, match="generator: expected None beside a subset"):
+    with pytest.raises(ValueError, match="generator: expected None with a subset"):
         stochastic_depth(x, layout, lambda h, _: h, subset=subset, generator=torch.Generator())
     (others,) = draw_subsets(torch.ones(8, 2), PackedLayout([(4, 2)]), [0.5])
     for other in (others, Subset(PackedLayout([(4, 2)]))):
-        with pytest.raises(ValueError, match="subset: expected one of 6 tokens, those of x, got one of 8"):
+        with pytest.raises(ValueError, match="subset: expected a subset of 6 tokens, those of x, got one of 8"):
             stochastic_depth(x, layout, lambda h, _: h, subset=other)
     with pytest.raises(
-        TypeError, match=r"subset: expected one drawn for tokens in torch.float64, got a scale in torch.float32"
+        TypeError, match=r"subset: expected a subset drawn for tokens in torch.float64, got a scale in torch.float32"
     ):
         stochastic_depth(x.double(), layout, lambda h, _: h, subset=subset)
     with pytest.raises(ValueError, match="subset: expected the device of x, cpu, got meta"):
@@ -345,7 +345,7 @@ def test_bad_rate(rate: float) -> None:
 
 def test_bad_shapes() -> None:
     layout = PackedLayout([(3, 2)])
-    with pytest.raises(ValueError, match="layout describes 6 tokens, but x has 5"):
+    with pytest.raises(ValueError, match="x: expected 6 tokens, as the layout describes, got 5"):
         stochastic_depth(torch.ones(5, 2), layout, lambda h, _: h, drop_rate=0.0)
     with pytest.raises(ValueError, match=r"x: expected shape \[T, C\], got \[6, 2, 2\]"):
         stochastic_depth(torch.ones(6, 2, 2), layout, lambda h, _: h, drop_rate=0.0)

@@ -149,7 +149,7 @@ def test_backends_can_be_forced() -> None:
         torch.testing.assert_close(dk.sinkhorn_bias(logits, 0.07), reference.sinkhorn_bias(logits, 0.07))
     with dk.use_backend("native"):
         torch.testing.assert_close(dk.sinkhorn_bias(logits, 0.07), reference.sinkhorn_bias(logits, 0.07))
-    with pytest.raises(ValueError, match="use_backend: name must be one of reference, triton, native, got 'cuda'"):
+    with pytest.raises(ValueError, match="name: expected one of reference, triton, native, got 'cuda'"):
         dk.use_backend("cuda")  # type: ignore[arg-type]
 
 
