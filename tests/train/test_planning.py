@@ -162,9 +162,9 @@ def test_graphs_take_memory_beside_them() -> None:
     peaks = [plan(run, world_size=1, device_type="cuda").peak.bytes for run in (graphed, config)]
     assert peaks[0].pop("beside the graphs") > peaks[0]["batch"]  # the inputs twice, and more
     assert peaks[0] == peaks[1]
-    with pytest.raises(ValueError, match="cuda_graph must be False with several processes"):
+    with pytest.raises(ValueError, match="cuda_graph: expected False with several processes"):
         plan(graphed, world_size=2, device_type="cuda")
-    with pytest.raises(ValueError, match="cuda_graph must be False on a device without CUDA, but the device is cpu"):
+    with pytest.raises(ValueError, match="cuda_graph: expected False on cpu, a device without CUDA, got True"):
         plan(graphed, world_size=1, device_type="cpu")
 
 
