@@ -26,7 +26,7 @@ Network = Literal["teacher", "student"]
 
 
 class Networks(NamedTuple):
-    """A student and its moving average, the teacher. Both have the same weights if the source holds only one network."""
+    """A student and its moving average, the teacher. Both have the same weights if the source holds one network."""
 
     student: Weights
     teacher: Weights
@@ -260,8 +260,8 @@ def read_frozen_teacher(config: DistillConfig) -> Weights:
     found = digest(teacher)
     if found != config.frozen_teacher_sha256:
         raise ValueError(
-            f"frozen_teacher_sha256: expected the digest of the weights in {config.frozen_teacher}, which is"
-            f" {found[:16]}..., got {config.frozen_teacher_sha256[:16]!r}...; they are not the teacher of this run"
+            "frozen_teacher: expected the teacher of this run, whose weights have the frozen_teacher_sha256"
+            f" {config.frozen_teacher_sha256[:16]!r}..., got {found[:16]!r}... in {config.frozen_teacher}"
         )
     return teacher
 

@@ -3,8 +3,8 @@
 float16 holds no number below 6e-8, so the loss is multiplied by a scale before the backward pass. The scale grows until
 gradients overflow and then shrinks (:class:`torch.amp.GradScaler`). A step whose gradients overflow changes nothing.
 
-Under autocast, linear layers cast their float32 weights at every use: 8 kernel launches for each block of the student, 8
-for each block of the teacher, and 8 for the gradients. On a GPU, 16-bit copies replace the weights while a micro-batch
+Under autocast, linear layers cast their float32 weights at every use: 8 launches for each block of the student, 8 for
+each block of the teacher, and 8 for the gradients. On a GPU, 16-bit copies replace the weights while a micro-batch
 runs. One call per step casts the weights of all networks, and one call per block casts the gradients. The values are
 bitwise those of autocast. Only parameters of ``nn.Linear`` have copies. Autocast casts only one other parameter, the
 patch embedding's, and adds up its gradient in float32 over the sizes of crops. Prototypes are normalised before they

@@ -185,6 +185,6 @@ def test_dry_run_prints_and_trains_nothing(tmp_path: Path, capsys: pytest.Captur
 
 def test_errors_of_a_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pretrain", "photos", "--dry_run", "--world_size=3", "--device=cpu"]) == 1
-    assert "16 images do not split among 3" in capsys.readouterr().err
+    assert "expected a multiple of the number of processes, 3, got 16" in capsys.readouterr().err
     assert main(["pretrain", "photos", "--world_size=3"]) == 1
     assert "--world_size goes with --dry_run" in capsys.readouterr().err
