@@ -54,11 +54,11 @@ def test_an_index_without_tars(tmp_path: Path) -> None:
 
 
 def test_nothing_of_any_kind(tmp_path: Path, memory: str) -> None:
-    with pytest.raises(ValueError, match="root must hold images"):
+    with pytest.raises(ValueError, match="root: expected a folder with images"):
         open_dataset(DataConfig(root=tmp_path))
-    with pytest.raises(ValueError, match="root must be a folder of images, but 'nowhere' is not a folder"):
+    with pytest.raises(ValueError, match="root: expected a folder of images, got 'nowhere', which is not a folder"):
         open_dataset(DataConfig(root="nowhere"))
-    with pytest.raises(ValueError, match=f"root must hold tar shards .*, but '{memory}' has none"):
+    with pytest.raises(ValueError, match=f"root: expected tar shards .*, got '{memory}', which has none"):
         open_dataset(DataConfig(root=memory))
     with pytest.raises(ValueError, match="Protocol not known: nosuch"):
         open_dataset(DataConfig(root="nosuch://place"))
