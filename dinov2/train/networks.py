@@ -48,9 +48,7 @@ def read_networks(source: Path, *, step: int | None = None, student: str | None 
     if is_run(source):
         source = checkpoint_of(source, step)
     elif step is not None:
-        raise ValueError(
-            f"step: expected None for a source that is not a run directory, got {step} for {source}"
-        )
+        raise ValueError(f"step: expected None for a source that is not a run directory, got {step} for {source}")
     if not is_checkpoint(source):
         weights = read_weights(source)
         return Networks(weights, weights)

@@ -134,7 +134,7 @@ def spoilt(value: float) -> np.ndarray:
             10,
             "expected rows, columns and bands",
         ),
-        (encode_tiff(bands(5, np.uint8).astype(np.int16), **BY_PIXEL), 5, "pixels must be uint8"),
+        (encode_tiff(bands(5, np.uint8).astype(np.int16), **BY_PIXEL), 5, "pixels: expected uint8"),
         (b"\x93NUMPY\x09\x00", 2, "cannot read image a"),
         (b"\x93NUMPY\x01\x00v\x00{'descr': object, 'fortran_order'", 2, "cannot read image a"),
     ],

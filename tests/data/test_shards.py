@@ -200,7 +200,7 @@ def test_a_damaged_tar_keeps_no_other_from_its_index(tmp_path: Path, damage: str
         "negative size": with_negative_size(content),
     }
     bad.write_bytes(damaged[damage])
-    with pytest.raises(ValueError, match=r"1 of 2 tars cannot be read, replace or remove them:\n  .*bad\.tar: "):
+    with pytest.raises(ValueError, match=r"1 of 2 tars cannot be read; replace or remove them:\n  .*bad\.tar: "):
         index_shards(tmp_path)
     assert [path.name for path in (tmp_path / "index").iterdir()] == ["good.parquet"]
     with pytest.raises(ValueError, match=r"lacks the indices of 1 of 2 tars: bad\.tar; .*dinov2 index "):
