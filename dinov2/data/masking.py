@@ -59,7 +59,7 @@ def sample_block_masks(
     """Masks of rectangular blocks, with at most ``counts[i]`` masked patches in mask i.
 
     Blocks are added until the count is reached or ten draws in a row do not fit. A block's area is uniform between
-    ``min_patches`` and the patches left to mask (at most ``max_patches``). Its aspect ratio is log-uniform. Its place is
+    ``min_patches`` and the patches left to mask (at most ``max_patches``). Its aspect ratio is log-uniform, its place
     uniform, and it is smaller than the grid on both sides. On 14 x 14 and 16 x 16 grids, 92 % of the masks reach their
     count, and nearly all others miss it by one or two patches. Native code takes about a microsecond per mask and does
     not hold the interpreter lock. A package built without it uses :mod:`dinov2.data.masking_reference`, with bitwise

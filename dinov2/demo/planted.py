@@ -56,8 +56,8 @@ def planted_images(
     """The crawl, the evaluation set and the seeds; equal arguments give equal images.
 
     Each photograph is cut into tiles that share no pixel, and at most ``per_photograph`` of them are used. One tile in
-    ten is an evaluation image, one in ten is a seed, and the rest are in the pool. The pool also has copies: one to three
-    of different kinds for a share ``copied`` of its tiles, and one for every second evaluation image.
+    ten is an evaluation image, one in ten is a seed, and the rest are in the pool. The pool also has copies: one to
+    three of different kinds for a share ``copied`` of its tiles, and one for every second evaluation image.
 
     Args:
         seed: seed of all random numbers.

@@ -32,7 +32,7 @@ the memory of the block's tokens, instead of 14 times. Norms, activations, gathe
 
 
 def prepare_blocks(objective: SelfDistillation, config: RunConfig) -> None:
-    """Apply ``activation_checkpointing`` to the students' blocks, and ``compile`` to the blocks of students and teacher.
+    """Apply ``activation_checkpointing`` to the students' blocks and ``compile`` to those of students and teacher.
 
     ``residual_in_fp32`` applies to all networks, including those that only a probe runs.
     """

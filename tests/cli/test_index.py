@@ -51,7 +51,7 @@ def test_damaged_tars_are_named_after_the_table(
     assert main(["index", str(pool)]) == 1
     lines, errors = shown(capsys)
     assert ["shards", "indexed", "2"] in lines
-    assert errors.startswith("dinov2 index: 1 of 3 tars cannot be read, replace or remove them:\n  ")
+    assert errors.startswith("dinov2 index: 1 of 3 tars cannot be read; replace or remove them:\n  ")
     assert errors.count("\n") == 2
     assert f"b.tar: {reason}" in errors
     assert sorted(path.name for path in (pool / "index").iterdir()) == ["a.parquet", "c.parquet"]

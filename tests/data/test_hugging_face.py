@@ -68,7 +68,7 @@ def test_channels_are_those_of_the_configuration(tmp_path: Path) -> None:
 def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"column: expected a column of images or bytes \(image\), got 'label'"):
         HuggingFaceImages(some_images(), "label")
-    with pytest.raises(ValueError, match="column: expected .*there is none.* got 'image'; the columns are label"):
+    with pytest.raises(ValueError, match=r"column: expected .*there is none.* got 'image'; the columns are label"):
         HuggingFaceImages(some_images().remove_columns("image"))
     with pytest.raises(ValueError, match=r"dataset: expected a datasets\.Dataset, got IterableDataset"):
         HuggingFaceImages(some_images().to_iterable_dataset())

@@ -94,7 +94,7 @@ def test_writer_refuses(tmp_path: Path) -> None:
     for key in ("", "../up", "a.b", "a/b", "ä"):
         with pytest.raises(ValueError, match="key: expected letters"):
             ShardImage(key, b"")
-    with pytest.raises(ValueError, match="columns: expected none of .*, got offset, sha256"):
+    with pytest.raises(ValueError, match=r"columns: expected none of .*, got offset, sha256"):
         ShardImage("a", b"", {"sha256": "", "offset": 0, "url": ""})
 
 

@@ -124,7 +124,7 @@ def test_one_of_the_students_is_exported_with_its_heads(distill: DistillConfig, 
     run = pretrain(replace(distill, steps=1))
     with pytest.raises(ValueError, match=r"student: expected one of narrow, deep, .* got None; or export one"):
         export(run, tmp_path / "out")
-    with pytest.raises(ValueError, match="student: expected one of narrow, deep, .* got 'wide'"):
+    with pytest.raises(ValueError, match=r"student: expected one of narrow, deep, .* got 'wide'"):
         export(run, tmp_path / "out", student="wide")
     export(run, tmp_path / "out", student="deep", heads=True)
     assert read_teacher(tmp_path / "out").vit.depth == 2
