@@ -78,7 +78,7 @@ class AugmentationConfig(Config, at="data.augmentation"):
     """The channels are divided by these after the subtraction."""
 
     def rules(self) -> Rules:
-        """What the number of channels decides."""
+        """Rules between fields; most depend on the number of channels."""
         yield "mean", bool(self.mean), "one value for each channel"
         is_std = len(self.std) == self.channels and min(self.std) > 0
         yield "std", is_std, f"{self.channels} values above 0, one for each of mean"
@@ -96,7 +96,7 @@ class AugmentationConfig(Config, at="data.augmentation"):
         return len(self.mean)
 
     def colour(self, name: str) -> float:
-        """``saturation``, ``hue`` or ``grayscale``, with what None stands for."""
+        """The value of ``saturation``, ``hue`` or ``grayscale``, with None replaced by its default."""
         given: float | None = getattr(self, name)
         if given is not None:
             return given

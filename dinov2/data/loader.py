@@ -51,7 +51,7 @@ class ImageDataset(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Config, at="data"):
-    """Where images come from and what is made of them."""
+    """These fields describe the images, their augmentation and their masks."""
 
     root: str | Path | None = None
     """Images come from this folder, nested in any way, or from this folder or URL of tar shards or of a saved Hugging

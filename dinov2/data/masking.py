@@ -24,7 +24,7 @@ except ImportError:  # installed without a compiler
 
 @dataclass(frozen=True, kw_only=True)
 class MaskConfig(Config, at="data.masks"):
-    """How many of the global crops are masked, and how much of each."""
+    """These fields decide how many global crops are masked, and how much of each."""
 
     probability: Share = 0.5
     """This share of the global crops of a batch is masked at all."""

@@ -25,7 +25,7 @@ def laptop() -> CurateConfig:
 def lvd142m() -> CurateConfig:
     """Run the pipeline of DINOv2's LVD-142M with its published numbers; you give the models.
 
-    SSCD finds copies: images with a cosine of 0.6 among 64 nearest neighbours, or of 0.45 to an evaluation image. For
+    SSCD finds copies at a cosine of 0.6 among 64 nearest neighbours, and at a cosine of 0.45 to evaluation images. For
     seed sets of a million images or more, it retrieves 4 nearest neighbours of each seed (32 for ImageNet-1k). For
     smaller sets, it takes up to 10,000 images from each of 100,000 clusters that holds more than 3 of their seeds, up
     to a million images for each set. The number of images that start k-means is not published. Here it is 8 for each
