@@ -16,7 +16,7 @@ from dinov2.train.networks import checkpoint_of, digest, read_teacher, run_of
 from dinov2.train.run_directory import read_config
 
 STEPS = 10_000
-"""As published."""
+"""The published adaptation has this many steps."""
 LR_FACTOR = 0.1
 """The published rate is "reduced", by an unknown factor."""
 BATCH_SIZE = 2048
