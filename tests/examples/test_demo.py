@@ -150,7 +150,7 @@ def test_dense_features_are_means_over_all_windows(model: VisionTransformer) -> 
     ("size", "stride", "message"),
     [
         ((16, 16), 6, "stride: expected a multiple of 4, the patch size, up to 16, got 6"),
-        ((16, 16), 20, "up to 16, but is 20"),
+        ((16, 16), 20, "up to 16, got 20"),
         ((12, 16), 4, "image: expected sides of 16 plus a multiple of stride 4, got 12 x 16"),
         ((16, 28), 8, "multiple of stride 8, got 16 x 28"),
     ],
