@@ -63,7 +63,8 @@ def mesh_of(parallel: ParallelConfig, processes: Processes) -> DeviceMesh:
     shard_size = parallel.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     if world_size % shard_size:
         raise ValueError(
-            f"parallel.shard_size: expected a divisor of the number of processes, {world_size}, got replicas of {shard_size}"
+            f"parallel.shard_size: expected a divisor of the number of processes, {world_size}, got replicas of"
+            f" {shard_size}"
         )
     return init_device_mesh(device, (world_size // shard_size, shard_size), mesh_dim_names=("replica", "shard"))
 
