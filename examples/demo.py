@@ -3,8 +3,8 @@
     python examples/demo.py [--seed 0] [--output runs/demo] [--steps N]
 
 The photographs are part of scikit-image and scikit-learn. A small ViT is pretrained on unlabelled patches of their left
-halves. Then it must name the photograph of each patch of a right half, by the patch's five nearest neighbours in the
-left halves. In training it has seen no pixel of the right halves.
+halves. Then the ViT must tell which photograph a patch of a right half comes from, by its five nearest neighbours among
+patches of the left halves. It has seen no pixel of the right halves.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ IN_THE_PICTURE = ("astronaut", "cat", "coffee", "flower", "motorcycle", "china")
 def main() -> None:
     console = Console()
     config = configuration()
-    # A second thread does not help such a small model, and slows it down on a busy machine. The other core cuts the
-    # crops of the next batch.
+    # Such a small model gains nothing from a second thread, and a second thread makes it much slower on a busy machine.
+    # The other core cuts the crops of the next batch.
     torch.set_num_threads(1)
     photographs = BundledPhotographs()
     pool = cut_patches(photographs, half="left", size=128, per_photograph=200, seed=3 * config.seed)
@@ -62,14 +62,12 @@ def configuration() -> PretrainConfig:
     """The recipe ``photos`` with the options of the command line."""
     recipe = photos()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the patches, the weights and the training")
-    parser.add_argument(
-        "--steps", type=int, default=recipe.steps, help="number of optimiser steps (default: %(default)s)"
-    )
-    parser.add_argument("--output", type=Path, help="folder of the run (default: a new folder in runs/)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the whole demo (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=recipe.steps, help="optimiser steps (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="folder of the run (default: a new one in runs/)")
     arguments = parser.parse_args()
     if arguments.output and arguments.output.exists():
-        parser.error(f"--output: expected a new folder, got {arguments.output}, which exists")
+        parser.error(f"--output: expected a new folder, got {str(arguments.output)!r}, which exists")
     output = arguments.output or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
     return dataclasses.replace(recipe, seed=arguments.seed, steps=arguments.steps, output=output)
 
@@ -81,7 +79,7 @@ def picture_features(
     config: PretrainConfig,
     run: Path,
 ) -> None:
-    """Write ``pca.png``: photographs, and the principal components of their patch features as colours."""
+    """Write ``pca.png``: photographs, and the principal components of their patch features, shown as colours."""
     images = [central_square(photographs[photographs.names.index(name)]) for name in IN_THE_PICTURE]
     views = config.data.augmentation
     maps = {
@@ -102,8 +100,8 @@ def central_square(photograph: npt.NDArray[np.uint8], side: int = 256) -> npt.ND
 
 
 def table(accuracies: dict[str, float]) -> Table:
-    """A table of the accuracies; the first row is guessing."""
-    result = Table("From which of twenty photographs is this patch?")
+    """The accuracies, with random guessing in the first row."""
+    result = Table("Which of twenty photographs does this patch come from?")
     result.add_column("5-NN accuracy", justify="right")
     for name, accuracy in {"guessing": 1 / 20, **accuracies}.items():
         result.add_row(name, f"{accuracy:.1%}")
@@ -114,4 +112,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        raise SystemExit("Stopped; the next demo starts anew.") from None
+        raise SystemExit("Stopped. The next demo starts from the beginning.") from None

@@ -194,7 +194,7 @@ def join_processes(device: str, timeout_seconds: float) -> Iterator[Processes]:
             raise
         reason = str(error).splitlines()[0]
         raise PeerError(
-            f"process {rank} of {world_size} lost another process, which failed, was stopped, or did not answer within"
+            f"process {rank} of {world_size} lost another one, which failed, was stopped, or did not answer within"
             f" parallel.timeout_seconds; the output of that process says why ({reason})"
         ) from error
     finally:

@@ -202,4 +202,4 @@ def test_demo_in_three_steps_ends_with_a_table_and_pictures(tmp_path: Path) -> N
 
     again = subprocess.run(demo, env=environment, capture_output=True, text=True, timeout=300)
     assert again.returncode == 2
-    assert f"--output: expected a new folder, got {run}, which exists" in again.stderr
+    assert f"--output: expected a new folder, got '{run}', which exists" in again.stderr

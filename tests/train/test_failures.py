@@ -128,7 +128,7 @@ def test_a_hung_process(config: PretrainConfig, tmp_path: Path) -> None:
     assert ends([waiting]) == [1]
     hung.kill()
     assert ends([hung]) == [-signal.SIGKILL]
-    saying = r"PeerError: process 0 of 2 lost another process, .* did not answer within parallel\.timeout_seconds"
+    saying = r"PeerError: process 0 of 2 lost another one, .* did not answer within parallel\.timeout_seconds"
     assert re.match(saying, error(config, 0))
     for name in checkpoints(config):  # nothing else is there
         load_checkpoint(config.output / "checkpoints" / name)
