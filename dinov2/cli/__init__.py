@@ -16,10 +16,10 @@ COMMANDS = {
     "export": "write the weights of a run as files that anyone can read",
     "embed": "write the features that a model has for images",
     "curate": "make a set to pretrain on out of pages, links or images",
-    "index": "write where each image lies in tars, so that they can be trained on",
+    "index": "write the index of images in tars, which training needs",
     "info": "show which kernels are built and which of them will run here",
 }
-"""Name and description; the module of a command is imported only when it is called, so that help is instant."""
+"""Names and descriptions. A command's module is imported only when the command runs, so help appears at once."""
 
 USAGE_ERROR = 2
 FAILURE = 1
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def underscored(argument: str) -> str:
-    """An option as help and documentation spell it: ``--batch-size=4`` is ``--batch_size=4``."""
+    """An option in the spelling of help and documentation: ``--batch-size=4`` becomes ``--batch_size=4``."""
     if not argument.startswith("--"):
         return argument
     name, mark, value = argument[2:].partition("=")
@@ -60,7 +60,7 @@ def underscored(argument: str) -> str:
 
 @contextmanager
 def warnings_in_a_line(command: str) -> Iterator[None]:
-    """Show warnings of this package as errors are shown; others keep the place in the code that they are about."""
+    """Show warnings of this package in one line, like errors. Other warnings also show their place in the code."""
     before = warnings.formatwarning
 
     def formatted(
@@ -78,7 +78,7 @@ def warnings_in_a_line(command: str) -> Iterator[None]:
 
 
 def help_text() -> str:
-    """What ``dinov2 --help`` prints."""
+    """The text of ``dinov2 --help``."""
     width = max(map(len, COMMANDS))
     commands = "\n".join(f"  {name:<{width}}  {description}" for name, description in COMMANDS.items())
     return (

@@ -1,4 +1,4 @@
-"""``dinov2 adapt``: a pretrained run goes on with larger images."""
+"""``dinov2 adapt``: continue a pretrained run with larger images."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ A run writes its directory (--output) as dinov2 pretrain does, with the finished
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Adapt, or explain how."""
+    """Adapt, or print the help."""
     if not arguments or list(arguments) in (["-h"], ["--help"]):
         print(HELP)
         return
@@ -37,7 +37,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def parse(options: Sequence[str]) -> Arguments[PretrainConfig]:
-    """The configuration of the adapted run, with the overrides of the command line."""
+    """The configuration of the adapted run, changed by the options."""
     own, fields = take_options("dinov2 adapt", options, _declare)
     output = own.output or folder_of(own.run, own.image_size)
     config = saved_config(output, own.resume, PretrainConfig)

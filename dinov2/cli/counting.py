@@ -7,7 +7,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 def counting_bar(what: str, console: Console) -> Progress:
-    """A bar of ``what`` done of all, and the time left; nothing where there is no terminal."""
+    """A progress bar that counts ``what`` and shows the time left. Without a terminal it shows nothing."""
     return Progress(
         TextColumn(f"[bold]{what}"),
         MofNCompleteColumn(),

@@ -1,4 +1,4 @@
-"""``dinov2 curate``: from pages, links or images to a set to pretrain on, all stages or one."""
+"""``dinov2 curate``: turn pages, links or images into a set to pretrain on, in all stages or one."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ EXAMPLES = """examples:
   dinov2 curate report curated/config.json                      write the report of what is there
   dinov2 curate run laptop --help                               show every setting with its value
 
-What is done is not done again: results lie in folders named after their settings, and a changed setting makes anew only
-what depends on it. The last line says where the set is, for dinov2 pretrain --data.root."""
+Finished work is not repeated: each result has a folder named after its settings, and a changed setting repeats only the
+steps that depend on it. The last line of the output names the set, for dinov2 pretrain --data.root."""
 
 SHARE = re.compile(r"(\d+)/(\d+)", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """What may follow the name of a configuration."""
+    """The options after the name of a configuration."""
 
     config: Annotated[CurateConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
     shard: str = "0/1"
@@ -47,7 +47,7 @@ class Arguments:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Curate, or explain how."""
+    """Curate, or print the help."""
     if len(arguments) < 2 or arguments[0] in ("-h", "--help") or arguments[1] in ("-h", "--help"):
         print(help_text())
         return
@@ -76,7 +76,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def parse(what: str, name: str, options: Sequence[str]) -> Arguments:
-    """A curation by its name, or by the ``config.json`` of an earlier one, with the overrides of the command line."""
+    """A curation by its name or by the ``config.json`` of an earlier one, changed by the options."""
     description = ""
     if name in CURATIONS or not name.endswith(".json"):
         config = curation(name)
@@ -93,8 +93,8 @@ def read_config(path: str) -> CurateConfig:
     """The configuration in a file.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is no configuration of a curation.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not the configuration of a curation.
     """
     file = Path(path)
     if not file.is_file():
@@ -103,24 +103,24 @@ def read_config(path: str) -> CurateConfig:
 
 
 def share(text: str) -> Part:
-    """``I/N`` as the part of the work that it names.
+    """The part of the work that ``I/N`` names.
 
     Raises:
-        ValueError: it is not I/N with 0 <= I < N.
+        ValueError: the text is not I/N with 0 <= I < N.
     """
     found = SHARE.fullmatch(text)
     if not found:
-        raise ValueError(f"shard must be I/N, such as 3/64, but is {text!r}")
+        raise ValueError(f"shard: expected I/N, such as 3/64, got {text!r}")
     return Part(*map(int, found.groups()))
 
 
 def say(console: Console, line: str) -> None:
-    """A line as it is, however wide the terminal."""
+    """Print a line without wrapping it."""
     console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def help_text() -> str:
-    """What ``dinov2 curate --help`` prints."""
+    """The text of ``dinov2 curate --help``."""
     width = max(map(len, CURATIONS))
     curations = "\n".join(
         f"  {name:<{width}}  {(inspect.getdoc(function) or '').splitlines()[0]}" for name, function in CURATIONS.items()

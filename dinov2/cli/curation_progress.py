@@ -1,4 +1,4 @@
-"""How a curation goes on, for people: a bar for each step, and a table of what became of all rows."""
+"""The display of a curation: a progress bar for each step, and a table of what was kept and removed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from dinov2.curate.runner import summarize
 
 
 class Progress(Watcher):
-    """Shows steps as they run, and remembers them.
+    """Shows steps while they run, and remembers them.
 
     Attributes:
-        steps: those that have ended.
+        steps: the finished steps.
     """
 
     def __init__(self, console: Console) -> None:
@@ -37,27 +37,27 @@ class Progress(Watcher):
         self._stop()
 
     def started(self, step: Step, done: int) -> None:
-        """Begin a bar."""
+        """Start the progress bar of a step."""
         self._bars = counting_bar(step.name, self._console)
         self._bars.start()
         self._task = self._bars.add_task("", total=len(step.tasks), completed=done)
 
     def advanced(self, step: Step) -> None:
-        """Move it."""
+        """Advance the progress bar."""
         if self._bars is not None and self._task is not None:
             self._bars.advance(self._task)
 
     def retrying(self, step: Step, shard: str, error: Exception) -> None:
-        """Say why a shard takes longer."""
+        """Print why a shard is tried again."""
         self._say(f"{step.name}: shard {shard} failed and will be tried again: {error}")
 
     def waiting(self, step: Step, missing: int) -> None:
-        """Show how far the other processes are."""
+        """Show the progress of the other processes."""
         if self._bars is not None and self._task is not None:
             self._bars.update(self._task, completed=len(step.tasks) - missing)
 
     def ended(self, step: Step) -> None:
-        """Leave one line for good where no bar was seen."""
+        """Replace the progress bar by one line."""
         self._stop()
         self.steps.append(step)
         counts = step.counts()
@@ -73,7 +73,7 @@ class Progress(Watcher):
 
 
 def table(steps: list[Step]) -> Table:
-    """What went into each stage, what came out, and why the rest did not."""
+    """A table of the inputs and outputs of each stage, and of the reasons for removal."""
     result = Table(box=SIMPLE_HEAD)
     for name in ("stage", "in", "out", "seconds", "a second"):
         result.add_column(name, justify="left" if name == "stage" else "right")

@@ -15,7 +15,7 @@ from dinov2.train import DistillConfig
 HELP = f"""usage: dinov2 distill --teacher WEIGHTS --student NAME [NAME ...]
                       [--FIELD VALUE ...] [--resume] [--probe FOLDER]
 
-Let small ViTs learn from a large one that stands still: better than training them from scratch.
+Let small ViTs learn from a large, frozen one. This gives better models than training from scratch.
 
   --teacher WEIGHTS     learn from this run, checkpoint or export with heads, or facebook's teacher_checkpoint.pth
   --student NAME [...]  train {", ".join(ARCHITECTURES)}; several learn from one pass of the teacher
@@ -32,7 +32,7 @@ A run writes its directory (--output) as dinov2 pretrain does, with the finished
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Distil, or explain how."""
+    """Distil, or print the help."""
     if not arguments or list(arguments) in (["-h"], ["--help"]):
         print(HELP)
         return
@@ -40,7 +40,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def parse(options: Sequence[str]) -> Arguments[DistillConfig]:
-    """The configuration of the distillation, with the overrides of the command line."""
+    """The configuration of the distillation, changed by the options."""
     own, fields = take_options("dinov2 distill", options, _declare)
     output = own.output or Path("runs") / "-".join(own.student)
     config = saved_config(output, own.resume, DistillConfig)

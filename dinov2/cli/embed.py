@@ -10,8 +10,8 @@ from rich.console import Console
 
 from dinov2.cli.counting import counting_bar
 
-DESCRIPTION = """Write the class token of every image into OUTPUT/features.npy, float32, one row an image; the names of
-the rows' images into OUTPUT/images.csv; and images that cannot be read, with the reason, into OUTPUT/skipped.csv.
+DESCRIPTION = """Write the class token of every image into OUTPUT/features.npy (float32, one row per image), the images'
+names into OUTPUT/images.csv, and the names of unreadable images, with the reasons, into OUTPUT/skipped.csv.
 
 The model sees the centre of each image: the shorter side is resized to 8/7 of --size, then SIZE x SIZE pixels are cut
 from the middle and normalised."""
@@ -26,9 +26,9 @@ Read it back with numpy.load("features/features.npy")."""
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Embed, or explain how."""
+    """Embed, or print the help."""
     options = parser().parse_args(arguments or ["--help"])
-    from dinov2.data import AugmentationConfig, DataConfig, image_names, open_dataset  # after the help: PyTorch
+    from dinov2.data import AugmentationConfig, DataConfig, image_names, open_dataset  # after the help: PyTorch is slow
     from dinov2.evaluate import embed
     from dinov2.models import load_pretrained
     from dinov2.train.precision import Arithmetic
@@ -69,7 +69,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """What may follow ``dinov2 embed``."""
+    """The parser of ``dinov2 embed``."""
     result = argparse.ArgumentParser(
         "dinov2 embed",
         description=DESCRIPTION,

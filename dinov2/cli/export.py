@@ -1,4 +1,4 @@
-"""``dinov2 export``: weights of a run as files that anyone can read."""
+"""``dinov2 export``: write the weights of a run as files that anyone can read."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Read it back with dinov2.models.load_pretrained("first"), whatever its format.""
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Export, or explain how."""
+    """Export, or print the help."""
     options = parser().parse_args(arguments or ["--help"])
-    from dinov2.train.networks import export  # after the help, which needs no PyTorch
+    from dinov2.train.networks import export  # imported after the help, which needs no PyTorch
 
     folder = export(
         options.source,
@@ -35,7 +35,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """What may follow ``dinov2 export``."""
+    """The parser of ``dinov2 export``."""
     result = argparse.ArgumentParser(
         "dinov2 export",
         description="Write a backbone as model.safetensors and config.json.",

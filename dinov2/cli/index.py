@@ -1,4 +1,4 @@
-"""``dinov2 index``: the index that images in tars need before they can be trained on."""
+"""``dinov2 index``: write the index of images in tars, which training needs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """Write ROOT/index/NAME.parquet for every tar of images ROOT/NAME.tar, or ROOT/images/NAME.tar.
 
-An index says where in its tar each image lies, so that training reads images in any order, each by one read. Tars are
-read once, from end to end, and stay as they are. Those that have an index are skipped: a call that was interrupted is
-finished by calling again. To index a tar that has changed, delete its index first."""
+An index has the place of each image in its tar, so training can read images in any order, each by one read. The command
+reads each tar once and does not change it. It skips tars with an index, so a second call finishes an interrupted one.
+To index a tar that has changed, delete its index first."""
 
 EXAMPLES = """examples:
   dinov2 index pool                                       index a folder of tars, as img2dataset or tar wrote them
@@ -28,9 +28,9 @@ EXAMPLES = """examples:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Index, or explain how."""
+    """Index, or print the help."""
     options = parser().parse_args(arguments or ["--help"])
-    from dinov2.data import DamagedTarsError, index_shards  # after the help, which needs no PyTorch
+    from dinov2.data import DamagedTarsError, index_shards  # imported after the help, which needs no PyTorch
 
     console = Console()
     try:
@@ -44,7 +44,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """What may follow ``dinov2 index``."""
+    """The parser of ``dinov2 index``."""
     result = argparse.ArgumentParser(
         "dinov2 index",
         description=DESCRIPTION,
@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def table(report: ShardReport) -> Table:
-    """What became of the files in the tars."""
+    """A table of indexed and skipped files."""
     result = Table(box=SIMPLE_HEAD)
     result.add_column("")
     result.add_column("number", justify="right")

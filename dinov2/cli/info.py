@@ -1,4 +1,4 @@
-"""``dinov2 info``: what is built, and what will run here."""
+"""``dinov2 info``: show which kernels are built and which of them will run here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``dinov2 pretrain RECIPE``: a recipe, any of its fields changed, run or resumed."""
+"""``dinov2 pretrain RECIPE``: run or resume a recipe; options change its fields."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dinov2.train import PretrainConfig
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Pretrain, or explain how."""
+    """Pretrain, or print the help."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(help_text())
         return
@@ -20,12 +20,12 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def parse(name: str, options: Sequence[str]) -> Arguments[PretrainConfig]:
-    """The recipe ``name`` with the overrides of the command line."""
+    """The recipe ``name``, changed by the options."""
     return parse_fields(recipe(name), options, prog=f"dinov2 pretrain {name}", recipe=RECIPES[name])
 
 
 def help_text() -> str:
-    """What ``dinov2 pretrain --help`` prints."""
+    """The text of ``dinov2 pretrain --help``."""
     width = max(map(len, RECIPES))
     recipes = "\n".join(
         f"  {name:<{width}}  {(inspect.getdoc(function) or '').splitlines()[0]}" for name, function in RECIPES.items()

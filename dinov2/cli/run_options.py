@@ -1,4 +1,4 @@
-"""What the commands that train have in common: a configuration, any field of it changed by its dotted path."""
+"""The common options of commands that train: every field of a configuration can be changed by its dotted path."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Config = TypeVar("Config", bound=RunConfig)
 
 @dataclass(frozen=True)
 class Arguments(Generic[Config]):
-    """What may follow a command that trains."""
+    """The options of a command that trains."""
 
     config: Annotated[Config, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -40,7 +40,7 @@ class Arguments(Generic[Config]):
 
 
 class TakenOptions(NamedTuple):
-    """A command's own options, and the rest of its command line."""
+    """A command's own options, and the rest of the command line."""
 
     own: argparse.Namespace
     fields: list[str]
@@ -49,9 +49,9 @@ class TakenOptions(NamedTuple):
 def parse_fields(
     config: Config, options: Sequence[str], *, prog: str, recipe: Callable[..., RunConfig]
 ) -> Arguments[Config]:
-    """``config`` with the overrides of the command line.
+    """``config``, changed by the options.
 
-    ``--help`` shows every field with its value here, below what the documentation of its recipe says of them.
+    ``--help`` shows the recipe's docstring, and then every field with its value in ``config``.
     """
     description, _, _ = (inspect.getdoc(recipe) or "").partition("\n\nArgs:")
     config, options = choose_patch_head(config, options)
@@ -61,10 +61,10 @@ def parse_fields(
 
 
 def read_options(kind: Any, options: Sequence[str], default: Any, prog: str, description: str) -> Any:
-    """``default``, of the dataclass ``kind`` with a field ``config``, with the overrides of the command line.
+    """``default``, changed by the options. It is of the dataclass ``kind``, which has a field ``config``.
 
     Raises:
-        ValueError: a field is out of its bounds; the message spells it as the command line does.
+        ValueError: a field is out of its bounds; the message names it in the spelling of the command line.
     """
     parsed = assembled(
         lambda: tyro.cli(
@@ -82,7 +82,7 @@ def read_options(kind: Any, options: Sequence[str], default: Any, prog: str, des
 
 
 def start(arguments: Arguments[Config]) -> None:
-    """Run or resume what the command line says."""
+    """Run or resume the run that the command line describes."""
     config = arguments.config
     if arguments.dry_run:
         show_plan(config, arguments.world_size)
@@ -94,10 +94,10 @@ def start(arguments: Arguments[Config]) -> None:
 
 
 def show_plan(config: RunConfig, world_size: int | None) -> None:
-    """Print what a run needs, once.
+    """Print what a run needs; only process 0 prints.
 
     Raises:
-        ValueError: the run is a distillation, or its batch does not split among the processes.
+        ValueError: the run is a distillation, or its batch does not split evenly among the processes.
     """
     if not isinstance(config, PretrainConfig):
         raise ValueError(f"--dry_run plans the training of one student and its teacher, but this is a {config.kind}")
@@ -107,9 +107,9 @@ def show_plan(config: RunConfig, world_size: int | None) -> None:
 
 
 def choose_patch_head(config: Config, options: Sequence[str]) -> tuple[Config, list[str]]:
-    """Add the head of the masked patches where an option names one of its fields; ``--ibot_head None`` shares instead.
+    """Add the iBOT head if an option names one of its fields; ``--ibot_head None`` removes it.
 
-    tyro leaves an optional section as present or as absent as it finds it.
+    tyro itself neither adds nor removes an optional section.
     """
     names = [option.partition("=")[0].replace("-", "_") for option in options]
     if config.ibot_head is None and any(name.startswith("__ibot_head.") for name in names):
@@ -122,9 +122,9 @@ def choose_patch_head(config: Config, options: Sequence[str]) -> tuple[Config, l
 
 
 def take_options(prog: str, options: Sequence[str], add: Callable[[argparse.ArgumentParser], None]) -> TakenOptions:
-    """Take a command's own options out of its command line: those that ``add`` declares, ``--output``, ``--resume``.
+    """Take a command's own options out of its command line: ``--output``, ``--resume`` and those that ``add`` declares.
 
-    What is left are fields of the configuration, whose values depend on these.
+    The remaining options are fields of the configuration, whose defaults depend on the command's own options.
     """
     parser = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False, usage=f"{prog} --help")
     parser.add_argument("--output", type=Path)
@@ -135,10 +135,10 @@ def take_options(prog: str, options: Sequence[str], add: Callable[[argparse.Argu
 
 
 def saved_config(output: Path, resume: bool, kind: type[Config]) -> Config | None:
-    """The configuration of the run to continue, which then needs nothing of what it was made from; None for a new one.
+    """The saved configuration of the run to resume, or None for a new run. A resumed run does not need its sources.
 
     Raises:
-        ValueError: the run in the directory is of another kind.
+        ValueError: the directory holds a run of another kind.
     """
     if not resume or not is_run(output):
         return None

@@ -20,10 +20,10 @@ from dinov2.data.decoding import LEVELS, Pixels
 from dinov2_kernels.photometric import ImagePlan, PhotometricDistribution, PhotometricPlan, photometric
 from dinov2_kernels.photometric.reference import BLUR_TAPS
 
-# Chance of a blur for the first global, the second global and the local crops. "paper" is what was meant and written;
-# "released" is what trained the published weights: the reference implementation passes 1 - p for p.
+# Chance of a blur for the first global, the second global and the local crops. "paper" is what the paper says;
+# "released" is what trained the published weights: the reference implementation passes 1 - p in place of p.
 BLUR_PROBABILITIES = {"released": (0.0, 0.9, 0.5), "paper": (1.0, 0.1, 0.5)}
-# What only images in colour have.
+# Settings that only RGB images have, with their defaults.
 COLOUR = {"saturation": 0.2, "hue": 0.1, "grayscale": 0.2}
 
 
@@ -78,7 +78,7 @@ class AugmentationConfig(Config, at="data.augmentation"):
     """The channels are divided by these after the subtraction."""
 
     def rules(self) -> Rules:
-        """What the number of channels decides."""
+        """Rules between fields; most depend on the number of channels."""
         yield "mean", bool(self.mean), "one value for each channel"
         is_std = len(self.std) == self.channels and min(self.std) > 0
         yield "std", is_std, f"{self.channels} values above 0, one for each of mean"
@@ -96,14 +96,14 @@ class AugmentationConfig(Config, at="data.augmentation"):
         return len(self.mean)
 
     def colour(self, name: str) -> float:
-        """``saturation``, ``hue`` or ``grayscale``, with what None stands for."""
+        """The value of ``saturation``, ``hue`` or ``grayscale``, with None replaced by its default."""
         given: float | None = getattr(self, name)
         if given is not None:
             return given
         return COLOUR[name] if self.channels == 3 else 0.0
 
     def plans(self, *, blur: float, solarize: float = 0.0) -> PhotometricDistribution:
-        """What happens to a crop after it is cut, where these are its chances of a blur and of solarisation."""
+        """The distribution of plans for crops with these chances of a blur and of solarisation."""
         return PhotometricDistribution(
             flip=self.flip,
             jitter=self.jitter,
@@ -121,7 +121,7 @@ class AugmentationConfig(Config, at="data.augmentation"):
 
 @dataclass(frozen=True)
 class View:
-    """One kind of crop: its side in pixels, its smallest and largest share of the image, and what happens to it."""
+    """One kind of crop: its side in pixels, its smallest and largest share of the image's area, and its plans."""
 
     size: int
     scale: tuple[float, float]
@@ -129,7 +129,7 @@ class View:
 
 
 class Crop(NamedTuple):
-    """A crop as it was cut, ``[size, size, C]`` of the image's type, and what is still to be done to it."""
+    """A crop as it was cut: pixels ``[size, size, C]`` in the image's dtype, and the plan of what follows."""
 
     pixels: Pixels
     plan: ImagePlan
@@ -138,10 +138,10 @@ class Crop(NamedTuple):
 class MultiCropAugmentation:
     """Turns an image into two global and ``config.local_crops`` local crops.
 
-    Each crop is cut and resized (antialiased bicubic), flipped, jittered, made grey, blurred, solarised and
-    normalised with chances of its own; images of other than three channels know no saturation, hue or grey. All
-    randomness comes from the generator that is passed in. About 2.2 ms for 2 x 224 + 8 x 96 pixels from a 500 x 400
-    RGB image, on one core; 1.4 ms of it for :meth:`cut`.
+    Each crop is cut, resized (antialiased bicubic), flipped, jittered, made grey, blurred, solarised and normalised,
+    with random numbers of its own. Images of other than three channels have no saturation, hue or grey. All random
+    numbers come from the given generator. 2 x 224 + 8 x 96 pixels from a 500 x 400 RGB image take about 2.2 ms on one
+    core, of which :meth:`cut` takes 1.4 ms.
     """
 
     def __init__(self, config: AugmentationConfig) -> None:
@@ -160,8 +160,8 @@ class MultiCropAugmentation:
         """Draw the views of one image.
 
         Args:
-            image: uint8 RGB ``[H, W, 3]``, or uint8, uint16 or float32 ``[H, W, C]`` where the configuration has
-                another number of channels.
+            image: uint8 RGB ``[H, W, 3]``, or uint8, uint16 or float32 ``[H, W, C]`` if the configuration has another
+                number of channels.
             rng: decides everything that is random.
 
         Returns:
@@ -169,17 +169,17 @@ class MultiCropAugmentation:
             ``[C, local_size, local_size]``, normalised.
 
         Raises:
-            ValueError: the image is of another type or shape.
+            ValueError: the image has another dtype or shape.
         """
         global_crops, local_crops = self.cut(image, rng)
         return self.finish(global_crops), self.finish(local_crops)
 
     def cut(self, image: Pixels, rng: np.random.Generator) -> tuple[list[Crop], list[Crop]]:
-        """The views of one image before :meth:`finish`, which draws nothing; arguments and errors as for a call."""
+        """Cut the views of an image and draw their plans for :meth:`finish`. Arguments and errors are as for a call."""
         channels = self.config.channels
         if image.dtype.name not in self._types or image.ndim != 3 or image.shape[2] != channels or image.size == 0:
             raise ValueError(
-                f"image must be {' or '.join(self._types)} [H, W, {channels}], but is {image.dtype} {list(image.shape)}"
+                f"image: expected {' or '.join(self._types)} [H, W, {channels}], got {image.dtype} {list(image.shape)}"
             )
         global_crops = [self._cut(image, view, rng) for view in self.global_views]
         return global_crops, [self._cut(image, self.local_view, rng) for _ in range(self.config.local_crops)]

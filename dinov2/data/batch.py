@@ -1,7 +1,7 @@
-"""A batch: raw, as crops are cut, or finished, as the objective takes it. Workers finish batches, or a GPU does.
+"""A batch: raw, with crops as they were cut, or finished, for the objective. Workers or a GPU finish batches.
 
-B images of C channels, L local crops of each. Crops are in crop-major order: the first crops of all images, then the
-second ones, and so on.
+A batch has B images of C channels and L local crops of each image. Crops are in crop-major order: the first crops of
+all images, then the second crops, and so on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dinov2_kernels.photometric import ImagePlan
 
 
 class Batch(TypedDict):
-    """What :class:`dinov2.objectives.SelfDistillation` takes."""
+    """A finished batch, the input of :class:`dinov2.objectives.SelfDistillation`."""
 
     global_crops: Tensor  # [2 * B, C, H, W] float32, normalised
     local_crops: Tensor  # [L * B, C, h, w] float32, normalised
@@ -28,14 +28,14 @@ class Batch(TypedDict):
 
 
 class RawCrops(NamedTuple):
-    """N crops as they were cut, and what is still to be done to them."""
+    """N crops as they were cut, and their plans."""
 
     pixels: Tensor  # [N, size, size, 3] uint8
     plan: Tensor  # [N, 12] float32, the table of a dinov2_kernels.PhotometricPlan
 
 
 class RawBatch(TypedDict):
-    """A batch before :func:`finish`: the images of C = 3 channels in a quarter of the bytes."""
+    """A batch of RGB images before :func:`finish`; it takes a quarter of the bytes."""
 
     global_crops: RawCrops  # 2 * B
     local_crops: RawCrops  # L * B
@@ -43,24 +43,23 @@ class RawBatch(TypedDict):
 
 
 def finishes_crops(device: torch.device) -> bool:
-    """Whether a device has a kernel for what follows the cut; elsewhere that is for the workers."""
+    """Whether a device has a kernel that finishes crops; for other devices the workers finish them."""
     return device.type == "cuda" and triton_is_installed()
 
 
 def finish(batch: Batch | RawBatch, augmentation: AugmentationConfig, device: torch.device) -> Batch:
-    """Bring the crops of a batch to a device and, if they are raw, carry out their plans there.
+    """Copy the crops of a batch to a device and, if they are raw, carry out their plans there.
 
-    Copies from pinned memory do not wait, and neither does the operator. Masks stay on the host: the number of masked
-    patches is a shape, and asking a GPU for it would wait for all work queued there.
+    Neither the copies from pinned memory nor the operator wait for the device. Masks stay on the host: the number of
+    masked patches is a shape, and reading it from a GPU would wait for all work in its queue.
 
     Args:
-        batch: from :func:`~dinov2.data.batches`.
-        augmentation: what the crops were cut by; gives the normalisation.
-        device: where the networks are.
+        batch: a batch from :func:`~dinov2.data.batches`.
+        augmentation: the configuration that cut the crops; gives mean and std.
+        device: device of the networks.
 
     Returns:
-        Crops in float32 whatever the precision of training: what they are does not depend on it, and autocast rounds
-        them where it wants them rounded.
+        The finished batch. Its crops are float32 in every precision of training; autocast rounds them where needed.
     """
 
     def finished(crops: Tensor | RawCrops) -> Tensor:
@@ -77,34 +76,34 @@ def finish(batch: Batch | RawBatch, augmentation: AugmentationConfig, device: to
 
 
 class RGBBuffer:
-    """Room for some crops of each of ``images`` RGB images, which are left as they are."""
+    """Memory for ``crops`` raw crops of each of ``images`` RGB images."""
 
     def __init__(self, config: AugmentationConfig, crops: int, images: int, size: int) -> None:
         self._pixels = np.empty((crops, images, size, size, config.channels), np.uint8)
         self._plans = [[ImagePlan()] * images for _ in range(crops)]
 
     def put(self, number: int, image: int, crop: Crop) -> None:
-        """Crop ``number`` of an image."""
+        """Store crop ``number`` of an image."""
         self._pixels[number, image], self._plans[number][image] = crop.pixels, crop.plan
 
     def crops(self) -> RawCrops:
-        """All of them, once they are here."""
+        """All crops, after the last call of :meth:`put`."""
         table = PhotometricPlan.of(plan for of_all in self._plans for plan in of_all).table
         return RawCrops(torch.from_numpy(self._pixels).flatten(0, 1), table)
 
 
 class MultichannelBuffer:
-    """As :class:`RGBBuffer`, of images that may differ in their type, and are finished as they come."""
+    """Like :class:`RGBBuffer`, for images of any number of channels and mixed dtypes; it finishes each crop at once."""
 
     def __init__(self, config: AugmentationConfig, crops: int, images: int, size: int) -> None:
         self._config = config
         self._pixels = np.empty((crops, images, config.channels, size, size), np.float32)
 
     def put(self, number: int, image: int, crop: Crop) -> None:
-        """Crop ``number`` of an image."""
+        """Store crop ``number`` of an image."""
         config = self._config
         self._pixels[number, image] = multichannel.finish(*crop, config.blur_kernel, config.mean, config.std)
 
     def crops(self) -> Tensor:
-        """All of them, once they are here."""
+        """All crops, after the last call of :meth:`put`."""
         return torch.from_numpy(self._pixels).flatten(0, 1)

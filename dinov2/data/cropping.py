@@ -1,4 +1,4 @@
-"""Random resized crops: a random part of an image, brought to a fixed size by an antialiased bicubic filter."""
+"""Random resized crops: a random part of an image, resized to a fixed size by an antialiased bicubic filter."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ATTEMPTS_PER_CROP = 10
 
 
 def uniform(rng: np.random.Generator, low: float, high: float) -> float:
-    """A double in ``[low, high)``; a third of the time of ``rng.uniform``, which looks at arrays first."""
+    """A double in ``[low, high)``. It takes a third of the time of ``rng.uniform``, which first checks for arrays."""
     return low + (high - low) * rng.random()
 
 
@@ -23,8 +23,8 @@ def random_box(
 ) -> tuple[int, int, int, int]:
     """A random box (left, top, right, bottom) inside a ``width`` x ``height`` image.
 
-    Its share of the area is uniform over ``scale``, its width-to-height ratio log-uniform over ``ratio``, its place
-    uniform. Where ten draws in a row do not fit, the largest central box of a permitted ratio.
+    Its share of the area is uniform over ``scale``, its width-to-height ratio is log-uniform over ``ratio``, and its
+    place is uniform. If ten draws in a row do not fit, it is the largest central box with an allowed ratio.
     """
     for _ in range(ATTEMPTS_PER_CROP):
         area = width * height * uniform(rng, *scale)
@@ -39,7 +39,7 @@ def random_box(
 
 
 def resized_crop(image: Pixels, box: tuple[int, int, int, int], size: int) -> Pixels:
-    """The part of an image inside ``box``, brought to ``size`` x ``size`` pixels; no pixel outside it is used.
+    """The part of an image inside ``box``, resized to ``size`` x ``size`` pixels; no pixel outside ``box`` is used.
 
     Args:
         image: uint8, uint16 or float32 ``[H, W, C]``.
@@ -47,24 +47,24 @@ def resized_crop(image: Pixels, box: tuple[int, int, int, int], size: int) -> Pi
         size: side of the result.
 
     Returns:
-        ``[size, size, C]`` of the type of the image.
+        ``[size, size, C]`` in the dtype of the image.
     """
     left, top, right, bottom = box
     return resized(image[top:bottom, left:right], size, size)
 
 
 def resized(image: Pixels, height: int, width: int) -> Pixels:
-    """An image brought to ``height`` x ``width`` pixels: ``[height, width, C]`` of its type.
+    """An image resized to ``height`` x ``width`` pixels: ``[height, width, C]`` in its dtype.
 
-    Pillow's antialiased bicubic filter by PyTorch's uint8 kernel: as exact, and in a fifth of Pillow's time on
-    processors with AVX2. The two round differently, by one level in nearly all of the values that differ. Other types
-    go through float32; 16-bit levels are rounded and kept in their range, as the kernel does with 8-bit ones.
+    It is Pillow's antialiased bicubic filter, computed by PyTorch's uint8 kernel: as exact as Pillow, in a fifth of its
+    time on processors with AVX2. The two round differently; nearly all values that differ do so by one level. Other
+    dtypes are computed in float32; 16-bit levels are rounded and clipped to their range, as the kernel does for uint8.
     """
     arithmetic = np.uint8 if image.dtype == np.uint8 else np.float32
-    source = np.array(image, dtype=arithmetic)  # a copy: contiguous and writable, for PyTorch
+    source = np.array(image, dtype=arithmetic)  # copied, because PyTorch needs a contiguous, writable array
     channels_last = torch.from_numpy(source)[None].permute(0, 3, 1, 2)  # [1, C, H, W]
     interpolated = functional.interpolate(channels_last, (height, width), mode="bicubic", antialias=True)
-    result: Pixels = interpolated[0].permute(1, 2, 0).numpy()  # no copy: the result is channels-last too
+    result: Pixels = interpolated[0].permute(1, 2, 0).numpy()  # not a copy: the result is channels-last, too
     if image.dtype == np.uint16:
         return np.clip(np.rint(result), 0, LEVELS[image.dtype]).astype(np.uint16)
     return result

@@ -1,13 +1,13 @@
-"""From the bytes of an image file to an array: the rules are the same for files, shards and datasets.
+"""Decoding of image files to arrays. Files, shards and datasets follow the same rules.
 
-Images have as many channels as training asks for:
+Training asks for a number of channels:
 
-- 3: 8-bit RGB, whatever the file holds; grey is repeated, transparency dropped, 16 bits reduced to their upper 8.
-- 1: grey, by luma where the file is in colour, in the file's own depth.
-- otherwise: files of just that many channels, in their own depth: arrays (``.npy``), TIFF of any number of bands, or
-  what Pillow reads with four (RGBA, CMYK).
+- 3: 8-bit RGB from any file; grey is repeated, transparency is dropped, 16 bits are reduced to their upper 8.
+- 1: grey, in the file's own depth; colour is reduced to luma.
+- any other number: the file must have this number of channels and keeps its depth: arrays (``.npy``), TIFF with any
+  number of bands, or images that Pillow reads with four channels (RGBA, CMYK).
 
-The format is told by the content, not by the name.
+The content decides the format, not the file name.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ IMAGE_EXTENSIONS = (
     ".tiff",
     ".webp",
 )
-# Pillow reads more, but some of it by programs that nobody should start on a file from the web.
+# Pillow reads more formats, but starts other programs for some of them, which is unsafe for files from the web.
 _PILLOW_FORMATS = {
     "AVIF": ".avif",
     "BMP": ".bmp",
@@ -56,52 +56,52 @@ _PILLOW_FORMATS = {
     "WEBP": ".webp",
 }
 LEVELS: dict[np.dtype[Any], float] = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535, np.dtype(np.float32): 1}
-"""The types of pixels, and the level of each that counts as 1: mean and std are on that scale."""
+"""Each dtype of pixels, and its level that counts as 1: mean and std are on this scale."""
 
-Pixels = npt.NDArray[Any]  # [H, W, C] of a type in LEVELS
+Pixels = npt.NDArray[Any]  # [H, W, C] in a dtype of LEVELS
 
 _NPY = b"\x93NUMPY"
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # either byte order, either size of offsets
 
 
 class UnreadableImageError(ValueError):
-    """An image file is damaged, too large to be safe, or in a format that is not read."""
+    """An image file is damaged, too large to be safe, or in an unsupported format."""
 
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What an image file says of itself before its pixels are decoded."""
+    """Size and format of an image file, read without decoding its pixels."""
 
     width: int
     height: int
-    extension: str  # of its format, in lower case with the dot: one of IMAGE_EXTENSIONS
+    extension: str  # extension of its format in lower case, with the dot: one of IMAGE_EXTENSIONS
 
 
 def read_image(path: str | os.PathLike[str], channels: int = 3) -> Pixels:
     """Decode an image file to ``[H, W, channels]``: uint8, or for other than three channels also uint16 or float32.
 
-    The orientation that a camera noted in EXIF is applied, so that photographs stand upright as in every viewer (the
-    reference implementation ignores it). Of an animation the first frame counts. Pillow's limit on the number of pixels
-    holds. What becomes of colours and depths is said on top of this module.
+    A camera's EXIF orientation is applied, so photographs are upright as in every viewer. (The reference implementation
+    ignores it.) Only the first frame of an animation is read. Pillow's limit on the number of pixels applies. The top
+    of this module describes colours and depths.
 
     Raises:
-        UnreadableImageError: the file is missing, damaged, truncated, above Pillow's limit, of another number of
-            channels or of a type without a defined range, or holds a NaN or an infinity.
+        UnreadableImageError: the file is missing, damaged, truncated, above Pillow's limit, has another number of
+            channels or a dtype without a defined range, or holds a NaN or an infinity.
     """
     with _as_unreadable(repr(os.fspath(path))), open(path, "rb") as file:
         return _decode(file, channels)
 
 
 def decode_image(content: bytes, name: str, channels: int = 3) -> Pixels:
-    """As :func:`read_image`, of a file's bytes; ``name`` is what errors call it."""
+    """Decode a file's bytes like :func:`read_image`; errors call the image ``name``."""
     with _as_unreadable(name):
         return _decode(io.BytesIO(content), channels)
 
 
 def read_header(content: bytes, name: str) -> ImageHeader:
-    """Size and format of an image file, whose pixels may still turn out to be damaged; errors as :func:`decode_image`.
+    """Size and format of an image file; its pixels may still be damaged. Errors are those of :func:`decode_image`.
 
-    The size is that of the stored pixels, before any orientation is applied.
+    The size is that of the stored pixels, before the orientation is applied.
     """
     file = io.BytesIO(content)
     with _as_unreadable(name):
@@ -115,22 +115,20 @@ def read_header(content: bytes, name: str) -> ImageHeader:
             if not content.startswith(_TIFF):
                 raise
         file.seek(0)
-        with _open_tiff(file) as tiff:  # of a kind that Pillow does not know
+        with _open_tiff(file) as tiff:  # a kind of TIFF that Pillow does not read
             height, width = _tiff_sizes(tiff)
             return ImageHeader(width, height, ".tif")
 
 
 @contextlib.contextmanager
 def _as_unreadable(name: str) -> Iterator[None]:
-    """Damaged files raise almost anything from the decoders; what is not installed is no fault of the file."""
+    """Turn any error of a decoder into an UnreadableImageError, except a missing package."""
     try:
         yield
     except ImportError:
         raise
     except UnidentifiedImageError as error:  # its message is the repr of a file object
-        raise UnreadableImageError(
-            f"cannot read image {name}: its content is of no known format, or damaged"
-        ) from error
+        raise UnreadableImageError(f"cannot read image {name}: its format is unknown, or it is damaged") from error
     except OSError as error:
         raise UnreadableImageError(f"cannot read image {name}: {error.strerror or error}") from error
     except Exception as error:
@@ -143,7 +141,7 @@ def _open(file: BinaryIO) -> Image.Image:
 
 @functools.cache
 def _known_formats() -> tuple[str, ...]:
-    """Those that this version of Pillow opens by their own name; MPO is opened as JPEG."""
+    """The formats that this version of Pillow can open; MPO is opened as JPEG."""
     Image.init()
     return tuple(name for name in _PILLOW_FORMATS if name in Image.OPEN)
 
@@ -156,9 +154,9 @@ def _decode(file: BinaryIO, channels: int) -> Pixels:
     if magic.startswith(_TIFF) and channels not in (1, 3):
         return _of_channels(_read_tiff(file), channels)
     with _open(file) as image:
-        ImageOps.exif_transpose(image, in_place=True)  # a copy of a photograph costs a tenth of its decoding
+        ImageOps.exif_transpose(image, in_place=True)  # in place: a copy takes a tenth of the decoding time
         if image.mode == "I" or (image.mode == "F" and channels == 3):
-            raise ValueError(f"32 bits a channel (Pillow mode {image.mode}) have no defined range")
+            raise ValueError(f"32 bits per channel (Pillow mode {image.mode}) have no defined range")
         if channels == 3:
             return np.asarray(_as_rgb(image))
         if channels == 1 and not image.mode.startswith(("I;16", "F")):
@@ -168,24 +166,24 @@ def _decode(file: BinaryIO, channels: int) -> Pixels:
 
 def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
-        return image  # convert would copy it
+        return image  # convert would copy the image
     if image.mode.startswith("I;16"):
         image = Image.fromarray(_upper_8_bits(np.asarray(image)))
     return image.convert("RGB")
 
 
 def _of_channels(pixels: npt.NDArray[Any], channels: int) -> Pixels:
-    """Check what a file holds and bring it to ``[H, W, channels]``, in the byte order of this machine."""
+    """Check an array from a file and return it as ``[H, W, channels]`` in this machine's byte order."""
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     if pixels.ndim != 3 or pixels.shape[2] != channels or pixels.size == 0:
-        raise ValueError(f"expected [H, W, {channels}], but it is {list(pixels.shape)}")
+        raise ValueError(f"pixels: expected [H, W, {channels}], got {list(pixels.shape)}")
     native = pixels.dtype.newbyteorder("=")
     if native not in LEVELS:
-        raise ValueError(f"pixels must be {', '.join(map(str, LEVELS))}, but are {native}")
+        raise ValueError(f"pixels: expected {', '.join(map(str, LEVELS))}, got {native}")
     if channels == 3 and native == np.uint16:
         return _upper_8_bits(pixels)
     if channels == 3 and native != np.uint8:
-        raise ValueError(f"RGB must have 8 or 16 bits a channel, but is {native}")
+        raise ValueError(f"RGB: expected 8 or 16 bits per channel, got {native}")
     if native == np.float32 and not np.isfinite(pixels).all():
         raise ValueError("it holds a NaN or an infinity")
     return np.ascontiguousarray(pixels, dtype=native)
@@ -196,7 +194,7 @@ def _upper_8_bits(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
 
 
 def _npy_shape(file: BinaryIO) -> tuple[int, ...]:
-    """The shape in the header of a ``.npy`` file, which is refused where it claims more than an image may have."""
+    """The shape in the header of a ``.npy`` file; a shape with too many pixels raises an error."""
     read = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
@@ -206,7 +204,7 @@ def _npy_shape(file: BinaryIO) -> tuple[int, ...]:
     shape, _, dtype = read(file)
     if len(shape) not in (2, 3) or dtype.newbyteorder("=") not in LEVELS:
         raise ValueError(
-            f"arrays must be [H, W] or [H, W, C] of {', '.join(map(str, LEVELS))}, but it is {dtype} {list(shape)}"
+            f"array: expected [H, W] or [H, W, C] of {', '.join(map(str, LEVELS))}, got {dtype} {list(shape)}"
         )
     _refuse_bomb(math.prod(shape[:2]))
     return tuple(shape)
@@ -224,12 +222,12 @@ def _open_tiff(file: BinaryIO) -> Any:
 
 
 def _tiff_sizes(tiff: Any) -> tuple[int, int]:
-    """Height and width of a TIFF that is one image, its bands stored by pixel, by band or one a page."""
+    """Height and width of a TIFF with one image; bands may be stored by pixel, by band or one per page."""
     series = tiff.series[0]
     sizes = dict(zip(series.axes, series.shape, strict=True))
     bands = [axis for axis in series.axes if axis not in "YX" and sizes[axis] > 1]
     if not {"Y", "X"} <= sizes.keys() or len(bands) > 1:
-        raise ValueError(f"expected rows, columns and bands, but its axes are {sizes}")
+        raise ValueError(f"axes: expected rows, columns and bands, got {sizes}")
     _refuse_bomb(sizes["Y"] * sizes["X"])
     return sizes["Y"], sizes["X"]
 
@@ -243,6 +241,6 @@ def _read_tiff(file: BinaryIO) -> npt.NDArray[Any]:
 
 
 def _refuse_bomb(pixels: int) -> None:
-    """The rule of Pillow, for formats that others decode."""
+    """Apply Pillow's limit to formats that other libraries decode."""
     if Image.MAX_IMAGE_PIXELS is not None and pixels > 2 * Image.MAX_IMAGE_PIXELS:
         raise ValueError(f"{pixels} pixels could be a decompression bomb; Pillow's limit is {Image.MAX_IMAGE_PIXELS}")

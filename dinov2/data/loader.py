@@ -1,5 +1,8 @@
-"""Batches for pretraining, each a pure function of the seed and the step: the same with any number of workers, after a
-restart, and for the images also with any number of processes."""
+"""Batches for pretraining. Each batch depends only on the seed and the step.
+
+So batches are the same with any number of workers and after a restart. The images of a step are also the same with any
+number of processes.
+"""
 
 from __future__ import annotations
 
@@ -23,23 +26,23 @@ from dinov2.data.masking import MaskConfig, batch_masks
 from dinov2.data.randomness import Stream, derived_generator, random_order
 from dinov2.data.workers import next_of_workers, start_worker
 
-MAX_ATTEMPTS = 1000  # unreadable images in a row: then it is the whole dataset that cannot be read
+MAX_ATTEMPTS = 1000  # after this many unreadable images in a row, the whole dataset counts as unreadable
 
 
 class UnreadableDatasetError(ValueError):
-    """No image can be read, or none of very many that were tried."""
+    """No image of a dataset can be read, or none of very many that were tried."""
 
 
 class UnreadableImageWarning(UserWarning):
-    """Images could not be read, and others took their places."""
+    """Some images could not be read and were replaced by others."""
 
 
 class ImageDataset(Protocol):
-    """What :func:`batches` reads from: anything with a length whose items are uint8 RGB ``[H, W, 3]`` arrays.
+    """A dataset for :func:`batches`: it has a length, and its items are uint8 RGB ``[H, W, 3]`` arrays.
 
-    Of images with another number of channels, items are uint8, uint16 or float32 ``[H, W, C]``. An item that raises an
-    :class:`UnreadableImageError` is replaced; any other error ends the run. A dataset that mostly waits, for a network,
-    may have an attribute ``concurrent_reads``: so many threads of a worker then read ahead of the augmentation.
+    With another number of channels, items are uint8, uint16 or float32 ``[H, W, C]``. An item that raises an
+    :class:`UnreadableImageError` is replaced; any other error ends the run. A dataset that mostly waits for a network
+    may have an attribute ``concurrent_reads``: this many threads of each worker then read ahead of the augmentation.
     """
 
     def __len__(self) -> int: ...
@@ -48,7 +51,7 @@ class ImageDataset(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Config, at="data"):
-    """Where images come from and what is made of them."""
+    """These fields describe the images, their augmentation and their masks."""
 
     root: str | Path | None = None
     """Images come from this folder, nested in any way, or from this folder or URL of tar shards or of a saved Hugging
@@ -73,49 +76,50 @@ def batches(
     world_size: int = 1,
     raw: bool = False,
 ) -> Generator[Batch | RawBatch, None, None]:
-    """Batches without end, from ``start_step`` on.
+    """Endless batches, from ``start_step`` on.
 
-    Every pass over the images has an order of its own, derived from the seed and the number of the pass; batches run
-    on across passes. The views of a sample depend on the seed and its number in the run, the masks on the seed, step
-    and rank. So to resume is to pass the next step, in the middle of a pass too, and processes never share a sample:
-    whatever their number, together they draw the images and views that one process would draw. An image that cannot be
-    read is replaced by another, which the seed and the number of the sample choose, with a warning that counts such
-    images.
+    Each epoch has an order of its own, which depends on the seed and the number of the epoch; a batch may cross the end
+    of an epoch. The views of a sample depend on the seed and on its number in the run. The masks depend on the seed,
+    the step and the rank. So a run resumes anywhere by passing the next step. Processes never share a sample: together
+    they draw the images and views that one process would draw. An unreadable image is replaced by another one, chosen
+    by the seed and the number of the sample, and a warning counts such images.
 
     Args:
         dataset: images; see :class:`ImageDataset`.
         config: augmentation, masks and the number of workers.
         batch_size: images of this process per batch.
-        patch_size: side of a patch, in pixels; both crop sizes must be multiples of it.
+        patch_size: side of a patch in pixels; both crop sizes must be multiples of it.
         seed: seed of the run, not negative.
         start_step: step of the first batch.
         rank: number of this process.
         world_size: number of processes; together they draw ``world_size * batch_size`` images a step.
-        raw: leave RGB crops as they were cut, a quarter of the bytes, for :func:`~dinov2.data.finish` to carry out
-            their plans on a device; see :func:`~dinov2.data.finishes_crops`.
+        raw: leave RGB crops as they were cut, in a quarter of the bytes; :func:`~dinov2.data.finish` then carries out
+            their plans on a device. See :func:`~dinov2.data.finishes_crops`.
 
     Raises:
-        ValueError: an argument is out of its range, a crop is no multiple of the patch.
-        UnreadableDatasetError: no image can be read; a ValueError, when a batch is asked for.
-        LostWorkerError: a worker was killed; an OSError, when a batch is asked for.
+        ValueError: an argument is out of its range, or a crop size is not a multiple of the patch size.
+        UnreadableDatasetError: no image can be read (a ValueError, raised by the next batch).
+        LostWorkerError: a worker was killed (an OSError, raised by the next batch).
     """
     if len(dataset) == 0:
-        raise ValueError("dataset must hold at least one image, but is empty")
+        raise ValueError("dataset: expected at least one image, got none")
     if batch_size < 1 or seed < 0 or start_step < 0 or not 0 <= rank < world_size:
         raise ValueError(
-            "batch_size must be positive, seed and start_step not negative and rank below world_size, but they are "
-            f"{batch_size=}, {seed=}, {start_step=}, {rank=}, {world_size=}"
+            "arguments: expected batch_size of at least 1, seed and start_step of at least 0, and rank from 0 to"
+            f" world_size - 1, got {batch_size=}, {seed=}, {start_step=}, {rank=}, {world_size=}"
         )
     for name in ("global_size", "local_size"):
         size = getattr(config.augmentation, name)
         if size % patch_size:
-            raise ValueError(f"{name} must be a multiple of the patch size {patch_size}, but is {size}")
+            raise ValueError(
+                f"data.augmentation.{name}: expected a multiple of the patch size {patch_size}, got {size}"
+            )
 
     augment = MultiCropAugmentation(config.augmentation)
     steps = _Steps(dataset, config, augment, batch_size, patch_size, seed, rank, world_size, raw)
     loader = DataLoader(
         steps,
-        batch_size=None,  # an item is a batch already
+        batch_size=None,  # an item is a whole batch
         sampler=itertools.count(start_step),
         num_workers=config.num_workers,
         collate_fn=_as_is,
@@ -126,13 +130,13 @@ def batches(
 
 
 _Item = tuple[Batch | RawBatch | UnreadableDatasetError, dict[int, str]]
-"""A batch, and which images could not be read for it, with the reasons. An error raised in a worker would arrive with a
-traceback in its message, which is right for a mistake in the code of a dataset and wrong for a folder that is gone."""
+"""A batch, and the images that could not be read for it, with the reasons. An UnreadableDatasetError is returned, not
+raised: PyTorch would add the worker's traceback to its message, which helps only with bugs in a dataset's code."""
 
 
 @dataclass(frozen=True)
 class _Steps(Dataset[_Item]):
-    """Item s belongs to step s."""
+    """Item s is the batch of step s."""
 
     dataset: ImageDataset
     config: DataConfig
@@ -157,7 +161,7 @@ class _Steps(Dataset[_Item]):
         global_buffer = new_buffer(views, 2, B, views.global_size)
         local_buffer = new_buffer(views, views.local_crops, B, views.local_size)
         first = (step * self.world_size + self.rank) * B
-        samples = range(first, first + B)  # their numbers in the run
+        samples = range(first, first + B)  # numbers of the samples in the run
         for i, (sample, image) in enumerate(zip(samples, self._images(samples, unreadable), strict=True)):
             cut = self.augment.cut(image, derived_generator(self.seed, Stream.AUGMENTATION, sample))
             for buffer, crops in zip((global_buffer, local_buffer), cut, strict=True):
@@ -177,7 +181,7 @@ class _Steps(Dataset[_Item]):
         return batch if self.raw else finish(batch, views, torch.device("cpu"))
 
     def _images(self, samples: range, unreadable: dict[int, str]) -> Iterator[Pixels]:
-        """The images of samples in their order, as many at once as the dataset allows."""
+        """The images of samples in order; the dataset's ``concurrent_reads`` limits how many are read at once."""
         concurrent_reads = getattr(self.dataset, "concurrent_reads", 1)
         if concurrent_reads == 1:
             yield from (self._read(sample, unreadable) for sample in samples)
@@ -186,15 +190,15 @@ class _Steps(Dataset[_Item]):
             pending: deque[Future[Pixels]] = deque()
             for sample in samples:
                 pending.append(pool.submit(self._read, sample, unreadable))
-                if len(pending) > concurrent_reads:  # no more than this wait in memory
+                if len(pending) > concurrent_reads:  # at most this many images wait in memory
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
 
     def _read(self, sample: int, unreadable: dict[int, str]) -> Pixels:
-        """The image of a sample, or the first readable one of its substitutes; notes what was unreadable.
+        """The image of a sample, or its first readable substitute; adds what is unreadable to ``unreadable``.
 
-        Substitutes are random, since neighbours in a dataset share their shard and its fate.
+        Substitutes are random, because the neighbours of an unreadable image may be in the same damaged shard.
         """
         number = len(self.dataset)
         image = random_order(number, self.seed, Stream.ORDER, sample // number)[sample % number]
@@ -213,7 +217,7 @@ def _as_is(item: Any) -> Any:
 
 
 def _received(loader: DataLoader[_Item], number: int) -> Generator[Batch | RawBatch, None, None]:
-    """The batches of a loader, with a warning whenever a tenth more of its ``number`` images were unreadable."""
+    """The batches of a loader. It warns each time the number of unreadable images has grown by a tenth."""
     items, receive = iter(loader), next_of_workers if loader.num_workers else next
     seen, warned = set[int](), 0
     while True:

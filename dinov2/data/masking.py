@@ -24,7 +24,7 @@ except ImportError:  # installed without a compiler
 
 @dataclass(frozen=True, kw_only=True)
 class MaskConfig(Config, at="data.masks"):
-    """How many of the global crops are masked, and how much of each."""
+    """These fields decide how many global crops are masked, and how much of each."""
 
     probability: Share = 0.5
     """This share of the global crops of a batch is masked at all."""
@@ -41,7 +41,7 @@ class MaskConfig(Config, at="data.masks"):
     the middle of its share of ratio; where blocks do not reach it, single patches do."""
 
     def rules(self) -> Rules:
-        """Shares are at most 1, and nothing may be masked."""
+        """Shares are at most 1; ratio may start at 0."""
         low, high = self.ratio
         yield "ratio", 0 <= low <= high <= 1, "(low, high) with 0 <= low <= high <= 1"
         yield "max_block_share", self.max_block_share <= 1, "a number in (0, 1]"
@@ -56,24 +56,25 @@ def sample_block_masks(
     max_patches: int | None = None,
     aspect: tuple[float, float] = (0.3, 1 / 0.3),
 ) -> npt.NDArray[np.bool_]:
-    """Masks made of rectangular blocks, ``counts[i]`` patches at most in mask i.
+    """Masks of rectangular blocks, with at most ``counts[i]`` masked patches in mask i.
 
     Blocks are added until the count is reached or ten draws in a row do not fit. A block's area is uniform between
-    ``min_patches`` and what is left to mask (``max_patches`` at most), its aspect ratio log-uniform, its place uniform;
-    it must be smaller than the grid on both sides. On 14 x 14 and 16 x 16 grids 92 % of the masks hit their count and
-    nearly all others miss it by one or two patches. Native code where the package was built with it, about a
-    microsecond a mask and without the interpreter lock; else :mod:`dinov2.data.masking_reference`: the same bits.
+    ``min_patches`` and the patches left to mask (at most ``max_patches``). Its aspect ratio is log-uniform, its place
+    uniform, and it is smaller than the grid on both sides. On 14 x 14 and 16 x 16 grids, 92 % of the masks reach their
+    count, and nearly all others miss it by one or two patches. Native code takes about a microsecond per mask and does
+    not hold the interpreter lock. A package built without it uses :mod:`dinov2.data.masking_reference`, with bitwise
+    equal results.
 
     Args:
         grid: rows and columns of patches, (H, W).
         counts: patches to mask, one number per mask, each in [0, H * W].
-        seed: in [0, 2**64); the same seed gives the same masks on every machine.
+        seed: an integer in [0, 2**64); the same seed gives the same masks on every machine.
         min_patches: smallest area of a block, in patches.
         max_patches: largest area of a block, in patches; half the grid by default.
         aspect: smallest and largest height-to-width ratio of a block.
 
     Returns:
-        bool [len(counts), H, W], True where masked.
+        bool [len(counts), H, W], True for masked patches.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -83,22 +84,22 @@ def sample_block_masks(
     counts = np.asarray(counts, dtype=np.int64)  # [len]
     max_patches = num_patches // 2 if max_patches is None else max_patches
     if height < 1 or width < 1:
-        raise ValueError(f"grid must be (H, W) with at least one patch each way, but is {grid}")
+        raise ValueError(f"grid: expected (H, W) of at least one patch each, got {grid}")
     if counts.ndim != 1:
-        raise ValueError(f"counts must be one number per mask, but has shape {counts.shape}")
+        raise ValueError(f"counts: expected one number per mask, got shape {counts.shape}")
     if counts.size and (counts.min() < 0 or counts.max() > num_patches):
         raise ValueError(
-            f"counts must lie in [0, {num_patches}] for a {height} x {width} grid, "
-            f"but range from {counts.min()} to {counts.max()}"
+            f"counts: expected numbers in [0, {num_patches}] for a {height} x {width} grid,"
+            f" got {counts.min()} to {counts.max()}"
         )
     if not 0 <= seed < 1 << 64:
-        raise ValueError(f"seed must lie in [0, 2**64), but is {seed}")
+        raise ValueError(f"seed: expected an integer in [0, 2**64), got {seed}")
     if min_patches < 1 or max_patches < 0:
         raise ValueError(
-            f"min_patches must be positive and max_patches not negative, but are {min_patches} and {max_patches}"
+            f"min_patches and max_patches: expected at least 1 and at least 0, got {min_patches} and {max_patches}"
         )
     if not 0 < aspect[0] <= aspect[1]:
-        raise ValueError(f"aspect must be (low, high) with 0 < low <= high, but is {aspect}")
+        raise ValueError(f"aspect: expected (low, high) with 0 < low <= high, got {aspect}")
     return _sample(
         height,
         width,
@@ -116,9 +117,9 @@ def mask_counts(
 ) -> npt.NDArray[np.int64]:
     """Patches to mask in each of a batch's global crops, int64 ``[num_crops]``, in random order.
 
-    ``int(num_crops * probability)`` crops are masked. They share ``config.ratio`` out: the i-th draws its share of
-    patches from the i-th of as many equal intervals, so that the number of masked tokens hardly changes from batch to
-    batch; with ``config.same_total`` it takes the interval's middle.
+    ``int(num_crops * probability)`` crops are masked. ``config.ratio`` is cut into as many equal intervals. The i-th
+    crop draws its share of masked patches from the i-th interval. So the number of masked tokens hardly changes from
+    batch to batch. With ``config.same_total``, each crop takes the middle of its interval.
     """
     num_masked = int(num_crops * config.probability)
     edges = np.linspace(*config.ratio, num_masked + 1)
@@ -138,9 +139,9 @@ def batch_masks(
     Args:
         grid: rows and columns of patches in a global crop.
         num_crops: global crops in the batch.
-        config: how many are masked and how much.
+        config: the share of masked crops and of masked patches.
         seed: seed of the run, not negative.
-        position: which batch of the run it is: (step, rank).
+        position: step and rank of the batch in the run.
     """
     num_patches = grid[0] * grid[1]
     generator = derived_generator(seed, Stream.MASKS, *position)
@@ -160,7 +161,7 @@ def batch_masks(
 
 
 def _top_up(masks: npt.NDArray[np.bool_], counts: npt.NDArray[np.int64], generator: np.random.Generator) -> None:
-    """Mask random patches of each of masks [N, patches] that has fewer than its count."""
+    """Mask more random patches in each of the masks [N, patches] that has fewer than its count."""
     missing = counts - masks.sum(axis=1)
     for row in np.flatnonzero(missing):
         free = np.flatnonzero(~masks[row])

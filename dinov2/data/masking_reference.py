@@ -1,4 +1,4 @@
-"""The definition of block masking, in Python; ``csrc/host.cpp`` follows it draw by draw and is bit-identical."""
+"""The definition of block masking, in Python. ``csrc/host.cpp`` makes the same draws, with bitwise equal results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _UINT64 = (1 << 64) - 1
 
 
 class SplitMix64:
-    """A 64-bit generator (Steele, Lea and Flood, 2014), written out so that native code can draw the same numbers."""
+    """A 64-bit generator (Steele, Lea and Flood, 2014); native code can draw the same numbers."""
 
     def __init__(self, seed: int) -> None:
         self._state = seed
@@ -26,7 +26,7 @@ class SplitMix64:
         return z ^ (z >> 31)
 
     def uniform(self, low: float, high: float) -> float:
-        """A double between ``low`` and ``high``; ``high`` may be the smaller."""
+        """A double between ``low`` and ``high``; ``high`` may be smaller than ``low``."""
         return low + (high - low) * ((self.next() >> 11) * 2.0**-53)
 
     def below(self, bound: int) -> int:
@@ -49,7 +49,7 @@ def sample_block_masks(
     random = SplitMix64(seed)
 
     def add_block(mask: npt.NDArray[np.bool_], cap: int) -> int:
-        """Mask one block that adds between 1 and ``cap`` cells; return how many, 0 where every attempt failed."""
+        """Mask one block that adds 1 to ``cap`` patches; return their number, or 0 if every attempt failed."""
         for _ in range(ATTEMPTS_PER_BLOCK):
             area = random.uniform(min_patches, cap)
             aspect = math.exp(random.uniform(min_log_aspect, max_log_aspect))

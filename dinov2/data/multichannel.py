@@ -1,10 +1,10 @@
-"""What follows the crop of images that are not RGB, in NumPy: brightness, contrast, blur, solarisation, normalisation.
+"""Finishing crops that are not RGB, in NumPy: brightness, contrast, blur, solarisation, normalisation.
 
-:func:`dinov2_kernels.photometric` does this to 8-bit RGB. Here it is for any number of channels and every type in
-:data:`~dinov2.data.decoding.LEVELS`; each step takes an image ``[H, W, C]`` and returns one. Whole-number levels are
-rounded after each step, down except by the blur, and kept in their range. Float32 is not: 1 is the full level, but
-levels may be above it, or below 0. Hue, saturation and grey are missing: they are defined by how the eye sees red,
-green and blue.
+:func:`dinov2_kernels.photometric` finishes 8-bit RGB. This module takes any number of channels and every dtype in
+:data:`~dinov2.data.decoding.LEVELS`. Each step takes an image ``[H, W, C]`` and returns one. Integer levels are clipped
+to their range after each step, and rounded down (by the blur: to the nearest). Float32 levels are neither rounded nor
+clipped: 1 is the full level, but levels may be above 1 or below 0. Hue, saturation and grey are missing, because they
+are defined by how the eye sees red, green and blue.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def finish(
 
     Args:
         image: uint8, uint16 or float32 ``[H, W, C]``.
-        plan: what is to be done, with neither saturation nor hue nor grey.
-        blur_kernel: side of the blur's kernel, odd, in pixels.
-        mean: of each channel, see :func:`normalize`.
-        std: of each channel, see :func:`normalize`.
+        plan: the plan of the crop, without saturation, hue and grey.
+        blur_kernel: odd side of the blur's kernel in pixels.
+        mean: mean of each channel, see :func:`normalize`.
+        std: standard deviation of each channel, see :func:`normalize`.
 
     Returns:
         Float32 ``[C, H, W]``.
@@ -61,13 +61,13 @@ def normalize(image: Pixels, mean: tuple[float, ...], std: tuple[float, ...]) ->
 def _scale_and_shift(
     mean: tuple[float, ...], std: tuple[float, ...], full_level: float
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Float32 ``[C, 1, 1]`` each, such that ``level * scale + shift`` is the normalised value."""
+    """Scale and shift, float32 ``[C, 1, 1]`` each: the normalised value is ``level * scale + shift``."""
     channels = np.array([mean, std])[:, :, None, None]  # [2, C, 1, 1]
     return (1 / (full_level * channels[1])).astype(np.float32), (-channels[0] / channels[1]).astype(np.float32)
 
 
 def _as_levels(values: npt.NDArray[np.float32], dtype: np.dtype[Any]) -> Pixels:
-    """Values as pixels of a type."""
+    """Values as pixels of a dtype."""
     if dtype == np.float32:
         return values
     return np.clip(values, 0, LEVELS[dtype], out=values).astype(dtype)
@@ -79,16 +79,16 @@ def adjust_brightness(image: Pixels, factor: float) -> Pixels:
 
 
 def adjust_contrast(image: Pixels, factor: float) -> Pixels:
-    """Move the levels of each channel away from its own mean, by ``factor``."""
+    """Multiply the distance of all levels from their channel's mean by ``factor``."""
     mean = image.mean(axis=0, dtype=np.float64).mean(axis=0).astype(np.float32)  # [C]; faster than both axes at once
     if image.dtype != np.float32:
         mean = np.floor(mean + np.float32(0.5))
-    mean = np.tile(mean, (image.shape[1], 1))  # [W, C]: NumPy is slow where it repeats a few numbers for each pixel
+    mean = np.tile(mean, (image.shape[1], 1))  # [W, C], because NumPy broadcasts short rows slowly
     return _as_levels(mean + np.float32(factor) * (image - mean), image.dtype)
 
 
 def solarize(image: Pixels, threshold: float) -> Pixels:
-    """Invert the levels from ``threshold`` of 255 on, or what corresponds to it in another type."""
+    """Invert the levels from ``threshold`` on; it counts from 0 to 255 and is scaled for other dtypes."""
     full = LEVELS[image.dtype]
     level = image.dtype.type
     inverted: Pixels = np.where(image >= level(threshold * full / 255), level(full) - image, image)
@@ -96,7 +96,7 @@ def solarize(image: Pixels, threshold: float) -> Pixels:
 
 
 def gaussian_blur(image: Pixels, sigma: float, kernel_size: int) -> Pixels:
-    """Convolve with a Gaussian of ``sigma`` pixels cut to ``kernel_size``, borders reflected."""
+    """Convolve with a Gaussian of ``sigma`` pixels, cut to ``kernel_size``. Borders are reflected."""
     reach, (height, width, _) = kernel_size // 2, image.shape
     weight = np.exp(-0.5 * (np.arange(reach + 1) / sigma) ** 2)  # from the middle outwards
     weight = (weight / (weight[0] + 2 * weight[1:].sum())).astype(np.float32)
@@ -110,7 +110,7 @@ def gaussian_blur(image: Pixels, sigma: float, kernel_size: int) -> Pixels:
 def _weighted(
     shifted: Callable[[int], npt.NDArray[np.float32]], weight: npt.NDArray[np.float32]
 ) -> npt.NDArray[np.float32]:
-    """The sum of ``shifted(k)`` over k from minus to plus the reach of a symmetric kernel, each by its weight."""
+    """The weighted sum of ``shifted(k)`` for a symmetric kernel; k goes from minus to plus its reach."""
     total: npt.NDArray[np.float32] = weight[0] * shifted(0)
     pair = np.empty_like(total)
     for k in range(1, len(weight)):

@@ -1,4 +1,4 @@
-"""The photographs that ship inside the wheels of scikit-image and scikit-learn: real images without a network."""
+"""The photographs in the wheels of scikit-image and scikit-learn: real images that need no download."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from dinov2_kernels._extras import require
 
-# Name here -> function of skimage.data. Only files that are part of the wheel; the rest of skimage.data downloads.
+# Name here -> function of skimage.data. These files are part of the wheel; skimage.data downloads all others.
 _SCIKIT_IMAGE = {
     "astronaut": "astronaut",
     "brick": "brick",

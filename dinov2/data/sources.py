@@ -1,4 +1,4 @@
-"""What ``data.root`` may name, recognised by what is there: folders of images, tar shards, Hugging Face's datasets."""
+"""The sources that ``data.root`` may name: folders of images, tar shards and Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -14,26 +14,29 @@ from dinov2.data.shards.storage import Storage
 from dinov2_kernels._extras import require
 
 SAVED_DATASET = frozenset({"state", "dataset_dict"})
-"""JSON files that ``save_to_disk`` leaves beside the data of one split, and beside the folders of several."""
+"""JSON files of ``save_to_disk``: ``state`` marks a single split, ``dataset_dict`` a folder of splits."""
 PURPOSE = "HuggingFaceImages"
 
 
 def open_dataset(config: DataConfig) -> ImageDataset:
-    """The images that ``config.root`` names, of as many channels as the augmentation has.
+    """Open the images that ``config.root`` names, with the number of channels of the augmentation.
 
     - None: :class:`BundledPhotographs`.
     - A folder or URL that ``save_to_disk`` of Hugging Face's ``datasets`` has written: :class:`HuggingFaceImages`.
-    - One with tars, in itself or in ``images``, or any other URL: :class:`TarShards`.
+    - A folder with tars, directly or in ``images``, or any other URL: :class:`TarShards`.
     - Any other folder: :class:`ImageFolder`.
 
     Raises:
-        ValueError: there is nothing of this kind.
-        ImportError: what is there needs an extra that is not installed; the message names it.
+        ValueError: the root holds no such images.
+        ImportError: the source needs an extra that is not installed; the message names it.
     """
     root, channels = config.root, config.augmentation.channels
     if root is None:
         if channels != 3:
-            raise ValueError(f"root must be given for images of {channels} channels: the bundled photographs have 3")
+            raise ValueError(
+                f"data.root: expected a source of images with {channels} channels, got None, which takes the bundled"
+                " photographs of 3 channels"
+            )
         return BundledPhotographs()
     is_url = "://" in os.fspath(root)
     if is_url or Path(root).is_dir():
@@ -47,7 +50,7 @@ def open_dataset(config: DataConfig) -> ImageDataset:
 
 
 def image_names(dataset: ImageDataset) -> list[str]:
-    """A name for each image: its path in a folder, ``SHARD/KEY`` in tars, a photograph's name; elsewhere its number."""
+    """A name for each image: its path in a folder, ``SHARD/KEY`` in tars, a photograph's name, or else its number."""
     if isinstance(dataset, ImageFolder):
         return dataset.paths
     if isinstance(dataset, TarShards):
@@ -66,10 +69,10 @@ class ImageFolder:
 
     Args:
         root: the folder.
-        channels: of every image.
+        channels: number of channels of every image.
 
     Raises:
-        ValueError: ``root`` is no folder, or there is no image under it.
+        ValueError: ``root`` is not a folder, or there is no image under it.
         OSError: a folder under it cannot be listed.
     """
 
@@ -77,7 +80,7 @@ class ImageFolder:
         self.root = Path(root)
         self.channels = channels
         if not self.root.is_dir():
-            raise ValueError(f"root must be a folder of images, but {os.fspath(root)!r} is not a folder")
+            raise ValueError(f"root: expected a folder of images, got {os.fspath(root)!r}, which is not a folder")
         self.paths = sorted(
             os.path.relpath(os.path.join(folder, name), self.root)
             for folder, _, names in os.walk(self.root, onerror=_refuse, followlinks=True)
@@ -86,7 +89,8 @@ class ImageFolder:
         )
         if not self.paths:
             raise ValueError(
-                f"root must hold images ({', '.join(IMAGE_EXTENSIONS)}), but {os.fspath(root)!r} has none at any depth"
+                f"root: expected a folder with images ({', '.join(IMAGE_EXTENSIONS)}) at any depth, got"
+                f" {os.fspath(root)!r}, which has none"
             )
 
     def __len__(self) -> int:
@@ -102,24 +106,24 @@ class ImageFolder:
 
 
 def _refuse(error: OSError) -> None:
-    """Images that are missing unnoticed would make another dataset."""
+    """Raise the error: skipping a folder would silently change the dataset."""
     raise type(error)(f"folder {error.filename!r} under root cannot be listed: {error.strerror}") from error
 
 
 class HuggingFaceImages:
-    """One column of a ``datasets.Dataset`` as images; the other columns are never touched.
+    """One column of a ``datasets.Dataset`` as images; the other columns are not read.
 
     A map-style dataset: ``len(images)``, ``images[i]`` -> uint8 RGB ``[H, W, 3]``, or as
-    :func:`~dinov2.data.read_image` says for other numbers of channels. Files are decoded as everywhere in this package,
-    from the bytes in the dataset or from the path that it names.
+    :func:`~dinov2.data.read_image` says for other numbers of channels. :func:`~dinov2.data.read_image` decodes the
+    bytes in the dataset or the file that it names.
 
     Args:
         dataset: one split, as ``load_dataset(..., split="train")`` or ``load_from_disk`` returns it.
-        column: its name; a column of images, or of the bytes of image files.
-        channels: of every image.
+        column: name of a column of images, or of the bytes of image files.
+        channels: number of channels of every image.
 
     Raises:
-        ValueError: the dataset holds several splits or is an iterable one, or there is no such column.
+        ValueError: the dataset has several splits, is iterable only, or has no such column.
         ImportError: ``datasets`` is missing (extra ``hf``).
     """
 
@@ -127,10 +131,10 @@ class HuggingFaceImages:
         datasets = require("datasets", extra="hf", purpose=PURPOSE)
         if isinstance(dataset, datasets.DatasetDict):
             raise ValueError(
-                f"dataset must be one split (a folder of its own on disk), but holds several: {', '.join(dataset)}"
+                f"dataset: expected one split (a folder of its own on disk), got several: {', '.join(dataset)}"
             )
         if not isinstance(dataset, datasets.Dataset):
-            raise ValueError(f"dataset must be a datasets.Dataset, but is a {type(dataset).__name__}")
+            raise ValueError(f"dataset: expected a datasets.Dataset, got {type(dataset).__name__}")
         of_bytes = (datasets.Value("binary"), datasets.Value("large_binary"))
         of_files = {
             name
@@ -139,8 +143,8 @@ class HuggingFaceImages:
         }
         if column not in of_files:
             raise ValueError(
-                f"column must be one of images or of bytes, but is {column!r}; of the columns"
-                f" {', '.join(dataset.column_names)} these are: {', '.join(sorted(of_files)) or 'none'}"
+                f"column: expected a column of images or bytes ({', '.join(sorted(of_files)) or 'there is none'}),"
+                f" got {column!r}; the columns are {', '.join(dataset.column_names)}"
             )
         self.column = column
         self.channels = channels
@@ -155,7 +159,7 @@ class HuggingFaceImages:
         """Image ``index``, ``[H, W, channels]``.
 
         Raises:
-            UnreadableImageError: there is none in this row, or it cannot be decoded.
+            UnreadableImageError: the row has no image, or it cannot be decoded.
         """
         value = self._rows[index][self.column]
         name = f"{index} of the dataset's column {self.column!r}"

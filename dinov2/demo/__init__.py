@@ -1,1 +1,1 @@
-"""What only the demos and the tests need: a small task on bundled photographs, a small crawl, and plots."""
+"""Helpers of the demos and tests only: a small task on bundled photographs, a small crawl, and plots."""

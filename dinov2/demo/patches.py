@@ -1,4 +1,4 @@
-"""The task of the demo: patches of photographs, from which photograph a patch comes, and baselines made by hand."""
+"""The task of the demo: name the photograph that a patch comes from. With patches, probe and hand-made baselines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Half = Literal["left", "right"]
 
 @dataclass(frozen=True)
 class Patches:
-    """Patches of photographs; a map-style dataset of the patches alone, as unlabelled training images."""
+    """Patches of photographs with labels. As a map-style dataset, it gives the patches without labels, for training."""
 
     images: npt.NDArray[np.uint8]  # [N, size, size, 3]
     labels: npt.NDArray[np.int64]  # [N] number of the photograph that a patch comes from
@@ -42,10 +42,10 @@ def cut_patches(photographs: ImageDataset, *, half: Half, size: int, per_photogr
 
     Args:
         photographs: uint8 RGB ``[H, W, 3]`` each.
-        half: the side to cut from.
+        half: the half to cut from.
         size: side of a patch in pixels.
-        per_photograph: patches of each photograph.
-        seed: decides the places.
+        per_photograph: number of patches of each photograph.
+        seed: seed of the places.
 
     Raises:
         ValueError: half of a photograph is smaller than a patch.
@@ -58,8 +58,8 @@ def cut_patches(photographs: ImageDataset, *, half: Half, size: int, per_photogr
         height, width, _ = region.shape
         if min(height, width) < size:
             raise ValueError(
-                f"size must fit into half of every photograph, but is {size}, and the {half} half of"
-                f" photograph {number} is {height} x {width}"
+                f"size: expected at most {min(height, width)}, to fit into the {half} half of photograph {number} of"
+                f" {height} x {width}, got {size}"
             )
         tops = rng.integers(0, height - size + 1, per_photograph)
         lefts = rng.integers(0, width - size + 1, per_photograph)
@@ -69,7 +69,7 @@ def cut_patches(photographs: ImageDataset, *, half: Half, size: int, per_photogr
 
 
 def half_of(photograph: npt.NDArray[np.uint8], half: Half) -> npt.NDArray[np.uint8]:
-    """The left or right half of a photograph, a view; the right one has the middle column of an odd width."""
+    """A view of the left or right half of a photograph; the right half has the middle column of an odd width."""
     middle = photograph.shape[1] // 2
     return photograph[:, :middle] if half == "left" else photograph[:, middle:]
 
@@ -78,10 +78,10 @@ class PatchProbe:
     """k-NN accuracy of naming the photograph that a patch comes from.
 
     Args:
-        index: patches whose photograph is known.
-        queries: patches whose photograph is asked for, from other parts of the same photographs.
-        augmentation: what the model is trained with; gives the normalisation.
-        k: neighbours that vote.
+        index: patches whose photographs are known.
+        queries: patches whose photographs are predicted, from other parts of the same photographs.
+        augmentation: the model's augmentation in training; gives mean and std.
+        k: number of neighbours that vote.
     """
 
     def __init__(self, index: Patches, queries: Patches, augmentation: AugmentationConfig, k: int = 5) -> None:
@@ -103,9 +103,10 @@ class PatchProbe:
 
 
 def handmade_accuracies(index: Patches, queries: Patches, k: int = 5) -> dict[str, float]:
-    """Accuracy, 0 ... 1, of naming the photograph of each query by the plain vote of its k nearest in the index.
+    """Accuracy, 0 ... 1, of naming the photograph of each query, by an equal vote of its k nearest neighbours.
 
-    Raw pixels are compared by Euclidean distance, histograms by the sum of absolute differences, which suits them best.
+    Raw pixels are compared by Euclidean distance. Histograms are compared by the sum of absolute differences, which
+    suits them best.
 
     Raises:
         ImportError: scikit-image or scikit-learn is missing (extra ``demo``).

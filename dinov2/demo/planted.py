@@ -1,7 +1,7 @@
-"""A small crawl whose truth is known: patches of the bundled photographs, with copies planted among them.
+"""A small crawl with known truth: patches of the bundled photographs, with planted copies.
 
-What curation should find out is written beside each image: which images are copies of which, which are copies of an
-image that models will be tested on, and which photograph an image was cut from, as those of one photograph look alike.
+Each image has the facts that curation should find: the image that it is a copy of, whether that is an evaluation image,
+and the photograph that it was cut from. (Images of one photograph look alike.)
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ Random = np.random.Generator
 
 @dataclass(frozen=True)
 class PlantedImage:
-    """An image of the crawl, or of a set beside it.
+    """An image of the crawl, of the evaluation set or of the seeds.
 
     Attributes:
-        name: unique, and made of letters, digits and hyphens.
-        content: its file, JPEG or PNG.
-        role: pool: what is crawled; evaluation: nothing like it may be trained on; seed: more like it is wanted.
-        original: name of the image that it is a copy of; its own where it is none.
-        kind: how a copy was made, "original" for what was cut, "distractor" for what is no photograph.
-        photograph: what it was cut from; "" for a distractor.
+        name: unique name of letters, digits and hyphens.
+        content: bytes of its file, JPEG or PNG.
+        role: "pool" for crawled images; "evaluation" for images that training must avoid; "seed" for images to retrieve
+            similar ones for.
+        original: name of the image that it is a copy of, or its own name.
+        kind: how a copy was made; "original" for an image that was cut, "distractor" for one that is no photograph.
+        photograph: name of the photograph that it was cut from; "" for a distractor.
     """
 
     name: str
@@ -52,19 +53,19 @@ def planted_images(
     distractors: int = 100,
     half: Half | None = None,
 ) -> list[PlantedImage]:
-    """The crawl and the sets beside it, the same for the same arguments.
+    """The crawl, the evaluation set and the seeds; equal arguments give equal images.
 
-    Each photograph is cut into tiles that share no pixel. Of ``per_photograph`` tiles at most, one in ten is an
-    evaluation image and one in ten a seed, the rest are in the pool, where a share ``copied`` of the pool's tiles has
-    one to three copies of different kinds, and each second evaluation image one.
+    Each photograph is cut into tiles that share no pixel, and at most ``per_photograph`` of them are used. One tile in
+    ten is an evaluation image, one in ten is a seed, and the rest are in the pool. The pool also has copies: one to
+    three of different kinds for a share ``copied`` of its tiles, and one for every second evaluation image.
 
     Args:
-        seed: decides everything that is random.
+        seed: seed of all random numbers.
         size: side of a tile in pixels.
-        per_photograph: tiles of a photograph at most.
+        per_photograph: largest number of tiles of a photograph.
         copied: share of the pool's tiles that have copies.
-        distractors: images that are no photographs: noise, gradients and flat colours.
-        half: cut from this half of each photograph only.
+        distractors: number of images that are not photographs: noise, gradients and flat colours.
+        half: cut only from this half of each photograph; None cuts from the whole photograph.
     """
     rng, images = np.random.default_rng(seed), list[PlantedImage]()
     photographs = BundledPhotographs()
@@ -89,7 +90,7 @@ def planted_images(
 
 
 def _tiles(pixels: npt.NDArray[np.uint8], size: int) -> list[npt.NDArray[np.uint8]]:
-    """All tiles [size, size, 3] of a grid on the middle of a photograph."""
+    """All tiles [size, size, 3] of a grid that is centred on a photograph."""
     rows, columns = pixels.shape[0] // size, pixels.shape[1] // size
     top, left = (pixels.shape[0] - rows * size) // 2, (pixels.shape[1] - columns * size) // 2
     return [
@@ -106,7 +107,7 @@ def _jpeg(picture: Image.Image, quality: int) -> bytes:
 
 
 def _crop(picture: Image.Image, rng: Random) -> Image.Image:
-    """A part of 50 to 90 % of the area."""
+    """Cut a part of 50 to 90 % of the area."""
     width, height = picture.size
     side = float(np.sqrt(rng.uniform(0.5, 0.9)))
     w, h = round(width * side), round(height * side)
@@ -115,14 +116,14 @@ def _crop(picture: Image.Image, rng: Random) -> Image.Image:
 
 
 def _colour(picture: Image.Image, rng: Random) -> Image.Image:
-    """Brightness, contrast and saturation, each by up to 40 %."""
+    """Change brightness, contrast and saturation, each by up to 40 %."""
     for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
         picture = enhance(picture).enhance(float(rng.uniform(0.6, 1.4)))
     return picture
 
 
 def _overlay(picture: Image.Image, rng: Random) -> Image.Image:
-    """A line of text on a bar, and a round sticker, as memes and shops have them."""
+    """Add a bar with a line of text and a round sticker, as in memes and shops."""
     picture, (width, height) = picture.copy(), picture.size
     draw = ImageDraw.Draw(picture)
     bar = round(height * rng.uniform(0.1, 0.18))
@@ -136,7 +137,7 @@ def _overlay(picture: Image.Image, rng: Random) -> Image.Image:
 
 
 def _resized(picture: Image.Image, rng: Random) -> Image.Image:
-    """Half to one and a half times as large."""
+    """Resize by a factor from 0.5 to 1.5."""
     side = round(picture.width * rng.uniform(0.5, 1.5))
     return picture.resize((side, side), Image.Resampling.BICUBIC)
 
@@ -150,11 +151,11 @@ COPIES: dict[str, Callable[[Image.Image, Random], bytes]] = {
     "resize": lambda picture, rng: _jpeg(_resized(picture, rng), 90),
     "several": lambda picture, rng: _jpeg(_colour(ImageOps.mirror(_crop(picture, rng)), rng), 70),
 }
-"""How copies are made, by name."""
+"""Functions that make copies, by the kind of copy."""
 
 
 def _distractor(size: int, rng: Random) -> bytes:
-    """A PNG that is no photograph: noise of some coarseness, a gradient, or a flat colour."""
+    """A PNG that is not a photograph: fine or coarse noise, a gradient, or a flat colour."""
     kind = int(rng.integers(3))
     if kind == 0:
         coarse = int(rng.choice([8, 16, 32, 64]))

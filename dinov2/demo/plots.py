@@ -1,4 +1,4 @@
-"""Pictures of a run: its curves, and colours of features beside the photographs they belong to."""
+"""Pictures of a run: its curves, and its features as colours below the photographs."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def plot_curves(metrics: Sequence[Mapping[str, Any]], baselines: Mapping[str, fl
 
 
 def plot_rows(rows: Mapping[str, Sequence[npt.NDArray[Any]]], path: Path) -> None:
-    """Draw rows of pictures of equal number into a PNG, each row under its name.
+    """Draw rows of equally many pictures into a PNG, each with its name above.
 
     Args:
-        rows: name of a row -> pictures ``[H, W, 3]``, uint8 or floating from 0 to 1.
+        rows: name of a row -> pictures ``[H, W, 3]``, uint8 or floating point from 0 to 1.
         path: the file to write.
 
     Raises:
@@ -70,14 +70,14 @@ def plot_rows(rows: Mapping[str, Sequence[npt.NDArray[Any]]], path: Path) -> Non
 
 
 def _figure(purpose: str, rows: int, columns: int, size: tuple[float, float]) -> tuple[Any, Any]:
-    """A figure of a size in inches that belongs to no window, and its axes, ``[rows][columns]``."""
+    """A figure without a window, with its size in inches, and its axes, ``[rows][columns]``."""
     figures = require("matplotlib.figure", extra="demo", purpose=purpose)
     figure = figures.Figure(layout="constrained", figsize=size)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def _series(metrics: Sequence[Mapping[str, Any]], name: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Steps and values of the lines that hold ``name``."""
+    """Steps and values of the lines that contain ``name``."""
     points = [(line["step"], line[name]) for line in metrics if name in line]
     steps, values = np.array(points, dtype=float).reshape(-1, 2).T
     return steps, values

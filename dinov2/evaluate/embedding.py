@@ -1,4 +1,4 @@
-"""Features of all images of a dataset, in a folder: ``features.npy``, and ``images.csv`` that says whose they are."""
+"""Features of all images of a dataset in a folder: ``features.npy``, and ``images.csv`` with the names of its rows."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from dinov2.models import VisionTransformer
 FEATURES, IMAGES, SKIPPED = "features.npy", "images.csv", "skipped.csv"
 
 Views = tuple[Tensor, dict[int, str]]
-"""Views of the readable images of a batch [b, C, size, size]; reasons why others of the dataset are not among them."""
+"""Views of a batch's readable images [b, C, size, size]; by number in the dataset, why the others cannot be read."""
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """What :func:`embed` has written: rows of the features, numbers of each, and images that could not be read."""
+    """Counts of :func:`embed`: rows of features, numbers in a row, and images that could not be read."""
 
     images: int
     width: int
@@ -45,25 +45,25 @@ def embed(
     num_workers: int = 2,
     progress: Callable[[int], None] = lambda images: None,
 ) -> Embedding:
-    """Write the class tokens of images, as :class:`FolderProbe` sees them, into a new folder.
+    """Write the class tokens of images into a new folder. The model sees the same views as in :class:`FolderProbe`.
 
-    ``features.npy`` is float32 [N, D], ``images.csv`` has the name of each row's image in its column ``image``. Images
-    that cannot be read have no row; ``skipped.csv`` names them, with the reason. The folder appears when it is
-    complete. Within ``torch.autocast`` the model runs in that precision.
+    ``features.npy`` is float32 [N, D]. Column ``image`` of ``images.csv`` has the name of each row's image. Images that
+    cannot be read have no row; ``skipped.csv`` has their names and the reasons. The folder appears only when it is
+    complete. Within ``torch.autocast``, the model runs in that precision.
 
     Args:
-        model: in eval mode, on any device.
-        dataset: images.
-        names: of the images.
-        output: the folder, absent or empty.
-        augmentation: gives size, normalisation and number of channels; nothing random is done.
+        model: a model in eval mode, on any device.
+        dataset: the images.
+        names: names of the images.
+        output: a new or empty folder.
+        augmentation: gives size, mean, std and number of channels; its random parts are not used.
         batch_size: images of a forward pass.
-        num_workers: processes that read and decode; 0 reads in this one.
-        progress: told after each batch how many images are done.
+        num_workers: number of processes that read and decode images; 0 uses this process.
+        progress: called after each batch with the number of finished images.
 
     Raises:
         FileExistsError: the folder is not empty.
-        ValueError: the model's patches do not fit the size, or it takes another number of channels.
+        ValueError: the size is not a multiple of the model's patch size, or the number of channels differs.
         UnreadableDatasetError: no image can be read.
         LostWorkerError: a worker was killed.
     """
@@ -95,15 +95,15 @@ def embed(
 
 def _check(model: VisionTransformer, output: Path, augmentation: AugmentationConfig) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"output {output} must be a new or an empty folder")
+        raise FileExistsError(f"output: expected a new or an empty folder, got {output}")
     config = model.config
     if augmentation.global_size % config.patch_size:
         raise ValueError(
-            f"size must be a multiple of {config.patch_size}, the model's patch, but is {augmentation.global_size}"
+            f"size: expected a multiple of {config.patch_size}, the model's patch size, got {augmentation.global_size}"
         )
     if config.in_chans != augmentation.channels:
         raise ValueError(
-            f"mean and std must have {config.in_chans} values, one for each channel of the model, but have"
+            f"mean and std: expected {config.in_chans} values, one for each channel of the model, got"
             f" {augmentation.channels}"
         )
 
@@ -126,7 +126,7 @@ def _batches(
 
 @dataclass(frozen=True)
 class _ViewsOfImages(Dataset[tuple[int, "Tensor | str"]]):
-    """Item i is the view of image i, or why it cannot be read."""
+    """Item i is i and the view of image i, or the reason why it cannot be read."""
 
     dataset: ImageDataset
     augmentation: AugmentationConfig

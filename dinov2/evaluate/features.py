@@ -1,4 +1,4 @@
-"""Features of many small images, and of every place of one large image, also as colours."""
+"""Features of small images, features of every place in a large image, and their display as colours."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from dinov2.models import VisionTransformer
 def image_features(
     model: VisionTransformer, images: npt.NDArray[np.uint8], augmentation: AugmentationConfig, batch_size: int = 250
 ) -> Tensor:
-    """Features of whole images: the mean of the class tokens, of length 1, of an image and of its mirror image.
+    """Features of whole images: the mean of the L2-normalised class tokens of an image and of its mirror image.
 
     Args:
-        model: in eval mode, on any device.
-        images: uint8 RGB ``[N, H, W, 3]``; sides are multiples of the model's patch.
-        augmentation: what the model was trained with; gives the normalisation.
+        model: a model in eval mode, on any device.
+        images: uint8 RGB ``[N, H, W, 3]``; sides are multiples of the model's patch size.
+        augmentation: the model's augmentation in training; gives mean and std.
         batch_size: images per forward pass.
 
     Returns:
@@ -43,15 +43,15 @@ def image_features(
 def dense_features(
     model: VisionTransformer, image: npt.NDArray[np.uint8], augmentation: AugmentationConfig, *, stride: int
 ) -> Tensor:
-    """Patch features of an image larger than those the model was trained on.
+    """Patch features of an image that is larger than the model's training images.
 
-    The model sees the image through a window of its own size that moves by ``stride`` pixels; the feature of a patch is
-    the mean of its tokens in all windows that cover it.
+    A window of the model's image size moves over the image by ``stride`` pixels. The feature of a patch is the mean of
+    its tokens in all windows that cover it.
 
     Args:
-        model: in eval mode, on any device.
+        model: a model in eval mode, on any device.
         image: uint8 RGB ``[H, W, 3]``; each side is the model's image size plus a multiple of stride.
-        augmentation: what the model was trained with; gives the normalisation.
+        augmentation: the model's augmentation in training; gives mean and std.
         stride: step of the window in pixels, a multiple of the patch size, at most the model's image size.
 
     Returns:
@@ -63,10 +63,10 @@ def dense_features(
     window, patch, grid = model.config.img_size, model.config.patch_size, model.config.grid_size
     height, width, _ = image.shape
     if stride % patch or not 0 < stride <= window:
-        raise ValueError(f"stride must be a multiple of {patch}, the patch size, up to {window}, but is {stride}")
+        raise ValueError(f"stride: expected a multiple of {patch}, the patch size, up to {window}, got {stride}")
     if min(height, width) < window or (height - window) % stride or (width - window) % stride:
         raise ValueError(
-            f"sides of image must be {window} plus a multiple of stride {stride}, but it is {height} x {width}"
+            f"image: expected sides of {window} plus a multiple of stride {stride}, got {height} x {width}"
         )
     tokens = torch.cat(
         [
@@ -84,13 +84,13 @@ def dense_features(
 def neighbourhood_features(
     model: VisionTransformer, image: npt.NDArray[np.uint8], augmentation: AugmentationConfig, *, stride: int
 ) -> Tensor:
-    """Class tokens of the surroundings of every place of an image, which is mirrored at its borders.
+    """Class tokens of a window around every place of an image. The image is mirrored at its borders.
 
     Args:
-        model: in eval mode, on any device; its window has the size of the images it was trained on.
+        model: a model in eval mode, on any device; the window has the model's image size.
         image: uint8 RGB ``[H, W, 3]``, at least as large as the window.
-        augmentation: what the model was trained with; gives the normalisation.
-        stride: distance of the places in pixels.
+        augmentation: the model's augmentation in training; gives mean and std.
+        stride: distance between the places in pixels.
 
     Returns:
         float32 ``[H // stride + 1, W // stride + 1, D]`` on the CPU.
@@ -104,7 +104,7 @@ def neighbourhood_features(
 def _rows_of_windows(
     model: VisionTransformer, image: npt.NDArray[np.uint8], augmentation: AugmentationConfig, stride: int
 ) -> Iterator[Tensor]:
-    """Row by row ``[columns, 3, window, window]`` on the model's device, the windows of its size ``stride`` apart."""
+    """Rows of windows of the model's image size, ``stride`` apart: ``[columns, 3, window, window]`` on its device."""
     window, device = model.config.img_size, next(model.parameters()).device
     pixels = torch.from_numpy(normalize(image, augmentation.mean, augmentation.std))  # [3, H, W]
     windows = pixels.unfold(1, window, stride).unfold(2, window, stride)  # [3, rows, columns, window, window]
@@ -113,12 +113,12 @@ def _rows_of_windows(
 
 
 def pca_colours(maps: Sequence[Tensor], *, first: int = 0, outliers: float = 0.02) -> list[Tensor]:
-    """Colours of features: three principal components, shared by all maps, as red, green and blue.
+    """Colours of features: three principal components of all maps together, as red, green and blue.
 
     Args:
-        maps: features ``[h, w, D]`` each, of one width D.
-        first: number of leading components to leave out; the first often tells only figure from ground.
-        outliers: share of the values at either end of a component that is clipped to no and full brightness.
+        maps: features ``[h, w, D]`` each, with the same D.
+        first: number of leading components to leave out; the first often only separates figure from ground.
+        outliers: share of the lowest and of the highest values of a component that are clipped, to 0 and to 1.
 
     Returns:
         float32 ``[h, w, 3]`` each, from 0 to 1.
@@ -128,7 +128,7 @@ def pca_colours(maps: Sequence[Tensor], *, first: int = 0, outliers: float = 0.0
     """
     features = torch.cat([features.flatten(0, 1) for features in maps])  # [N, D]
     if features.shape[1] < first + 3:
-        raise ValueError(f"features must have at least {first + 3} numbers, but have {features.shape[1]}")
+        raise ValueError(f"maps: expected features of at least {first + 3} numbers, got {features.shape[1]}")
     components = principal_components(features, first + 3)[:, first:]  # [D, 3]
     scores = (features - features.mean(dim=0)) @ components  # [N, 3]
     ordered = scores.sort(dim=0).values
@@ -140,9 +140,9 @@ def pca_colours(maps: Sequence[Tensor], *, first: int = 0, outliers: float = 0.0
 
 
 def principal_components(features: Tensor, number: int) -> Tensor:
-    """Directions of largest variance of ``[N, D]`` features, orthonormal columns ``[D, number]``, largest first.
+    """Directions of largest variance of features ``[N, D]``: orthonormal columns ``[D, number]``, largest first.
 
-    Of the two signs of a direction, the one that makes its largest entry positive.
+    The sign of each direction makes its largest entry positive.
     """
     centred = features.double() - features.double().mean(dim=0)
     _, vectors = torch.linalg.eigh(centred.T @ centred)  # ascending

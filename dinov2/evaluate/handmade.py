@@ -1,4 +1,4 @@
-"""Descriptors of small images made by hand, as baselines for learned features: pixels, colours and textures."""
+"""Hand-made descriptors of small images, as baselines for learned features: pixels, colours and textures."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import numpy.typing as npt
 
 from dinov2_kernels._extras import require
 
-TEXTURES = ((8, 1), (8, 2), (16, 2))  # points on a circle and its radius in pixels, for local binary patterns
+TEXTURES = ((8, 1), (8, 2), (16, 2))  # local binary patterns: points on a circle, and its radius in pixels
 
 
 def raw_pixels(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """The pixels themselves on a scale of 0 ... 1: uint8 ``[N, H, W, 3]`` to float32 ``[N, 3 * H * W]``."""
+    """The pixels on a scale from 0 to 1: uint8 ``[N, H, W, 3]`` to float32 ``[N, 3 * H * W]``."""
     return images.reshape(len(images), -1).astype(np.float32) / np.float32(255)
 
 
@@ -51,9 +51,9 @@ def texture_histogram(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
 
 
 def descriptors(images: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[np.float32]]:
-    """Every descriptor by its name: uint8 ``[N, H, W, 3]`` to float32 ``[N, D]``, with a D of its own for each.
+    """Every descriptor by its name: uint8 ``[N, H, W, 3]`` to float32 ``[N, D]``; each has a D of its own.
 
-    The last one, colour beside texture of twice the weight, is the best known one for telling photographs apart.
+    The last one has colour, and texture with twice the weight. It is the best known for telling photographs apart.
     """
     colour, texture = colour_histogram(images), texture_histogram(images)
     return {
@@ -65,7 +65,7 @@ def descriptors(images: npt.NDArray[np.uint8]) -> dict[str, npt.NDArray[np.float
 
 
 def _histograms(values: npt.NDArray[np.int64], bins: int) -> npt.NDArray[np.float32]:
-    """How often each of 0 ... bins - 1 occurs in a row, as a share: int64 ``[N, M]`` to float32 ``[N, bins]``."""
+    """The share of each value 0 ... bins - 1 in each row: int64 ``[N, M]`` to float32 ``[N, bins]``."""
     rows = np.arange(len(values))[:, None] * bins
     counts = np.bincount((rows + values).ravel(), minlength=len(values) * bins)
     return counts.reshape(len(values), bins).astype(np.float32) / np.float32(values.shape[1])

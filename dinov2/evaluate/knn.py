@@ -19,19 +19,19 @@ def knn_accuracy(
     k: int = 20,
     temperature: float = 0.07,
 ) -> float:
-    """Part of the test features whose class the nearest training features vote for.
+    """Share of the test features that their nearest neighbours among the training features classify correctly.
 
-    Features are L2-normalised. The k training features of largest cosine vote for their class with weight
-    ``exp(cosine / temperature)``; ``temperature=math.inf`` gives each one vote. Of equal classes the lower one wins.
-    The reference normalises the weights over the largest k that it evaluates, which changes no vote.
+    Features are L2-normalised. The k nearest neighbours by cosine vote for their class with weight
+    ``exp(cosine / temperature)``; ``temperature=math.inf`` gives each one vote. If classes get equal votes, the lower
+    one wins. The reference normalises the weights over the largest k that it evaluates, which changes no result.
 
     Args:
-        train_features: floating, ``[N, D]``.
+        train_features: floating point, ``[N, D]``.
         train_labels: integer classes, ``[N]``.
-        test_features: floating, ``[B, D]``.
+        test_features: floating point, ``[B, D]``.
         test_labels: integer classes, ``[B]``.
-        k: neighbours that vote; the protocol reports 10, 20, 100 and 200.
-        temperature: how much closer neighbours count more.
+        k: number of neighbours that vote; the protocol reports 10, 20, 100 and 200.
+        temperature: at a lower temperature, closer neighbours have more weight.
 
     Returns:
         Accuracy between 0 and 1.
@@ -43,11 +43,11 @@ def knn_accuracy(
     _check(test_features, test_labels, "test")
     if train_features.shape[1] != test_features.shape[1]:
         raise ValueError(
-            f"features must be of one width, but train_features has {train_features.shape[1]}"
-            f" and test_features has {test_features.shape[1]}"
+            f"test_features: expected [B, {train_features.shape[1]}], the width of train_features, got"
+            f" {list(test_features.shape)}"
         )
     if not 1 <= k <= len(train_features):
-        raise ValueError(f"k must lie between 1 and the {len(train_features)} training features, but is {k}")
+        raise ValueError(f"k: expected 1 to {len(train_features)}, the number of training features, got {k}")
     num_classes = int(torch.cat([train_labels, test_labels]).max()) + 1
     correct = 0
     for queries, labels in zip(test_features.split(QUERY_CHUNK), test_labels.split(QUERY_CHUNK), strict=True):
@@ -59,9 +59,9 @@ def knn_accuracy(
 
 
 def nearest(queries: Tensor, train_features: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest cosines of each query, ``[b, k]`` in falling order, and the rows they belong to, ``[b, k]``.
+    """The k largest cosines of each query, ``[b, k]`` in descending order, and their training rows, ``[b, k]``.
 
-    The training features pass in chunks, so that memory holds ``b * TRAIN_CHUNK`` cosines at most.
+    It takes the training features in chunks, so memory holds at most ``b * TRAIN_CHUNK`` new cosines.
     """
     queries = F.normalize(queries.float(), dim=1)
     cosine = queries.new_empty(len(queries), 0)
@@ -79,12 +79,12 @@ def nearest(queries: Tensor, train_features: Tensor, k: int) -> tuple[Tensor, Te
 def _check(features: Tensor, labels: Tensor, name: str) -> None:
     if features.ndim != 2 or not features.is_floating_point():
         raise ValueError(
-            f"{name}_features must be floating numbers of shape [N, D], but is {features.dtype} {list(features.shape)}"
+            f"{name}_features: expected floating point [N, D], got {features.dtype} {list(features.shape)}"
         )
     if labels.shape != features.shape[:1] or labels.dtype.is_floating_point:
         raise ValueError(
-            f"{name}_labels must be {len(features)} integers, one per feature,"
-            f" but is {labels.dtype} {list(labels.shape)}"
+            f"{name}_labels: expected integers [{len(features)}], one per feature,"
+            f" got {labels.dtype} {list(labels.shape)}"
         )
     if len(features) == 0:
-        raise ValueError(f"{name}_features is empty")
+        raise ValueError(f"{name}_features: expected at least one feature, got none")

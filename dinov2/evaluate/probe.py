@@ -15,15 +15,15 @@ from dinov2.models import VisionTransformer
 
 
 class FolderProbe:
-    """k-NN accuracy of class tokens on ``folder/train/CLASS/...``, asked by ``folder/test/CLASS/...``.
+    """k-NN accuracy of class tokens: queries in ``folder/test/CLASS/...``, neighbours in ``folder/train/CLASS/...``.
 
     Images are resized to ``size * 8 / 7`` (shorter side, bicubic), cropped to the central ``size`` pixels and
-    normalised, as the evaluation protocol does with 256 and 224; ``size`` is that of the global crops.
+    normalised, as the evaluation protocol does with 256 and 224. ``size`` is the size of the global crops.
 
     Args:
-        folder: holds ``train`` and ``test``, each with one folder of images per class.
-        augmentation: what the model is trained with; gives the size, the normalisation and the number of channels.
-        k: neighbours that vote.
+        folder: contains ``train`` and ``test``, each with one folder of images per class.
+        augmentation: the model's augmentation in training; gives size, mean, std and number of channels.
+        k: number of neighbours that vote.
 
     Raises:
         ValueError: a part is missing or empty, or ``test`` has a class that ``train`` lacks.
@@ -61,15 +61,17 @@ class FolderProbe:
 
 
 def central_view(image: Pixels, augmentation: AugmentationConfig) -> Tensor:
-    """What a model is shown of an image to judge it: its centre, normalised, float32 ``[C, size, size]``, where size is
-    that of the global crops."""
+    """The view of an image for evaluation: its normalised centre, float32 ``[C, size, size]``.
+
+    ``size`` is the size of the global crops.
+    """
     return torch.from_numpy(
         normalize(central_crop(image, augmentation.global_size), augmentation.mean, augmentation.std)
     )
 
 
 def central_crop(image: Pixels, size: int) -> Pixels:
-    """The centre of an image whose shorter side is first resized to ``size * 8 / 7``: ``[size, size, C]`` of its type.
+    """Resize the shorter side of an image to ``size * 8 / 7`` and cut the centre: ``[size, size, C]`` in its dtype.
 
     Args:
         image: uint8, uint16 or float32 ``[H, W, C]``.

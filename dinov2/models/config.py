@@ -1,4 +1,4 @@
-"""What a vision transformer is made of."""
+"""The architecture of a vision transformer."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class ViTConfig(Config, at="vit"):
     """Every block has the same rate; otherwise it grows linearly from 0 in the first block to the rate in the last."""
 
     def rules(self) -> Rules:
-        """Patches tile the image, and heads the token."""
+        """Patches tile the image, and heads divide the token."""
         yield "img_size", self.img_size % self.patch_size == 0, f"a multiple of patch_size = {self.patch_size}"
         yield "num_heads", self.embed_dim % self.num_heads == 0, f"a divisor of embed_dim = {self.embed_dim}"
 
@@ -95,7 +95,7 @@ class ViTConfig(Config, at="vit"):
 
     @property
     def drop_path_rates(self) -> list[float]:
-        """Rate of each block [depth]."""
+        """The drop path rate of each block [depth]."""
         if self.drop_path_uniform or self.depth == 1:
             return [self.drop_path_rate] * self.depth
         return [self.drop_path_rate * i / (self.depth - 1) for i in range(self.depth)]

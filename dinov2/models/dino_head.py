@@ -1,4 +1,4 @@
-"""The projection head that turns a token into scores over prototypes."""
+"""The projection head that turns a token into logits over prototypes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dinov2_kernels import prototype_cross_entropy
 from dinov2_kernels._library import autocast_dtype
 from dinov2_kernels.prototype_cross_entropy.reference import prototypes_backward, prototypes_of
 
-ROWS = 8192  # prototypes whose gradient is taken at a time: intermediate results stay small
+ROWS = 8192  # the gradient is computed for this many prototypes at a time, to keep intermediate results small
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class HeadConfig(Config, at="dino_head"):
 class DINOHead(nn.Module):
     """MLP, L2 normalisation, and the cosines to K prototypes (DINO, arXiv:2104.14294, section 3.1).
 
-    Each cosine is multiplied by a trainable factor of its prototype that starts at 1. There is no batch norm.
+    Each cosine is multiplied by a trainable factor of its prototype. The factors start at 1. There is no batch norm.
 
     Args:
         in_dim: width D of the tokens.
         out_dim: number K of prototypes.
         hidden_dim: width between the linear layers.
         bottleneck_dim: width of the normalised features.
-        num_layers: linear layers of the MLP, at least 1.
+        num_layers: number of linear layers of the MLP, at least 1.
 
     Raises:
         ValueError: a size is below 1.
@@ -79,13 +79,13 @@ class DINOHead(nn.Module):
         self.last_layer.reset_parameters()
 
     def features(self, x: Tensor) -> Tensor:
-        """x: [..., D] tokens; returns what is compared with the prototypes, normalised features [..., bottleneck]."""
+        """x: [..., D] tokens; returns normalised features [..., bottleneck], which are compared with the prototypes."""
         x = self.mlp(x)
         eps = 1e-6 if x.dtype == torch.float16 else 1e-12  # 1e-12 rounds to 0 in float16
         return F.normalize(x, dim=-1, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., D] tokens; returns scores over the prototypes [..., K]."""
+        """x: [..., D] tokens; returns logits over the prototypes [..., K]."""
         scores: Tensor = self.last_layer(self.features(x))
         return scores
 
@@ -108,7 +108,7 @@ class WeightNormLinear(nn.Module):
         nn.init.kaiming_uniform_(self.weight_v, a=sqrt(5))
 
     def weight(self) -> Tensor:
-        """The weight g * v / |v| [out, in], under autocast in autocast's dtype."""
+        """The weight g * v / |v| [out, in]; under autocast, it has autocast's dtype."""
         weight: Tensor = _WeightNorm.apply(  # type: ignore[no-untyped-call]
             self.weight_v, self.weight_g, autocast_dtype(self.weight_v)
         )
@@ -119,7 +119,7 @@ class WeightNormLinear(nn.Module):
         return F.linear(x, self.weight())
 
     def cross_entropy(self, x: Tensor, teacher_logits: Tensor, **options: Any) -> Tensor:
-        """Loss [N] of the logits ``self(x)`` [N, out], which are never stored: see :func:`prototype_cross_entropy`.
+        """Loss [N] of the logits ``self(x)`` [N, out], without storing them: see :func:`prototype_cross_entropy`.
 
         Args:
             x: [N, in].
@@ -130,7 +130,7 @@ class WeightNormLinear(nn.Module):
 
 
 class _WeightNorm(torch.autograd.Function):
-    """Weight normalisation that keeps nothing but its arguments; autograd's own would keep v / |v|, too."""
+    """Weight normalisation that stores only its arguments. Autograd would also store v / |v|."""
 
     @staticmethod
     def forward(v: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
@@ -153,7 +153,7 @@ class _WeightNorm(torch.autograd.Function):
 
 
 def _mlp(widths: list[int]) -> nn.Module:
-    """Linear layers between the widths with GELUs between the layers; a lone layer is not wrapped."""
+    """Linear layers of these widths, with GELUs between them; a single layer is not wrapped in a Sequential."""
     layers: list[nn.Module] = []
     for in_features, out_features in pairwise(widths):
         layers += [nn.Linear(in_features, out_features), nn.GELU()]

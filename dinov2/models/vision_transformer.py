@@ -21,26 +21,26 @@ from dinov2_kernels.nn import Block, LayerScale, Mlp, SwiGLUFFN, run_blocks
 from dinov2_kernels.residual import draw_subsets
 
 Features = dict[str, Tensor]
-"""What the model knows about B images.
+"""The tokens of B images.
 
 - ``x_norm_clstoken`` [B, D], ``x_norm_regtokens`` [B, R, D], ``x_norm_patchtokens`` [B, h * w, D]: after the last norm;
-- ``x_prenorm`` [B, 1 + R + h * w, D]: all tokens before it.
+- ``x_prenorm`` [B, 1 + R + h * w, D]: all tokens before the last norm.
 """
 
 
 class VisionTransformer(nn.Module):
     """Vision transformer with the parameters of DINOv2 (arXiv:2304.07193), under the same names.
 
-    Tokens are ordered class token, registers, patches row by row. Images of several sizes go through the blocks
-    together, packed without padding; the result equals separate forward passes.
+    The order of tokens is class token, registers, patches row by row. Images of several sizes run through the blocks
+    together, packed without padding; the result equals that of separate forward passes.
 
     Args:
         config: the architecture.
 
     Attributes:
-        residual_in_fp32: under autocast, keep the tokens between blocks in float32, as they are made (the default);
-            False keeps them in autocast's dtype. They are ``x_prenorm`` in the end; the last norm gives float32 anyhow.
-            A choice of how to compute, not of the architecture: no file of weights knows it.
+        residual_in_fp32: keep the tokens between blocks in float32 under autocast (the default); False keeps them in
+            autocast's dtype. This is also the dtype of ``x_prenorm``; the last norm always returns float32. The choice
+            is not part of the architecture, so files of weights do not store it.
     """
 
     def __init__(self, config: ViTConfig) -> None:
@@ -85,12 +85,12 @@ class VisionTransformer(nn.Module):
         """Features of a batch of images, or of several batches of different sizes in one pass.
 
         Args:
-            x: [B, in_chans, H, W], or a sequence of such; height and width are multiples of the patch size.
-            masks: [B, h * w] bool, True where the mask token replaces the patch; for a sequence of batches a sequence
+            x: [B, in_chans, H, W], or a sequence of such batches; height and width are multiples of the patch size.
+            masks: [B, h * w] bool, True for patches that the mask token replaces; for a sequence of batches, a sequence
                 of masks or Nones.
 
         Raises:
-            ValueError: images or masks are not as described.
+            ValueError: images or masks have another shape or dtype.
         """
         if isinstance(x, Tensor):
             return self._forward_batches([x], [masks])[0]
@@ -118,10 +118,10 @@ class VisionTransformer(nn.Module):
             norm: apply the model's last norm to each output.
 
         Returns:
-            One tensor, or pair of tensors, for each block, in the order of the blocks.
+            One tensor or pair of tensors for each wanted block, in the order of the blocks.
 
         Raises:
-            ValueError: the images are not as described, or the model has no such blocks.
+            ValueError: the images have another shape, or the model has no such blocks.
         """
         depth = len(self.blocks)
         wanted = range(depth - n, depth) if isinstance(n, int) else sorted(n)
@@ -148,13 +148,13 @@ class VisionTransformer(nn.Module):
     def forward_packed(
         self, batches: Sequence[Tensor], masks: Sequence[Tensor | None]
     ) -> tuple[PackedLayout, Tensor, Tensor]:
-        """What :meth:`forward_features` unpacks: all parameters are used here, and no result is a view.
+        """Packed tokens before :meth:`forward_features` unpacks them. It uses all parameters, and returns no views.
 
         Args:
-            batches, masks: sequences as of :meth:`forward_features`, of equal length.
+            batches, masks: sequences of equal length, as in :meth:`forward_features`.
 
         Returns:
-            The images' layout; their tokens [T, D] before the last norm, and after it.
+            The images' layout, their tokens [T, D] before the last norm, and their tokens after it.
         """
         layout, packed = self._packed_tokens(batches, masks)
         (packed,) = self._run_blocks(packed, layout, [len(self.blocks) - 1])
@@ -167,9 +167,9 @@ class VisionTransformer(nn.Module):
         return layout, layout.pack(tokens)
 
     def _run_blocks(self, packed: Tensor, layout: PackedLayout, wanted: Sequence[int]) -> list[Tensor]:
-        """Tokens [T, D] after each of the wanted blocks, whose indices ascend; later blocks do not run.
+        """Tokens [T, D] after each of the wanted blocks; their indices ascend, and later blocks do not run.
 
-        The samples that each branch of each block keeps are drawn in one launch.
+        One kernel launch draws the samples that each branch of each block keeps.
         """
         blocks = cast(list[Block], list(self.blocks))
         subsets = draw_subsets(packed, layout, [rate for block in blocks for rate in block.drop_rates])
@@ -209,7 +209,7 @@ class VisionTransformer(nn.Module):
         return tokens if self.residual_in_fp32 else tokens.to(autocast_dtype(tokens))
 
     def _last_norm(self, tokens: Tensor) -> Tensor:
-        """On CUDA autocast would widen them by itself, on a CPU it would not."""
+        """The last norm of tokens, in float32. Autocast casts its input on CUDA, but not on a CPU."""
         if not self.residual_in_fp32:
             tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
         normed: Tensor = self.norm(tokens)
@@ -261,7 +261,7 @@ class PatchEmbed(nn.Module):
         """Patches along the height and the width of images [B, in_chans, H, W].
 
         Raises:
-            ValueError: the images have another shape, or a height or width that is no multiple of the patch.
+            ValueError: the images have another shape, or a height or width that is not a multiple of the patch size.
         """
         if images.dim() != 4 or images.shape[1] != self.in_chans:
             raise ValueError(f"images: expected shape [B, {self.in_chans}, H, W], got {list(images.shape)}")
@@ -274,8 +274,8 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """images: [B, in_chans, H, W]; returns [B, h * w, D], the patches row by row.
 
-        The convolution does not overlap, so it is a matrix product of the patches, which runs faster than PyTorch's
-        convolution with such a stride and writes the tokens in their order.
+        The convolution does not overlap, so it is a matrix product of the patches. This is faster than PyTorch's
+        convolution with such a stride, and it writes the tokens in their final order.
         """
         (h, w), size = self.grid(images), self.patch_size
         patches = images.unflatten(3, (w, size)).unflatten(2, (h, size))  # [B, in_chans, h, P, w, P]
@@ -288,16 +288,16 @@ def interpolate_position_embedding(
 ) -> Tensor:
     """Resample the position embeddings of a square grid of M x M patches to another grid, bicubically.
 
-    DINOv2's published models use two modes. Those without registers pass ``(patches + 0.1) / M`` as scale factor
-    (``offset=0.1, antialias=False``): the offset was meant to guard the output size against rounding, but it moves the
-    sampling points as well, so the weights expect it. Those with registers resample to the size itself
-    (``offset=0, antialias=True``). A grid of M x M is returned as it is, in either mode.
+    DINOv2's published models use two modes. Models without registers pass ``(patches + 0.1) / M`` as scale factor
+    (``offset=0.1, antialias=False``). The offset should protect the output size against rounding, but it also moves the
+    sampling points, so the weights need it. Models with registers pass the output size itself (``offset=0,
+    antialias=True``). A grid of M x M is returned unchanged in both modes.
 
     Args:
         pos_embed: [1, 1 + M * M, D] embedding of the class token, then of the patches row by row.
         grid: patches of the image along its height and its width (h, w).
-        offset: added to the number of patches in the scale factor; 0 for the size itself.
-        antialias: smooth before going to fewer patches.
+        offset: added to the number of patches in the scale factor; 0 passes the output size instead.
+        antialias: smooth before resampling to fewer patches.
 
     Returns:
         [1, 1 + h * w, D] in the dtype of ``pos_embed``; the arithmetic is float32, or float64 for float64.
@@ -335,7 +335,7 @@ def init_weights(model: VisionTransformer) -> None:
 
 
 def init_linear(module: nn.Module) -> None:
-    """Truncated normal weights of standard deviation 0.02 and zero biases; leaves other modules alone."""
+    """Draw truncated normal weights of standard deviation 0.02 and set biases to 0; only for linear layers."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

@@ -1,4 +1,4 @@
-"""Training objectives: what the student learns, and how the teacher follows it."""
+"""Training objectives: the losses of students, and the update of their moving averages."""
 
 from dinov2.objectives.distillation import Distillation
 from dinov2.objectives.losses import ObjectiveConfig

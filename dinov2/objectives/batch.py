@@ -1,4 +1,4 @@
-"""What the objective takes: checks of a batch's shapes, and where its masked patches are."""
+"""The objective's input: checks of a batch's shapes, pairs of crops, and the index of masked patches."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dinov2_kernels._tables import table_cache
 
 @dataclass(frozen=True)
 class MaskedPatches:
-    """Where the M masked patches of a batch are.
+    """Index and weight of the M masked patches of a batch.
 
     Attributes:
-        index: [M] int64, position among the 2B * patches patches of the global crops.
-        weight: [M], 1 / (2B * masked patches of the same crop).
+        index: [M] int64, position of each masked patch among the 2B * patches patches of the global crops.
+        weight: [M], 1 / (2B * number of masked patches of the same crop).
     """
 
     index: Tensor
@@ -24,7 +24,7 @@ class MaskedPatches:
 
     @classmethod
     def of(cls, masks: Tensor, device: torch.device, dtype: torch.dtype) -> MaskedPatches:
-        """Find them in masks [2B, patches], on the masks' own device, and bring them to ``device``."""
+        """Find the masked patches of masks [2B, patches] on the masks' device, and copy the result to ``device``."""
         index = masks.flatten().nonzero()[:, 0]
         count = masks.sum(dim=1)[index // masks.shape[1]]
         weight = 1 / (len(masks) * count.to(dtype))
@@ -32,7 +32,7 @@ class MaskedPatches:
 
 
 def send(x: Tensor, device: torch.device) -> Tensor:
-    """A copy of x on ``device``, without waiting for it: a GPU fetches it from pinned memory when its turn comes."""
+    """A copy of x on ``device``. The host does not wait for the copy, because a GPU reads it from pinned memory."""
     if x.device.type == "cpu" and device.type == "cuda":
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
@@ -40,17 +40,18 @@ def send(x: Tensor, device: torch.device) -> Tensor:
 
 @table_cache(maxsize=8)
 def crop_pairs(B: int, L: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Which global crops each crop is compared with, and its weight in the mean over all pairs.
+    """The two global crops that each crop is compared with, and the crop's weight in the mean over all pairs.
 
-    Global crops face the other one of their image, twice with half the weight, local crops both: so all face two.
+    A local crop is compared with both global crops of its image. A global crop is compared with the other one, twice
+    and with half the weight, so that every crop has two targets.
 
     Args:
-        B: images.
-        L: local crops of each.
+        B: number of images.
+        L: number of local crops of each image.
 
     Returns:
-        index: [2B + L B, 2] int64, rows of the 2B global crops.
-        weight: [2B + L B].
+        index: [2B + L B, 2] int64, for each crop two rows of the 2B global crops.
+        weight: [2B + L B], weight of each crop.
     """
     image = torch.arange(B, device=device)
     both = torch.stack([image, image + B], dim=1)  # [B, 2]
@@ -62,7 +63,7 @@ def crop_pairs(B: int, L: int, device: torch.device, dtype: torch.dtype) -> tupl
 
 
 def check_shapes(global_crops: Tensor, local_crops: Tensor, masks: Tensor) -> None:
-    """Raise ValueError unless the tensors belong to two global crops and L local ones of the same images."""
+    """Raise ValueError unless the shapes are those of two global and L local crops for each of the same images."""
     crops = len(global_crops)
     if crops == 0 or crops % 2:
         raise ValueError(f"global_crops: expected two crops of every image, got {crops} crops")

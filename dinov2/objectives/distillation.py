@@ -19,21 +19,22 @@ from dinov2.objectives.self_distillation import SelfDistillation, Views
 class Distillation(SelfDistillation):
     """Students that learn from a frozen teacher, by the losses of :class:`SelfDistillation` with these differences:
 
-    - the teacher, with its heads, stands still; it may have another architecture, with as many prototypes;
-    - nothing is hidden from a student, and iBOT compares all patches of the global crops;
-    - a moving average of each student is what training is for;
+    - the teacher and its heads are frozen; it may have another architecture, but the same number of prototypes;
+    - students see all patches, and iBOT compares all patches of the global crops;
+    - training produces a moving average of each student;
     - the teacher runs once for all students.
 
-    The centres of softmax centring move as ever. Give students no stochastic depth. Their mask tokens, which nothing
-    uses, are not trained.
+    The centres of softmax centring still move. Give students no stochastic depth. Their mask tokens are unused and not
+    trained.
 
     Args:
-        students: by name, modules named backbone, dino_head and, as in the teacher or in neither, ibot_head.
+        students: students by name, each with the modules backbone and dino_head, and ibot_head if the teacher has it.
         teacher: modules of the same names.
-        config, group: as for :class:`SelfDistillation`.
+        config: see :class:`SelfDistillation`.
+        group: see :class:`SelfDistillation`.
 
     Raises:
-        ValueError: a module is missing, or a student and the teacher differ in prototypes or in the size of a patch.
+        ValueError: a module is missing, or a student and the teacher differ in prototypes or patch size.
     """
 
     def __init__(
@@ -55,29 +56,29 @@ class Distillation(SelfDistillation):
 
     @property
     def students(self) -> dict[str, nn.ModuleDict]:
-        """The networks that learn, by name."""
+        """The students by name."""
         return cast("dict[str, nn.ModuleDict]", dict(self.student.items()))
 
     @property
     def averages(self) -> dict[str, nn.ModuleDict]:
-        """Their moving averages, by the same names."""
+        """The students' moving averages by name."""
         return cast("dict[str, nn.ModuleDict]", dict(self._average.items()))
 
     def label(self, student: str, value: str) -> str:
-        """Values of several students are told apart by their names."""
+        """The name of a student's value among the values of all students: ``student/value``."""
         return f"{student}/{value}"
 
     @property
     def networks(self) -> list[nn.ModuleDict]:
-        """Every network of the objective once."""
+        """All networks of the objective."""
         return [*self.students.values(), self.teacher, *self.averages.values()]
 
     def forward(self, batch: Mapping[str, Tensor] | Views, teacher_temperature: float) -> dict[str, Tensor]:
-        """Losses of one batch, with arguments and errors of :meth:`SelfDistillation.forward`.
+        """Losses of one batch. Arguments and errors are those of :meth:`SelfDistillation.forward`.
 
         Returns:
-            The scalars of each student, such as ``small/dino_local`` of the one called small, and total, the sum of
-            the students' totals.
+            The scalars of each student, such as ``small/dino_local`` of the student "small", and total, the sum of the
+            students' totals.
         """
         views = self.views(batch)
         targets = self._targets(views, teacher_temperature)

@@ -1,8 +1,8 @@
 """The teacher's targets and the losses against them: settings, centring, cross-entropy over the prototypes.
 
-Centring keeps the targets from collapsing to one prototype or to the uniform distribution. Either way is one bias per
-prototype: the targets are ``softmax(logits / temperature + bias)``, with bias [K] from :class:`SoftmaxCentering` or
-:class:`SinkhornCentering`. The targets are never written down.
+Centring prevents a collapse of the targets to one prototype or to the uniform distribution. Both ways of centring are
+one bias per prototype: the targets are ``softmax(logits / temperature + bias)``, with bias [K] from
+:class:`SoftmaxCentering` or :class:`SinkhornCentering`. The targets are never stored.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ class ObjectiveConfig(Config, at="objective"):
 class SoftmaxCentering(nn.Module):
     """Subtracts a moving average of the teacher's logits (DINO, arXiv:2104.14294, section 3.1).
 
-    ``center`` [K] is a buffer, so checkpoints hold it. The targets of a batch are made before :meth:`update` sees that
-    batch: the centre of a step excludes the step's own logits.
+    ``center`` [K] is a buffer, so checkpoints contain it. The targets of a batch are computed before :meth:`update`
+    sees the batch, so the centre of a step does not include the step's own logits.
 
     Args:
-        num_prototypes: K, logits per row.
-        momentum: part of the centre kept at each update.
+        num_prototypes: number K of prototypes.
+        momentum: part of the centre that each update keeps.
         group: processes whose rows form one batch; None means this process alone.
     """
 
@@ -73,14 +73,14 @@ class SoftmaxCentering(nn.Module):
 
     @torch.no_grad()
     def update(self, features: Tensor, prototypes: nn.Module) -> None:
-        """Move the centre towards the mean logits of the rows of all processes; B may differ between them and be 0.
+        """Move the centre towards the mean logits of all processes. B may differ between processes and be 0.
 
-        Logits are linear in the features, so their mean is ``prototypes`` of the mean feature: d numbers, not K, are
-        reduced over the processes, and no logit is read again.
+        Logits are linear in the features, so their mean is ``prototypes`` of the mean feature. The all-reduce therefore
+        takes d numbers instead of K, and the logits are not read again.
 
         Args:
             features: [B, d] features of the teacher's tokens.
-            prototypes: linear layer without bias that makes logits [B, K] of them.
+            prototypes: linear layer without bias that turns features into logits [B, K].
         """
         rows = self.center.new_full((1,), len(features))
         sums = torch.cat([features.sum(dim=0, dtype=self.center.dtype), rows])  # [d + 1]: one all-reduce for both
@@ -89,15 +89,15 @@ class SoftmaxCentering(nn.Module):
         total, rows = sums[:-1], sums[-1:]
         with autocast_disabled(sums.device.type):
             mean: Tensor = prototypes(total / rows.clamp(min=1))  # [K]
-        # Without any row there is no mean to move to. The row count stays on the device, so no if.
+        # Without rows there is no mean, and the centre stays. The row count is on the device, so this is no if.
         self.center.lerp_(mean, (1 - self.momentum) * (rows > 0).to(mean.dtype))
 
 
 class SinkhornCentering(nn.Module):
-    """Balances each batch over the prototypes (SwAV, arXiv:2006.09882); remembers nothing between batches.
+    """Balances each batch over the prototypes (SwAV, arXiv:2006.09882); it has no state between batches.
 
     Args:
-        n_iterations: iterations of Sinkhorn-Knopp.
+        n_iterations: number of Sinkhorn-Knopp iterations.
         group: processes whose rows form one batch; None means this process alone.
     """
 
@@ -111,14 +111,14 @@ class SinkhornCentering(nn.Module):
         return sinkhorn_bias(logits, temperature, n_iterations=self.n_iterations, group=self.group)
 
     def update(self, features: Tensor, prototypes: nn.Module) -> None:
-        """Nothing to remember."""
+        """Do nothing, because there is no state."""
 
 
 Centering = SoftmaxCentering | SinkhornCentering
 
 
 def biases_of(centerings: Sequence[Centering], logits: Sequence[Tensor], temperature: float) -> list[Tensor]:
-    """The bias of each centring, all of one kind, for its logits; Sinkhorn-Knopp shares its reductions among them."""
+    """The bias of each centring for its logits. All are of one kind; Sinkhorn-Knopp shares its all-reduces."""
     first = centerings[0]
     if isinstance(first, SinkhornCentering):
         return sinkhorn_biases(logits, temperature, n_iterations=first.n_iterations, group=first.group)
@@ -134,14 +134,15 @@ def make_centering(config: ObjectiveConfig, num_prototypes: int, group: dist.Pro
 
 @dataclass(frozen=True)
 class Targets:
-    """The teacher's targets softmax(logits / temperature + bias), and which students face them.
+    """The teacher's targets softmax(logits / temperature + bias), for N student rows.
 
     Attributes:
-        logits: [M, K] of the teacher.
-        bias: [K] of its centring.
-        temperature: of the teacher.
-        weight: [N] weight of each student's loss.
-        index: [N, J] int64, the targets of each student, whose losses are added; None: N = M, each its own.
+        logits: [M, K] logits of the teacher.
+        bias: [K] bias of the teacher's centring.
+        temperature: temperature of the teacher.
+        weight: [N] weight of each student row's loss.
+        index: [N, J] int64, the J targets of each student row, whose losses are added; None means N = M, and row i has
+            target i.
     """
 
     logits: Tensor
@@ -157,9 +158,9 @@ def prototype_losses(
     student_temperature: float,
     student_logits: StudentLogits,
 ) -> list[Tensor]:
-    """Weighted loss [N] of each student, for class tokens and for patches.
+    """Weighted losses [N] of the student's rows, for class tokens and for patches.
 
-    Stored logits are overwritten by their gradients in the backward pass, which can therefore run only once.
+    The backward pass overwrites stored logits with their gradients, so it can run only once.
     """
     options: list[dict[str, Any]] = [
         {

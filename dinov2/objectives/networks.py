@@ -1,4 +1,4 @@
-"""The student and the teacher of self-distillation: module dictionaries of a backbone and its heads."""
+"""The student and the EMA teacher of self-distillation: module dictionaries of a backbone and its heads."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from dinov2.models.dino_head import WeightNormLinear
 def build_networks(
     vit: ViTConfig, dino_head: HeadConfig, ibot_head: HeadConfig | None = None
 ) -> tuple[nn.ModuleDict, nn.ModuleDict]:
-    """Student and teacher with the same initial weights: what :class:`SelfDistillation` trains.
+    """Student and EMA teacher with the same initial weights, for :class:`SelfDistillation`.
 
-    The teacher has no stochastic depth and its parameters require no gradient.
+    The teacher has no stochastic depth, and its parameters require no gradient.
 
     Args:
-        vit: backbone of both.
+        vit: architecture of both backbones.
         dino_head: head of the class tokens.
         ibot_head: head of the masked patches; None shares the DINO head.
 
@@ -47,7 +47,7 @@ def build_network(vit: ViTConfig, dino_head: HeadConfig, ibot_head: HeadConfig |
 
 
 def check_networks(student: nn.ModuleDict, teacher: nn.ModuleDict) -> None:
-    """Raise ValueError unless both hold a backbone and the same heads, with as many prototypes each."""
+    """Raise ValueError unless both have a backbone and the same heads with the same numbers of prototypes."""
     for role, network in (("student", student), ("teacher", teacher)):
         for name in ("backbone", "dino_head"):
             if name not in network:
@@ -67,7 +67,7 @@ def check_same_parameters(student: nn.ModuleDict, teacher: nn.ModuleDict) -> Non
     )
     if student_shapes != teacher_shapes:
         name, shape = min(student_shapes ^ teacher_shapes)
-        raise ValueError(f"teacher: expected the student's parameters, but only one of them has {name} {list(shape)}")
+        raise ValueError(f"teacher: expected the student's parameters, got {name} {list(shape)} in only one of them")
 
 
 def features(
@@ -79,10 +79,10 @@ def features(
 
 @dataclass(frozen=True)
 class Projected:
-    """Tokens of one kind behind their head, short of its prototypes.
+    """Features of tokens from their head, before its prototypes.
 
     Attributes:
-        features: [N, d] normalised.
+        features: [N, d], normalised.
         prototypes: the last layer of the head.
     """
 
@@ -91,7 +91,7 @@ class Projected:
 
 
 def project(network: nn.ModuleDict, class_tokens: Tensor, patch_tokens: Tensor) -> tuple[Projected, Projected]:
-    """Class tokens [N, D] and patch tokens [M, D] behind their heads; a shared head runs once over both."""
+    """Apply the heads to class tokens [N, D] and patch tokens [M, D]; a shared head runs once for both."""
     class_head = cast(DINOHead, network["dino_head"])
     if "ibot_head" in network:
         patch_head = cast(DINOHead, network["ibot_head"])
@@ -104,7 +104,7 @@ def project(network: nn.ModuleDict, class_tokens: Tensor, patch_tokens: Tensor) 
 
 
 def logits_of(class_tokens: Projected, patch_tokens: Projected) -> tuple[Tensor, Tensor]:
-    """Logits of both [N, K], [M, K'], as tensors of their own: slices of one would add up their gradients in full."""
+    """Logits of both, [N, K] and [M, K'], as separate tensors: slices of one tensor would have full-size gradients."""
     layer = class_tokens.prototypes
     if patch_tokens.prototypes is not layer:
         return layer(class_tokens.features), patch_tokens.prototypes(patch_tokens.features)
@@ -113,5 +113,5 @@ def logits_of(class_tokens: Projected, patch_tokens: Projected) -> tuple[Tensor,
 
 
 def num_prototypes(head: nn.Module) -> int:
-    """K, the logits per row of a DINOHead."""
+    """The number K of prototypes of a DINOHead."""
     return len(cast(DINOHead, head).last_layer.weight_v)

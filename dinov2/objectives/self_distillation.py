@@ -1,8 +1,8 @@
 """DINO + iBOT + KoLeo: the objective of DINOv2 (arXiv:2304.07193, section 4).
 
-A student sees two large ("global") crops of each image, with some patches masked, and L small ("local") ones. A
-teacher, the moving average of the student, sees the global crops unmasked. With CE(s, t) the mean cross-entropy of
-student rows against the teacher's targets, and l, g1, g2 the class tokens of the crops,
+A student sees two large ("global") crops of each image, with some patches masked, and L small ("local") crops. The EMA
+teacher, the moving average of the student, sees the global crops unmasked. CE(s, t) is the mean cross-entropy of
+student rows s with the teacher's targets t, and l, g1, g2 are the class tokens of the crops:
 
     dino_local  = sum_{l, t} CE(l, t)          / pairs        every local crop against both global crops
     dino_global = (CE(g1, t2) + CE(g2, t1))    / pairs        each global crop against the other one
@@ -10,9 +10,9 @@ student rows against the teacher's targets, and l, g1, g2 the class tokens of th
     ibot        = mean over global crops of the mean cross-entropy of that crop's masked patches
     total       = dino_weight (dino_local + dino_global) + koleo_weight koleo + ibot_weight ibot
 
-    pairs = 2 + max(2 L, 1), so with 8 local crops the two DINO terms carry 16/18 and 2/18 of the whole.
+    pairs = 2 + max(2 L, 1), so with 8 local crops the two DINO terms have the weights 16/18 and 2/18.
 
-Where the published code has a defect or a surprise, ``docs/differences.md`` says what was decided.
+``docs/differences.md`` lists the differences from the published code.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from dinov2_kernels import koleo_loss
 from dinov2_kernels.cross_entropy.reference import soft_targets
 
 if TYPE_CHECKING:
-    from typing_extensions import Self  # part of typing from Python 3.11 on
+    from typing_extensions import Self  # typing has it from Python 3.11 on
 
 
 class Views(NamedTuple):
-    """What networks see of one batch, and which patches are compared: tensors on their device, and nothing else.
+    """The networks' inputs for one batch, and the patches that iBOT compares. All tensors are on the networks' device.
 
     Attributes:
         global_crops, local_crops: [2B, C, H, W] and [L B, C, h, w].
-        hidden: [2B, patches] of the global crops that the student does not see; None if it sees all.
-        masked_index, masked_weight: [M] of the patches that iBOT compares, as in
+        hidden: [2B, patches] bool, patches of the global crops that the student does not see; None if it sees all.
+        masked_index, masked_weight: [M], index and weight of the patches that iBOT compares, as in
             :class:`~dinov2.objectives.batch.MaskedPatches`.
     """
 
@@ -60,20 +60,20 @@ class Views(NamedTuple):
 
 
 class SelfDistillation(nn.Module):
-    """A student, its teacher and the loss between them; formulas at the top of this module.
+    """A student, its EMA teacher and the loss between them; the formulas are at the top of this module.
 
-    The teacher is always in evaluation mode, runs without gradient, and applies its heads to class tokens and masked
-    patches only. In training mode each forward pass also moves the centres of softmax centring, after using them.
+    The teacher is always in evaluation mode and runs without gradients. Its heads see only class tokens and masked
+    patches. In training mode, each forward pass also moves the centres of softmax centring, after it has used them.
 
     Args:
         student, teacher: modules named backbone, dino_head and, if patches have a head of their own, ibot_head; see
             :func:`build_networks`.
         config: weights, student temperature and centring.
-        group: processes whose images form one batch for centring and KoLeo, the same number of images on each; None
-            means the images of this process alone.
+        group: processes whose images form one batch for centring and KoLeo; each has the same number of images. None
+            means this process alone.
 
     Raises:
-        ValueError: a module is missing or the two networks' parameters differ.
+        ValueError: a module is missing, or the parameters of the two networks differ.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class SelfDistillation(nn.Module):
 
     @property
     def average(self) -> nn.ModuleDict:
-        """The moving average of the student, which training is for: here the teacher."""
+        """The moving average of the student, the product of training: here the teacher."""
         return self.teacher
 
     @property
@@ -105,16 +105,16 @@ class SelfDistillation(nn.Module):
 
     @property
     def averages(self) -> dict[str, nn.ModuleDict]:
-        """Their moving averages, by the same names."""
+        """The students' moving averages, by the same names."""
         return {LONE_STUDENT: self.average}
 
     def label(self, student: str, value: str) -> str:
-        """What a value of a student is called among the values of all: by its own name, where there is one student."""
+        """The name of a student's value among the values of all students; here its own name, for a single student."""
         return value
 
     @property
     def networks(self) -> list[nn.ModuleDict]:
-        """Every network of the objective once."""
+        """All networks of the objective."""
         return [self.student, self.teacher]
 
     def train(self, mode: bool = True) -> Self:
@@ -128,11 +128,11 @@ class SelfDistillation(nn.Module):
         """Losses of one batch.
 
         Args:
-            batch: global_crops [2B, 3, H, W], all first crops, then all second ones in the same order; local_crops
-                [L * B, 3, h, w], crop-major as well, absent or empty for L = 0; masks [2B, patches] bool, true where
-                the student sees the mask token. Leave masks in host memory: the number of masked patches is a shape,
-                and asking a GPU for it would wait for all work queued there. What :meth:`views` makes of a batch will
-                do as well.
+            batch: global_crops [2B, 3, H, W], all first crops, then all second crops in the same order; local_crops
+                [L * B, 3, h, w], also crop-major, absent or empty for L = 0; masks [2B, patches] bool, True for patches
+                that the student sees as mask tokens. Keep masks in host memory: the number of masked patches is a
+                shape, and reading it from a GPU would wait for all work in its queue. The result of :meth:`views` is
+                also accepted.
             teacher_temperature: temperature of the teacher's softmax at this step.
 
         Returns:
@@ -140,13 +140,13 @@ class SelfDistillation(nn.Module):
             weight, and total, the sum to optimise.
 
         Raises:
-            ValueError: shapes do not fit together, or KoLeo has a single image.
+            ValueError: the shapes do not match, or KoLeo has a single image.
         """
         views = self.views(batch)
         return self._losses(self.student, views, self._targets(views, teacher_temperature))
 
     def views(self, batch: Mapping[str, Tensor] | Views) -> Views:
-        """What student and teacher see of a batch, as :meth:`forward` takes it: all that is done on the host for it."""
+        """The networks' inputs for a batch, as :meth:`forward` takes them. All work on the host is done here."""
         if isinstance(batch, Views):
             return batch
         global_crops, masks = batch["global_crops"], batch["masks"]
@@ -161,7 +161,7 @@ class SelfDistillation(nn.Module):
         return Views(global_crops, local_crops, hidden, masked.index, masked.weight)
 
     def _losses(self, student: nn.ModuleDict, views: Views, targets: tuple[Targets, Targets]) -> dict[str, Tensor]:
-        """The terms of one student; see :meth:`forward`."""
+        """The loss terms of one student; see :meth:`forward`."""
         class_tokens, patch_tokens = self._student_tokens(student, views)
         students = project(student, class_tokens, patch_tokens)
         config, num_global = self.config, len(views.global_crops)
@@ -181,10 +181,10 @@ class SelfDistillation(nn.Module):
     def update_average(self, momentum: float | Tensor) -> None:
         """Move every parameter of :attr:`average`: ``average = momentum * average + (1 - momentum) * student``.
 
-        Call it after the optimiser's step. Buffers stay as they are.
+        Call it after the optimiser's step. Buffers do not change.
 
         Args:
-            momentum: from 0 to 1; as a scalar tensor on the device it is not checked, so that nothing waits for it.
+            momentum: a number from 0 to 1. A scalar tensor on the device is not checked, because a check would wait.
         """
         averages: list[Tensor] = list(self.average.parameters())
         students: list[Tensor] = list(self.student.parameters())
@@ -198,17 +198,17 @@ class SelfDistillation(nn.Module):
 
     @torch.no_grad()
     def collapse_statistics(self, global_crops: Tensor, teacher_temperature: float) -> dict[str, Tensor]:
-        """How the teacher spreads its class-token targets over the K prototypes; moves no centre.
+        """Measure how the teacher's class-token targets spread over the K prototypes. No centre moves.
 
         Args:
             global_crops: [N, 3, H, W].
             teacher_temperature: temperature of the teacher's softmax.
 
         Returns:
-            Scalars. target_entropy: mean entropy of a target in nats; ln K says that every target is uniform, the
-            first way to collapse. mean_target_entropy: entropy of the mean target; near 0 says that every image has
-            the same target, the second way. used_prototypes: share of the prototypes that are the largest entry of
-            some target.
+            Scalars. target_entropy: mean entropy of a target in nats; ln K means that all targets are uniform, the
+            first kind of collapse. mean_target_entropy: entropy of the mean target; near 0 means that all images have
+            the same target, the second kind. used_prototypes: share of the prototypes that are the largest entry of at
+            least one target.
         """
         (tokens,) = features(self.teacher, [global_crops], [None])
         logits = self.teacher["dino_head"](tokens["x_norm_clstoken"])  # [N, K]
@@ -222,7 +222,7 @@ class SelfDistillation(nn.Module):
 
     @torch.no_grad()
     def _targets(self, views: Views, temperature: float) -> tuple[Targets, Targets]:
-        """Targets of the class tokens, those of the 2B global crops, and of the masked patches."""
+        """Targets of the 2B global crops' class tokens, and targets of the masked patches."""
         (tokens,) = features(self.teacher, [views.global_crops], [None])
         patch_tokens = tokens["x_norm_patchtokens"].flatten(0, 1)[views.masked_index]  # [M, D]
         teachers = project(self.teacher, tokens["x_norm_clstoken"], patch_tokens)
@@ -240,7 +240,7 @@ class SelfDistillation(nn.Module):
         )
 
     def _student_tokens(self, student: nn.ModuleDict, views: Views) -> tuple[Tensor, Tensor]:
-        """Class tokens of global, then local crops [2B + L B, D] and masked patches of the global ones [M, D]."""
+        """Class tokens of global, then local crops [2B + L B, D], and masked patches of global crops [M, D]."""
         if len(views.local_crops):
             outputs = features(student, [views.global_crops, views.local_crops], [views.hidden, None])
         else:
@@ -253,7 +253,7 @@ class SelfDistillation(nn.Module):
         check_same_parameters(student, teacher)
 
     def _predicted_and_hidden(self, masks: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Which patches [2B, patches] of the global crops iBOT compares, and which of them the student does not see."""
+        """Masks [2B, patches] of the patches that iBOT compares, and of those that the student does not see."""
         return masks, masks
 
     def _check_koleo(self, images: int) -> None:
@@ -261,6 +261,6 @@ class SelfDistillation(nn.Module):
             images *= dist.get_world_size(self.group)
         if self.config.koleo_weight > 0 and images < 2:
             raise ValueError(
-                "batch too small for KoLeo: it spreads the images of a batch and needs at least 2 of them, got"
+                "batch too small for KoLeo: it spreads the images of a batch and needs at least 2 images, got"
                 f" {images}; raise the batch size or set koleo_weight to 0"
             )

@@ -1,7 +1,7 @@
 """Recipes: each is a function that returns the complete configuration of a run.
 
-Those of :data:`RECIPES` pretrain from nothing but images; :func:`adaptation` and :func:`distillation` build on a
-network that is there already. Those of :data:`CURATIONS` make the images to pretrain on.
+The recipes of :data:`RECIPES` pretrain from scratch. :func:`adaptation` and :func:`distillation` build on a trained
+network. The recipes of :data:`CURATIONS` make the set of images to pretrain on.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def recipe(name: str) -> PretrainConfig:
     """The configuration of the recipe called ``name``.
 
     Raises:
-        ValueError: there is none of this name; the message suggests the closest.
+        ValueError: no recipe has this name; the message suggests the closest name.
     """
     return _named(name, RECIPES, "recipe")()
 
 
 def curation(name: str) -> CurateConfig:
-    """The configuration of the curation called ``name``; errors as for :func:`recipe`."""
+    """The configuration of the curation called ``name``; errors are those of :func:`recipe`."""
     return _named(name, CURATIONS, "curation")()
 
 

@@ -16,7 +16,7 @@ from dinov2.train.networks import checkpoint_of, digest, read_teacher, run_of
 from dinov2.train.run_directory import read_config
 
 STEPS = 10_000
-"""As published."""
+"""The published adaptation has this many steps."""
 LR_FACTOR = 0.1
 """The published rate is "reduced", by an unknown factor."""
 BATCH_SIZE = 2048
@@ -24,24 +24,24 @@ PEAK_LR = 1e-3
 
 
 def adaptation(run: Path, image_size: int, steps: int = STEPS) -> PretrainConfig:
-    """Let a run go on from its newest checkpoint with larger images.
+    """Continue from a run's newest checkpoint with larger images.
 
     The published adaptation takes 10,000 steps at 518 pixels, keeps all hyperparameters, compresses all schedules to
     these steps, and reduces the learning rate. So every field is as in the run, with these exceptions:
 
-    - ``initial_weights`` is the checkpoint: student, EMA teacher, heads and centres go on, position embeddings are
+    - ``initial_weights`` is the checkpoint: student, EMA teacher, heads and centres continue, position embeddings are
       resampled, and the optimiser starts anew.
     - ``vit.img_size`` and ``data.augmentation.global_size`` are ``image_size``.
-    - ``data.augmentation.local_size`` grows by the same factor, to whole patches. This is not published. Local crops
-      then still show things at the scale of the global ones.
-    - ``optim.base_lr`` is a tenth. This is not published either. The run ended at a rate near zero; its full rate would
+    - ``data.augmentation.local_size`` grows by the same factor, rounded to whole patches, so local crops keep the same
+      scale as global crops. This is not published.
+    - ``optim.base_lr`` is a tenth. This is not published either. The run ended at a rate near zero. Its full rate would
       first undo part of what the last, slow steps learned, and 10,000 steps are few to learn it again.
     - ``output`` is a new folder beside the run.
 
     Args:
-        run: the directory of a run of pretraining.
+        run: directory of a pretraining run.
         image_size: side of the global crops in pixels, a multiple of the patch size.
-        steps: optimiser steps.
+        steps: number of optimiser steps.
 
     Raises:
         FileNotFoundError: there is no run, or it has no checkpoint.
@@ -50,7 +50,7 @@ def adaptation(run: Path, image_size: int, steps: int = STEPS) -> PretrainConfig
     config = read_config(run)
     if not isinstance(config, PretrainConfig):
         raise ValueError(
-            f"{run} is a {config.kind}: adaptation goes on with a student and its teacher, so it needs a run of"
+            f"{run} is a {config.kind}: adaptation continues a student and its teacher, so it needs a run of"
             " pretraining, such as that of the frozen teacher; or distil with larger --data.augmentation.global_size"
         )
     vit, views = replace(config.vit, img_size=image_size), config.data.augmentation
@@ -68,30 +68,30 @@ def adaptation(run: Path, image_size: int, steps: int = STEPS) -> PretrainConfig
 
 
 def folder_of(run: Path, image_size: int) -> Path:
-    """Where a run is adapted unless told otherwise: ``runs/first-518`` beside ``runs/first``."""
+    """The default directory of an adapted run: ``runs/first-518`` beside ``runs/first``."""
     return run.with_name(f"{run.resolve().name}-{image_size}")
 
 
 def distillation(teacher: Path, students: Sequence[str], data: DataConfig | None = None) -> DistillConfig:
     """Train students of a frozen teacher by the published recipe, for 625,000 steps of 2048 images.
 
-    Published: learning rate 1e-3, no stochastic depth, MLP as feed-forward layer, weight decay 0.04 to 0.2, 100,000
-    steps of warm-up, momentum 0.994 to 1, and else the teacher's own recipe, which is that of ``vitg14``. The table
-    gives learning rates as they are used: of the models trained from scratch it says 3.5e-4, which is ``base_lr`` 2e-4
-    times sqrt(3072 / 1024). So ``base_lr`` here is 1e-3 / sqrt(2).
+    The published recipe has learning rate 1e-3, no stochastic depth, an MLP as feed-forward layer, weight decay 0.04 to
+    0.2, 100,000 steps of warm-up and momentum 0.994 to 1. The rest is the teacher's recipe, ``vitg14``. The published
+    table gives final learning rates: for models trained from scratch it says 3.5e-4, which is ``base_lr`` 2e-4 times
+    sqrt(3072 / 1024). So ``base_lr`` here is 1e-3 / sqrt(2).
 
-    Students have the teacher's patch size, channels and registers, and heads of the same sizes as the teacher's. Where
-    the teacher is a run, they take from it what its heads were trained with: images and views, centring, temperature.
+    Students have the teacher's patch size, channels and registers, and heads of the same sizes as the teacher's. If the
+    teacher is a run, they take its images, views, centring and temperatures, with which its heads were trained.
 
     Args:
         teacher: a run, its checkpoint, an export with heads, or facebook's ``teacher_checkpoint.pth``.
         students: architectures, such as ``vit_small``; also the names of the students.
-        data: images and views; by default those of the teacher's run or, where the teacher is a file of weights,
-            DINOv2's views.
+        data: images and views; the default is those of the teacher's run, or DINOv2's views if the teacher is a file
+            of weights.
 
     Raises:
-        FileNotFoundError: there is no teacher.
-        ValueError: it cannot be read or has no heads, or there is no architecture of this name.
+        FileNotFoundError: the teacher does not exist.
+        ValueError: the teacher cannot be read or has no heads, or an architecture is unknown.
     """
     weights = read_teacher(teacher)
     patch = weights.vit.patch_size

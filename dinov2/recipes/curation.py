@@ -1,4 +1,4 @@
-"""Curations: the paper's numbers, and what suits the images of one disk."""
+"""Curations: one with the paper's numbers, and one for the images on one machine."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dinov2.curate.retrieve import RetrieveConfig
 
 
 def laptop() -> CurateConfig:
-    """Curate thousands to a million images on one machine, with features that are built in.
+    """Curate thousands to a million images on one machine, with built-in features.
 
-    Near-copies go, and nothing like an evaluation image stays. With seeds, images of their clusters are retrieved.
-    Better features are a setting: --embed_copies.model takes SSCD's TorchScript file, --embed.model any ViT.
+    It removes near-copies, and images that resemble an evaluation image. With seeds, it retrieves images of the seeds'
+    clusters. For better features, set --embed_copies.model to SSCD's TorchScript file and --embed.model to any ViT.
     """
     return CurateConfig(
         embed_copies=EmbedConfig(model="copies"),
@@ -25,10 +25,11 @@ def laptop() -> CurateConfig:
 def lvd142m() -> CurateConfig:
     """Run the pipeline of DINOv2's LVD-142M with its published numbers; you give the models.
 
-    Copies by SSCD at a cosine of 0.6 among 64 neighbours, and of 0.45 to evaluation images; 4 neighbours for each seed
-    of sets of a million images or more (32 for ImageNet-1k), and for smaller sets up to 10,000 images of each of
-    100,000 clusters that holds more than 3 of their seeds, up to a million for each set. How many images its k-means
-    starts from is not published: 8 for each cluster here, then five passes over all.
+    SSCD finds copies at a cosine of 0.6 among 64 nearest neighbours, and at a cosine of 0.45 to evaluation images. For
+    seed sets of a million images or more, it retrieves 4 nearest neighbours of each seed (32 for ImageNet-1k). For
+    smaller sets, it takes up to 10,000 images from each of 100,000 clusters that holds more than 3 of their seeds, up
+    to a million images for each set. The number of images that start k-means is not published. Here it is 8 for each
+    cluster, and five passes over all images follow.
     """
     return CurateConfig(
         output="lvd142m",

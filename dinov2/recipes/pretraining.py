@@ -1,12 +1,13 @@
-"""Recipes that pretrain from nothing but images: on a laptop, on few images, and as published.
+"""Recipes that pretrain from scratch: on a laptop, on few images, and as published.
 
-Published are ImageNet-1k in a day, and ImageNet-22k for ViT-L and ViT-g. These recipes follow the published tables with
-two differences. Position embeddings are interpolated with antialiasing and no offset, as in the models with registers:
-such weights mean the same in Hugging Face and timm. And "epochs", there 1250 steps whatever the data, are steps here.
+The published runs train on ImageNet-1k in a day, and on ImageNet-22k for ViT-L and ViT-g. These recipes follow the
+published tables with two differences. Position embeddings are interpolated with antialiasing and no offset, as in the
+models with registers; Hugging Face and timm then compute the same with the weights. The length of a run is given in
+steps: an "epoch" of the published runs is 1250 steps for any dataset.
 
-``accumulation_steps`` splits the global batch into the micro-batches that one GPU of the published runs held, so that
-KoLeo compares as many images as it did there. On one GPU each step then takes as long as it sounds. The processes of
-``torchrun`` share a micro-batch: with N of them, divide ``accumulation_steps`` by N.
+``accumulation_steps`` splits the global batch into the micro-batches that one GPU of the published runs held, so KoLeo
+compares the same number of images. On one GPU, a step therefore takes very long. The processes of ``torchrun`` share a
+micro-batch: with N processes, divide ``accumulation_steps`` by N.
 """
 
 from __future__ import annotations
@@ -19,17 +20,19 @@ from dinov2.objectives import ObjectiveConfig
 from dinov2.train.config import OptimConfig, PretrainConfig, TeacherConfig
 
 IMAGES = Path("images")
-"""Where the recipes look unless ``--data.root`` says otherwise."""
+"""The recipes' folder of images; ``--data.root`` changes it."""
 
 
 def photos() -> PretrainConfig:
     """Train a tiny ViT on the bundled photographs; it runs on a laptop and downloads nothing.
 
-    Made for images of 128 pixels: a crop takes about as many pixels of one as it has itself, so it keeps their scale,
-    and two crops show two places of one neighbourhood. It differs from the reference because there are minutes and
-    thousands of images, not days and millions: small patches, since fine texture is what tells these images apart;
-    small batches, for many steps; few prototypes with sharp, balanced targets; a learning rate of 0.001 everywhere, and
-    no slow start by LayerScale; colours that are only just disturbed, since they carry meaning here.
+    The recipe is made for images of 128 pixels. A crop covers about as many pixels of the image as it has itself, so it
+    keeps the scale, and two crops show two places of one neighbourhood.
+
+    It differs from the published recipes, because it has minutes and thousands of images, not days and millions. The
+    patches are small, because fine texture distinguishes these images. The batches are small, to allow many steps.
+    There are few prototypes, with sharp, balanced targets. The learning rate is 0.001 in all layers, and LayerScale
+    does not slow the start. Colours change only a little, because they carry meaning here.
     """
     return PretrainConfig(
         output=Path("runs/photos"),
@@ -72,19 +75,19 @@ def photos() -> PretrainConfig:
 def vits14_small_data() -> PretrainConfig:
     """Train ViT-S/14 with registers on 10,000 to a million images of your own, on one GPU.
 
-    What differs from the large runs, and why:
+    These are the differences from the large runs, and the reasons:
 
-    - 16,384 prototypes: with few images most of 65,536 would never be anybody's target.
-    - Sinkhorn-Knopp: it balances the prototypes within each batch, where a running centre reacts too late; a loss that
-      sits at ln(prototypes) or falls to 0 early is collapse, and this is the first thing to try against it.
-    - Teacher momentum 0.996: a smaller batch makes noisier students, so the teacher averages over more of them.
+    - 16,384 prototypes: with few images, most of 65,536 prototypes would never be a target.
+    - Sinkhorn-Knopp: it balances the prototypes within each batch, while a running centre reacts too late. A loss that
+      stays at ln(prototypes) or falls to 0 early shows collapse, and this is the first remedy to try.
+    - Teacher momentum 0.996: a smaller batch makes noisier students, so the EMA teacher averages over more steps.
     - Smaller drop path: ViT-S has little capacity to spare.
-    - Prototypes stand still for 2 % of the run, twice as long, while features are still random.
-    - The batch in one piece: prefer memory for a larger micro-batch over accumulation, as Sinkhorn-Knopp and KoLeo
-      look at one micro-batch at a time.
+    - Prototypes are frozen for 2 % of the run, twice as long, while features are still random.
+    - No gradient accumulation: use memory for a larger micro-batch instead, because Sinkhorn-Knopp and KoLeo see one
+      micro-batch at a time.
 
-    If the images are alike (microscopy, X-ray, satellite), crop less: ``--data.augmentation.global_scale 0.5 1``; if
-    their colours carry the meaning, jitter less: ``--data.augmentation.hue 0 --data.augmentation.grayscale 0``.
+    If the images are alike (microscopy, X-ray, satellite), crop less: ``--data.augmentation.global_scale 0.5 1``. If
+    colours carry the meaning, jitter less: ``--data.augmentation.hue 0 --data.augmentation.grayscale 0``.
     """
     return PretrainConfig(
         output=Path("runs/vits14_small_data"),
@@ -143,9 +146,9 @@ def vitg14() -> PretrainConfig:
 def vitb14() -> PretrainConfig:
     """Train ViT-B/14 from scratch by the recipe of ViT-L/14; the published ViT-B is distilled, and better.
 
-    Nobody published how a small model trains from scratch. Everything is as in ``vitl14``, with three exceptions: the
-    architecture is the published one, with an MLP; drop path is half as large, because there is less capacity to spare;
-    micro-batches are larger.
+    No recipe for training a small model from scratch is published. Everything is as in ``vitl14``, with three
+    exceptions: the architecture is the published one, with an MLP; drop path is half as large, because there is less
+    capacity to spare; micro-batches are larger.
     """
     return _imagenet22k(
         Path("runs/vitb14"), ViTConfig.of("vit_base", patch_size=14, drop_path_rate=0.2), accumulation_steps=48
@@ -163,7 +166,7 @@ def vits14() -> PretrainConfig:
 
 
 def _imagenet22k(output: Path, vit: ViTConfig, *, accumulation_steps: int) -> PretrainConfig:
-    """What the long runs share: Sinkhorn-Knopp, separate heads, 500 "epochs"."""
+    """The common part of the long runs: Sinkhorn-Knopp, separate heads, 500 "epochs"."""
     return PretrainConfig(
         output=output,
         steps=625_000,

@@ -1,7 +1,7 @@
-"""What a run does to the blocks of its networks before it trains: dtype of tokens, recomputed activations, compiling.
+"""Preparation of a run's blocks before training: dtype of tokens, activation checkpointing, compilation.
 
-Each changes how blocks compute and nothing else: parameters keep their names, so checkpoints do not tell. The order
-counts: a compiled block includes its recomputation, and FSDP gathers the weights of a compiled block around it.
+These change only how blocks compute. Parameters keep their names, so checkpoints stay the same. The order matters: a
+compiled block includes its activation checkpointing, and FSDP gathers weights outside the compiled block.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ KEPT = frozenset(
         torch.ops.dinov2_kernels.attention_forward.default,
     }
 )
-"""Operators whose results selective checkpointing keeps: nearly all arithmetic of a block. They are 11 times its
-tokens, of the 14 that it keeps otherwise; norms, activations, gathers and scatters are made again."""
+"""Operators whose results selective checkpointing keeps: nearly all arithmetic of a block. The results take 11 times
+the memory of the block's tokens, instead of 14 times. Norms, activations, gathers and scatters are recomputed."""
 
 
 def prepare_blocks(objective: SelfDistillation, config: RunConfig) -> None:
-    """Apply ``activation_checkpointing`` to the students' blocks and ``compile`` to those of all networks that run.
+    """Apply ``activation_checkpointing`` to the students' blocks and ``compile`` to those of students and teacher.
 
-    ``residual_in_fp32`` holds for all networks, those that only a probe runs among them.
+    ``residual_in_fp32`` applies to all networks, including those that only a probe runs.
     """
     for network in objective.networks:
         cast(VisionTransformer, network["backbone"]).residual_in_fp32 = config.residual_in_fp32
@@ -44,19 +44,19 @@ def prepare_blocks(objective: SelfDistillation, config: RunConfig) -> None:
             if network in students:
                 recompute(block, config.activation_checkpointing)
             if config.compile:
-                # Crops have few sizes, so a graph for each is right; blocks share it, as only their weights differ.
+                # Crops have few sizes, so each size may have its own graph. Blocks share it: only their weights differ.
                 block.compile(fullgraph=True, dynamic=False)
     if config.compile:
-        # Numbers of kept samples are constants of a graph, and more graphs than this limit are an error.
+        # The number of kept samples is a constant of a graph, and PyTorch fails with more graphs than this limit.
         graphs = 1 + sum(len(set(vit.drop_path_rates)) for vit in config.networks.values())
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * graphs)
 
 
 def recompute(block: nn.Module, what: ActivationCheckpointing) -> None:
-    """Let ``block`` make its activations again in the backward pass, bit by bit.
+    """Let ``block`` recompute its activations in the backward pass, with bitwise equal results.
 
-    A block draws no random numbers: its network hands it the samples that stochastic depth keeps. So the state of the
-    generators need not be kept.
+    A block draws no random numbers: its network passes in the samples that stochastic depth keeps. So generator states
+    are not stored.
     """
     if what == "none":
         return
@@ -65,7 +65,7 @@ def recompute(block: nn.Module, what: ActivationCheckpointing) -> None:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     forward = block.forward
 
-    # A function of its own, and no partial: torch.compile must see into it.
+    # A function and not a partial, because torch.compile must trace it.
     def recomputing(x: Tensor, layout: PackedLayout, subsets: Sequence[Subset]) -> Any:
         return checkpoint(forward, x, layout, subsets, **options)
 

@@ -1,6 +1,6 @@
 """The configuration of a pretraining run: frozen dataclasses, built by a recipe, overridden by dotted path.
 
-Every field is documented where it stands; ``dinov2 pretrain RECIPE --help`` prints these very lines.
+The text below each field is also its text in ``dinov2 pretrain RECIPE --help``.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class ParallelConfig(Config, at="parallel"):
 
 @dataclass(frozen=True)
 class RunConfig(Config):
-    """What every kind of run is made of; the networks that it trains come on top."""
+    """The fields that all kinds of runs have; subclasses add the networks."""
 
     output: Path
     """The run writes this directory: config.json, metrics.jsonl, tensorboard/, checkpoints/ and, at the end, the
@@ -155,7 +155,7 @@ class RunConfig(Config):
     """Keep checkpoints at multiples of this many steps for good; it must be a multiple of checkpoint_every."""
 
     def rules(self) -> Rules:
-        """What fields of different parts must agree on."""
+        """Rules between fields of different parts."""
         is_kept = self.keep_every is None or self.keep_every % self.checkpoint_every == 0
         yield "keep_every", is_kept, f"None or a multiple of checkpoint_every = {self.checkpoint_every}"
         # fp32 has no narrower dtype, and sums over the blocks can overflow float16.
@@ -193,16 +193,16 @@ class RunConfig(Config):
 
     @property
     def kind(self) -> str:
-        """What a run of this configuration is called."""
+        """The name of this kind of run."""
         raise NotImplementedError
 
     @property
     def networks(self) -> dict[str, ViTConfig]:
-        """The networks that are trained, by the field that describes each."""
+        """The architectures of the trained networks, by the path of their field."""
         raise NotImplementedError
 
     def product_folder(self, name: str) -> Path:
-        """Where the finished backbone of a student is written."""
+        """The folder of a student's finished backbone."""
         raise NotImplementedError
 
     @property
@@ -212,7 +212,7 @@ class RunConfig(Config):
 
     @property
     def micro_batch_size(self) -> int:
-        """Images of one forward and backward pass, over all processes."""
+        """Number of images of one forward and backward pass, over all processes."""
         return self.batch_size // self.accumulation_steps
 
 
@@ -230,7 +230,7 @@ class PretrainConfig(RunConfig):
 
     @property
     def kind(self) -> str:
-        """Pretraining."""
+        """The name of this kind of run: pretraining."""
         return "pretraining"
 
     @property
@@ -239,7 +239,7 @@ class PretrainConfig(RunConfig):
         return {"vit": self.vit}
 
     def product_folder(self, name: str) -> Path:
-        """The teacher's."""
+        """The folder of the finished teacher."""
         return self.output / "teacher"
 
 
@@ -257,7 +257,7 @@ class DistillConfig(RunConfig):
     """The teacher's weights have this digest; a resumed run refuses any others."""
 
     def rules(self) -> Rules:
-        """What students must agree on."""
+        """Rules between students."""
         yield "students", bool(self.students), "at least one student"
         yield (
             "students",
@@ -271,7 +271,7 @@ class DistillConfig(RunConfig):
 
     @property
     def kind(self) -> str:
-        """Distillation."""
+        """The name of this kind of run: distillation."""
         return "distillation"
 
     @property
@@ -280,5 +280,5 @@ class DistillConfig(RunConfig):
         return {f"students.{name}": vit for name, vit in self.students.items()}
 
     def product_folder(self, name: str) -> Path:
-        """That of one student."""
+        """The folder of one finished student."""
         return self.output / "students" / name

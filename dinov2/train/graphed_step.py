@@ -1,22 +1,22 @@
-"""A training step as CUDA graphs: its thousands of launches become two or three, and hardly any host time is left.
+"""A training step as CUDA graphs: two or three launches in place of thousands, and hardly any time on the host.
 
-A graph repeats the launches of the step in which it was captured, with the arguments that they had then. So whatever
-changes from step to step lies in memory of the device, always the same, that is filled before a replay:
+A graph repeats the kernel launches that were captured, with the same arguments. So every value that changes from step
+to step has a fixed place in device memory, which is filled before a replay:
 
 ======================================  ===============================================================================
-crops, masks, places of masked patches  :class:`~dinov2.objectives.Views`, made on the host and copied
+crops, masks, index of masked patches   :class:`~dinov2.objectives.Views`, made on the host and copied
 learning rates, weight decay, momentum  one vector, :func:`numbers_of_step`
-random numbers                          a replay draws by the seed that PyTorch's generator has at that moment, so
-                                        ``torch.manual_seed`` before it gives the draws of an eager pass
-teacher temperature                     an argument of kernels: steps are eager until it has come to rest
+random numbers                          a replay uses the current seed of PyTorch's generator, so ``torch.manual_seed``
+                                        before it gives the same numbers as in eager mode
+teacher temperature                     an argument of kernels: steps run eagerly until it is constant
 ======================================  ===============================================================================
 
-A seed belongs to a micro-batch, so each micro-batch is a replay, and the update behind them another. The first
-micro-batch makes the gradients, the later ones add to them, and the update reads them, all at one place. The graphs of
-a step share one pool of memory.
+Each micro-batch has its own seed, so each micro-batch is one replay, and the update is another. The first micro-batch
+makes the gradients, the later ones add to them, and the update reads them, all at the same addresses. The graphs of a
+step share one pool of memory.
 
-A graph knows addresses, and holds no tensor. Weights, moments, averages and centres live as long as the trainer; inputs
-and results are held here; what operators keep on the device is held by :func:`dinov2_kernels._tables.table_cache`.
+A graph stores addresses and keeps no tensor alive. The trainer keeps weights, moments, averages and centres. This
+module keeps inputs and results. :func:`dinov2_kernels._tables.table_cache` keeps the operators' tables on the device.
 """
 
 from __future__ import annotations
@@ -35,28 +35,28 @@ from dinov2.train.optimization import Schedules, StepSettings, apply_settings
 from dinov2.train.processes import Processes
 
 WARM_UP = 3
-"""Steps before the captured one that run without a graph: they compile and load all kernels, and make what a capture
-cannot make, such as handles of libraries, the optimiser's moments, and tables of operators."""
+"""This many steps run without a graph before the capture. They compile and load all kernels, and they create what a
+capture cannot create: library handles, the optimiser's moments and the operators' tables."""
 
 Scalars = dict[str, Tensor]
 
 
 class Graph(Protocol):
-    """What can repeat a function of tensors on one device."""
+    """Records a function of tensors on one device, and repeats it."""
 
     def capture(self, function: Callable[[], Scalars]) -> Scalars:
-        """Note what ``function`` does, and return its results, which have no values before the first replay."""
+        """Record ``function`` and return its results, which have no values before the first replay."""
 
     def replay(self) -> None:
-        """Do it again, with the same memory."""
+        """Repeat the recorded function in the same memory."""
 
 
 class CudaGraph:
     """A CUDA graph.
 
     Args:
-        device: of all tensors.
-        pool: memory that it shares with the other graphs of a step.
+        device: device of all tensors.
+        pool: memory that the graphs of a step share.
     """
 
     def __init__(self, device: torch.device, pool: Any) -> None:
@@ -64,13 +64,13 @@ class CudaGraph:
         self._graph = torch.cuda.CUDAGraph()
 
     def capture(self, function: Callable[[], Scalars]) -> Scalars:
-        """Note the launches of ``function``.
+        """Record the kernel launches of ``function``.
 
         Raises:
-            RuntimeError: it does something that no graph can hold, for instance wait for the device.
+            RuntimeError: it does something that no graph can hold, for instance it waits for the device.
         """
-        gc.collect()  # an autograd graph that lived on would tie the gradients to the stream of an earlier step
-        mode = "thread_local"  # other threads go on meanwhile, and pin memory for the batches to come
+        gc.collect()  # an old autograd graph would tie the gradients to the stream of an earlier step
+        mode = "thread_local"  # meanwhile other threads pin memory for the next batches
         try:
             with (
                 torch.cuda.device(self._device),
@@ -79,7 +79,8 @@ class CudaGraph:
                 return function()
         except RuntimeError as error:
             raise RuntimeError(
-                f"cuda_graph must be False for this run, whose step cannot be captured ({error.__context__ or error})"
+                "cuda_graph: expected False for this run, because its step cannot be captured"
+                f" ({error.__context__ or error}), got True"
             ) from error
 
     def replay(self) -> None:
@@ -88,13 +89,13 @@ class CudaGraph:
 
 
 def cuda_graphs(device: torch.device) -> Callable[[], Graph]:
-    """What makes the graphs of one step on ``device``."""
+    """A function that makes the graphs of one step on ``device``."""
     pool = torch.cuda.graph_pool_handle()
     return lambda: CudaGraph(device, pool)
 
 
 def first_replay(config: RunConfig, start_step: int) -> str:
-    """The step from which on a run replays graphs that begins after ``start_step`` finished steps, in words."""
+    """A sentence: the first step that a run replays if it starts after ``start_step`` finished steps."""
     resting = Schedules(config).first_resting_step
     first = max(resting, start_step) + WARM_UP + 1
     if first > config.steps:
@@ -106,20 +107,20 @@ def first_replay(config: RunConfig, start_step: int) -> str:
 def check_graphable(processes: Processes) -> None:
     """Raise ValueError unless these processes can replay their steps."""
     if processes.device.type != "cuda":
-        raise ValueError(f"cuda_graph must be False on a device without CUDA, but the device is {processes.device}")
+        raise ValueError(f"cuda_graph: expected False on {processes.device}, a device without CUDA, got True")
     if processes.group is not None or processes.world_size > 1:
         raise ValueError(
-            "cuda_graph must be False with several processes, or one that torchrun started: their exchange is not"
-            f" captured, and this is process {processes.rank} of {processes.world_size}"
+            "cuda_graph: expected False with several processes or under torchrun, because graphs do not capture the"
+            f" exchange between processes, got True in process {processes.rank} of {processes.world_size}"
         )
 
 
 class GraphedStep:
-    """The parts of a training step on the device, captured once and replayed from then on.
+    """The parts of a training step that run on the device. They are captured once and then replayed.
 
     Args:
-        gradients: adds the gradients of a micro-batch to those that are there, or makes them.
-        update: clips, steps the optimiser, moves the averages; its argument is the teacher momentum, on the device.
+        gradients: adds the gradients of a micro-batch to the existing ones, or makes them if there are none.
+        update: clips gradients, steps the optimiser and moves the averages; takes the teacher momentum, on the device.
         optimizer: a fused AdamW.
         new_graph: makes a graph.
     """
@@ -136,7 +137,7 @@ class GraphedStep:
         self.forget()
 
     def forget(self) -> None:
-        """Capture anew, after a warm-up: for tensors that were put in the places of others."""
+        """Capture again, after a new warm-up. Call it when tensors of the step have been replaced by others."""
         self._steps = 0
         self._views, self._numbers = StaticInputs("batch"), StaticInputs("numbers of a step")
         self._parts: dict[str, _Part] = {}
@@ -145,15 +146,15 @@ class GraphedStep:
         """Call it before each step's first micro-batch."""
         self._steps += 1
         if self._steps <= WARM_UP + 1:
-            self._optimizer.zero_grad()  # those of the captured step are then made in the graphs' memory, and stay
+            self._optimizer.zero_grad()  # so that the captured step makes the gradients in the graphs' memory
 
     def gradients(self, views: Views, *, is_first: bool) -> Scalars:
-        """The gradients of one micro-batch of the step; returns its loss terms."""
+        """Compute the gradients of one micro-batch of the step; returns its loss terms."""
         inputs = self._views.fill(views)
         return self._run("first" if is_first else "further", lambda: self._gradients(Views(*inputs)))
 
     def update(self, settings: StepSettings) -> Scalars:
-        """What follows on the last micro-batch; returns the gradients' norms."""
+        """Update the networks after the last micro-batch; returns the gradients' norms."""
         groups = self._optimizer.param_groups
         (numbers,) = self._numbers.fill([numbers_of_step(groups, settings, self._views.device)])
 
@@ -179,14 +180,14 @@ class _Part:
 
     def replay(self) -> Scalars:
         self._graph.replay()
-        return {name: result.clone() for name, result in self._results.items()}  # the next replay writes over them
+        return {name: result.clone() for name, result in self._results.items()}  # the next replay overwrites them
 
 
 class StaticInputs:
-    """Memory for the inputs of graphs, filled before each replay without waiting for it.
+    """Fixed memory for the inputs of graphs. It is filled before each replay; the host does not wait for the copies.
 
     Args:
-        name: of what they are, for errors.
+        name: what the inputs are, for error messages.
     """
 
     def __init__(self, name: str) -> None:
@@ -195,15 +196,15 @@ class StaticInputs:
 
     @property
     def device(self) -> torch.device:
-        """Where they are, once they were filled."""
+        """Device of the inputs; it is known after the first fill."""
         assert self._places is not None
         return next(place.device for place in self._places if place is not None)
 
     def fill(self, tensors: Sequence[Tensor | None]) -> list[Any]:
-        """Copy the tensors of a step to where those of the first one are, and return these places.
+        """Copy the tensors of a step into the memory of the first step's tensors, and return that memory.
 
         Raises:
-            ValueError: they have other shapes than those of the first step.
+            ValueError: the shapes differ from those of the first step.
         """
         if self._places is None:
             self._places = [None if tensor is None else tensor.clone() for tensor in tensors]
@@ -212,18 +213,18 @@ class StaticInputs:
                 continue
             if place.shape != tensor.shape:
                 raise ValueError(
-                    f"{self._name}: expected the shapes of the first one, as a CUDA graph needs them, but tensor"
-                    f" {number} is {list(tensor.shape)}, not {list(place.shape)}; with data.masks.same_total True and"
-                    " batches of one size, no shape changes"
+                    f"{self._name}: expected tensor {number} to keep its shape {list(place.shape)}, as a CUDA graph"
+                    f" needs it, got {list(tensor.shape)}; with data.masks.same_total True and batches of one size, no"
+                    " shape changes"
                 )
             place.copy_(tensor, non_blocking=True)
         return self._places
 
 
 def numbers_of_step(groups: list[dict[str, Any]], settings: StepSettings, device: torch.device) -> Tensor:
-    """What the update takes from the schedules: [2 G + 1] float32, for G groups of parameters.
+    """The scheduled numbers of an update, [2 G + 1] float32 for G groups of parameters.
 
-    Learning rates [G]; what is left of weights after their decay [G], 1 - rate * weight decay; teacher momentum.
+    They are the learning rates [G], the factors of weight decay [G], 1 - rate * weight decay, and the teacher momentum.
     """
     apply_settings(groups, settings)
     rates = [group["lr"] for group in groups]
@@ -233,10 +234,10 @@ def numbers_of_step(groups: list[dict[str, Any]], settings: StepSettings, device
 
 @torch.no_grad()
 def decay_and_set_rates(groups: list[dict[str, Any]], numbers: Tensor) -> Tensor:
-    """Give AdamW its learning rates on the device and do its weight decay, which it takes from the host alone.
+    """Give AdamW its learning rates on the device, and apply its weight decay, which it can read only from the host.
 
-    Decoupled weight decay (arXiv:1711.05101) scales the weights before Adam's step. The factor is rounded as weights
-    are.
+    Decoupled weight decay (arXiv:1711.05101) scales the weights before Adam's step. The factor is rounded to the
+    weights' dtype.
 
     Returns:
         The teacher momentum, a scalar.

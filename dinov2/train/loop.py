@@ -27,24 +27,24 @@ from dinov2.train.trainer import Probe, Trainer
 def pretrain(
     config: RunConfig, resume: bool = False, *, dataset: ImageDataset | None = None, probe: Probe | None = None
 ) -> Path:
-    """Carry out the run that ``config`` describes, and return its directory, with the finished model in it.
+    """Train as ``config`` says, and return the run directory, which then contains the finished model.
 
     Args:
         config: the run; see :mod:`dinov2.recipes` for complete ones.
-        resume: continue from the newest checkpoint in ``config.output``, or start there if there is none yet.
-        dataset: images, instead of those that ``config.data`` names: ``len(dataset)`` and ``dataset[i]``, a uint8 RGB
-            array ``[H, W, 3]``.
+        resume: continue from the newest checkpoint in ``config.output``, or start a new run if there is none.
+        dataset: images to use instead of those that ``config.data`` names: ``len(dataset)`` and ``dataset[i]``, a uint8
+            RGB array ``[H, W, 3]``.
         probe: called before the first step, every ``probe_every`` steps and after the last one.
 
-    Under torchrun each process calls this with the same arguments, and they train as one; process 0 writes the run
-    directory. All of them call the probe, and its values in process 0 count.
+    Under torchrun, each process calls this with the same arguments, and all train as one. Process 0 writes the run
+    directory. All processes call the probe; the values in process 0 are logged.
 
     Raises:
         FileExistsError: the run directory is not empty, and ``resume`` is false.
-        ValueError: resumed with another configuration, other images, or from a damaged checkpoint.
-        NonFiniteError: a loss term or gradient became NaN or infinite; no such state is ever saved.
-        CheckpointError: a checkpoint could not be written; those before it are whole.
-        PeerError: another process of the run failed or fell silent.
+        ValueError: the resumed run has another configuration, other images, or a damaged checkpoint.
+        NonFiniteError: a loss term or gradient became NaN or infinite; such a state is never saved.
+        CheckpointError: a checkpoint could not be written; earlier checkpoints are complete.
+        PeerError: another process of the run failed or did not answer.
         LostWorkerError: a process that prepares batches was killed.
         Interrupted: Ctrl-C or SIGTERM came; a checkpoint was saved.
     """
@@ -54,7 +54,7 @@ def pretrain(
 
 
 def _checked(config: RunConfig, processes: Processes, *, resume: bool) -> RunConfig:
-    """The configuration with its precision settled, if its run directory may be written."""
+    """The configuration with a definite precision, after a check that the run may use its directory."""
     config = settle_precision(config, processes.device)
     check_run_directory(config, resume=resume)
     return config
@@ -87,7 +87,7 @@ class Run:
         self.clock = IntervalClock(config, self.trainer.objective.teacher, processes)
 
     def train(self) -> Path:
-        """Run to the end."""
+        """Train until the last step and write the finished model."""
         config = self.config
         start = self.finished_steps
         micro_batches = batches(
@@ -101,7 +101,7 @@ class Run:
             world_size=self.processes.world_size,
             raw=finishes_crops(self.trainer.device),
         )
-        # From here on the directory holds a run; what was wrong with its input has been said.
+        # The input has been checked; from here on the directory holds a run.
         self.processes.first(lambda: write_config(config))
         if self.processes.is_first:
             self.writer = MetricsWriter(config.output, start)
@@ -152,7 +152,7 @@ class Run:
 
     def _log(self) -> None:
         self.scalars.check_finite(self.finished_steps, self._last_checkpoint)
-        speed = self.clock.values()  # now, as the check above has waited for the device
+        speed = self.clock.values()  # measured here, because the check above has waited for the device
         values = {
             **self.scalars.means(),
             **self.trainer.collapse_statistics(self.finished_steps - 1),
@@ -186,7 +186,7 @@ class Run:
         self.clock.restart()
 
     def _save(self) -> None:
-        """Begin to write a checkpoint, after making sure that nothing in it is NaN or infinite."""
+        """Begin to write a checkpoint, unless it holds a NaN or an infinity."""
         self.scalars.check_finite(self.finished_steps, self._last_checkpoint)
         values = {
             "step": self.finished_steps,
@@ -199,7 +199,7 @@ class Run:
         self.clock.restart()
 
     def _last_checkpoint(self) -> Path | None:
-        """The newest checkpoint, once the one in flight is complete. All processes must call it."""
+        """The newest checkpoint; waits for the save in flight. All processes must call it."""
         self.saver.finish()
         return self.checkpoints.latest()
 

@@ -1,4 +1,4 @@
-"""Metrics of a run: scalars gathered on the device, speed and memory, traces; as JSON lines and for TensorBoard."""
+"""Metrics of a run: scalars on the device, speed, memory and traces; written as JSON lines and for TensorBoard."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from dinov2.train.processes import Processes
 from dinov2_kernels._extras import require
 
 SKIPPED = "skipped"
-"""Scalar of a step in float16: 1 if its gradients overflowed, so that it changed nothing; its mean is their share."""
+"""A scalar of float16 steps: 1 if gradients overflowed and the step was skipped, else 0. Its mean is their share."""
 GRADIENTS = "grad_norm/"
-"""What the names of gradient norms begin with: a skipped step has none."""
+"""Prefix of the names of gradient norms. A skipped step does not count in their means."""
 Item = TypeVar("Item")
 GB = 1e9
 
@@ -35,25 +35,29 @@ class NonFiniteError(ArithmeticError):
 
 
 class StepScalars:
-    """Scalars of the steps since the last line of metrics; they stay on the device, so that no step waits for them."""
+    """Scalars of the steps since the last line of metrics. They stay on the device, so no step waits for them."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
         self.rows: list[Tensor] = []  # one [len(names)] per step
 
     def append(self, scalars: Mapping[str, Tensor]) -> None:
-        """Keep the scalars of one more step."""
+        """Store the scalars of one more step."""
         self.names = list(scalars)
         self.rows.append(torch.stack([value.detach().float() for value in scalars.values()]))
 
     def check_finite(self, finished_steps: int, last_checkpoint: Callable[[], Path | None]) -> None:
-        """Look for the first NaN or infinity among the gathered steps, of which the last was the ``finished_steps``-th.
+        """Search the stored steps for the first NaN or infinity.
 
-        Gradients of skipped steps are allowed to be infinite: a smaller loss scale is the remedy, and on its way.
-        ``last_checkpoint`` is called only if there is a culprit.
+        Gradients of skipped steps may be infinite, because the loss scale then shrinks by itself.
+
+        Args:
+            finished_steps: number of the last stored step, counted from 1.
+            last_checkpoint: returns the newest checkpoint; called only if there is a NaN or infinity.
 
         Raises:
-            NonFiniteError: names the terms, the step and the last good checkpoint.
+            NonFiniteError: a loss term or gradient norm is NaN or infinite; the message names it, the step and the last
+                good checkpoint.
         """
         first_step = finished_steps - len(self.rows) + 1
         for step, row in enumerate(self._values().tolist(), start=first_step):
@@ -63,12 +67,12 @@ class StepScalars:
                 if not math.isfinite(value) and not (name.startswith(GRADIENTS) and self._is_skipped(row))
             }
             if bad:
-                culprits = bad.keys() - {"total"} or bad.keys()  # the sum says nothing that its terms do not
+                culprits = bad.keys() - {"total"} or bad.keys()  # the total is not named if its terms are
                 terms = ", ".join(f"{name} is {value}" for name, value in bad.items() if name in culprits)
                 raise NonFiniteError(f"training stopped: in step {step} {terms}; {way_back(last_checkpoint())}")
 
     def means(self) -> dict[str, float]:
-        """Mean of each scalar over the gathered steps; of gradient norms over those that were not skipped, if any."""
+        """Mean of each scalar over the stored steps; means of gradient norms leave out skipped steps."""
         rows = self._values().tolist()
         counted = [row for row in rows if not self._is_skipped(row)]
         columns = {
@@ -82,7 +86,7 @@ class StepScalars:
         self.rows = []
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint in the middle of an interval; float32 values survive JSON exactly."""
+        """The stored scalars, for a checkpoint in the middle of an interval; JSON keeps float32 values exactly."""
         return {"names": self.names, "values": self._values().tolist()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -101,23 +105,23 @@ class StepScalars:
 
 
 def check_loss_scale(scale: float, last_checkpoint: Callable[[], Path | None]) -> None:
-    """Raise NonFiniteError at a loss scale below 1: whatever overflows there is not small gradients made large."""
+    """Raise NonFiniteError if the loss scale is below 1: then gradients overflow even without scaling."""
     if scale < 1:
         raise NonFiniteError(
-            f"training stopped: gradients overflow float16 even at a loss scale of {scale}, so precision must be bf16"
-            f" or fp32; {way_back(last_checkpoint())}"
+            f"training stopped: gradients overflow float16 even at a loss scale of {scale}; use precision bf16 or fp32;"
+            f" {way_back(last_checkpoint())}"
         )
 
 
 def way_back(last_checkpoint: Path | None) -> str:
-    """Where a failed run can start again, as part of an error message."""
+    """The checkpoint from which a failed run can continue, as part of an error message."""
     return f"the last good checkpoint is {last_checkpoint}" if last_checkpoint else "no checkpoint was written yet"
 
 
 class MetricsWriter:
-    """Appends lines to ``metrics.jsonl`` (each one flushed) and scalars to ``tensorboard/`` of a run directory.
+    """Appends lines to ``metrics.jsonl`` and scalars to ``tensorboard/`` of a run directory. It flushes each line.
 
-    A run that resumes at ``start_step`` first drops what was written after it, so that its curves have no doubles.
+    A run that resumes at ``start_step`` first removes everything after that step, so no step is there twice.
 
     Raises:
         ImportError: TensorBoard is not installed.
@@ -135,14 +139,14 @@ class MetricsWriter:
         self._tensorboard = SummaryWriter(directory / "tensorboard", purge_step=start_step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Write ``values`` as of ``step`` finished steps."""
+        """Write the ``values`` after ``step`` finished steps."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Write out what TensorBoard still buffers. A full disk was reported by :meth:`write`."""
+        """Flush TensorBoard's buffer. Errors are ignored, because :meth:`write` has reported a full disk already."""
         with suppress(OSError):
             self._file.close()
         with suppress(OSError):
@@ -150,7 +154,7 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``; an unfinished last line, as a killed process leaves it, is left out."""
+    """The lines of a ``metrics.jsonl``, without an unfinished last line of a killed process."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
@@ -160,8 +164,8 @@ class IntervalClock:
 
     Args:
         config: the run.
-        teacher: its teacher.
-        processes: those that take part.
+        teacher: the run's EMA teacher.
+        processes: the processes of the run.
     """
 
     def __init__(self, config: RunConfig, teacher: nn.ModuleDict, processes: Processes) -> None:
@@ -172,15 +176,15 @@ class IntervalClock:
         self.restart()
 
     def restart(self) -> None:
-        """Start an interval."""
+        """Start a new interval."""
         self._start, self._steps, self._waited = time.monotonic(), 0, 0.0
 
     def step(self) -> None:
-        """One more step is done."""
+        """Count one more step."""
         self._steps += 1
 
     def waiting(self, items: Iterator[Item]) -> Iterator[Item]:
-        """``items``, and how long they made the loop wait."""
+        """Yield ``items`` and measure how long the loop waits for them."""
         while True:
             start = time.monotonic()
             try:
@@ -191,13 +195,13 @@ class IntervalClock:
             yield item
 
     def values(self) -> dict[str, float]:
-        """Metrics of the interval, to be asked for when its steps are really over.
+        """Metrics of the interval. Call it only when the device has finished the interval's steps.
 
-        - images_per_second: of all processes;
-        - data_wait: share of the time in which this process waited for images; a GPU may still have had work then;
-        - tflops: 10^12 operations a second of each process, see :mod:`dinov2.train.flops`;
-        - mfu: these as a share of what the device does at best, where that is known;
-        - memory_gb: most that this process has held so far, in 10^9 bytes: tensors on its GPU, or all of it on a CPU.
+        - images_per_second: images of all processes per second;
+        - data_wait: share of the time in which this process waited for images; a GPU may have had work meanwhile;
+        - tflops: 10^12 operations per second of each process, see :mod:`dinov2.train.flops`;
+        - mfu: tflops as a share of the device's peak, if the peak is known;
+        - memory_gb: peak memory of this process in 10^9 bytes: its tensors on a GPU, or the whole process on a CPU.
         """
         seconds = time.monotonic() - self._start
         flops = self._steps * self._flops / seconds
@@ -211,18 +215,18 @@ class IntervalClock:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes of tensors that were on an accelerator at once, at most; on the CPU bytes of the process."""
+    """Peak memory in bytes: tensors on an accelerator, or the whole process on the CPU."""
     if device.type == "cpu":
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return most if sys.platform == "darwin" else 1024 * most  # bytes there, KiB on Linux
+        return most if sys.platform == "darwin" else 1024 * most  # bytes on macOS, KiB on Linux
     return torch.accelerator.max_memory_allocated(device)
 
 
 class StepProfiler(AbstractContextManager["StepProfiler"]):
-    """Traces ``config.profile_steps`` steps, after those in which allocators and caches settle.
+    """Traces ``config.profile_steps`` steps, after the first steps, in which allocators and caches fill.
 
     Attributes:
-        trace: where the trace is written.
+        trace: path of the trace.
     """
 
     def __init__(self, config: RunConfig, start_step: int) -> None:
@@ -248,7 +252,7 @@ class StepProfiler(AbstractContextManager["StepProfiler"]):
         (self._profile or nullcontext()).__exit__(*error)
 
     def step(self) -> bool:
-        """One more step is done; returns whether the trace was written with it."""
+        """Count one more step; returns whether the trace has just been written."""
         before = self.is_written
         if self._profile is not None:
             self._profile.step()

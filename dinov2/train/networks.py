@@ -1,4 +1,4 @@
-"""The networks of a run: read from checkpoints or files of weights, given to a new run, taught by, exported."""
+"""The networks of a run: reading them, exporting them, starting a run from them, and the frozen teacher."""
 
 from __future__ import annotations
 
@@ -21,36 +21,34 @@ from dinov2.train.run_directory import is_run, read_config
 from dinov2.train.saving import CheckpointDirectory, step_of
 
 CENTERS = {"dino_centering.center": "dino_loss.center", "ibot_centering.center": "ibot_patch_loss.center"}
-"""Names of the centres in an objective, and in files of weights."""
+"""Name of each centre in an objective -> its name in files of weights."""
 Network = Literal["teacher", "student"]
 
 
 class Networks(NamedTuple):
-    """A student and its moving average, the teacher; the same weights twice where only one network is known."""
+    """A student and its moving average, the teacher. Both have the same weights if the source holds one network."""
 
     student: Weights
     teacher: Weights
 
 
 def read_networks(source: Path, *, step: int | None = None, student: str | None = None) -> Networks:
-    """The networks that a path names.
+    """Read the networks at a path.
 
     Args:
-        source: the directory of a run, whose newest checkpoint counts; a checkpoint in one; or any file or folder that
+        source: a run directory (its newest checkpoint is read), a checkpoint of a run, or any file or folder that
             :func:`dinov2.models.read_weights` reads.
-        step: of a run, the checkpoint after this many steps.
-        student: the one to read, where the source is a distillation of several.
+        step: read the checkpoint after this many steps; only if the source is a run directory.
+        student: name of the student to read, if the source is a distillation of several.
 
     Raises:
-        FileNotFoundError: there is nothing, or no such checkpoint.
-        ValueError: it cannot be read, or holds several students and none was chosen.
+        FileNotFoundError: the source or its checkpoint does not exist.
+        ValueError: the source cannot be read, or holds several students and none was chosen.
     """
     if is_run(source):
         source = checkpoint_of(source, step)
     elif step is not None:
-        raise ValueError(
-            f"a step can be chosen among the checkpoints of a run, but {source} is not the directory of one"
-        )
+        raise ValueError(f"step: expected None for a source that is not a run directory, got {step} for {source}")
     if not is_checkpoint(source):
         weights = read_weights(source)
         return Networks(weights, weights)
@@ -59,7 +57,7 @@ def read_networks(source: Path, *, step: int | None = None, student: str | None 
     state = load_checkpoint(source, parts=("student", "teacher", "objective"))
     centers = {CENTERS[name]: tensor for name, tensor in state["objective"].items() if name in CENTERS}
     if isinstance(config, DistillConfig):
-        centers = {}  # those of the frozen teacher
+        centers = {}  # a distillation's centres belong to its frozen teacher
     return Networks(
         *(
             Weights(str(source), replace(vit, drop_path_rate=0.0), *_parts(state[role], prefix), centers)
@@ -69,10 +67,10 @@ def read_networks(source: Path, *, step: int | None = None, student: str | None 
 
 
 def checkpoint_of(run: Path, step: int | None = None) -> Path:
-    """The checkpoint of a run after ``step`` steps, or its newest.
+    """The checkpoint of a run after ``step`` steps, or the newest one.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the run has no such checkpoint.
     """
     checkpoints = CheckpointDirectory(run / "checkpoints", keep=1).all()
     if not checkpoints:
@@ -82,19 +80,19 @@ def checkpoint_of(run: Path, step: int | None = None) -> Path:
     steps = {step_of(path): path for path in checkpoints}
     if step not in steps:
         there = ", ".join(map(str, steps))
-        raise FileNotFoundError(f"the run {run} has no checkpoint of step {step}; there are those of {there}")
+        raise FileNotFoundError(f"the run {run} has no checkpoint of step {step}; it has those of {there}")
     return steps[step]
 
 
 def run_of(source: Path) -> Path | None:
-    """The directory of the run that a path names, or of which it is a checkpoint; None if it is neither."""
+    """The run directory that a path names, or that contains it as a checkpoint; None for any other path."""
     if is_run(source):
         return source
     return source.parent.parent if is_checkpoint(source) else None
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a path is the checkpoint of a run, by its name and place."""
+    """Whether a path is the checkpoint of a run, judged by its name and its folder."""
     try:
         step_of(path)
     except ValueError:
@@ -103,22 +101,23 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def _choose(config: RunConfig, student: str | None, source: Path) -> tuple[ViTConfig, str]:
-    """Architecture of the network to read, and the prefix of its tensors."""
+    """The architecture of the network to read, and the prefix of its tensors' names."""
     if not isinstance(config, DistillConfig):
         return config.networks["vit"], ""
     names = list(config.students)
     if student is None and len(names) > 1:
         raise ValueError(
-            f"{source} holds the students {', '.join(names)}: name one, or export it first (dinov2 export --student)"
+            f"student: expected one of {', '.join(names)}, which {source} holds, got None; or export one first"
+            " (dinov2 export --student)"
         )
     student = student or names[0]
     if student not in names:
-        raise ValueError(f"{source} holds the students {', '.join(names)}, but not {student}")
+        raise ValueError(f"student: expected one of {', '.join(names)}, which {source} holds, got {student!r}")
     return config.students[student], f"{student}."
 
 
 def _parts(state: Mapping[str, Tensor], prefix: str) -> tuple[dict[str, Tensor], Any]:
-    """Backbone, and heads by name, of the network whose tensors have this prefix."""
+    """The backbone and the heads by name, from the tensors with this prefix."""
     mine = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     parts = split_heads(mine)
     return parts.pop("backbone"), parts
@@ -134,28 +133,28 @@ def export(
     heads: bool = False,
     format: Format = "facebook",
 ) -> Path:
-    """Write a backbone as ``model.safetensors`` and ``config.json``, and with ``heads`` as ``heads.safetensors`` too.
+    """Write a backbone as ``model.safetensors`` and ``config.json``; ``heads`` adds ``heads.safetensors``.
 
     Args:
-        source: a run (its newest checkpoint counts), a checkpoint in one, or any file or folder of weights that
+        source: a run (its newest checkpoint is read), a checkpoint of a run, or any file or folder of weights that
             :func:`dinov2.models.load_pretrained` reads.
-        output: a folder; new or empty.
-        network: the teacher, which is the better one, or the student behind it. In a distillation, teacher means the
-            moving average of the student.
-        student: of a distillation with several students, the one to write.
-        step: of a run, the checkpoint after this many steps.
-        heads: also write the heads with their prototypes and centres, which distillation and continued pretraining
-            need.
-        format: whose names and ``config.json``: facebook's names and our own configuration; transformers, for
-            ``AutoModel.from_pretrained``; timm, for ``timm.create_model("local-dir:...")``. Heads keep their names.
+        output: a new or empty folder.
+        network: the teacher, which has the better features, or the student that it averages. In a distillation, teacher
+            means the moving average of the student.
+        student: name of the student to write, if the source is a distillation of several.
+        step: read the checkpoint after this many steps; only if the source is a run.
+        heads: also write the heads with their prototypes and centres. Distillation and continued pretraining need them.
+        format: names of the tensors and kind of ``config.json``. facebook has facebook's names and our configuration;
+            transformers is for ``AutoModel.from_pretrained``; timm is for ``timm.create_model("local-dir:...")``. Heads
+            keep facebook's names in every format.
 
     Returns:
         The folder.
 
     Raises:
-        FileExistsError: the folder holds something already.
-        FileNotFoundError, ValueError: the source is not there, cannot be read, has no heads to write, or is no model
-            that the format can describe.
+        FileExistsError: the folder is not empty.
+        FileNotFoundError, ValueError: the source does not exist, cannot be read, has no heads to write, or has an
+            architecture that the format cannot describe.
     """
     if output.is_dir() and any(output.iterdir()):
         raise FileExistsError(f"output folder {output} is not empty: choose a new one")
@@ -167,22 +166,22 @@ def export(
 
 
 def start_from_initial_weights(objective: SelfDistillation, config: RunConfig) -> str | None:
-    """Give a new run the weights that ``config.initial_weights`` names; without a name do nothing.
+    """Load the weights of ``config.initial_weights`` into a new run; do nothing if it is None.
 
-    A run's checkpoint gives student, moving average, heads and centres as they were; of any other source both networks
-    take the same weights. Position embeddings are resampled to the run's image size. A head that the source lacks, or
-    has with other sizes, starts anew, as does its centre.
+    A run's checkpoint restores the student, its moving average, the heads and the centres. From any other source, both
+    networks take the same weights. Position embeddings are resampled to the run's image size. If the source lacks a
+    head or has it with other sizes, the head and its centre start anew.
 
     Returns:
-        In words, where the weights are from and what started anew.
+        A text that says where the weights are from and what started anew; None without initial weights.
 
     Raises:
-        FileNotFoundError, ValueError: there is nothing, it cannot be read, or the backbone is of another architecture.
+        FileNotFoundError, ValueError: the source does not exist, cannot be read, or has another architecture.
     """
     if config.initial_weights is None:
         return None
     wanted = {"dino_head": config.dino_head} | ({"ibot_head": config.ibot_head} if config.ibot_head else {})
-    notes: dict[str, None] = {}  # a set in the order of insertion
+    notes: dict[str, None] = {}  # keys only: a set that keeps its order
     for name, student in objective.students.items():
         networks = read_networks(config.initial_weights, student=name if isinstance(config, DistillConfig) else None)
         notes |= {f"from {networks.teacher.origin}": None}
@@ -198,7 +197,7 @@ def start_from_initial_weights(objective: SelfDistillation, config: RunConfig) -
 
 
 def difference(weights: Weights, head: str, wanted: HeadConfig) -> str | None:
-    """Why a head cannot be taken over, in words; None if it can."""
+    """The reason why a head cannot be loaded, in words; None if it can."""
     if head not in weights.heads:
         return "the weights come without it"
     there, here = asdict(weights.head_config(head)), asdict(wanted)
@@ -207,14 +206,14 @@ def difference(weights: Weights, head: str, wanted: HeadConfig) -> str | None:
 
 
 def load_whole(network: nn.ModuleDict, tensors: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors into a network, which may be split among processes; it keeps what is not among them."""
+    """Copy whole tensors into a network, which may be split among processes. Its other tensors do not change."""
     if unknown := tensors.keys() - network.state_dict().keys():
         raise ValueError(f"the weights have tensors that the model lacks: {', '.join(sorted(unknown)[:5])}")
     set_model_state_dict(network, dict(tensors), options=StateDictOptions(full_state_dict=True, strict=False))
 
 
 def _tensors(student: nn.ModuleDict, weights: Weights, heads: list[str]) -> dict[str, Tensor]:
-    """Tensors by their names in a network: the backbone at its image size, and these heads."""
+    """The tensors of the backbone and of these heads by name; position embeddings have the backbone's image size."""
     vit = cast(VisionTransformer, student["backbone"]).config
     parts = {"backbone": weights.backbone_for(vit)} | {head: weights.heads[head] for head in heads}
     return {f"{part}.{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
@@ -222,7 +221,7 @@ def _tensors(student: nn.ModuleDict, weights: Weights, heads: list[str]) -> dict
 
 @torch.no_grad()
 def load_centers(objective: SelfDistillation, weights: Weights, heads: list[str]) -> None:
-    """Continue the centres that belong to these heads, where the objective and the weights have any."""
+    """Load the centres of these heads, if both the objective and the weights have them."""
     own = dict(objective.named_buffers())
     patch_head = "ibot_head" if "ibot_head" in objective.teacher else "dino_head"
     for name, head in {"dino_centering.center": "dino_head", "ibot_centering.center": patch_head}.items():
@@ -232,16 +231,16 @@ def load_centers(objective: SelfDistillation, weights: Weights, heads: list[str]
 
 
 def read_teacher(path: Path) -> Weights:
-    """A network that can teach: a backbone with the heads that it was trained with.
+    """Read a teacher: a backbone with the heads that it was trained with.
 
     Raises:
-        FileNotFoundError: there is nothing.
-        ValueError: it cannot be read, or has no heads.
+        FileNotFoundError: the path does not exist.
+        ValueError: the weights cannot be read, or have no heads.
     """
     teacher = read_networks(path).teacher
     if "dino_head" not in teacher.heads:
         raise ValueError(
-            f"{path} has no heads, so it cannot teach: students learn what a teacher's heads say of an image."
+            f"{path} has no heads, so it cannot teach: students learn the output of a teacher's heads."
             " A run, its checkpoints, an export with heads (dinov2 export --heads) and facebook's"
             " teacher_checkpoint.pth have them; published weights do not"
         )
@@ -249,24 +248,24 @@ def read_teacher(path: Path) -> Weights:
 
 
 def read_frozen_teacher(config: DistillConfig) -> Weights:
-    """The teacher that a distillation was configured with.
+    """Read the frozen teacher of a distillation and check its digest.
 
     Raises:
-        FileNotFoundError: it is not there any more.
-        ValueError: there are other weights now.
+        FileNotFoundError: the teacher does not exist any more.
+        ValueError: its weights have changed.
     """
     teacher = read_teacher(config.frozen_teacher)
     found = digest(teacher)
     if found != config.frozen_teacher_sha256:
         raise ValueError(
-            f"frozen_teacher {config.frozen_teacher} is not the teacher of this run: the digest of its weights is"
-            f" {found[:16]}..., but must be {config.frozen_teacher_sha256[:16] or 'given'}..."
+            "frozen_teacher: expected the teacher of this run, whose weights have the frozen_teacher_sha256"
+            f" {config.frozen_teacher_sha256[:16]!r}..., got {found[:16]!r}... in {config.frozen_teacher}"
         )
     return teacher
 
 
 def digest(weights: Weights) -> str:
-    """SHA-256 of names, types, shapes and numbers of backbone and heads, in whatever file they are."""
+    """SHA-256 of the names, dtypes, shapes and values of backbone and heads; the kind of file does not matter."""
     result = hashlib.sha256()
     for name, tensor in sorted(weights.named_tensors().items()):
         result.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())

@@ -1,7 +1,7 @@
-"""Schedules of pretraining: every one is a cosine after a linear warm-up, indexed by the optimiser step.
+"""Schedules of pretraining: each one is a linear warm-up and then a cosine, indexed by the optimiser step.
 
-Step ``s`` counts from 0 and names the value used *in* that step. Lengths of phases are given as fractions of the run
-in the configuration, so that ``--steps`` alone stretches or compresses a whole run.
+Steps count from 0, and a schedule gives the value used *in* a step. The configuration gives the lengths of phases as
+fractions of the run, so ``--steps`` alone stretches or shortens a whole run.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from dinov2.train.config import RunConfig
 class CosineSchedule:
     """Linear warm-up from ``start`` to ``base``, then half a cosine from ``base`` towards ``final``.
 
-    The warm-up includes both its ends, as ``numpy.linspace`` does, so ``base`` is used twice: in the last step of the
-    warm-up and in the first of the cosine. ``final`` is reached at ``steps``, one step past the end of the run.
+    The warm-up includes both its ends, as ``numpy.linspace`` does. So ``base`` is used twice: in the last step of the
+    warm-up and in the first step of the cosine. The schedule reaches ``final`` at ``steps``, one step after the run.
     """
 
     base: float
@@ -41,7 +41,7 @@ class CosineSchedule:
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What the schedules say for one step; logged under these names."""
+    """The scheduled values of one step. They are logged under these names."""
 
     lr: float
     last_layer_lr: float
@@ -53,8 +53,8 @@ class StepSettings:
 class Schedules:
     """All schedules of a run: ``Schedules(config)(step)``.
 
-    The learning rate follows the square-root rule, ``base_lr * sqrt(batch_size / 1024)``, with the batch of one whole
-    optimiser step. The prototypes (``last_layer`` of the heads) stand still at the start of the run.
+    The learning rate follows the square-root rule, ``base_lr * sqrt(batch_size / 1024)``, for the batch of an optimiser
+    step. The prototypes (``last_layer`` of the heads) are frozen at the start of the run.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -84,7 +84,7 @@ class Schedules:
 
     @property
     def first_resting_step(self) -> int:
-        """The step from which on the teacher temperature stays what it is."""
+        """The first step from which on the teacher temperature is constant."""
         temperature = self.temperature
         return 0 if temperature.start == temperature.base else temperature.warmup_steps
 
@@ -93,8 +93,8 @@ class Schedules:
 class GroupKey:
     """Parameters with equal keys share one optimiser group.
 
-    ``lr_scale`` and ``weight_decay_scale`` multiply the scheduled values; ``is_last_layer`` marks the prototypes,
-    which follow their own learning rate at the start of a run.
+    ``lr_scale`` and ``weight_decay_scale`` multiply the scheduled values. ``is_last_layer`` marks the prototypes, which
+    have a learning rate of their own at the start of a run.
     """
 
     lr_scale: float
@@ -103,7 +103,7 @@ class GroupKey:
 
 
 def layer_index(name: str, depth: int) -> int:
-    """Depth of a backbone parameter: 0 for the embeddings and tokens, ``i + 1`` for block i, ``depth + 1`` above."""
+    """Depth of a backbone parameter: 0 for embeddings and tokens, ``i + 1`` for block i, ``depth + 1`` after them."""
     if block := re.match(r"blocks\.(\d+)\.", name):
         return int(block.group(1)) + 1
     is_embedding = name.startswith(("patch_embed.", "pos_embed", "cls_token", "mask_token", "register_tokens"))
@@ -113,7 +113,7 @@ def layer_index(name: str, depth: int) -> int:
 def group_key(module: str, name: str, *, depth: int, layer_decay: float, patch_embed_lr_scale: float) -> GroupKey:
     """The group of parameter ``name`` of the student's submodule ``module`` (``"backbone"`` or a head).
 
-    Biases, norms and LayerScale gammas are not decayed. Tokens, position embeddings and ``weight_g`` are.
+    Tokens, position embeddings and ``weight_g`` have weight decay. Biases, norms and LayerScale gammas have none.
     """
     lr_scale = 1.0
     if module == "backbone":
@@ -127,8 +127,10 @@ def group_key(module: str, name: str, *, depth: int, layer_decay: float, patch_e
 def parameter_groups(
     student: nn.ModuleDict, *, layer_decay: float, patch_embed_lr_scale: float
 ) -> list[dict[str, Any]]:
-    """Optimiser groups of what learns in the student: ``params`` and the fields of their :class:`GroupKey`, in a fixed
-    order."""
+    """Optimiser groups of the student's trainable parameters, in a fixed order.
+
+    Each group has ``params`` and the fields of their :class:`GroupKey`.
+    """
     depth = len(student["backbone"].blocks)  # type: ignore[arg-type]
     groups: dict[GroupKey, list[nn.Parameter]] = {}
     for module, submodule in student.items():

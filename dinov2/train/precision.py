@@ -1,13 +1,14 @@
 """Arithmetic of a run: float32, or autocast to bfloat16 or float16 around float32 weights.
 
-float16 holds no number below 6e-8, so gradients are those of the loss times a scale, which grows until they overflow
-and then shrinks (:class:`torch.amp.GradScaler`). A step whose gradients overflowed changes nothing.
+float16 holds no number below 6e-8, so the loss is multiplied by a scale before the backward pass. The scale grows until
+gradients overflow and then shrinks (:class:`torch.amp.GradScaler`). A step whose gradients overflow changes nothing.
 
 Under autocast, linear layers cast their float32 weights at every use: 8 launches for each block of the student, 8 for
-the teacher's, and 8 for the gradients. On a GPU, 16-bit copies take the weights' place while a micro-batch runs. They
-are cast by one call for all networks of a step, and the gradients of a block by another. Values are those of autocast,
-to the bit. Only parameters of ``nn.Linear`` have copies. Autocast casts no other parameter but the patch embedding's,
-whose gradient it adds up in float32 over the sizes of crops; prototypes are normalised before they are cast.
+each block of the teacher, and 8 for the gradients. On a GPU, 16-bit copies replace the weights while a micro-batch
+runs. One call per step casts the weights of all networks, and one call per block casts the gradients. The values are
+bitwise those of autocast. Only parameters of ``nn.Linear`` have copies. Autocast casts only one other parameter, the
+patch embedding's, and adds up its gradient in float32 over the sizes of crops. Prototypes are normalised before they
+are cast.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def settle_precision(config: RunConfig, device: torch.device) -> RunConfig:
     """``config`` with a definite precision in place of "auto".
 
-    A run keeps the precision that it was started with, wherever it is continued; a new one takes what suits the device.
+    A resumed run keeps the precision of its start, on any device. A new run takes the precision that suits the device.
     """
     if config.precision != "auto":
         return config
@@ -43,26 +44,26 @@ def settle_precision(config: RunConfig, device: torch.device) -> RunConfig:
 
 
 def with_definite_precision(config: Config, device: torch.device) -> Config:
-    """``config`` with what its precision means on a device.
+    """``config`` with the precision that it means on a device.
 
     Raises:
-        ValueError: another field does not go with it.
+        ValueError: another field does not allow this precision.
     """
     return replace(config, precision=definite(config.precision, device))
 
 
 def definite(precision: Precision, device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
-    """What "auto" means on a device; any other precision as it is."""
+    """The precision that "auto" means on a device; any other precision is returned unchanged."""
     if precision == "auto":
         return "fp32" if device.type in ("cpu", "meta") else "bf16"
     return precision
 
 
 class Arithmetic:
-    """How a trainer computes on ``device``: autocast, and the scale of the loss; nothing here waits for the device.
+    """Autocast and the loss scale of a trainer on ``device``. Only :meth:`metrics` waits for the device.
 
     Attributes:
-        dtype: of matrix products and attention.
+        dtype: dtype of matrix products and attention.
     """
 
     def __init__(self, precision: Precision, device: torch.device) -> None:
@@ -71,22 +72,22 @@ class Arithmetic:
         self.scaler = torch.amp.GradScaler(device.type) if self.dtype == torch.float16 else None
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """The context of every forward pass."""
+        """The context manager of every forward pass."""
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of ``loss``, scaled."""
+        """Add the scaled gradient of ``loss`` to the gradients."""
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
-        """Undo the scale of the gradients, once all of them have arrived."""
+        """Divide the gradients by the scale, after the last micro-batch."""
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Step of a fused optimiser, which looks on the device whether gradients overflowed and then does nothing."""
+        """Step a fused optimiser. It checks on the device whether gradients overflowed, and then changes nothing."""
         if self.scaler is None:
             optimizer.step()
         else:
@@ -94,36 +95,36 @@ class Arithmetic:
             self.scaler.update()
 
     def metrics(self) -> dict[str, float]:
-        """What there is to log; waits for the device."""
+        """The loss scale, if losses are scaled; waits for the device."""
         return {} if self.scaler is None else {"loss_scale": self.scaler.get_scale()}
 
     def state_dict(self) -> dict[str, Any]:
-        """The scale and when it grows next; empty where losses are not scaled."""
+        """The loss scale and its progress towards the next growth; empty if losses are not scaled."""
         return {} if self.scaler is None else self.scaler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state_dict` returned."""
+        """Restore what :meth:`state_dict` returned."""
         if self.scaler is not None:
             self.scaler.load_state_dict(state)
 
 
 def keeps_weight_copies(config: RunConfig, device_type: str, *, is_split: bool) -> bool:
-    """Whether a run keeps copies: in low precision, on a GPU.
+    """Whether a run keeps 16-bit copies of its weights: in low precision, on a GPU.
 
-    A CPU has no launches to save, and the copies would lie in its memory where a step needs most of it. Where networks
-    are split among processes, FSDP casts what it gathers; and the graph of a compiled block holds casts.
+    A CPU has no kernel launches to save, and the copies would raise its peak memory. If networks are split among
+    processes, FSDP casts the weights that it gathers. A compiled block has the casts in its own graph.
 
     Args:
         config: the run.
-        device_type: where it trains.
-        is_split: whether its networks are split among the processes.
+        device_type: type of the device that trains, such as "cuda".
+        is_split: whether the networks are split among the processes.
     """
     dtype = DTYPES[definite(config.precision, torch.device(device_type))]
     return device_type != "cpu" and dtype != torch.float32 and not is_split and not config.compile
 
 
 def copied_parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    """The parameters that have copies, each with the module that holds it and its name there."""
+    """The parameters that have copies, each with its module and its name in the module."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             for name, parameter in layer.named_parameters(recurse=False):
@@ -132,18 +133,18 @@ def copied_parameters(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Pa
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a module looks a weight up, and the copy of that weight."""
+    """A weight's attribute in its module, and the copy of the weight."""
 
     parameters: dict[str, Any]
     name: str
     copy: Tensor
 
     def now(self) -> Tensor:
-        """The weight, or what stands in its place."""
+        """The tensor that the module uses now: the weight or its copy."""
         return cast(Tensor, self.parameters[self.name])
 
     def put(self, tensor: Tensor) -> None:
-        """Let the module find this tensor."""
+        """Let the module use this tensor."""
         self.parameters[self.name] = tensor
 
 
@@ -151,8 +152,8 @@ class WeightCopies:
     """Copies of the linear layers' weights in some networks. Without networks it does nothing.
 
     Args:
-        networks: each with a backbone and heads, on their device.
-        dtype: of the copies.
+        networks: networks on their device, each with a backbone and heads.
+        dtype: dtype of the copies.
     """
 
     def __init__(self, networks: Iterable[nn.ModuleDict], dtype: torch.dtype) -> None:
@@ -166,16 +167,16 @@ class WeightCopies:
 
     @torch.no_grad()
     def renew(self) -> None:
-        """Round the weights as they are now; a forward pass before it can have no backward pass after it."""
+        """Copy the current weights. Do not call it between a forward pass and its backward pass."""
         if self._groups:
             torch._foreach_copy_(self.tensors, [place.now() for group in self._groups for place in group])
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Let the modules find copies where their weights are; gradients go to the weights.
+        """Let the modules use the copies instead of their weights; gradients go to the weights.
 
-        Both passes of a micro-batch belong in here: blocks that compute their activations again look their weights up
-        in the backward pass.
+        Run both passes of a micro-batch in this context, because blocks with activation checkpointing read their
+        weights in the backward pass, too.
         """
         weights = [[place.now() for place in group] for group in self._groups]
         try:
@@ -193,7 +194,7 @@ class WeightCopies:
 
 
 class _StandIn(torch.autograd.Function):
-    """Copies of some weights, with the gradients of these weights; arguments: the copies, then the weights."""
+    """Returns the copies, and passes their gradients on to the weights. Arguments: the copies, then the weights."""
 
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -214,7 +215,7 @@ class _StandIn(torch.autograd.Function):
 
 
 def _modules(network: nn.ModuleDict) -> Iterator[nn.Module]:
-    """Blocks and heads. Each casts its gradients together: few launches, and soon enough to be exchanged meanwhile."""
+    """Blocks and heads. Each casts its gradients in one call: few launches, and early enough for their all-reduce."""
     for module in network.values():
         yield from module.blocks if isinstance(module, VisionTransformer) else [module]
 

@@ -1,7 +1,7 @@
-"""The processes of a run: one by itself, or those that torchrun started, which train as one.
+"""The processes of a run: a single process, or the processes that torchrun started, which train as one.
 
-Nothing here waits for the accelerator. What processes tell each other beside gradients and statistics of a batch (that
-they shall stop, that the first one failed) goes from host to host by gloo.
+Nothing here waits for the accelerator. Gradients and statistics of a batch are exchanged elsewhere. All other messages
+between processes (a request to stop, an error in process 0) go from host to host through gloo.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 Result = TypeVar("Result")
-GLOO_WORDS = ("gloo", "pair closure")  # of which its errors about other processes have one
+GLOO_WORDS = ("gloo", "pair closure")  # gloo's errors about other processes contain one of these
 
 
 class PeerError(ConnectionError):
-    """Another process of the run failed, ended or fell silent."""
+    """Another process of the run failed, ended or did not answer."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run, as one of them sees them.
+    """The processes of a run, from the view of one of them.
 
     Attributes:
-        device: where this process trains.
-        rank: its number.
-        world_size: how many there are.
-        group: all of them; None if there is only one, which then needs nothing of torch.distributed.
+        device: device of this process.
+        rank: number of this process.
+        world_size: number of processes.
+        group: group of all processes; None for a single process, which does not use torch.distributed.
     """
 
     device: torch.device
@@ -46,23 +46,23 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes what the run leaves behind."""
+        """Whether this process writes the run directory."""
         return self.rank == 0
 
     def describe(self) -> str:
-        """Where the run takes place, in words."""
+        """The devices of the run, in words."""
         return f"{self.device}" if self.world_size == 1 else f"{self.world_size} processes on {self.device.type}"
 
     def share(self, images: int) -> int:
-        """Images of each process among ``images`` of one micro-batch.
+        """Number of images of each process in a micro-batch of ``images``.
 
         Raises:
-            ValueError: they do not split evenly.
+            ValueError: the images do not split evenly.
         """
         if images % self.world_size:
             raise ValueError(
-                "batch_size / accumulation_steps must be a multiple of the number of processes, but"
-                f" {images} images do not split among {self.world_size}"
+                "batch_size / accumulation_steps: expected a multiple of the number of processes,"
+                f" {self.world_size}, got {images}"
             )
         return images // self.world_size
 
@@ -75,10 +75,10 @@ class Processes:
         return dict(zip(scalars, values / self.world_size, strict=True))
 
     def first(self, action: Callable[[], Result]) -> Result:
-        """What ``action`` returns in the first process, which alone carries it out; the others wait for it.
+        """Run ``action`` in process 0 only, and return its result in all processes; the others wait for it.
 
         Raises:
-            PeerError: it failed; raised in the others, while the first process raises the error itself.
+            PeerError: the action failed. Process 0 raises the error itself, and the others raise this.
         """
         if self.group is None:
             return action()
@@ -98,10 +98,10 @@ class Processes:
         return result  # type: ignore[return-value]
 
     def together(self, action: Callable[[], Result]) -> Result:
-        """What ``action`` returns in this process; every process carries it out, and none goes on unless all did it.
+        """Run ``action`` in every process and return its result here; no process goes on unless all succeed.
 
         Raises:
-            PeerError: it failed in another process, which raises the error itself.
+            PeerError: the action failed in another process, which raises the error itself.
         """
         if self.group is None:
             return action()
@@ -121,7 +121,7 @@ class Processes:
         return result  # type: ignore[return-value]
 
     def gather(self, value: Result) -> list[Result]:
-        """The value of each process, in the first one; nothing in the others."""
+        """The values of all processes in process 0; an empty list in the others."""
         if self.group is None:
             return [value]
         values: list[Any] = [None] * self.world_size if self.is_first else []
@@ -130,14 +130,14 @@ class Processes:
 
 
 class StepAgreement:
-    """What all processes know after a step, so that all of them act on it after the same one.
+    """Numbers on which all processes agree after a step, so that all act on them after the same step.
 
-    One process knows it at once. Several learn at the end of each step what all knew at the end of the step before:
-    that exchange runs beside the step, so none of them waits for it.
+    A single process has its numbers at once. Several processes exchange them during the next step, so nobody waits: at
+    the end of a step, each gets the numbers that all had at the end of the step before.
 
     Args:
-        processes: those that take part.
-        first: the answer while there was no exchange yet.
+        processes: the processes of the run.
+        first: the answer before the first exchange.
     """
 
     def __init__(self, processes: Processes, first: tuple[int, ...]) -> None:
@@ -146,7 +146,7 @@ class StepAgreement:
         self._pending: tuple[Tensor, dist.Work] | None = None
 
     def after_step(self, *numbers: int) -> tuple[int, ...]:
-        """The least of each number over the processes. Every process calls it after every step."""
+        """The minimum of each number over the processes. Every process calls it after every step."""
         if self._group is None:
             return numbers
         before, self._pending = self._pending, self._send(numbers)
@@ -157,7 +157,7 @@ class StepAgreement:
         return tuple(least.tolist())
 
     def _send(self, numbers: tuple[int, ...]) -> tuple[Tensor, dist.Work]:
-        least = torch.tensor(numbers)  # on the host, whatever the device: this is gloo's
+        least = torch.tensor(numbers)  # on the host, because gloo exchanges it
         work = dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self._group, async_op=True)
         assert work is not None
         return least, work
@@ -165,14 +165,14 @@ class StepAgreement:
 
 @contextmanager
 def join_processes(device: str, timeout_seconds: float) -> Iterator[Processes]:
-    """The processes of this run: those of torchrun, those of a process group that exists already, or this one alone.
+    """The processes of this run: torchrun's, those of an existing process group, or this process alone.
 
     Args:
         device: ``device`` of the configuration; with several processes on GPUs, LOCAL_RANK chooses the GPU.
-        timeout_seconds: how long one may wait for the others before the run fails.
+        timeout_seconds: the run fails if a process waits longer for the others.
 
     Raises:
-        PeerError: another process failed, ended or was silent for longer than that.
+        PeerError: another process failed, ended or did not answer in this time.
     """
     owned = dist.is_torchelastic_launched() and not dist.is_initialized()
     if not owned and not dist.is_initialized():
@@ -188,14 +188,14 @@ def join_processes(device: str, timeout_seconds: float) -> Iterator[Processes]:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     try:
         yield Processes(chosen, rank, world_size, dist.group.WORLD)
-        dist.barrier()  # after all earlier exchanges: one that gloo's threads hold when Python ends aborts the process
+        dist.barrier()  # wait for all exchanges: Python aborts if it ends while gloo's threads hold one
     except RuntimeError as error:
         if not is_lost_connection(error):
             raise
         reason = str(error).splitlines()[0]
         raise PeerError(
-            f"process {rank} of {world_size} lost another one, which failed, was stopped, or was silent for more than"
-            f" parallel.timeout_seconds; its own output says why ({reason})"
+            f"process {rank} of {world_size} lost another one, which failed, was stopped, or did not answer within"
+            f" parallel.timeout_seconds; the output of that process says why ({reason})"
         ) from error
     finally:
         if owned:
@@ -203,25 +203,25 @@ def join_processes(device: str, timeout_seconds: float) -> Iterator[Processes]:
 
 
 def is_lost_connection(error: RuntimeError) -> bool:
-    """Whether an error is torch.distributed's word on a lost process; gloo has no type of its own for it."""
+    """Whether torch.distributed raised an error because of a lost process; gloo has no error type for this."""
     return isinstance(error, dist.DistError) or any(word in str(error) for word in GLOO_WORDS)
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that ``device`` of the configuration names; ``"auto"`` takes an accelerator if there is one."""
+    """The device that the configuration's ``device`` names; ``"auto"`` takes an accelerator if there is one."""
     if name != "auto":
         return torch.device(name)
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised after a run was asked to stop and has saved a checkpoint; the message says how to continue."""
+    """A run was asked to stop and has saved a checkpoint; the message says how to continue."""
 
 
 class StopSignals:
     """Context in which SIGINT and SIGTERM only set ``received``; a second signal interrupts at once.
 
-    Signals reach the main thread alone: in any other one this context changes nothing.
+    Only the main thread receives signals: in any other thread this context changes nothing.
     """
 
     def __init__(self) -> None:
@@ -238,7 +238,7 @@ class StopSignals:
         if self.received:
             raise KeyboardInterrupt
         self.received = True
-        os.write(2, b"\nstopping: this step ends, then a checkpoint is saved; once more stops at once\n")  # signal-safe
+        os.write(2, b"\nstopping after this step and a checkpoint; a second signal stops at once\n")  # signal-safe
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

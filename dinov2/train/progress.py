@@ -1,4 +1,4 @@
-"""What a person sees of a run: a header, a progress bar (or plain lines, where there is no terminal), a final table."""
+"""The display of a run: a header, a progress bar (plain lines if there is no terminal) and a final table."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from dinov2.models import VisionTransformer
 from dinov2.train.config import DistillConfig, RunConfig
 
 NOTABLE_WAIT = 0.1
-"""Share of the time waiting for images above which a run says so."""
+"""The display warns when the run waits for images for more than this share of the time."""
 
 
 class RunDisplay:
-    """Shows a run of ``config`` that begins after ``start_step`` finished steps."""
+    """Shows a run of ``config`` that starts after ``start_step`` finished steps."""
 
     def __init__(self, config: RunConfig, start_step: int, console: Console | None = None) -> None:
         self.console = console or Console()
@@ -62,13 +62,14 @@ class RunDisplay:
         weights: str | None = None,
         graph: str | None = None,
     ) -> None:
-        """One paragraph on what is about to run.
+        """Describe the run before it starts.
 
         Args:
-            models, data, device: what it is about, in words.
-            start_step: finished steps.
-            weights: where they start, if not at random.
-            graph: from when on steps are replayed, if they are at all.
+            models: the backbones that are trained, by name.
+            data, device: the images and the device, in words.
+            start_step: number of finished steps.
+            weights: origin of the initial weights; None if they are random.
+            graph: the step from which on graphs replay the steps, in words; None without CUDA graphs.
         """
         config = self.config
         console = self.console
@@ -89,12 +90,12 @@ class RunDisplay:
             console.print(f"  [dim]{name:<{max(map(len, rows))}}[/dim] {text}", highlight=False, soft_wrap=True)
 
     def advance(self) -> None:
-        """One more step is done."""
+        """Count one more step."""
         self._steps_done += 1
         self._progress.advance(self._task)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Show a line of metrics: beside the bar, or as a plain line where there is no terminal."""
+        """Show metrics beside the bar, or as a plain line if there is no terminal."""
         status = f"loss [bold]{values['total']:.3f}[/bold]  {values['images_per_second']:.0f} images/s"
         status += f"  {values['memory_gb']:.1f} GB"
         if "mfu" in values:
@@ -114,11 +115,11 @@ class RunDisplay:
         self.console.print(f"step {step}:{self._probe_text()}", highlight=False)
 
     def profiled(self, trace: Path) -> None:
-        """Say where a trace is."""
+        """Print the path of a trace."""
         self.console.print(f"profile: {trace}, for ui.perfetto.dev", highlight=False, soft_wrap=True)
 
     def finish(self, lines: Sequence[Mapping[str, float]], models: Sequence[Path]) -> None:
-        """The table at the end of a run, from all its lines of metrics, then where things are."""
+        """Print a table of the first and last metrics, and the paths of the results."""
         first: dict[str, float] = {}
         last: dict[str, float] = {}
         for line in lines:

@@ -1,4 +1,4 @@
-"""The directory of a run: who may write into it, and the configuration that it belongs to."""
+"""The directory of a run and its ``config.json``: which run may write there, and which fields may change."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ MAY_CHANGE = frozenset(
         "parallel.timeout_seconds",
     }
 )
-"""Fields that a resumed run may change: where it runs, what it writes, where its images and its frozen teacher lie,
-and how long it lasts (a new ``steps`` stretches the schedules of the remaining steps). Anything else would make another
-run of it."""
+"""Fields that a resumed run may change: its device, what it writes, the paths of its images and its frozen teacher, and
+its length (a new ``steps`` stretches the schedules of the remaining steps). Any other change would make a different
+run."""
 CONFIG = "config.json"
 
 
 def check_run_directory(config: RunConfig, *, resume: bool) -> None:
-    """Make sure that the run directory is free, or that the run in it is the one to continue; writes nothing.
+    """Check that the run directory is free, or that it holds the run to continue. Nothing is written.
 
     Raises:
         FileExistsError: the directory is not empty, and ``resume`` is false.
-        ValueError: the run in it was started with another configuration, or is no run.
+        ValueError: the directory holds a run with another configuration, or no run.
     """
     directory = config.output
     config_file = directory / CONFIG
@@ -57,7 +57,7 @@ def check_run_directory(config: RunConfig, *, resume: bool) -> None:
     if occupied:
         if not config_file.is_file():
             raise ValueError(f"cannot resume in {directory}: it holds files, but no config.json of a run")
-        # Read as a configuration, so that a field which is newer than the run has its default there.
+        # Read it as a configuration, so that fields newer than the run have their defaults.
         refuse_changes(to_json(read_config(directory)), to_json(config), directory)
 
 
@@ -68,7 +68,7 @@ def write_config(config: RunConfig) -> None:
 
 
 def refuse_changes(saved: dict[str, Any], given: dict[str, Any], directory: Path) -> None:
-    """Raise a ValueError that lists each field, other than those of MAY_CHANGE, in which two configurations differ."""
+    """Raise a ValueError that lists all fields in which two configurations differ, except those of MAY_CHANGE."""
     before, now = dict(flatten(saved)), dict(flatten(given))
     changes = [
         f"\n  {name}: was {_text(before, name)}, now {_text(now, name)}"
@@ -78,7 +78,7 @@ def refuse_changes(saved: dict[str, Any], given: dict[str, Any], directory: Path
     if changes:
         raise ValueError(
             f"cannot resume the run in {directory} with another configuration:{''.join(changes)}\n"
-            f"Give it the values it was started with; only {', '.join(sorted(MAY_CHANGE))} may change."
+            f"Use the values of its start; only {', '.join(sorted(MAY_CHANGE))} may change."
         )
 
 
@@ -96,7 +96,7 @@ def _text(values: dict[str, Any], name: str) -> str:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder is the directory of a run, rather than one of weights, which has a ``config.json`` as well."""
+    """Whether a folder is a run directory. A folder of weights also has a ``config.json``, but another kind."""
     try:
         return bool({"output", "optim"} <= json.loads((path / CONFIG).read_text()).keys())
     except (OSError, ValueError, AttributeError):
@@ -107,10 +107,10 @@ def read_config(run: Path) -> RunConfig:
     """The configuration of the run in a directory.
 
     Raises:
-        FileNotFoundError: there is no run in it.
-        ValueError: its ``config.json`` is of another version, or no configuration of a run.
+        FileNotFoundError: the directory holds no run.
+        ValueError: its ``config.json`` belongs to another version, or is not the configuration of a run.
     """
     file = run / CONFIG
     if not file.is_file():
-        raise FileNotFoundError(f"{run} is no directory of a run: it has no {CONFIG}")
+        raise FileNotFoundError(f"{run} is not the directory of a run: it has no {CONFIG}")
     return read_json(file, "a run", lambda values: DistillConfig if "students" in values else PretrainConfig)

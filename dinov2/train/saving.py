@@ -1,12 +1,12 @@
 """Checkpoints written while training goes on.
 
-A save begins after a step: each process copies its part of the state to the host, and a thread writes it from there.
-Threads exchange nothing, so they can neither wait for another process nor come between the collectives of training.
-What the processes must agree on goes the way of :class:`~dinov2.train.processes.StepAgreement`: after every step each
-tells up to which step it has written everything. Once all have told the step of the save in flight, which they learn
-after the same step, process 0 gathers where the tensors lie, and its thread writes the manifest and renames the
-directory. Before the rename there is no checkpoint; after it, there is a whole one. A process by itself does all of
-that in its thread.
+A save begins after a step: each process copies its part of the state to the host, and a thread writes the copy to disk.
+The threads exchange nothing, so they neither wait for another process nor disturb the collectives of training.
+
+The processes agree through :class:`~dinov2.train.processes.StepAgreement`: after every step, each process tells up to
+which step it has written everything. So all processes learn after the same step that a save is written. Then process 0
+gathers where each tensor is, and its thread writes the manifest and renames the directory. Before the rename there is
+no checkpoint; after it there is a complete one. A run of one process does all of this in its thread.
 """
 
 from __future__ import annotations
@@ -43,24 +43,24 @@ PARTIAL = ".partial"
 
 
 class CheckpointError(OSError):
-    """A checkpoint could not be written. Those before it are whole, and nothing of it is left."""
+    """A checkpoint could not be written. Earlier checkpoints are complete, and its own files are removed."""
 
 
 class CheckpointWarning(UserWarning):
-    """A checkpoint was given up when the run ended by another error."""
+    """A checkpoint was not finished because the run ended with another error."""
 
 
 class CheckpointDirectory:
     """The checkpoints of one run, ``step_00001000/`` and so on; see :mod:`dinov2.models.checkpoints.run`.
 
-    One is written as ``step_00001000.partial`` and renamed when all of it is on the disk; one that is no longer kept is
-    renamed to that before it is deleted. So a process that is killed at any moment leaves complete checkpoints and
-    perhaps a ``.partial``, which nobody reads and the next save removes.
+    A checkpoint is written as ``step_00001000.partial`` and renamed when all of it is on the disk. An old checkpoint is
+    renamed to ``.partial`` before it is deleted. So a process that is killed at any moment leaves complete checkpoints
+    and perhaps a ``.partial``, which nobody reads and the next save removes.
 
     Args:
-        directory: where they are.
-        keep: how many of the newest stay.
-        keep_every: those whose step is a multiple of it stay, too; None: no others.
+        directory: folder of the checkpoints.
+        keep: number of newest checkpoints to keep.
+        keep_every: also keep checkpoints whose step is a multiple of this; None keeps no others.
     """
 
     def __init__(self, directory: Path, keep: int, keep_every: int | None = None) -> None:
@@ -75,39 +75,39 @@ class CheckpointDirectory:
         return sorted((path for path in self.directory.iterdir() if NAME.fullmatch(path.name)), key=step_of)
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint, None if there is none.
+        """The newest complete checkpoint; None if there is none.
 
         Raises:
-            ValueError: there are only checkpoints of the form that came before this one.
+            ValueError: there are only checkpoints in the form of an earlier version.
         """
         newest = next(reversed(self.all()), None)
         if newest is None and (former := sorted(self.directory.glob("step_*.pt"))):
             raise ValueError(
-                f"{former[-1]} is a checkpoint of an earlier version, which kept one file each; this version cannot"
+                f"{former[-1]} is a checkpoint of an earlier version, which wrote single files; this version cannot"
                 " continue from it: start again with another --output"
             )
         return newest
 
     def path(self, step: int) -> Path:
-        """The checkpoint of ``step`` finished steps, once it is complete."""
+        """Folder of the complete checkpoint after ``step`` steps."""
         return self.directory / f"step_{step:08d}"
 
     def partial(self, step: int) -> Path:
-        """The same while it is being written."""
+        """Folder of the same checkpoint while it is being written."""
         return self.path(step).with_suffix(PARTIAL)
 
     def begin(self, step: int) -> None:
-        """Make room for the files of a checkpoint, and remove what an interrupted save left."""
+        """Create the folder of a new checkpoint, and remove what an interrupted save left."""
         self.clean()
         self.partial(step).mkdir(parents=True)
 
     def clean(self) -> None:
-        """Remove everything that is not complete; nothing must be in the making."""
+        """Remove all incomplete checkpoints. Do not call it during a save."""
         for leftover in self.directory.glob(f"*{PARTIAL}"):
             shutil.rmtree(leftover)
 
     def finish(self, step: int, values: dict[str, Any], files: dict[str, dict[str, int]]) -> None:
-        """Write the manifest, give the checkpoint its name, and delete those that are no longer kept."""
+        """Write the manifest, give the checkpoint its final name, and delete old checkpoints."""
         partial = self.partial(step)
         with (partial / MANIFEST).open("w") as file:
             file.write(manifest_text(values, files))
@@ -122,15 +122,15 @@ class CheckpointDirectory:
 
 
 def step_of(path: Path) -> int:
-    """The number of finished steps that a checkpoint's name tells."""
+    """The number of finished steps, from a checkpoint's name."""
     match = NAME.fullmatch(path.name)
     if match is None:
-        raise ValueError(f"a checkpoint is a directory named step_<number>, but this is {path}")
+        raise ValueError(f"path: expected a checkpoint, a directory named step_<number>, got {path}")
     return int(match.group(1))
 
 
 def _sync_directory(directory: Path) -> None:
-    """Make new names in it last: they must reach the disk as well as what they name."""
+    """Write the names of new files to the disk; syncing a file does not sync its name."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -140,14 +140,14 @@ def _sync_directory(directory: Path) -> None:
 
 @dataclass
 class Save:
-    """A checkpoint in the making.
+    """A save in flight.
 
     Attributes:
-        step: finished steps.
+        step: number of finished steps.
         values: plain values for the manifest.
-        part: what this process writes.
-        is_gathered: whether all parts are written, and process 0 knows of them.
-        completion: manifest and name; process 0 has it once the parts are gathered.
+        part: the part that this process writes.
+        is_gathered: whether all parts are written and process 0 knows their records.
+        completion: writing the manifest and renaming; only in process 0, and only after the parts are gathered.
     """
 
     step: int
@@ -158,16 +158,16 @@ class Save:
 
     @property
     def has_failed(self) -> bool:
-        """Whether something that this process did for it has failed already."""
+        """Whether this process has already failed to write its part or to complete the checkpoint."""
         done = [future for future in (self.part, self.completion) if future is not None and future.done()]
         return any(future.exception() is not None for future in done)
 
 
 class CheckpointSaver:
-    """Writes the checkpoints of a run, one at a time. Every process has one and calls the same methods after a step.
+    """Writes the checkpoints of a run, one at a time. Every process has a saver and calls its methods after a step.
 
-    As a context it finishes the save in flight, however it is left. After an error the other processes may be
-    anywhere, so several then finish what they had already agreed on, and remove the rest.
+    The context manager finishes the save in flight when it exits. After an error the state of the other processes is
+    unknown. With several processes it then finishes only a save whose parts are gathered, and removes any other.
     """
 
     def __init__(self, directory: CheckpointDirectory, processes: Processes) -> None:
@@ -180,7 +180,7 @@ class CheckpointSaver:
 
     @property
     def progress(self) -> int:
-        """The step up to which this process has written everything, or FAILED, to be agreed on."""
+        """The last step whose part this process has written, or FAILED. The processes agree on the least of these."""
         if self._save is not None:
             if self._save.has_failed:
                 return FAILED
@@ -189,26 +189,26 @@ class CheckpointSaver:
         return self._written
 
     def save(self, step: int, state: dict[str, Any], values: dict[str, Any]) -> None:
-        """Begin to save tensors and plain values of ``step``; on return training may change the tensors.
+        """Begin to save tensors and plain values of ``step``. Training may change the tensors after the return.
 
         Raises:
             NonFiniteError: a tensor holds a NaN or an infinity; nothing is saved.
-            CheckpointError: it cannot be written, or the save before it could not; PeerError in other processes.
+            CheckpointError: this checkpoint or the one before it cannot be written; other processes get a PeerError.
         """
         self.finish()
         staged = self._stager.stage(state)
         self.processes.together(lambda: self._refuse_non_finite(step, staged))
         self.processes.first(lambda: self._attempt(step, lambda: self.directory.begin(step)))
         self._save = save = Save(step, values, self._thread.submit(self._stager.write, self.directory.partial(step)))
-        if self.processes.group is None:  # nobody else to wait for
+        if self.processes.group is None:  # there is no other process to wait for
             save.is_gathered = True
             save.completion = self._thread.submit(lambda: self._complete(save, [save.part.result()]))
 
     def after_step(self, progress: int) -> None:
-        """Go on with the save in flight, given the least :attr:`progress` of all processes.
+        """Continue the save in flight, given the least :attr:`progress` of all processes.
 
         Raises:
-            CheckpointError: it could not be written; PeerError in other processes.
+            CheckpointError: the checkpoint could not be written; other processes get a PeerError.
         """
         if self._save is None:
             return
@@ -222,7 +222,7 @@ class CheckpointSaver:
         """Wait until the save in flight is complete in all processes.
 
         Raises:
-            CheckpointError: it could not be written; PeerError in other processes.
+            CheckpointError: the checkpoint could not be written; other processes get a PeerError.
         """
         if (save := self._save) is None:
             return
@@ -245,7 +245,7 @@ class CheckpointSaver:
             if error is None:
                 self.finish()
         finally:
-            self._thread.shutdown()  # waits for all that was begun
+            self._thread.shutdown()  # waits for all writes that have begun
             if error is not None and self.processes.is_first:
                 self.directory.clean()
                 if self._save is not None and not (path := self.directory.path(self._save.step)).exists():
@@ -296,7 +296,7 @@ def _result(future: Future[None] | None) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """The operating system's word, which PyTorch's own complaints may hide."""
+    """The operating system's error, which PyTorch may wrap in its own."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
@@ -305,11 +305,11 @@ def _reason(error: BaseException) -> str:
 
 @dataclass
 class WrittenPart:
-    """What one process wrote.
+    """The files that one process wrote.
 
     Attributes:
-        results: where PyTorch put each tensor.
-        files: size and checksum of each file, by its name.
+        results: PyTorch's record of where each tensor is.
+        files: size and checksum of each file, by file name.
     """
 
     results: list[WriteResult] = field(default_factory=list)
@@ -317,10 +317,10 @@ class WrittenPart:
 
 
 class Stager:
-    """Decides once which process writes which part of the state, and copies this one's to the host at each save.
+    """Decides once which process writes which part of the state, and copies its own part to the host at each save.
 
-    Split tensors are written by those who hold the parts, whole ones by one process each, evenly. The copies stay and
-    are overwritten by the next save; a process needs host memory for what it writes, an N-th of the state.
+    Each process writes its shards of split tensors. The whole tensors are divided evenly, each to one process. The
+    copies stay in memory and the next save overwrites them: each of N processes needs host memory for 1/N of the state.
     """
 
     def __init__(self, processes: Processes) -> None:
@@ -334,11 +334,11 @@ class Stager:
         """Copy this process's part of ``state``, tensors in nested dictionaries, to the host. All processes call it.
 
         Returns:
-            What was copied, as it is on the device, by full names.
+            The tensors on the device that were copied, by full name.
         """
         planner = DefaultSavePlanner()
         planner.set_up_planner(state, is_coordinator=self.processes.is_first)
-        if self._names != (names := list(planner.state_dict)):  # the same ones in every process
+        if self._names != (names := list(planner.state_dict)):  # every process has the same names
             self._names, self._copies = names, {}
             self._divide(planner)
         sources = {}
@@ -355,7 +355,7 @@ class Stager:
         return sources
 
     def write(self, directory: Path) -> WrittenPart:
-        """Write the copies, to the disk itself. Exchanges nothing with other processes and runs in any thread."""
+        """Write the copies and sync them to the disk. It needs no other process and may run in any thread."""
         if not self._plan.items:
             return WrittenPart()
         results = _writer(directory).write_data(self._plan, _FromCopies(self._copies)).wait()
@@ -363,7 +363,7 @@ class Stager:
         return WrittenPart(results, {name: file_record(directory / name) for name in sorted(names)})
 
     def write_metadata(self, directory: Path, parts: list[WrittenPart]) -> dict[str, dict[str, int]]:
-        """Write what PyTorch must know of all parts, and return the records of all files. The first process does it."""
+        """Write PyTorch's metadata of all parts, and return the records of all files. Only process 0 does it."""
         _writer(directory).finish(self._metadata, [part.results for part in parts])
         files = {name: record for part in parts for name, record in part.files.items()}
         return files | {METADATA: file_record(directory / METADATA)}
@@ -375,18 +375,18 @@ class Stager:
 
 
 def non_finite_tensors(tensors: dict[str, Tensor]) -> list[str]:
-    """Names of those that hold a NaN or an infinity. Reads each tensor once and asks the device once."""
+    """Names of the tensors that hold a NaN or an infinity. It reads each tensor once and waits for the device once."""
     floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()}
     if not floating:
         return []
     device = max((tensor.device for tensor in floating.values()), key=lambda device: device.type != "cpu")
-    bounds = (torch.stack(torch.aminmax(tensor)) for tensor in floating.values())  # NaN if there is one
+    bounds = (torch.stack(torch.aminmax(tensor)) for tensor in floating.values())  # NaN if the tensor has one
     finite = torch.stack([torch.isfinite(both).all().to(device) for both in bounds])
     return [name for name, is_finite in zip(floating, finite.tolist(), strict=True) if not is_finite]
 
 
 class _FromCopies(DefaultSavePlanner):
-    """Hands a writer the copies on the host."""
+    """Gives the writer the copies on the host."""
 
     def __init__(self, copies: dict[MetadataIndex, Tensor]) -> None:
         super().__init__()
@@ -398,7 +398,7 @@ class _FromCopies(DefaultSavePlanner):
 
 class _Writer(FileSystemWriter):
     def storage_meta(self) -> None:
-        """Nothing: PyTorch's own would name the directory, which is renamed and may be copied."""
+        """No metadata: PyTorch would store the directory's name, but the directory is renamed and may be copied."""
 
 
 def _writer(directory: Path) -> _Writer:

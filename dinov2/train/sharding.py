@@ -1,11 +1,11 @@
 """Parameters, gradients and optimiser state split among the processes (FSDP2: ``torch.distributed.fsdp``).
 
-Each process holds one part of every parameter. A block or head is gathered when it runs and let go afterwards; the
-teacher's too, so that none of its gathered weights outlives the update that follows the student. While a block runs,
-the next one is gathered.
+Each process holds one shard of every parameter. A block or head is gathered when it runs, and its gathered weights
+are freed afterwards. This holds for the EMA teacher too, so no gathered weight is older than the teacher's last update.
+While a block runs, the next one is gathered.
 
-Process 0 builds the networks whole, in host memory and as one process would; the others build them without memory, on
-the meta device, and each gets its parts from process 0. No GPU ever holds a whole network.
+Process 0 builds whole networks in host memory, as a single process does. The others build them without memory, on the
+meta device, and get their shards from process 0. No GPU ever holds a whole network.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from dinov2.train.processes import Processes
 def split_objective(
     build: Callable[[], SelfDistillation], parallel: ParallelConfig, processes: Processes, dtype: torch.dtype
 ) -> SelfDistillation:
-    """What ``build`` returns in process 0, with its networks split among the processes.
+    """Build an objective in process 0 and split its networks among the processes.
 
     Args:
         build: makes the objective on PyTorch's current default device.
-        parallel: among which processes.
-        processes: those of the run.
-        dtype: in which blocks are gathered.
+        parallel: how the networks are split.
+        processes: the processes of the run.
+        dtype: dtype in which blocks are gathered.
     """
     with torch.device("cpu" if processes.is_first else "meta"):
         objective = build()
@@ -52,7 +52,7 @@ def split_objective(
 
 
 def mesh_of(parallel: ParallelConfig, processes: Processes) -> DeviceMesh:
-    """The processes [shard], or [replica, shard]: equal weights along replicas, parts of them along shards.
+    """The mesh of processes, [shard] or [replica, shard]: replicas hold equal weights, shards hold parts of them.
 
     Raises:
         ValueError: the processes do not divide into replicas.
@@ -63,8 +63,8 @@ def mesh_of(parallel: ParallelConfig, processes: Processes) -> DeviceMesh:
     shard_size = parallel.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     if world_size % shard_size:
         raise ValueError(
-            f"parallel.shard_size must divide the number of processes, but {world_size} processes do not divide into"
-            f" replicas of {shard_size}"
+            f"parallel.shard_size: expected a divisor of the number of processes, {world_size}, got replicas of"
+            f" {shard_size}"
         )
     return init_device_mesh(device, (world_size // shard_size, shard_size), mesh_dim_names=("replica", "shard"))
 
@@ -72,11 +72,10 @@ def mesh_of(parallel: ParallelConfig, processes: Processes) -> DeviceMesh:
 def split_network(network: nn.ModuleDict, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """Split a backbone and its heads over ``mesh``, block by block.
 
-    Blocks are gathered in ``dtype``. Their products are computed in it anyway, and their norms and LayerScales, whose
-    arithmetic stays float32, multiply or make what is rounded to it. Their tokens, the residual stream,
-    are not cast. Everything else is gathered in float32, as it enters float32 arithmetic: what the stream starts from,
-    the last norm, and the heads, with prototypes that are normalised and a centre that is a mean of logits. Gradients
-    are averaged in float32.
+    Blocks are gathered in ``dtype``. Their matrix products are computed in it anyway. Their norms and LayerScales
+    compute in float32, but what they make or multiply is rounded to ``dtype``. The residual stream is not cast.
+    Everything else is gathered in float32, because it enters float32 arithmetic: the embeddings, the last norm and the
+    heads, whose prototypes are normalised and whose centre is a mean of logits. Gradients are averaged in float32.
     """
     narrow = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     in_blocks = narrow if dtype != torch.float32 else MixedPrecisionPolicy()
@@ -96,20 +95,23 @@ def split_network(network: nn.ModuleDict, mesh: DeviceMesh, dtype: torch.dtype) 
 
 
 def _prefetch(modules: list[FSDPModule]) -> None:
-    """Gather each of the modules, in the order of the forward pass, while the one before it runs; backward as well."""
+    """Gather each module while the one before it runs, in the forward and in the backward pass.
+
+    The modules are in the order of the forward pass.
+    """
     for module, following in pairwise(modules):
         module.set_modules_to_forward_prefetch([following])
         following.set_modules_to_backward_prefetch([module])
 
 
 def exchange_gradients(network: nn.ModuleDict, exchange: bool) -> None:
-    """Whether the next backward pass exchanges gradients, or keeps them for one that does."""
+    """Set whether the next backward pass exchanges gradients, or only adds them up for a later one."""
     for module in network.values():
         cast(FSDPModule, module).set_requires_gradient_sync(exchange)
 
 
 def gathered(state: Any) -> Any:
-    """``state`` with whole tensors on the host in place of split ones. All processes must call it."""
+    """``state`` in which split tensors are replaced by whole ones on the host. All processes must call it."""
     if isinstance(state, DTensor):
         whole: Tensor = state.full_tensor()
         return whole.detach().cpu()

@@ -1,13 +1,13 @@
-"""One optimiser step: forward, backward, clip, update, and the moving average behind it.
+"""One optimiser step: forward, backward, gradient clipping, update, and the update of the EMA teacher.
 
-Everything random in a micro-batch is a pure function of the seed and its number in the run: the data (see
-:func:`dinov2.data.batches`) and, because PyTorch's generator is seeded anew before each, stochastic depth. A checkpoint
-therefore holds no generator states, a probe that draws random numbers disturbs nothing, and a resumed run repeats the
-uninterrupted one bit by bit (on the CPU; GPUs add up in no fixed order).
+All random numbers of a micro-batch depend only on the seed and on the micro-batch's number in the run. This holds for
+the data (see :func:`dinov2.data.batches`) and for stochastic depth, because PyTorch's generator is seeded before each
+micro-batch. So a checkpoint holds no generator states, a probe may draw random numbers, and a resumed run repeats the
+uninterrupted run bitwise on the CPU. (GPUs add up in no fixed order.)
 
-Several processes train as one on their joint batch: the objective's statistics go over all of them, and gradients are
-averaged over them while the last micro-batch's backward pass runs: by DistributedDataParallel, or by FSDP where the
-networks are split among the processes.
+Several processes train as one on their joint batch: the objective's statistics cover all processes, and gradients are
+averaged over them during the backward pass of the last micro-batch. DistributedDataParallel averages them, or FSDP if
+the networks are split among the processes.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ from dinov2.train.run_directory import flatten
 from dinov2.train.sharding import exchange_gradients, gathered, split_objective
 
 Probe = Callable[[VisionTransformer], dict[str, float]]
-"""Measures the teacher's backbone, in eval mode and without gradients, e.g. the k-NN accuracy on labelled images."""
+"""Measures the teacher's backbone in eval mode and without gradients, for example by k-NN accuracy."""
 
 
 class Trainer:
-    """Networks, objective and optimiser of a run, and one optimiser step of it.
+    """Networks, objective and optimiser of a run, and its optimiser step.
 
     Args:
         config: the run.
-        processes: those that take part; None means this one alone.
+        processes: the processes of the run; None means this one alone.
     """
 
     def __init__(self, config: RunConfig, processes: Processes | None = None) -> None:
@@ -88,7 +88,7 @@ class Trainer:
             self.replay_steps(cuda_graphs(self.device))
 
     def replay_steps(self, new_graph: Callable[[], Graph]) -> None:
-        """Capture the step in graphs, and replay them, once the teacher temperature has come to rest."""
+        """Capture the step in graphs and replay them, as soon as the teacher temperature is constant."""
         temperature = self.schedules.temperature.base
 
         def gradients(views: Views) -> dict[str, Tensor]:
@@ -104,8 +104,9 @@ class Trainer:
     def step(self, step: int, micro_batches: Iterator[Batch | RawBatch]) -> dict[str, Tensor]:
         """One optimiser step over ``accumulation_steps`` micro-batches.
 
-        Returns its scalars, still on the device: the objective's terms (means over micro-batches and processes) and
-        each student module's gradient norm before clipping.
+        Returns:
+            Scalars on the device: the objective's terms (means over micro-batches and processes) and the gradient norm
+            of each student module before clipping.
         """
         config, settings = self.config, self.schedules(step)
         graphed = self._graphed if step >= self.schedules.first_resting_step else None
@@ -114,7 +115,7 @@ class Trainer:
             self.optimizer.zero_grad()
         else:
             graphed.begin()
-        self._weight_copies.renew()  # here, whatever has changed the weights since the last step
+        self._weight_copies.renew()  # here, because the weights may have changed outside of steps
         first = step * config.accumulation_steps
         last = first + config.accumulation_steps - 1
         terms = []
@@ -133,13 +134,13 @@ class Trainer:
         return self.processes.mean(scalars)
 
     def _trained_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Backbone and heads of every student, by name."""
+        """The backbone and the heads of every student, each with its name."""
         for student, network in self.objective.students.items():
             for name, module in network.items():
                 yield self.objective.label(student, name), module
 
     def _on_device(self, batch: Batch | RawBatch, number: int) -> Batch:
-        """Micro-batch ``number`` of the run, finished; random numbers from here on are its own."""
+        """Finish micro-batch ``number`` of the run on the device, and seed the random numbers of its passes."""
         on_device = finish(batch, self.config.data.augmentation, self.device)
         world_size, rank = self.processes.world_size, self.processes.rank
         torch.manual_seed(micro_batch_seed(self.config.seed, number * world_size + rank))
@@ -150,7 +151,7 @@ class Trainer:
         return self.objective.views(cast(Mapping[str, Tensor], batch))
 
     def _gradients(self, batch: Batch | Views, teacher_temperature: float) -> dict[str, Tensor]:
-        """Add the gradient of a micro-batch; returns its loss terms."""
+        """Add the gradients of a micro-batch; returns its loss terms."""
         with self._weight_copies.in_place():
             with self.arithmetic.autocast():
                 terms: dict[str, Tensor] = (self._replicas or self.objective)(batch, teacher_temperature)
@@ -158,7 +159,7 @@ class Trainer:
         return {name: term.detach().float() for name, term in terms.items()}
 
     def _update(self, momentum: float | Tensor) -> dict[str, Tensor]:
-        """Clip the gradients, and move students and averages; returns the norms, and whether the step was skipped."""
+        """Clip the gradients and update students and averages; returns the norms and, in float16, the skipped flag."""
         self.arithmetic.unscale(self.optimizer)
         scalars = {
             f"grad_norm/{name}": _whole(nn.utils.clip_grad_norm_(module.parameters(), self.config.optim.clip_grad_norm))
@@ -173,16 +174,16 @@ class Trainer:
         return scalars
 
     def collapse_statistics(self, step: int) -> dict[str, float]:
-        """How the targets of the last micro-batch spread over the prototypes, a mean over processes.
+        """Measure how the targets of the last micro-batch spread over the prototypes, as a mean over processes.
 
-        Costs a forward pass of the teacher; all processes must call it.
+        It needs a forward pass of the teacher. All processes must call it.
         """
         with self.arithmetic.autocast():
             statistics = self.objective.collapse_statistics(self._last_crops, self.schedules(step).teacher_temperature)
         return {name: float(value) for name, value in self.processes.mean(statistics).items()}
 
     def measure(self, probe: Probe) -> dict[str, float]:
-        """What ``probe`` says of each of the :attr:`products`; it may show them any images, so nothing is compiled."""
+        """Run ``probe`` on each of the :attr:`products`. They run uncompiled, because its images may have any size."""
         uncompiled = torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
         with torch.no_grad(), self.arithmetic.autocast(), uncompiled:
             return {
@@ -193,24 +194,24 @@ class Trainer:
 
     @property
     def products(self) -> dict[str, VisionTransformer]:
-        """The backbones that a run is for, by the name of the student."""
+        """The backbones that a run produces, by the name of the student."""
         return {name: cast(VisionTransformer, network["backbone"]) for name, network in self.objective.averages.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Networks by the names of facebook's files, the objective's own buffers (centres), moments by parameter name.
+        """The state: networks by facebook's names, the objective's buffers (centres), moments by parameter name.
 
-        The moving average of the student is called teacher, also beside a frozen teacher, which is not among the state.
-        Nothing is copied or gathered: tensors are those that training changes, split where the processes hold parts.
+        The moving average of the student is called teacher, also in a distillation; the frozen teacher is not part of
+        the state. Nothing is copied or gathered: these are the tensors that training changes, and they may be split.
         """
         return {**self._weights(), "optimizer": self._moments()}
 
     def restore(self, checkpoint: RunCheckpoint) -> None:
-        """Take over a checkpoint of the same run, of any number of processes and any sharding.
+        """Load a checkpoint of the same run; number of processes and sharding may differ.
 
-        Each process reads what it holds, by itself.
+        Each process reads only the tensors that it holds.
 
         Raises:
-            ValueError: it does not fit the run.
+            ValueError: the checkpoint does not fit the run.
         """
         parameters = dict(self.objective.student.named_parameters())
         moments: dict[str, dict[str, Tensor]] = {}
@@ -231,7 +232,7 @@ class Trainer:
         by_index = {index: moments[name] for index, name in enumerate(order) if name in moments}
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": by_index})
         if self._graphed is not None:
-            self._graphed.forget()  # the moments are other tensors now
+            self._graphed.forget()  # the moments are new tensors
 
     def _weights(self) -> dict[str, Any]:
         return {
@@ -244,7 +245,7 @@ class Trainer:
         return {self._names[parameter]: state for parameter, state in self.optimizer.state.items()}
 
     def finished_backbones(self) -> dict[str, VisionTransformer]:
-        """The :attr:`products` with whole weights; where they are split, copies on the host."""
+        """The :attr:`products` with whole weights; split ones are copied to the host."""
         return {name: self._whole(backbone) if self._is_split else backbone for name, backbone in self.products.items()}
 
     def _whole(self, backbone: VisionTransformer) -> VisionTransformer:
@@ -255,41 +256,41 @@ class Trainer:
 
 
 def _whole(norm: Tensor) -> Tensor:
-    """A gradient norm over all parts of a module."""
+    """A gradient norm over all shards of a module."""
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def _replicated(objective: SelfDistillation, group: dist.ProcessGroup) -> DistributedDataParallel:
     """The objective with gradients averaged over the processes.
 
-    The centres are the same everywhere by themselves. No device is named, because inputs would then be moved to it,
-    and masks stay on the host.
+    The centres are equal in all processes without broadcasts. DistributedDataParallel gets no device, because it would
+    move its inputs there, but masks stay on the host.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers has a new name, which PyTorch 2.10 lacks
+        warnings.simplefilter("ignore", FutureWarning)  # PyTorch 2.10 lacks the new name of broadcast_buffers
         return DistributedDataParallel(
             objective, process_group=group, broadcast_buffers=False, gradient_as_bucket_view=True
         )
 
 
 def micro_batch_seed(seed: int, number: int) -> int:
-    """Seed of PyTorch's generators for one micro-batch, well mixed so that neighbouring ones share nothing."""
+    """Seed of PyTorch's generators for one micro-batch; it is hashed, so neighbouring seeds are independent."""
     return int(np.random.SeedSequence((seed, number)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def build_objective(config: RunConfig, group: dist.ProcessGroup | None) -> SelfDistillation:
     """Students, teacher and objective of a run on the host, with weights drawn by PyTorch's generator.
 
-    A frozen teacher, and the centres that it was trained with, are read from where the configuration says.
+    A frozen teacher and its centres are read from the path in the configuration.
 
     Raises:
-        FileNotFoundError, ValueError: the frozen teacher is not there, has no heads, or is another one than before.
+        FileNotFoundError, ValueError: the frozen teacher does not exist, has no heads, or has changed.
     """
     if isinstance(config, DistillConfig):
         students = {
             name: build_network(vit, config.dino_head, config.ibot_head) for name, vit in config.students.items()
         }
-        with torch.device("cpu"):  # also in processes that build their students without memory
+        with torch.device("cpu"):  # also in processes that build their students on the meta device
             weights = read_frozen_teacher(config)
             teacher = weights.network()
         distillation = Distillation(students, teacher, config.objective, group)

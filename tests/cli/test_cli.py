@@ -100,8 +100,8 @@ def test_any_field_can_be_changed() -> None:
         (["pretain"], 2, "unknown command 'pretain': did you mean 'pretrain'?"),
         (["pretrain", "photo"], 1, "unknown recipe 'photo': did you mean 'photos'?"),
         (["pretrain", "photos", "--batch_size", "1"], 1, "KoLeo compares the images of batch_size 1"),
-        (["pretrain", "photos", "--data.root", "nowhere"], 1, "root must be a folder of images, but 'nowhere'"),
-        (["pretrain", "photos", "--probe", "nowhere"], 1, "root must be a folder of images, but 'nowhere/train'"),
+        (["pretrain", "photos", "--data.root", "nowhere"], 1, "root: expected a folder of images, got 'nowhere'"),
+        (["pretrain", "photos", "--probe", "nowhere"], 1, "root: expected a folder of images, got 'nowhere/train'"),
     ],
 )
 def test_errors_are_one_line(

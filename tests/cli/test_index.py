@@ -51,7 +51,7 @@ def test_damaged_tars_are_named_after_the_table(
     assert main(["index", str(pool)]) == 1
     lines, errors = shown(capsys)
     assert ["shards", "indexed", "2"] in lines
-    assert errors.startswith("dinov2 index: 1 of 3 tars cannot be read, replace or remove them:\n  ")
+    assert errors.startswith("dinov2 index: 1 of 3 tars cannot be read; replace or remove them:\n  ")
     assert errors.count("\n") == 2
     assert f"b.tar: {reason}" in errors
     assert sorted(path.name for path in (pool / "index").iterdir()) == ["a.parquet", "c.parquet"]
@@ -59,7 +59,7 @@ def test_damaged_tars_are_named_after_the_table(
 
 def test_nothing_to_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["index", str(tmp_path / "nowhere")]) == 1
-    assert shown(capsys)[1].startswith("dinov2 index: root must hold tar shards (images/*.tar or *.tar), but ")
+    assert shown(capsys)[1].startswith("dinov2 index: root: expected tar shards in it (images/*.tar or *.tar), got ")
 
 
 def test_progress(pool: Path) -> None:

@@ -91,7 +91,7 @@ def test_a_run_can_be_the_start_of_another(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["adapt", "--from", "nowhere", "--image-size", "518"], "nowhere is no directory of a run"),
+        (["adapt", "--from", "nowhere", "--image-size", "518"], "nowhere is not the directory of a run"),
         (["distill", "--teacher", "nowhere", "--student", "vit_small"], "nowhere: no such file"),
         (["pretrain", "photos", "--initial_weights", "nowhere"], "nowhere: no such file"),
     ],

@@ -197,7 +197,7 @@ def test_views_are_those_of_plain_pillow(monkeypatch: pytest.MonkeyPatch) -> Non
     "image", [np.zeros((8, 8, 3), np.float32), np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8)]
 )
 def test_image_of_another_kind_is_refused(image: np.ndarray) -> None:
-    with pytest.raises(ValueError, match=r"image must be uint8 \[H, W, 3\], but is (float32|uint8) \[8, 8"):
+    with pytest.raises(ValueError, match=r"image: expected uint8 \[H, W, 3\], got (float32|uint8) \[8, 8"):
         MultiCropAugmentation(SMALL)(image, np.random.default_rng(0))
 
 

@@ -117,14 +117,14 @@ def spoilt(value: float) -> np.ndarray:
 @pytest.mark.parametrize(
     ("content", "channels", "reason"),
     [
-        (encode(noise(0)), 4, r"expected \[H, W, 4\], but it is \[20, 30, 3\]"),
+        (encode(noise(0)), 4, r"expected \[H, W, 4\], got \[20, 30, 3\]"),
         (encode(noise(0)), 13, r"expected \[H, W, 13\]"),
-        (encode_array(bands(12, np.uint8)), 13, r"expected \[H, W, 13\], but it is \[24, 40, 12\]"),
+        (encode_array(bands(12, np.uint8)), 13, r"expected \[H, W, 13\], got \[24, 40, 12\]"),
         (encode_array(bands(2, np.uint8)[..., 0]), 2, r"expected \[H, W, 2\]"),
         (encode_array(np.zeros((4, 0, 2), np.uint8)), 2, "expected"),
-        (encode_array(np.zeros((4, 4, 2))), 2, r"arrays must be .* but it is float64 \[4, 4, 2\]"),
-        (encode_array(np.zeros(4, np.uint8)), 1, "arrays must be"),
-        (encode_array(bands(3, np.float32)), 3, "RGB must have 8 or 16 bits a channel, but is float32"),
+        (encode_array(np.zeros((4, 4, 2))), 2, r"array: expected .* got float64 \[4, 4, 2\]"),
+        (encode_array(np.zeros(4, np.uint8)), 1, "array: expected"),
+        (encode_array(bands(3, np.float32)), 3, "RGB: expected 8 or 16 bits per channel, got float32"),
         (encode_array(spoilt(np.nan)), 2, "NaN or an infinity"),
         (encode_array(spoilt(np.inf)), 2, "NaN or an infinity"),
         (encode_array(bands(2, np.uint8))[:500], 2, "cannot read image a"),
@@ -134,7 +134,7 @@ def spoilt(value: float) -> np.ndarray:
             10,
             "expected rows, columns and bands",
         ),
-        (encode_tiff(bands(5, np.uint8).astype(np.int16), **BY_PIXEL), 5, "pixels must be uint8"),
+        (encode_tiff(bands(5, np.uint8).astype(np.int16), **BY_PIXEL), 5, "pixels: expected uint8"),
         (b"\x93NUMPY\x09\x00", 2, "cannot read image a"),
         (b"\x93NUMPY\x01\x00v\x00{'descr': object, 'fortran_order'", 2, "cannot read image a"),
     ],
@@ -310,7 +310,7 @@ def test_mean_and_std_go_together(fields: dict) -> None:
 
 @pytest.mark.parametrize("image", [bands(4, np.uint8), bands(5, np.uint8).astype(np.float64), bands(5, np.uint8)[0]])
 def test_images_of_another_kind_are_refused(image: np.ndarray) -> None:
-    with pytest.raises(ValueError, match=r"image must be uint8 or uint16 or float32 \[H, W, 5\], but is "):
+    with pytest.raises(ValueError, match=r"image: expected uint8 or uint16 or float32 \[H, W, 5\], got "):
         MultiCropAugmentation(config_of(5))(image, np.random.default_rng(0))
 
 
@@ -337,9 +337,7 @@ def test_batches(tmp_path: Path, channels: int, dtype: type, source: str) -> Non
     if channels == 1:
         found = list(islice(run, 3))
     else:
-        with pytest.warns(
-            UserWarning, match=rf"1 of 7 so far; .*expected \[H, W, {channels}\], but it is \[20, 30, 3\]"
-        ):
+        with pytest.warns(UserWarning, match=rf"1 of 7 so far; .*expected \[H, W, {channels}\], got \[20, 30, 3\]"):
             found = list(islice(run, 3))
     for batch in found:
         assert batch["global_crops"].shape == (8, channels, 16, 16)
@@ -348,5 +346,5 @@ def test_batches(tmp_path: Path, channels: int, dtype: type, source: str) -> Non
 
 
 def test_bundled_photographs_are_rgb() -> None:
-    with pytest.raises(ValueError, match="root must be given for images of 13 channels"):
+    with pytest.raises(ValueError, match="root: expected a source of images with 13 channels, got None"):
         open_dataset(DataConfig(augmentation=config_of(13)))

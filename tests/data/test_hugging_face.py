@@ -54,7 +54,7 @@ def test_a_saved_dataset_is_recognised(tmp_path: Path) -> None:
     assert isinstance(images, HuggingFaceImages)
     np.testing.assert_array_equal(images[1], noise(1))
     datasets.DatasetDict({"train": dataset, "test": dataset}).save_to_disk(tmp_path / "splits")
-    with pytest.raises(ValueError, match=r"must be one split \(a folder of its own on disk\).*several: train, test"):
+    with pytest.raises(ValueError, match=r"expected one split \(a folder of its own on disk\).*several: train, test"):
         open_dataset(DataConfig(root=tmp_path / "splits"))
     np.testing.assert_array_equal(open_dataset(DataConfig(root=tmp_path / "splits" / "train"))[1], noise(1))
 
@@ -66,11 +66,11 @@ def test_channels_are_those_of_the_configuration(tmp_path: Path) -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ValueError, match=r"column must be one of images or of bytes, but is 'label'.*these are: image"):
+    with pytest.raises(ValueError, match=r"column: expected a column of images or bytes \(image\), got 'label'"):
         HuggingFaceImages(some_images(), "label")
-    with pytest.raises(ValueError, match="columns label these are: none"):
+    with pytest.raises(ValueError, match=r"column: expected .*there is none.* got 'image'; the columns are label"):
         HuggingFaceImages(some_images().remove_columns("image"))
-    with pytest.raises(ValueError, match=r"dataset must be a datasets\.Dataset, but is a IterableDataset"):
+    with pytest.raises(ValueError, match=r"dataset: expected a datasets\.Dataset, got IterableDataset"):
         HuggingFaceImages(some_images().to_iterable_dataset())
 
 

@@ -43,14 +43,16 @@ def test_links_to_folders_are_followed(tmp_path: Path) -> None:
 
 def test_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no image")
-    with pytest.raises(ValueError, match=r"root must hold images \(.*\.jpg.*\), but '.*' has none at any depth"):
+    with pytest.raises(
+        ValueError, match=r"root: expected a folder with images \(.*\.jpg.*\) at any depth, got '.*', which has none"
+    ):
         ImageFolder(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["missing", "file.png"])
 def test_no_folder(tmp_path: Path, name: str) -> None:
     save(tmp_path / "file.png")
-    with pytest.raises(ValueError, match=f"root must be a folder of images, but '.*{name}' is not a folder"):
+    with pytest.raises(ValueError, match=f"root: expected a folder of images, got '.*{name}', which is not a folder"):
         ImageFolder(tmp_path / name)
 
 
@@ -73,7 +75,7 @@ def test_16_bit_gray_keeps_its_upper_bits(tmp_path: Path) -> None:
 
 def test_float_image_is_refused(tmp_path: Path) -> None:
     Image.fromarray(np.full((4, 4), 0.5, np.float32)).save(tmp_path / "image.tiff")
-    with pytest.raises(UnreadableImageError, match="32 bits a channel"):
+    with pytest.raises(UnreadableImageError, match="32 bits per channel"):
         read_image(tmp_path / "image.tiff")
 
 

@@ -260,11 +260,11 @@ def test_other_errors_are_not_hidden() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 0}, "batch_size must be positive.*batch_size=0"),
-        ({"seed": -1}, "seed and start_step not negative.*seed=-1"),
-        ({"rank": 2, "world_size": 2}, "rank below world_size.*rank=2, world_size=2"),
-        ({"patch_size": 3}, "global_size must be a multiple of the patch size 3, but is 16"),
-        ({"patch_size": 16}, "local_size must be a multiple of the patch size 16, but is 8"),
+        ({"batch_size": 0}, "expected batch_size of at least 1.*batch_size=0"),
+        ({"seed": -1}, "seed and start_step of at least 0.*seed=-1"),
+        ({"rank": 2, "world_size": 2}, "rank from 0 to world_size - 1.*rank=2, world_size=2"),
+        ({"patch_size": 3}, "global_size: expected a multiple of the patch size 3, got 16"),
+        ({"patch_size": 16}, "local_size: expected a multiple of the patch size 16, got 8"),
     ],
 )
 def test_bad_arguments_fail_at_the_call(options: dict[str, int], message: str) -> None:
@@ -274,7 +274,7 @@ def test_bad_arguments_fail_at_the_call(options: dict[str, int], message: str) -
 
 
 def test_empty_dataset() -> None:
-    with pytest.raises(ValueError, match="dataset must hold at least one image"):
+    with pytest.raises(ValueError, match="dataset: expected at least one image, got none"):
         batches(Noise(0), DataConfig(augmentation=VIEWS), batch_size=4, patch_size=4, seed=0)
 
 

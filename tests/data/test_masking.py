@@ -121,13 +121,18 @@ def test_seeds_decide() -> None:
 @pytest.mark.parametrize(
     ("grid", "counts", "options", "message"),
     [
-        ((0, 4), [1], {"seed": 0}, r"grid must be \(H, W\) .* is \(0, 4\)"),
-        ((4, 4), [17], {"seed": 0}, r"counts must lie in \[0, 16\] for a 4 x 4 grid, but range from 17 to 17"),
-        ((4, 4), [3, -1], {"seed": 0}, r"range from -1 to 3"),
-        ((4, 4), [[1]], {"seed": 0}, r"counts must be one number per mask, but has shape \(1, 1\)"),
-        ((4, 4), [1], {"seed": -1}, r"seed must lie in \[0, 2\*\*64\), but is -1"),
-        ((4, 4), [1], {"seed": 0, "min_patches": 0}, "min_patches must be positive"),
-        ((4, 4), [1], {"seed": 0, "aspect": (0.0, 1.0)}, "aspect must be"),
+        ((0, 4), [1], {"seed": 0}, r"grid: expected \(H, W\) .* got \(0, 4\)"),
+        ((4, 4), [17], {"seed": 0}, r"counts: expected numbers in \[0, 16\] for a 4 x 4 grid, got 17 to 17"),
+        ((4, 4), [3, -1], {"seed": 0}, r"counts: .* got -1 to 3"),
+        ((4, 4), [[1]], {"seed": 0}, r"counts: expected one number per mask, got shape \(1, 1\)"),
+        ((4, 4), [1], {"seed": -1}, r"seed: expected an integer in \[0, 2\*\*64\), got -1"),
+        (
+            (4, 4),
+            [1],
+            {"seed": 0, "min_patches": 0},
+            "min_patches and max_patches: expected at least 1 and at least 0, got 0 and",
+        ),
+        ((4, 4), [1], {"seed": 0, "aspect": (0.0, 1.0)}, "aspect: expected"),
     ],
 )
 def test_bad_arguments(grid: tuple[int, int], counts: list, options: dict, message: str) -> None:

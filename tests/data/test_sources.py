@@ -42,23 +42,25 @@ def test_shards(tmp_path: Path, memory: str) -> None:
 
 def test_tars_without_an_index(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [("a.png", encode(noise(0)))])
-    with pytest.raises(ValueError, match=rf"1 have none: a\.tar; write what is missing with: dinov2 index {tmp_path}$"):
+    with pytest.raises(
+        ValueError, match=rf"lacks the indices of 1 of 1 tars: a\.tar; write them with: dinov2 index {tmp_path}$"
+    ):
         open_dataset(DataConfig(root=tmp_path))
 
 
 def test_an_index_without_tars(tmp_path: Path) -> None:
     write_shards(shard_images(1), tmp_path)
     (tmp_path / "images" / "00000.tar").unlink()
-    with pytest.raises(ValueError, match=r"1 are missing: 00000\.tar"):
+    with pytest.raises(ValueError, match=r"lacks 1 of 1 tars: 00000\.tar"):
         open_dataset(DataConfig(root=tmp_path))
 
 
 def test_nothing_of_any_kind(tmp_path: Path, memory: str) -> None:
-    with pytest.raises(ValueError, match="root must hold images"):
+    with pytest.raises(ValueError, match="root: expected a folder with images"):
         open_dataset(DataConfig(root=tmp_path))
-    with pytest.raises(ValueError, match="root must be a folder of images, but 'nowhere' is not a folder"):
+    with pytest.raises(ValueError, match="root: expected a folder of images, got 'nowhere', which is not a folder"):
         open_dataset(DataConfig(root="nowhere"))
-    with pytest.raises(ValueError, match=f"root must hold tar shards .*, but '{memory}' has none"):
+    with pytest.raises(ValueError, match=f"root: expected tar shards .*, got '{memory}', which has none"):
         open_dataset(DataConfig(root=memory))
     with pytest.raises(ValueError, match="Protocol not known: nosuch"):
         open_dataset(DataConfig(root="nosuch://place"))

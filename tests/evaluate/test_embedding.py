@@ -95,8 +95,8 @@ def test_nothing_is_left_of_what_failed(model: VisionTransformer, tmp_path: Path
 @pytest.mark.parametrize(
     ("augmentation", "message"),
     [
-        (AugmentationConfig(global_size=20), "size must be a multiple of 8, the model's patch, but is 20"),
-        (AugmentationConfig(global_size=16, mean=(0.5,), std=(0.2,)), "mean and std must have 3 values, .* but have 1"),
+        (AugmentationConfig(global_size=20), "size: expected a multiple of 8, the model's patch size, got 20"),
+        (AugmentationConfig(global_size=16, mean=(0.5,), std=(0.2,)), "mean and std: expected 3 values, .* got 1"),
     ],
 )
 def test_what_does_not_fit(model: VisionTransformer, augmentation: AugmentationConfig, message: str) -> None:
@@ -114,7 +114,7 @@ def test_command(model: VisionTransformer, photos: Path, capsys: pytest.CaptureF
     first, second = (np.load(folder / "features.npy") for folder in (exact, half))
     assert 0 < np.abs(first - second).max() < 0.1
     assert main([*command, str(exact)]) == 1
-    assert capsys.readouterr().err == f"dinov2 embed: output {exact} must be a new or an empty folder\n"
+    assert capsys.readouterr().err == f"dinov2 embed: output: expected a new or an empty folder, got {exact}\n"
 
 
 def test_command_for_other_channels(tmp_path: Path) -> None:

@@ -69,12 +69,15 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"train_features": torch.zeros(4)}, r"train_features must be floating numbers of shape \[N, D\]"),
-        ({"test_features": torch.zeros(2, 5)}, "train_features has 3 and test_features has 5"),
-        ({"train_labels": torch.zeros(3, dtype=torch.long)}, "train_labels must be 4 integers"),
-        ({"test_labels": torch.zeros(2)}, "test_labels must be 2 integers.*float32"),
-        ({"k": 5}, "k must lie between 1 and the 4 training features, but is 5"),
-        ({"k": 0}, "but is 0"),
+        ({"train_features": torch.zeros(4)}, r"train_features: expected floating point \[N, D\]"),
+        (
+            {"test_features": torch.zeros(2, 5)},
+            r"test_features: expected \[B, 3\], the width of train_features, got \[2, 5\]",
+        ),
+        ({"train_labels": torch.zeros(3, dtype=torch.long)}, r"train_labels: expected integers \[4\]"),
+        ({"test_labels": torch.zeros(2)}, r"test_labels: expected integers \[2\].*float32"),
+        ({"k": 5}, "k: expected 1 to 4, the number of training features, got 5"),
+        ({"k": 0}, "k: .* got 0"),
     ],
 )
 def test_bad_input_is_named(change: dict, message: str) -> None:

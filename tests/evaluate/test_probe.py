@@ -55,7 +55,7 @@ def test_a_class_without_training_images_is_named(tmp_path: Path) -> None:
 
 def test_a_missing_part_is_named(tmp_path: Path) -> None:
     write(tmp_path / "train" / "a" / "1.png", 1)
-    with pytest.raises(ValueError, match=r"root must be a folder of images, but '.*test' is not a folder"):
+    with pytest.raises(ValueError, match=r"root: expected a folder of images, got '.*test', which is not a folder"):
         FolderProbe(tmp_path, AugmentationConfig())
 
 
@@ -93,5 +93,5 @@ def test_images_of_a_wrong_number_of_channels_are_named(tmp_path: Path) -> None:
     for part in ("train", "test"):
         write(tmp_path / part / "a" / "1.png", 1)
     probe = FolderProbe(tmp_path, AugmentationConfig(mean=(0.5,) * 4, std=(0.25,) * 4))
-    with pytest.raises(UnreadableImageError, match=r"1\.png'.*expected \[H, W, 4\], but it is \[16, 20, 3\]"):
+    with pytest.raises(UnreadableImageError, match=r"1\.png'.*expected \[H, W, 4\], got \[16, 20, 3\]"):
         probe(MeanColour())

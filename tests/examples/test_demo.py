@@ -80,7 +80,7 @@ def test_patches_know_their_photograph_and_depend_on_the_seed_alone() -> None:
 
 
 def test_patch_larger_than_half_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"size must fit .* is 33, and the left half of photograph 0 is 40 x 32"):
+    with pytest.raises(ValueError, match=r"size: expected at most 32, .* left half of photograph 0 of 40 x 32, got 33"):
         cut_patches([numbered_pixels(40, 64)], half="left", size=33, per_photograph=1, seed=0)
 
 
@@ -149,10 +149,10 @@ def test_dense_features_are_means_over_all_windows(model: VisionTransformer) -> 
 @pytest.mark.parametrize(
     ("size", "stride", "message"),
     [
-        ((16, 16), 6, "stride must be a multiple of 4, the patch size, up to 16, but is 6"),
-        ((16, 16), 20, "up to 16, but is 20"),
-        ((12, 16), 4, "sides of image must be 16 plus a multiple of stride 4, but it is 12 x 16"),
-        ((16, 28), 8, "multiple of stride 8, but it is 16 x 28"),
+        ((16, 16), 6, "stride: expected a multiple of 4, the patch size, up to 16, got 6"),
+        ((16, 16), 20, "up to 16, got 20"),
+        ((12, 16), 4, "image: expected sides of 16 plus a multiple of stride 4, got 12 x 16"),
+        ((16, 28), 8, "multiple of stride 8, got 16 x 28"),
     ],
 )
 def test_dense_features_refuse_what_does_not_fit(
@@ -182,7 +182,7 @@ def test_colours_are_shared_by_all_maps_and_span_the_range() -> None:
     values = torch.cat([colour.flatten() for colour in colours])
     assert values.min() == 0
     assert values.max() == 1
-    with pytest.raises(ValueError, match="at least 3 numbers, but have 2"):
+    with pytest.raises(ValueError, match="maps: expected features of at least 3 numbers, got 2"):
         pca_colours([torch.zeros(4, 4, 2)])
 
 

@@ -192,7 +192,7 @@ def test_a_model_of_another_architecture(tiny_vit: TinyViT, tmp_path: Path) -> N
 
 def test_heads_that_shapes_do_not_tell(tiny_vit: TinyViT, tmp_path: Path) -> None:
     torch.save(tiny_vit().state_dict(), tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match=r"a width of 32 does not tell the number of heads: config.json must"):
+    with pytest.raises(ValueError, match=r"a width of 32 does not tell the number of heads; config.json must"):
         load_pretrained(tmp_path / "weights.pth")
 
 

@@ -233,7 +233,7 @@ def test_batches_that_do_not_fit_are_named(changes: Batch, message: str) -> None
 
 def test_a_single_image_is_too_few_for_koleo_only() -> None:
     batch = random_batch(images=1)
-    with pytest.raises(ValueError, match=r"batch too small for KoLeo: .* at least 2 of them, got 1"):
+    with pytest.raises(ValueError, match=r"batch too small for KoLeo: .* at least 2 images, got 1"):
         make_objective(ObjectiveConfig(), False)(batch, TEMPERATURE)
     assert make_objective(ObjectiveConfig(koleo_weight=0), False)(batch, TEMPERATURE)["total"].isfinite()
 

@@ -46,10 +46,10 @@ def test_adaptation_changes_what_the_paper_says_and_nothing_else(run: Path) -> N
 def test_adaptation_of_what_cannot_be_adapted(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="img_size: expected a multiple of patch_size = 14, got 512"):
         adaptation(run, 512)
-    with pytest.raises(FileNotFoundError, match="nowhere is no directory of a run"):
+    with pytest.raises(FileNotFoundError, match="nowhere is not the directory of a run"):
         adaptation(tmp_path / "nowhere", 518)
     write_config(DistillConfig(output=tmp_path / "d", steps=1, batch_size=2, students={"a": ViTConfig()}))
-    with pytest.raises(ValueError, match="is a distillation: adaptation goes on with a student and its teacher"):
+    with pytest.raises(ValueError, match="is a distillation: adaptation continues a student and its teacher"):
         adaptation(tmp_path / "d", 518)
 
 

@@ -90,7 +90,7 @@ def test_processes_that_do_not_divide_into_replicas(monkeypatch: pytest.MonkeyPa
     processes = Processes(torch.device("cpu"), world_size=8)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     for parallel in (ParallelConfig(sharding="hybrid", shard_size=3), ParallelConfig(sharding="hybrid")):
-        with pytest.raises(ValueError, match="8 processes do not divide into replicas of 3"):
+        with pytest.raises(ValueError, match="expected a divisor of the number of processes, 8, got replicas of 3"):
             mesh_of(parallel, processes)
     with pytest.raises(ValueError, match=r"parallel\.shard_size: expected None with sharding full, got 2"):
         ParallelConfig(sharding="full", shard_size=2)

@@ -32,7 +32,7 @@ def test_round_trip(config: RunConfig, tmp_path: Path) -> None:
 
 
 def test_what_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"is no directory of a run: it has no config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"is not the directory of a run: it has no config\.json"):
         read_config(tmp_path)
     for content in ("", "[]", "{}", json.dumps({"model_type": "dinov2"})):
         (tmp_path / "config.json").write_text(content)

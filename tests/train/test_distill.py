@@ -104,7 +104,7 @@ def test_a_stopped_run_goes_on_exactly_with_the_same_teacher_alone(
 
     shutil.rmtree(moved)
     other = pretrain(replace(teacher_config(teacher), output=tmp_path / "other", seed=8))
-    with pytest.raises(ValueError, match=r"frozen_teacher .*other is not the teacher of this run: the digest"):
+    with pytest.raises(ValueError, match=r"frozen_teacher: expected the teacher of this run, .* got .*other"):
         pretrain(replace(resumed, checkpoint_every=4, frozen_teacher=other), resume=True)
     with pytest.raises(FileNotFoundError, match="moved"):
         pretrain(replace(resumed, checkpoint_every=4), resume=True)
@@ -122,9 +122,9 @@ def teacher_config(run: Path) -> PretrainConfig:
 
 def test_one_of_the_students_is_exported_with_its_heads(distill: DistillConfig, tmp_path: Path) -> None:
     run = pretrain(replace(distill, steps=1))
-    with pytest.raises(ValueError, match="holds the students narrow, deep: name one"):
+    with pytest.raises(ValueError, match=r"student: expected one of narrow, deep, .* got None; or export one"):
         export(run, tmp_path / "out")
-    with pytest.raises(ValueError, match="holds the students narrow, deep, but not wide"):
+    with pytest.raises(ValueError, match=r"student: expected one of narrow, deep, .* got 'wide'"):
         export(run, tmp_path / "out", student="wide")
     export(run, tmp_path / "out", student="deep", heads=True)
     assert read_teacher(tmp_path / "out").vit.depth == 2

@@ -63,9 +63,9 @@ def test_weights_of_others(tmp_path: Path) -> None:
 
 
 def test_what_is_not_there(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"has no checkpoint of step 4; there are those of 3, 6"):
+    with pytest.raises(FileNotFoundError, match=r"has no checkpoint of step 4; it has those of 3, 6"):
         export(run, tmp_path / "out", step=4)
-    with pytest.raises(ValueError, match="a step can be chosen among the checkpoints of a run, but"):
+    with pytest.raises(ValueError, match="step: expected None for a source that is not a run directory, got"):
         export(run / "teacher", tmp_path / "out", step=4)
     with pytest.raises(FileNotFoundError, match="nowhere: no such file"):
         export(tmp_path / "nowhere", tmp_path / "out")

@@ -171,9 +171,9 @@ def test_graphs_take_memory_beside_them() -> None:
     peaks = [plan(run, world_size=1, device_type="cuda").peak.bytes for run in (graphed, config)]
     assert peaks[0].pop("beside the graphs") > peaks[0]["batch"]  # the inputs twice, and more
     assert peaks[0] == peaks[1]
-    with pytest.raises(ValueError, match="cuda_graph must be False with several processes"):
+    with pytest.raises(ValueError, match="cuda_graph: expected False with several processes"):
         plan(graphed, world_size=2, device_type="cuda")
-    with pytest.raises(ValueError, match="cuda_graph must be False on a device without CUDA, but the device is cpu"):
+    with pytest.raises(ValueError, match="cuda_graph: expected False on cpu, a device without CUDA, got True"):
         plan(graphed, world_size=1, device_type="cpu")
 
 
@@ -194,6 +194,6 @@ def test_dry_run_prints_and_trains_nothing(tmp_path: Path, capsys: pytest.Captur
 
 def test_errors_of_a_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pretrain", "photos", "--dry_run", "--world_size=3", "--device=cpu"]) == 1
-    assert "16 images do not split among 3" in capsys.readouterr().err
+    assert "expected a multiple of the number of processes, 3, got 16" in capsys.readouterr().err
     assert main(["pretrain", "photos", "--world_size=3"]) == 1
     assert "--world_size goes with --dry_run" in capsys.readouterr().err

@@ -247,10 +247,10 @@ def test_a_directory_in_use_is_refused(config: PretrainConfig) -> None:
 def test_input_errors_leave_no_directory(config: PretrainConfig, tmp_path: Path) -> None:
     empty = tmp_path / "images"
     empty.mkdir()
-    with pytest.raises(ValueError, match="root must hold images"):
+    with pytest.raises(ValueError, match="root: expected a folder with images"):
         pretrain(dataclasses.replace(config, data=dataclasses.replace(config.data, root=empty)))
     uneven = dataclasses.replace(config.data.augmentation, global_size=18)
-    with pytest.raises(ValueError, match="global_size must be a multiple of the patch size 8, but is 18"):
+    with pytest.raises(ValueError, match="global_size: expected a multiple of the patch size 8, got 18"):
         pretrain(dataclasses.replace(config, data=dataclasses.replace(config.data, augmentation=uneven)))
     assert not config.output.exists()
 

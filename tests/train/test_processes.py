@@ -375,5 +375,7 @@ def test_the_others_of_a_failed_process_say_so(config: PretrainConfig, tmp_path:
 def test_images_that_do_not_split_are_refused() -> None:
     processes = Processes(torch.device("cpu"), rank=0, world_size=3)
     assert processes.share(6) == 2
-    with pytest.raises(ValueError, match=r"must be a multiple of the number of processes, but 4 images .* among 3"):
+    with pytest.raises(
+        ValueError, match=r"batch_size / accumulation_steps: expected a multiple of the number of processes, 3, got 4"
+    ):
         processes.share(4)

@@ -1,4 +1,4 @@
-"""Images in tar files with an index of where each one lies: ``images/00042.tar`` and ``index/00042.parquet``."""
+"""Images in tar shards, each with an index of its images: ``images/00042.tar`` and ``index/00042.parquet``."""
 
 from dinov2.data.shards.dataset import TarShards
 from dinov2.data.shards.indexing import DamagedTarsError, index_shards

@@ -1,4 +1,4 @@
-"""Tar shards as a map-style dataset: an image is one read of a known part of a known file."""
+"""Tar shards as a map-style dataset: each image takes one read at a known place of a known file."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from dinov2.data.decoding import Pixels, UnreadableImageError, decode_image
 from dinov2.data.shards.storage import RangeReader, Storage
 from dinov2_kernels._extras import require
 
-INDEX_READERS = 16  # threads: index files are small, and on shared disks and object stores it is waiting that counts
+INDEX_READERS = 16  # threads, because index files are small, and shared disks and object stores mostly make us wait
 
-REMOTE_READS = 16  # at once in each worker; a request takes some 50 ms wherever it goes
+REMOTE_READS = 16  # requests at once in each worker; a request takes about 50 ms
 
 IndexArrays = tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]
 
 
 class TarShards:
-    """The images of all shards under a root, in the order of the shards' names and of the rows of their indices.
+    """The images of all shards under a root, in the order of the shards' names and of the rows in their indices.
 
     A map-style dataset: ``len(shards)``, ``shards[i]`` -> uint8 RGB ``[H, W, 3]``, or as
     :func:`~dinov2.data.read_image` says for other numbers of channels. The tars are ``root/images/*.tar`` (or
-    ``root/*.tar``), their indices ``root/index/*.parquet`` of the same names, with at least the columns offset and
-    size. No tar is parsed and nothing in it is followed or unpacked: bytes are read where the index says. In memory an
-    image takes 12 bytes, which forked workers share.
+    ``root/*.tar``). Their indices are ``root/index/*.parquet`` with the same names and at least the columns offset and
+    size. Tars are not parsed, and nothing in them is followed or unpacked: the index says which bytes to read. The
+    dataset takes 12 bytes of memory for each image, and forked workers share them.
 
     Args:
         root: a folder, or a URL of fsspec.
-        channels: of every image.
+        channels: number of channels of every image.
 
     Raises:
         ValueError: there is no shard, a shard is missing or has no index, or an index is damaged; the message names it.
@@ -50,7 +50,7 @@ class TarShards:
             arrays = list(pool.map(lambda path: _read_index(storage.filesystem, path), indices.values()))
         self._offsets = np.concatenate([offsets for offsets, _ in arrays])  # [N] int64
         self._sizes = np.concatenate([sizes for _, sizes in arrays])  # [N] int32
-        self._ends = np.cumsum([len(sizes) for _, sizes in arrays])  # [shards] int64: first number after each shard
+        self._ends = np.cumsum([len(sizes) for _, sizes in arrays])  # [shards] int64: end of each shard
         self._read = RangeReader(storage.filesystem)
         self.concurrent_reads = 1 if self._read.is_local else REMOTE_READS
 
@@ -61,17 +61,17 @@ class TarShards:
         """Image ``index``, ``[H, W, channels]``.
 
         Raises:
-            UnreadableImageError: it cannot be read or decoded; the message says where it lies.
+            UnreadableImageError: the image cannot be read or decoded; the message names its shard and its place there.
         """
         content, name = self._content(range(len(self))[index])
         return decode_image(content, name, self.channels)
 
     def read_bytes(self, index: int) -> bytes:
-        """The file of image ``index`` as it was stored; errors as for ``shards[index]``."""
+        """The stored file of image ``index``; errors are those of ``shards[index]``."""
         return self._content(range(len(self))[index])[0]
 
     def names(self) -> list[str]:
-        """``SHARD/KEY`` of every image, or ``SHARD/OFFSET`` where an index has no keys; reads the indices again."""
+        """``SHARD/KEY`` of every image, or ``SHARD/OFFSET`` if an index has no keys; reads the indices again."""
         storage = Storage(self.root)
         return [
             f"{shard}/{name}"
@@ -86,7 +86,7 @@ class TarShards:
         name = f"of {size} bytes at {offset} in {self.paths[shard]!r}"
         try:
             content = self._read(self.paths[shard], offset, size)
-        except Exception as error:  # what a file system may raise is beyond counting
+        except Exception as error:  # file systems raise errors of many types
             raise UnreadableImageError(f"cannot read image {name}: {error}") from error
         if len(content) != size:
             raise UnreadableImageError(f"cannot read image {name}: the shard ends after {len(content)} of them")
@@ -94,18 +94,18 @@ class TarShards:
 
 
 def _check_pairs(root: str, tars: dict[str, str], indices: dict[str, str]) -> None:
-    """Every shard has an index and every index a shard; there is one at least."""
+    """Check that there is a shard, that each shard has an index, and that each index has a shard."""
     if not tars and not indices:
-        raise ValueError(f"root must hold tar shards (images/*.tar or *.tar), but {root!r} has none")
+        raise ValueError(f"root: expected tar shards in it (images/*.tar or *.tar), got {root!r}, which has none")
     if missing := indices.keys() - tars.keys():
         raise ValueError(
-            f"root must hold a tar for each index, but of the {len(indices)} shards under {root!r} {len(missing)} are"
-            f" missing: {_some(missing, '.tar')}"
+            f"root: expected a tar for each index, got {root!r}, which lacks {len(missing)} of {len(indices)} tars:"
+            f" {_some(missing, '.tar')}"
         )
     if unindexed := tars.keys() - indices.keys():
         raise ValueError(
-            f"root must hold an index for each tar, but of the {len(tars)} shards under {root!r} {len(unindexed)} have"
-            f" none: {_some(unindexed, '.tar')}; write what is missing with: dinov2 index {shlex.quote(root)}"
+            f"root: expected an index for each tar, got {root!r}, which lacks the indices of {len(unindexed)} of"
+            f" {len(tars)} tars: {_some(unindexed, '.tar')}; write them with: dinov2 index {shlex.quote(root)}"
         )
 
 
@@ -132,4 +132,4 @@ def _read_index(filesystem: Any, path: str) -> IndexArrays:
             table = parquet.read_table(file, columns=["offset", "size"], use_threads=False)
         return table["offset"].to_numpy().astype(np.int64), table["size"].to_numpy().astype(np.int32)
     except Exception as error:
-        raise ValueError(f"index {path!r} cannot be read, write it again: {error}") from error
+        raise ValueError(f"index {path!r} cannot be read; write it again: {error}") from error

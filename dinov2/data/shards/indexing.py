@@ -1,4 +1,4 @@
-"""An index for tars that have none, as WebDataset, img2dataset or plain ``tar`` write them."""
+"""Indexing tars that have no index, for example those of WebDataset, img2dataset or plain ``tar``."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from dinov2.data.shards.storage import Storage
 from dinov2.data.shards.writing import MAX_SIZE, Row, ShardReport, make_row, write_rows
 
 Progress = Callable[[int, int], None]
-"""Told after each shard, and before the first: how many are done, and how many there are to do."""
+"""Called before the first shard and after each shard, with the number of shards done and the number of all."""
 
 
 class DamagedTarsError(ValueError):
-    """Some tars cannot be read; ``report`` is about the others, which have got their index."""
+    """Some tars cannot be read. All others have their index now; ``report`` counts them."""
 
     def __init__(self, message: str, report: ShardReport) -> None:
         super().__init__(message)
@@ -26,29 +26,31 @@ class DamagedTarsError(ValueError):
 
 
 def index_shards(root: str | os.PathLike[str], progress: Progress = lambda done, of: None) -> ShardReport:
-    """Write ``root/index/NAME.parquet`` for every ``root/images/NAME.tar`` (or ``root/NAME.tar``) that has none.
+    """Write ``root/index/NAME.parquet`` for every ``root/images/NAME.tar`` (or ``root/NAME.tar``) without an index.
 
-    Files of a tar with the same name up to the first dot belong together; the first of them that is an image counts,
-    and the ``url`` in a ``.json`` file beside it. Links, devices and all else that is no plain file are left alone, and
-    names are but names: nothing is unpacked. Shards with an index are skipped, so an interrupted call is finished by
-    calling again; to index a tar that has changed, delete its index first.
+    Files of a tar with the same name up to the first dot belong together. The index has the first of them that is an
+    image, and the ``url`` in their ``.json`` file. Only plain files are read: links and devices are skipped, and
+    nothing is unpacked. Shards with an index are skipped, so a second call finishes an interrupted one. To index a tar
+    that has changed, delete its index first.
 
     Args:
         root: a folder, or a URL of fsspec.
-        progress: called as :data:`Progress` says.
+        progress: see :data:`Progress`.
 
     Returns:
-        How many images there are, and what was skipped. ``print`` shows it.
+        Counts of images, and of skipped files by reason. ``print`` shows them.
 
     Raises:
         ValueError: there is no tar.
-        DamagedTarsError: some cannot be read; a ValueError.
+        DamagedTarsError: some tars cannot be read; it is a ValueError.
         ImportError: pyarrow or fsspec is missing (extra ``data``).
     """
     storage = Storage(root)
     tars, done = storage.shards(), storage.indices()
     if not tars:
-        raise ValueError(f"root must hold tar shards (images/*.tar or *.tar), but {os.fspath(root)!r} has none")
+        raise ValueError(
+            f"root: expected tar shards in it (images/*.tar or *.tar), got {os.fspath(root)!r}, which has none"
+        )
     report = ShardReport(finished_before=len(tars.keys() & done.keys()))
     damaged: dict[str, str] = {}
     missing = sorted(tars.keys() - done.keys())
@@ -68,13 +70,13 @@ def index_shards(root: str | os.PathLike[str], progress: Progress = lambda done,
     progress(len(missing), len(missing))
     if damaged:
         details = "".join(f"\n  {path}: {reason}" for path, reason in sorted(damaged.items()))
-        message = f"{len(damaged)} of {len(tars)} tars cannot be read, replace or remove them:{details}"
+        message = f"{len(damaged)} of {len(tars)} tars cannot be read; replace or remove them:{details}"
         raise DamagedTarsError(message, report)
     return report
 
 
 def _read_rows(file: IO[bytes]) -> tuple[list[Row], Counter[str]]:
-    """The rows of one tar, and what is not in them, by reason."""
+    """The rows of one tar, and counts of its skipped files by reason."""
     rows: dict[str, Row] = {}
     urls: dict[str, str] = {}
     skipped: Counter[str] = Counter()
@@ -84,7 +86,7 @@ def _read_rows(file: IO[bytes]) -> tuple[list[Row], Counter[str]]:
             folder, _, name = member.name.rpartition("/")
             stem, _, extension = name.partition(".")
             key = f"{folder}/{stem}" if folder else stem
-            if member.size < 0:  # would lead backwards, for ever
+            if member.size < 0:  # the reader would go backwards and never end
                 raise tarfile.ReadError(f"{member.name!r} has a negative size")
             if member.isdir():
                 continue
@@ -105,7 +107,7 @@ def _read_rows(file: IO[bytes]) -> tuple[list[Row], Counter[str]]:
                 except UnreadableImageError:
                     skipped["no image by its content"] += 1
         file.seek(tar.offset)
-        if 0 < len(file.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:  # which tarfile takes for the end
+        if 0 < len(file.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:  # tarfile would take this for the end
             raise EOFError("it ends within the header of a file")
     for key, url in urls.items():
         if key in rows:
@@ -125,7 +127,7 @@ def _content(file: IO[bytes], member: tarfile.TarInfo) -> bytes:
 
 
 def _url(key: str, content: bytes) -> dict[str, str]:
-    """``{key: url}`` by the metadata beside an image, nothing if they do not say."""
+    """``{key: url}`` from the metadata of an image; empty if they have no url."""
     try:
         url = json.loads(content)["url"]
     except (ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""Where shards lie: a folder on a disk, or anything else that fsspec knows by a URL (``s3://``, ``memory://``, ...)."""
+"""Storage of shards: a folder on a disk, or any URL that fsspec supports (``s3://``, ``memory://``, ...)."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import IO, Any
 
 from dinov2_kernels._extras import require
 
-MAX_OPEN_FILES = 512  # half of what Linux allows a process unless told otherwise
+MAX_OPEN_FILES = 512  # half of Linux's default limit for a process
 
 
 class Storage:
     """A folder of shards, by path or URL.
 
     Attributes:
-        root: its path, or its URL without the protocol.
-        filesystem: fsspec's, of this process.
+        root: the path, or the URL without its protocol.
+        filesystem: fsspec's file system object of this process.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -41,7 +41,7 @@ class Storage:
         }
 
     def shards(self) -> dict[str, str]:
-        """The tars by name: of the folder ``images``, or where it has none, of the root itself."""
+        """The tars by name, in the folder ``images``, or in the root itself if that folder has none."""
         return self.files("images", ".tar") or self.files("", ".tar")
 
     def indices(self) -> dict[str, str]:
@@ -50,7 +50,7 @@ class Storage:
 
     @contextmanager
     def replace(self, path: str) -> Iterator[IO[bytes]]:
-        """Write a file that is there as a whole or not at all: under another name first, which is then changed."""
+        """Write a file completely or not at all: it is written under another name and then renamed."""
         partial = f"{path}.{uuid.uuid4().hex[:8]}.partial"
         self.filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
         try:
@@ -64,10 +64,10 @@ class Storage:
 
 
 class RangeReader:
-    """Reads parts of files, each by one ``pread`` or one ranged request; nothing else of a file is looked at.
+    """Reads parts of files, each by one ``pread`` or one ranged request. It reads nothing else of a file.
 
-    Local files stay open, the last :data:`MAX_OPEN_FILES` of them. A reader may be used by several threads, and passed
-    to other processes, where it opens its own files; connections are never shared with a forked process.
+    The last :data:`MAX_OPEN_FILES` local files stay open. Several threads may use a reader. It may be passed to other
+    processes, where it opens its own files; forked processes never share connections.
     """
 
     def __init__(self, filesystem: Any) -> None:
@@ -81,7 +81,7 @@ class RangeReader:
         return RangeReader, (self._filesystem,)
 
     def __call__(self, path: str, offset: int, size: int) -> bytes:
-        """``size`` bytes from ``offset`` on; fewer where the file ends before."""
+        """``size`` bytes from ``offset`` on; fewer if the file ends earlier."""
         if self.is_local:
             return os.pread(self._open(path).descriptor, size, offset)
         if self._process != os.getpid():
@@ -93,7 +93,7 @@ class RangeReader:
 
 
 class _OpenFile:
-    """A descriptor that is closed when nobody refers to it any more: not while another thread still reads from it."""
+    """A file descriptor that is closed with its last reference, so never while another thread reads from it."""
 
     def __init__(self, path: str) -> None:
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

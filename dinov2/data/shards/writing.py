@@ -1,4 +1,4 @@
-"""Tar shards as they are written: an index row for each image, the tar, and a report of what became of the files."""
+"""Writing tar shards: the tar, an index row for each image, and a report of written and skipped files."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from dinov2.data.decoding import ImageHeader, UnreadableImageError, read_header
 from dinov2.data.shards.storage import Storage
 from dinov2_kernels._extras import require
 
-# Name and Arrow type; other columns may follow.
+# Columns of an index: name and Arrow type. Other columns may follow.
 COLUMNS = {
     "key": "string",  # name of the image, without an extension
-    "offset": "int64",  # of the image's bytes in the tar
-    "size": "int32",  # their number
+    "offset": "int64",  # place of the image's first byte in the tar
+    "size": "int32",  # number of the image's bytes
     "width": "int32",  # in pixels, as stored
     "height": "int32",
-    "url": "string",  # where it comes from, if known
-    "sha256": "string",  # of the bytes, 64 hexadecimal digits
+    "url": "string",  # origin of the image, if known
+    "sha256": "string",  # digest of the image's bytes, 64 hexadecimal digits
 }
 MAX_SIZE = 2**31 - 1
 
@@ -39,10 +39,10 @@ class ShardReport:
     """Counts of files.
 
     Attributes:
-        shards: how many were written or indexed.
-        images: rows of their indices.
-        skipped: what else was there, by reason.
-        finished_before: shards that had an index already and were left alone.
+        shards: number of shards that were written or indexed.
+        images: number of rows in their indices.
+        skipped: number of other files, by reason.
+        finished_before: number of shards that already had an index.
     """
 
     shards: int = 0
@@ -59,7 +59,7 @@ class ShardReport:
 
 
 def make_row(key: str, offset: int, content: bytes, header: ImageHeader) -> Row:
-    """What the bytes of an image say themselves; ``url`` and other columns are for the caller to add."""
+    """An index row with the columns that an image's bytes decide. The caller adds ``url`` and other columns."""
     return {
         "key": key,
         "offset": offset,
@@ -72,7 +72,7 @@ def make_row(key: str, offset: int, content: bytes, header: ImageHeader) -> Row:
 
 
 def write_rows(rows: Sequence[Row], file: IO[bytes]) -> None:
-    """Write an index; columns beyond :data:`COLUMNS` take the type of their values, absent ones are null."""
+    """Write an index. Columns that are not in :data:`COLUMNS` get the type of their values; missing values are null."""
     parquet = require("pyarrow.parquet", extra="data", purpose="the index of tar shards")
     arrow = require("pyarrow", extra="data", purpose="the index of tar shards")
     types = {name: arrow.type_for_alias(alias) for name, alias in COLUMNS.items()}
@@ -83,12 +83,12 @@ def write_rows(rows: Sequence[Row], file: IO[bytes]) -> None:
 
 @dataclass(frozen=True)
 class ShardImage:
-    """An image to be written.
+    """An image to write into a shard.
 
     Attributes:
-        key: its name: letters, digits, ``_`` and ``-``; unique in its shard.
-        content: the bytes of its file, which are stored as they are.
-        columns: what else the index says of it: ``url``, and any other column.
+        key: name of letters, digits, ``_`` and ``-``; unique in its shard.
+        content: bytes of the image file; they are stored unchanged.
+        columns: more columns of its index row: ``url`` and any other.
     """
 
     key: str
@@ -97,9 +97,12 @@ class ShardImage:
 
     def __post_init__(self) -> None:
         if not KEY.fullmatch(self.key):
-            raise ValueError(f"key must be made of letters, digits, '_' and '-', but is {self.key!r}")
+            raise ValueError(f"key: expected letters, digits, '_' and '-', got {self.key!r}")
         if reserved := COMPUTED & self.columns.keys():
-            raise ValueError(f"columns must not hold {', '.join(sorted(reserved))}: the bytes of the image say these")
+            raise ValueError(
+                f"columns: expected none of {', '.join(sorted(COMPUTED))}, which the image's bytes decide, got"
+                f" {', '.join(sorted(reserved))}"
+            )
 
 
 def write_shards(
@@ -108,21 +111,21 @@ def write_shards(
     """Write images to ``root/images/00000.tar``, ``00001.tar`` and so on, with their indices.
 
     Args:
-        images: taken one by one; one shard at a time is held in memory.
-        root: a folder without shards, which is made if need be, or a URL of fsspec.
-        shard_size: images a shard.
+        images: images to write; one shard at a time is held in memory.
+        root: a folder without shards, which is created if necessary, or a URL of fsspec.
+        shard_size: number of images in a shard.
 
     Returns:
-        How many were written, and what was skipped since it is no image.
+        Counts of written images, and of skipped files that are not images.
 
     Raises:
         ValueError: ``root`` holds shards already, or two images of a shard have the same key.
         ImportError: pyarrow or fsspec is missing (extra ``data``).
     """
     if shard_size < 1:
-        raise ValueError(f"shard_size must be positive, but is {shard_size}")
+        raise ValueError(f"shard_size: expected at least 1, got {shard_size}")
     if Storage(root).shards():
-        raise ValueError(f"root must be without shards, but {os.fspath(root)!r} holds some")
+        raise ValueError(f"root: expected a folder or URL without shards, got {os.fspath(root)!r}, which has some")
     report, remaining = ShardReport(), iter(images)
     for number in itertools.count():
         if not (shard := list(itertools.islice(remaining, shard_size))):
@@ -135,9 +138,9 @@ def write_shards(
 
 
 def write_shard(images: Iterable[ShardImage], root: str | os.PathLike[str], number: int) -> ShardReport:
-    """Write one shard, in place of an earlier one of that number if there is one; processes may write one each.
+    """Write one shard; it replaces an earlier shard of the same number. Several processes may write one shard each.
 
-    Tar and index are written under other names and then renamed, the index last: a shard with an index is complete.
+    Tar and index are written under other names and then renamed, the index last. So a shard with an index is complete.
     """
     storage, report = Storage(root), ShardReport(shards=1)
     rows: dict[str, Row] = {}
@@ -147,7 +150,7 @@ def write_shard(images: Iterable[ShardImage], root: str | os.PathLike[str], numb
     ):
         for image in images:
             if image.key in rows:
-                raise ValueError(f"keys of a shard must differ, but two of its images have {image.key!r}")
+                raise ValueError(f"key: expected a key of its own for each image of a shard, got {image.key!r} twice")
             try:
                 header = read_header(image.content, image.key)
             except UnreadableImageError:

@@ -1,1 +1,1 @@
-"""Models on the disk: names of weights, files of weights, and checkpoints of pretraining."""
+"""Models on disk: names of weights, files of weights, and checkpoints of pretraining."""

@@ -1,4 +1,4 @@
-"""Names of weights in facebook's, transformers' and timm's files, and the architecture that weights tell."""
+"""Names of weights in the files of facebook, transformers and timm, and the architecture that weights imply."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Tensors = dict[str, Tensor]
 Source = Literal["facebook", "transformers", "timm"]
 
 WRAPPERS = ("teacher", "model", "state_dict")
-"""Keys under which training programs store the weights."""
+"""Keys of the weights in files of training programs."""
 PREFIXES = ("teacher.backbone.", "backbone.", "dinov2_with_registers.", "dinov2.", "module.")
-"""Modules that hold the vision transformer; everything outside it, heads above all, is left out."""
+"""Prefixes of the vision transformer's weights. All other weights, such as heads, are left out."""
 PRETRAINING_HEADS = ("dino_head.", "ibot_head.")
 HEADS = ("head.", *PRETRAINING_HEADS, "linear_head.", "classifier.")
 CENTERS = ("dino_loss.center", "ibot_patch_loss.center")
-"""Moving averages of the teacher's logits on class tokens and on patches, which softmax centring subtracts."""
+"""Names of the centres: moving averages of the teacher's logits for class tokens and for patches."""
 
 Pairs = Sequence[tuple[str, str]]
-"""facebook's name, and what another library writes instead. One that begins with a dot is a part within a name, any
-other the beginning of one."""
+"""facebook's name -> the other library's name. A name that begins with a dot is an inner part of a full name; any other
+name is the beginning of a full name."""
 
 TRANSFORMERS: Pairs = (
     ("patch_embed.proj.", "embeddings.patch_embeddings.projection."),
@@ -44,22 +44,22 @@ TRANSFORMERS: Pairs = (
     ("norm.", "layernorm."),
 )
 QKV = tuple(f".attention.attention.{part}." for part in ("query", "key", "value"))
-"""transformers' parts of what is ``.attn.qkv.`` at facebook, in this order."""
+"""transformers' three parts of facebook's ``.attn.qkv.``, in this order."""
 TIMM: Pairs = (("register_tokens", "reg_token"),)
 TIMM_GATED: Pairs = ((".mlp.w12.", ".mlp.fc1."), (".mlp.w3.", ".mlp.fc2."))
-"""timm calls these layers fc1 and fc2 whether or not they are gated."""
+"""timm's names fc1 and fc2 are the same for gated and other layers."""
 HEAD_WIDTH = 64
-"""Width of an attention head in every published model."""
+"""Width of an attention head in all published models."""
 
 
 def to_facebook_names(content: Any) -> tuple[Tensors, Source]:
-    """The weights of a vision transformer with facebook's names, and whose names they had.
+    """Rename the weights of a vision transformer to facebook's names; also returns the source of the old names.
 
     Args:
-        content: what a file of weights holds: tensors by name, perhaps inside a training checkpoint.
+        content: content of a file of weights: tensors by name, perhaps inside a training checkpoint.
 
     Raises:
-        ValueError: the names are of no known model.
+        ValueError: the names do not belong to a known model.
     """
     tensors = _backbone(_unwrap(content))
     if "embeddings.cls_token" in tensors:
@@ -73,10 +73,10 @@ def to_facebook_names(content: Any) -> tuple[Tensors, Source]:
 
 
 def heads_and_centers(content: Any) -> tuple[Tensors, Tensors]:
-    """The heads (``dino_head.mlp.0.weight``, ...) and the centres of a training checkpoint, those of the teacher.
+    """The teacher's heads (``dino_head.mlp.0.weight``, ...) and its centres, from a training checkpoint.
 
     Args:
-        content: what a file of weights holds. Files without heads are common: both results are then empty.
+        content: content of a file of weights. Many files have no heads; then both results are empty.
     """
     teacher = {name.removeprefix("module.").removeprefix("teacher."): x for name, x in _unwrap(content).items()}
     heads = {name: tensor for name, tensor in teacher.items() if name.startswith(PRETRAINING_HEADS)}
@@ -104,7 +104,7 @@ def _rename(tensors: Tensors, new_name: Callable[[str], str]) -> Tensors:
 
 
 def _without_chunk(name: str) -> str:
-    """Block names of models built with ``block_chunks`` carry the chunk before the block's number."""
+    """Remove the chunk before the block's number, which models built with ``block_chunks`` have in their names."""
     return re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)
 
 
@@ -119,9 +119,9 @@ def _from_transformers(tensors: Tensors) -> Tensors:
 
 
 def to_transformers_names(tensors: Tensors, vit: ViTConfig) -> Tensors:
-    """Weights with facebook's names under those of transformers' Dinov2.
+    """Rename weights from facebook's names to those of transformers' Dinov2.
 
-    Queries, keys and values are apart there. LayerScale has to be there: it is 1 where the model has none.
+    Queries, keys and values become separate tensors. transformers needs LayerScale, so it is 1 if the model has none.
     """
     renamed: Tensors = {}
     for name, tensor in tensors.items():
@@ -135,7 +135,7 @@ def to_transformers_names(tensors: Tensors, vit: ViTConfig) -> Tensors:
 
 
 def _replaced(name: str, pairs: Pairs) -> str:
-    """A name with the first of each pair replaced by the second."""
+    """Replace the first name of each pair by the second."""
     for before, after in pairs:
         if before.startswith("."):
             name = name.replace(before, after)
@@ -164,28 +164,28 @@ def _is_gated(tensors: Tensors) -> bool:
 
 
 def _with_mask_token(tensors: Tensors) -> Tensors:
-    """Models for inference come without a mask token: it starts at zero, as in a new model."""
+    """Add a mask token of zeros, as in a new model, to weights for inference, which have none."""
     return {"mask_token": torch.zeros_like(tensors["cls_token"][0]), **tensors}
 
 
 def config_of(tensors: Tensors, source: Source, *, num_heads: int | None = None) -> ViTConfig:
     """Configuration of a model from the shapes of its weights.
 
-    Position embeddings are interpolated as the library that wrote the weights does: shapes do not tell.
+    Shapes do not tell how position embeddings are interpolated, so this depends on the source of the weights.
 
     Args:
         tensors: weights with facebook's names.
-        source: whose names they had.
-        num_heads: heads of each attention layer; by default as many as make them 64 wide.
+        source: the library whose names the weights had.
+        num_heads: heads of each attention layer; by default, heads are 64 wide.
 
     Raises:
         KeyError: the weights lack a part of the model.
-        ValueError: they do not tell the number of heads.
+        ValueError: the width is not a multiple of 64, and no number of heads is given.
     """
     embed_dim, in_chans, patch_size, _ = tensors["patch_embed.proj.weight"].shape
     registers = tensors["register_tokens"].shape[1] if "register_tokens" in tensors else 0
     if num_heads is None and embed_dim % HEAD_WIDTH:
-        raise ValueError(f"a width of {embed_dim} does not tell the number of heads: config.json must")
+        raise ValueError(f"a width of {embed_dim} does not tell the number of heads; config.json must tell it")
     gated = "blocks.0.mlp.w3.weight" in tensors
     last_linear = "blocks.0.mlp.w3" if gated else "blocks.0.mlp.fc2"
     offset, antialias = _interpolation(source, registers)
@@ -209,16 +209,16 @@ def config_of(tensors: Tensors, source: Source, *, num_heads: int | None = None)
 
 
 def _mlp_ratio(embed_dim: int, hidden: int, gated: bool) -> float:
-    """A ratio that gives the feed-forward layer this width."""
+    """An mlp_ratio that gives the feed-forward layer this width."""
     if not gated:
         return hidden / embed_dim
     if swiglu_hidden_features(4 * embed_dim) == hidden:
         return 4.0
-    return (1.5 * hidden - 0.5) / embed_dim  # 1.5 undoes the two thirds; 0.5 keeps clear of the next multiple of 8
+    return (1.5 * hidden - 0.5) / embed_dim  # 1.5 undoes the two thirds; 0.5 avoids the next multiple of 8
 
 
 def _interpolation(source: Source, registers: int) -> tuple[float, bool]:
-    """Offset and antialiasing with which a library interpolates position embeddings."""
+    """The offset and antialiasing of position embeddings in a library."""
     if registers or source == "timm":
         return 0.0, True
     return (0.1, False) if source == "facebook" else (0.0, False)

@@ -1,12 +1,12 @@
-"""Checkpoints of pretraining on the disk, read without a process group::
+"""Checkpoints of pretraining on disk. They can be read without a process group::
 
     step_00001000/
-        __0_0.distcp, __1_0.distcp, ...  tensors, or parts of them, that process 0, 1, ... wrote
-        .metadata                        which tensors there are, and where each part of one lies
+        __0_0.distcp, __1_0.distcp, ...  tensors, or shards of them, written by process 0, 1, ...
+        .metadata                        names of the tensors, and the place of each shard
         manifest.json                    plain values; size and checksum of every other file
 
-The first two are those of :mod:`torch.distributed.checkpoint`, whose tools read them too. The manifest is written last,
-and only then does the directory get its name.
+:mod:`torch.distributed.checkpoint` writes the first two, and its tools can read them. The manifest is written last, and
+then the directory gets its final name.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 MANIFEST, METADATA = "manifest.json", ".metadata"
 LONE_STUDENT = "student"
-"""Name of a student that has no other: its tensors go without a name in front."""
+"""Name of the only student of a pretraining run. It is not a prefix of tensor names."""
 PARTS = ("student", "teacher", "objective", "optimizer")
-"""What the tensors of a checkpoint belong to."""
+"""The parts of a checkpoint to which its tensors belong."""
 CHUNK = 1 << 22  # bytes read at once for a checksum
 METADATA_TYPES = {
     "torch": {"Size"},
@@ -47,24 +47,24 @@ METADATA_TYPES = {
         "_MEM_FORMAT_ENCODING",
     },
 }
-"""All that PyTorch's pickled metadata of tensors consist of, beside data types; nothing else is ever unpickled."""
+"""The classes in PyTorch's pickled metadata of tensors, beside dtypes. Nothing else is ever unpickled."""
 
 
 def load_checkpoint(path: str | Path, parts: Collection[str] = PARTS) -> dict[str, Any]:
-    """Read a whole checkpoint, whatever number of processes wrote it, into plain tensors on the CPU.
+    """Read a whole checkpoint, written by any number of processes, into plain tensors on the CPU.
 
     Args:
         path: a directory such as ``checkpoints/step_00001000``.
-        parts: which of student, teacher, objective and optimizer to read.
+        parts: the parts to read, out of student, teacher, objective and optimizer.
 
     Returns:
         student and teacher: tensors by facebook's names, ``backbone.cls_token`` and so on; objective: its centres, if
         it has any; optimizer: AdamW's step, exp_avg and exp_avg_sq of each of the student's parameters by its name.
-        Beside them the values of the manifest: step (number of finished steps), num_images, scalars, loss_scale, and
+        The values of the manifest are there, too: step (number of finished steps), num_images, scalars, loss_scale, and
         vit (the configuration of each student's backbone, by its name).
 
     Raises:
-        ValueError: it is damaged, or is no checkpoint of pretraining.
+        ValueError: the checkpoint is damaged, or is not a checkpoint of pretraining.
     """
     checkpoint = RunCheckpoint(path)
     checkpoint.verify(checkpoint.files)
@@ -82,15 +82,15 @@ def load_checkpoint(path: str | Path, parts: Collection[str] = PARTS) -> dict[st
 
 
 class RunCheckpoint:
-    """A checkpoint on the disk.
+    """A checkpoint on disk.
 
     Attributes:
-        path: its directory.
+        path: directory of the checkpoint.
         values: plain values; see :func:`load_checkpoint`.
-        files: size in bytes and CRC-32 of each file, by its name.
+        files: size in bytes and CRC-32 of each file, by file name.
 
     Raises:
-        ValueError: there is no manifest, or files do not have the size that it tells.
+        ValueError: there is no manifest, or a file does not have the size in the manifest.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -109,10 +109,10 @@ class RunCheckpoint:
             raise self._unreadable(error) from error
 
     def verify(self, files: Iterable[str]) -> None:
-        """Make sure that the bytes of ``files`` are those that were written.
+        """Check the checksums of ``files``.
 
         Raises:
-            ValueError: they are not.
+            ValueError: a file has changed since it was written.
         """
         for name in files:
             if file_record(self.path / name) != self.files[name]:
@@ -120,7 +120,7 @@ class RunCheckpoint:
 
     @cached_property
     def metadata(self) -> Metadata:
-        """What PyTorch knows of the tensors. Call :meth:`verify` first."""
+        """PyTorch's metadata of the tensors. Call :meth:`verify` first."""
         try:
             with (self.path / METADATA).open("rb") as file:
                 metadata: Metadata = _MetadataUnpickler(file).load()
@@ -130,21 +130,22 @@ class RunCheckpoint:
 
     @property
     def tensors(self) -> dict[str, TensorStorageMetadata]:
-        """Shape and data type of every tensor by its full name, such as ``student.backbone.cls_token``."""
-        return cast(dict[str, TensorStorageMetadata], self.metadata.state_dict_metadata)  # others are never unpickled
+        """Shape and dtype of every tensor by its full name, such as ``student.backbone.cls_token``."""
+        return cast(dict[str, TensorStorageMetadata], self.metadata.state_dict_metadata)  # no others are unpickled
 
     def place(self, name: str) -> tuple[str, ...]:
-        """Where a tensor belongs: a part, a name in it and, for the optimiser, the name of the moment."""
+        """The place of a tensor: its part, its name there and, for the optimiser, the name of the moment."""
         place: tuple[str, ...] = self.metadata.planner_data[name]
         return place
 
     def read_into(self, targets: Mapping[str, Tensor]) -> None:
         """Overwrite tensors, given by their full names, with those of the checkpoint.
 
-        Of a DTensor this process reads its own part, in whatever way the checkpoint is split; the others need not call.
+        A process reads only its own shard of a DTensor; the checkpoint may be split in any way. The other processes
+        need not call this.
 
         Raises:
-            ValueError: one is missing or has another shape, or the files cannot be read.
+            ValueError: a tensor is missing or has another shape, or the files cannot be read.
         """
         for name, target in targets.items():
             if name not in self.tensors:
@@ -156,7 +157,7 @@ class RunCheckpoint:
         reader, planner = _Reader(self.path, self.metadata), DefaultLoadPlanner(flatten_state_dict=False)
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is what no_dist asks for
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")  # no_dist is meant to do that
                 load(dict(targets), storage_reader=reader, planner=planner, no_dist=True)
         except CheckpointException as error:
             raise self._unreadable(next(iter(error.failures.values()))[0]) from error
@@ -169,13 +170,13 @@ class RunCheckpoint:
 
 
 def manifest_text(values: dict[str, Any], files: dict[str, dict[str, int]]) -> str:
-    """The content of a manifest, which ends in a checksum of its own."""
+    """The text of a manifest, which ends with its own checksum."""
     content = {"values": values, "files": files}
     return json.dumps({**content, "crc32": zlib.crc32(json.dumps(content).encode())}, indent=1) + "\n"
 
 
 def file_record(path: Path) -> dict[str, int]:
-    """What the manifest says of a file: its size in bytes and its CRC-32, which strides through 2 GB a second."""
+    """A file's record in the manifest: its size in bytes and its CRC-32, computed at 2 GB per second."""
     crc = size = 0
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -184,7 +185,7 @@ def file_record(path: Path) -> dict[str, int]:
 
 
 class _Reader(FileSystemReader):
-    """Reads with metadata that were unpickled with care; PyTorch would run whatever code they name."""
+    """Reads with safely unpickled metadata. PyTorch would run any code that the metadata names."""
 
     def __init__(self, path: Path, metadata: Metadata) -> None:
         super().__init__(path)

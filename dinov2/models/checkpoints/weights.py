@@ -1,4 +1,4 @@
-"""Files of weights: reads those of facebook, transformers and timm, and writes what each of them reads."""
+"""Files of weights: reads and writes the formats of facebook, transformers and timm."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ Format = Literal["facebook", "transformers", "timm"]
 
 @dataclass(frozen=True)
 class Weights:
-    """A backbone and what was trained with it.
+    """A backbone, with its heads and centres if they are known.
 
     Attributes:
-        origin: where the weights are from, in words.
+        origin: origin of the weights, in words.
         vit: architecture of the backbone.
-        backbone: its tensors.
+        backbone: tensors of the backbone.
         heads: tensors of each head, ``dino_head`` and ``ibot_head``; empty if they are not known.
-        centers: ``dino_loss.center`` and ``ibot_patch_loss.center``, K numbers each in any shape; or none of them.
+        centers: ``dino_loss.center`` and ``ibot_patch_loss.center``, K numbers each in any shape; empty if not known.
     """
 
     origin: str
@@ -54,11 +54,11 @@ class Weights:
     centers: Tensors = field(default_factory=dict)
 
     def head_config(self, head: str) -> HeadConfig:
-        """What the head of this name is made of, from the shapes of its tensors."""
+        """Sizes of the head of this name, from the shapes of its tensors."""
         return head_config_of(self.heads[head])
 
     def network(self) -> nn.ModuleDict:
-        """Backbone and heads as modules, on the host, in float32."""
+        """Backbone and heads as float32 modules on the host."""
         with torch.device("meta"):
             modules: dict[str, nn.Module] = {"backbone": VisionTransformer(self.vit)}
             for name in self.heads:
@@ -75,10 +75,10 @@ class Weights:
     def backbone_for(self, vit: ViTConfig) -> Tensors:
         """The backbone's tensors with position embeddings for the image size of ``vit``.
 
-        They are resampled as the model they are from does it when it sees images of that size.
+        They are resampled in the mode of the model that the weights are from.
 
         Raises:
-            ValueError: ``vit`` is of another architecture; the message names each field and both values.
+            ValueError: ``vit`` has another architecture; the message names each field and both values.
         """
         check_architecture(self.vit, vit, self.origin)
         grid = (vit.grid_size, vit.grid_size)
@@ -92,12 +92,12 @@ class Weights:
 
 
 def head_of(config: HeadConfig, embed_dim: int) -> DINOHead:
-    """A new head on tokens of width ``embed_dim``."""
+    """A new head for tokens of width ``embed_dim``."""
     return DINOHead(embed_dim, config.out_dim, config.hidden_dim, config.bottleneck_dim, config.num_layers)
 
 
 def head_config_of(tensors: Mapping[str, torch.Tensor]) -> HeadConfig:
-    """What a head is made of, from the shapes of its tensors.
+    """Sizes of a head, from the shapes of its tensors.
 
     Raises:
         KeyError: a tensor is missing.
@@ -109,7 +109,7 @@ def head_config_of(tensors: Mapping[str, torch.Tensor]) -> HeadConfig:
 
 
 def split_heads(tensors: Tensors) -> dict[str, Tensors]:
-    """``dino_head.mlp.0.weight`` and so on, as one dictionary for each head."""
+    """Split tensors such as ``dino_head.mlp.0.weight`` into one dictionary for each head."""
     heads: dict[str, Tensors] = {}
     for name, tensor in tensors.items():
         head, _, rest = name.partition(".")
@@ -131,11 +131,11 @@ STRUCTURE = (
     "init_values",
     "num_register_tokens",
 )
-"""Fields on which the names and shapes of weights depend, or what they compute."""
+"""The fields that decide the names and shapes of weights, or how a model uses them."""
 
 
 def check_architecture(theirs: ViTConfig, ours: ViTConfig, origin: str) -> None:
-    """Raise ValueError, with what to set, if weights of the architecture ``theirs`` do not fit a model of ``ours``."""
+    """Raise ValueError if weights of architecture ``theirs`` do not fit a model of ``ours``; it says what to set."""
     differing = [name for name in STRUCTURE if not _agree(name, theirs, ours)]
     if differing:
         listed = ", ".join(f"{name} is {getattr(theirs, name)} there, not {getattr(ours, name)}" for name in differing)
@@ -144,7 +144,7 @@ def check_architecture(theirs: ViTConfig, ours: ViTConfig, origin: str) -> None:
 
 
 def _agree(name: str, theirs: ViTConfig, ours: ViTConfig) -> bool:
-    if name == "init_values":  # its value is only where training starts
+    if name == "init_values":  # its value matters only at the start of training
         return (theirs.init_values is None) == (ours.init_values is None)
     if name == "mlp_ratio" and (theirs.ffn, theirs.embed_dim) == (ours.ffn, ours.embed_dim):
         return theirs.ffn_width == ours.ffn_width
@@ -152,26 +152,26 @@ def _agree(name: str, theirs: ViTConfig, ours: ViTConfig) -> bool:
 
 
 def load_pretrained(path: str | os.PathLike[str], model: VisionTransformer | None = None) -> VisionTransformer:
-    """Load a vision transformer, or load its weights into one.
+    """Load a vision transformer, or load weights into an existing one.
 
-    Recognised by the names of their tensors: facebook's published weights and training checkpoints (whole or in
-    chunks of blocks; of ``teacher_checkpoint.pth`` the backbone), transformers' Dinov2 and Dinov2WithRegisters, timm's
-    ``vit_*_dinov2`` and what :func:`save_pretrained` wrote. Heads in the file are left out.
+    The names of the tensors decide the format: facebook's published weights and training checkpoints (whole or in
+    chunks of blocks, also ``teacher_checkpoint.pth``), transformers' Dinov2 and Dinov2WithRegisters, timm's
+    ``vit_*_dinov2``, and files of :func:`save_pretrained`. Heads in the file are left out.
 
     Args:
-        path: a file of weights, ``.safetensors`` or anything :func:`torch.load` reads; or a folder that holds
-            ``model.safetensors``, ``pytorch_model.bin`` or ``teacher_checkpoint.pth``, or is a checkpoint of
-            pretraining (``checkpoints/step_00001000``), of which the teacher is taken.
-        model: the model to load into; its position embeddings may be for another image size than the file's, which are
-            then resampled. By default a new one in float32 on the CPU, whose architecture is that of ``config.json``
-            beside the weights, or is told from the shapes of the weights, with attention heads 64 wide.
+        path: a file of weights, ``.safetensors`` or anything that :func:`torch.load` reads; or a folder that holds
+            ``model.safetensors``, ``pytorch_model.bin`` or ``teacher_checkpoint.pth``; or a checkpoint of pretraining
+            (``checkpoints/step_00001000``), from which the teacher is loaded.
+        model: the model to load into. The file's position embeddings are resampled to the model's image size. None
+            makes a new model in float32 on the CPU, with the architecture in ``config.json`` beside the weights.
+            Without this file, the shapes of the weights decide the architecture, with attention heads 64 wide.
 
     Returns:
         The model.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file cannot be read, holds no known model, or one that does not fit ``model``.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file cannot be read, holds no known model, or does not fit ``model``.
     """
     file = _find(Path(path))
     try:
@@ -190,13 +190,13 @@ def load_pretrained(path: str | os.PathLike[str], model: VisionTransformer | Non
 
 
 def read_weights(path: str | os.PathLike[str]) -> Weights:
-    """Read a file or folder as :func:`load_pretrained` does, heads and centres included.
+    """Read a file or folder like :func:`load_pretrained`, with heads and centres.
 
-    Heads are those of facebook's training checkpoints (the teacher's), or of ``heads.safetensors`` beside the file.
+    Heads come from ``heads.safetensors`` beside the file, or from the teacher in facebook's training checkpoints.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it cannot be read or holds no known model.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file cannot be read or holds no known model.
     """
     file = _find(Path(path))
     try:
@@ -215,7 +215,7 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
 
 
 def save_heads(weights: Weights, path: str | os.PathLike[str]) -> Path:
-    """Write ``heads.safetensors`` into a folder: heads and centres by facebook's names.
+    """Write ``heads.safetensors`` into a folder: heads and centres with facebook's names.
 
     Centres have facebook's shapes, ``dino_loss.center`` [1, K] and ``ibot_patch_loss.center`` [1, 1, K].
 
@@ -238,13 +238,13 @@ def save_heads(weights: Weights, path: str | os.PathLike[str]) -> Path:
 
 
 def save_pretrained(model: VisionTransformer, path: str | os.PathLike[str]) -> Path:
-    """Write ``model.safetensors`` (facebook's names, the mask token included) and ``config.json`` into a folder.
+    """Write ``model.safetensors`` (facebook's names, with the mask token) and ``config.json`` into a folder.
 
     Each file replaces an older one only when it is complete.
 
     Args:
         model: the model.
-        path: the folder; created if need be.
+        path: the folder; it is created if necessary.
 
     Returns:
         The folder.
@@ -276,13 +276,13 @@ def _read(file: Path) -> Any:
         if file.suffix == ".safetensors":
             return safetensors.torch.load_file(file)
         return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # each kind of broken file raises its own
+    except Exception as error:  # broken files raise errors of many types
         reason = str(error).partition("\n")[0]
         raise ValueError(f"cannot be read as a file of weights ({type(error).__name__}: {reason})") from error
 
 
 def _read_run_checkpoint(directory: Path) -> dict[str, Any]:
-    """The teacher, or the only student's moving average, and its configuration ``vit``."""
+    """The teacher (in a distillation, the only student's moving average) and its configuration ``vit``."""
     content = load_checkpoint(directory, parts=["teacher"])
     if len(content["vit"]) > 1:
         raise ValueError(f"it holds the students {', '.join(content['vit'])}: write one to a file with dinov2 export")
@@ -291,7 +291,10 @@ def _read_run_checkpoint(directory: Path) -> dict[str, Any]:
 
 
 def _config(file: Path, content: Any, tensors: Tensors, source: Source) -> ViTConfig:
-    """The configuration in our checkpoint or config.json, else that of the weights, with heads from another's."""
+    """The configuration in our checkpoint or config.json, or else from the shapes of the weights.
+
+    Another library's config.json gives only the number of attention heads.
+    """
     if file.is_dir():
         return ViTConfig(**content["vit"])
     beside = file.with_name(CONFIG)
@@ -301,7 +304,7 @@ def _config(file: Path, content: Any, tensors: Tensors, source: Source) -> ViTCo
         fields = json.loads(beside.read_text())
         if fields.pop("model_type", None) == MODEL_TYPE:
             return from_json(ViTConfig, fields)
-        if "architecture" in fields:  # a folder of timm, which may hold facebook's names
+        if "architecture" in fields:  # timm's folders may hold facebook's names
             source = "timm"
         num_heads = fields.get("num_attention_heads") or fields.get("model_args", {}).get("num_heads")
     except (ValueError, TypeError, AttributeError) as error:
@@ -332,20 +335,20 @@ def _load(model: VisionTransformer, tensors: Tensors) -> None:
 
 
 def write_tensors(tensors: Tensors, file: Path) -> None:
-    """Write a safetensors file, which replaces an older one only when it is complete."""
+    """Write a safetensors file. It replaces an older file only when it is complete."""
     on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(file) as partial:
         safetensors.torch.save_file(on_host, partial, metadata={"format": "pt"})
 
 
 def write_facebook(weights: Weights, folder: Path) -> None:
-    """Our own form: facebook's names, and the fields of :class:`~dinov2.models.ViTConfig`."""
+    """Write our own format: facebook's names, and the fields of :class:`~dinov2.models.ViTConfig`."""
     backbone: Any = weights.network()["backbone"]
     save_pretrained(backbone, folder)
 
 
 def write_transformers(weights: Weights, folder: Path) -> None:
-    """For ``AutoModel.from_pretrained(folder)``: ``Dinov2Model`` or, with registers, ``Dinov2WithRegistersModel``.
+    """Write ``Dinov2Model``, or ``Dinov2WithRegistersModel`` with registers, for ``AutoModel.from_pretrained``.
 
     Raises:
         ValueError: transformers has no such model.
@@ -375,7 +378,7 @@ def write_transformers(weights: Weights, folder: Path) -> None:
 
 
 def write_timm(weights: Weights, folder: Path) -> None:
-    """For ``timm.create_model("local-dir:FOLDER")``, which converts facebook's names itself.
+    """Write for ``timm.create_model("local-dir:FOLDER")``, which converts facebook's names itself.
 
     Raises:
         ValueError: timm has no such model.
@@ -389,7 +392,7 @@ def write_timm(weights: Weights, folder: Path) -> None:
         "embed_dim": vit.embed_dim,
         "depth": vit.depth,
         "num_heads": vit.num_heads,
-        # timm rounds the product with the width down; its gated layer counts both halves.
+        # timm multiplies this by the width and rounds down; its gated layers count both halves.
         "mlp_ratio": ((2 if vit.ffn == "swiglu" else 1) * vit.ffn_width + 0.5) / vit.embed_dim,
         "qkv_bias": vit.qkv_bias,
         "proj_bias": vit.proj_bias,
