@@ -158,9 +158,14 @@ class RunConfig(Config):
         """Rules between fields of different parts."""
         is_kept = self.keep_every is None or self.keep_every % self.checkpoint_every == 0
         yield "keep_every", is_kept, f"None or a multiple of checkpoint_every = {self.checkpoint_every}"
-        # fp32 has no narrower dtype, and sums over the blocks can overflow float16.
         has_narrow_tokens = self.residual_in_fp32 or self.precision in ("auto", "bf16")
-        yield "residual_in_fp32", has_narrow_tokens, f"True with precision {self.precision}"
+        yield (
+            "residual_in_fp32",
+            has_narrow_tokens,
+            (
+                f"True with precision {self.precision}, because only bfloat16 is narrower and holds the sums over the blocks"
+            ),
+        )
         profiled = max(0, self.steps - STEPS_BEFORE_PROFILE)
         yield "profile_steps", self.profile_steps <= profiled, f"{profiled} at most, those after the first five"
         is_split = self.batch_size % self.accumulation_steps == 0
