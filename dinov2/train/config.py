@@ -162,9 +162,7 @@ class RunConfig(Config):
         yield (
             "residual_in_fp32",
             has_narrow_tokens,
-            (
-                f"True with precision {self.precision}, because only bfloat16 is narrower and holds the sums over the blocks"
-            ),
+            (f"True with precision {self.precision}, because only bfloat16 is narrower and holds the sums"),
         )
         profiled = max(0, self.steps - STEPS_BEFORE_PROFILE)
         yield "profile_steps", self.profile_steps <= profiled, f"{profiled} at most, those after the first five"
