@@ -115,8 +115,8 @@ def readable(report: str) -> str:
 def compile_triton(operator: str, target: int, every: int | None = None) -> list[Usage]:
     """Compile what the operator's ``launches()`` launch, in a process without Triton's interpreter.
 
-    Of each kernel one launch in ``every``, the first one among them. By default all launches for the newest target, and
-    one in three for the others, where little fails that does not fail there.
+    One launch in ``every`` of each kernel is compiled, and always the first one. By default, these are all launches for
+    the newest target and one in three for the others, where little fails that does not fail on the newest.
     """
     every = every or (1 if target == TRITON_TARGETS[-1] else 3)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -159,31 +159,20 @@ class RunConfig(Config):
         is_kept = self.keep_every is None or self.keep_every % self.checkpoint_every == 0
         yield "keep_every", is_kept, f"None or a multiple of checkpoint_every = {self.checkpoint_every}"
         has_narrow_tokens = self.residual_in_fp32 or self.precision in ("auto", "bf16")
-        yield (
-            "residual_in_fp32",
-            has_narrow_tokens,
-            (f"True with precision {self.precision}, because only bfloat16 is narrower and holds the sums"),
-        )
+        expected = f"True with precision {self.precision}, because only bfloat16 is narrower and holds the sums"
+        yield "residual_in_fp32", has_narrow_tokens, expected
         profiled = max(0, self.steps - STEPS_BEFORE_PROFILE)
         yield "profile_steps", self.profile_steps <= profiled, f"{profiled} at most, those after the first five"
         is_split = self.batch_size % self.accumulation_steps == 0
         yield "batch_size", is_split, f"a multiple of accumulation_steps = {self.accumulation_steps}"
         spreads = self.objective.koleo_weight == 0 or self.micro_batch_size > 1
-        yield (
-            "objective.koleo_weight",
-            spreads,
-            (
-                f"0 for a micro-batch of 1 image, because KoLeo compares the images of batch_size {self.batch_size} /"
-                f" accumulation_steps {self.accumulation_steps}"
-            ),
-        )
+        sizes = f"batch_size {self.batch_size} / accumulation_steps {self.accumulation_steps}"
+        expected = f"0 for a micro-batch of 1 image, because KoLeo compares the images of {sizes}"
+        yield "objective.koleo_weight", spreads, expected
         channels = self.data.augmentation.channels
         for name, vit in self.networks.items():
-            yield (
-                f"{name}.in_chans",
-                vit.in_chans == channels,
-                (f"{channels}, the channels of the images by data.augmentation.mean"),
-            )
+            expected = f"{channels}, the channels of the images by data.augmentation.mean"
+            yield f"{name}.in_chans", vit.in_chans == channels, expected
         if self.cuda_graph:
             yield from self._rules_of_graphs()
 

@@ -119,7 +119,7 @@ def test_resampling_spreads_over_what_is_sparse() -> None:
 
 @pytest.mark.parametrize("k", [1, 2, 7])
 def test_first_centroids_are_spread(k: int) -> None:
-    """Of seven far heaps each gets one before any gets two."""
+    """Each of seven far heaps gets one centroid before any gets two."""
     rng = np.random.default_rng(k)
     heap = rng.permutation(np.repeat(np.arange(7), 20))
     x = (100 * np.eye(7)[heap] + rng.standard_normal((140, 7))).astype(np.float32)

@@ -83,7 +83,7 @@ def output(model: nn.Module, *args: object) -> Tensor:
 
 
 def gradients(model: nn.Module, *args: object) -> dict[str, Tensor]:
-    """Of every parameter, for a loss that weighs the outputs differently."""
+    """Gradients of every parameter, for a loss that weighs the outputs differently."""
     model.zero_grad()
     y = output(model, *args)
     weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)

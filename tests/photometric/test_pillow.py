@@ -42,7 +42,7 @@ def by_definition(image: npt.NDArray[np.uint8], plan: ImagePlan) -> Levels:
 
 
 def differences(images: list[npt.NDArray[np.uint8]], plan: ImagePlan) -> list[Levels]:
-    """Of each image, between the definition and Pillow."""
+    """Differences of each image between the definition and Pillow."""
     return [np.abs(pillow.recolour(image, plan) - by_definition(image, plan)) for image in images]
 
 

@@ -89,7 +89,7 @@ def test_values_of_sums_over_many_columns() -> None:
     "case", [Case(200, 150, 1000, J=2), Case(3, 3, 70001, J=0), Case(5000, 5000, 40, J=0)], ids=str
 )
 def test_bits_are_the_same_for_every_number_of_threads(case: Case, dtype: torch.dtype) -> None:
-    """Of the kernels; a whole loss is as deterministic as torch.mm."""
+    """The kernels are deterministic; a whole loss is as deterministic as torch.mm."""
     arguments = chunk_arguments(case, dtype)
     threads, results = torch.get_num_threads(), []
     try:

@@ -56,7 +56,7 @@ def test_recomputed_activations_are_the_same(config: PretrainConfig, what: str, 
 
 @pytest.mark.parametrize(("what", "attentions", "norms"), [("none", 0, 0), ("selective", 0, 1), ("full", 1, 1)])
 def test_what_runs_twice(config: PretrainConfig, what: str, attentions: int, norms: int) -> None:
-    """Of each block: nothing, all but products and attention, or everything."""
+    """Each block recomputes nothing, all but products and attention, or everything."""
     trainer = Trainer(dataclasses.replace(config, activation_checkpointing=what))
     stream = batches(open_dataset(config.data), config.data, batch_size=4, patch_size=config.vit.patch_size, seed=1)
     depth = config.vit.depth

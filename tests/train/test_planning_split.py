@@ -73,7 +73,7 @@ def run(sharding: str, passes: int) -> PretrainConfig:
 
 
 def peak_of_fsdp(sharding: str, passes: int) -> float:
-    """Of one process, in the second step."""
+    """Memory of one process, in the second step."""
     import torch.distributed._tools.fake_collectives  # PyTorch 2.10 cannot gather fake tensors without it
     from torch.testing._internal.distributed.fake_pg import FakeStore
 

@@ -117,7 +117,7 @@ def test_training_of_several_processes_is_the_same(config: PretrainConfig, group
 
 
 def test_distillation_is_the_same(config: PretrainConfig) -> None:
-    """Of two students, from a frozen teacher; then from other weights."""
+    """Two students learn from a frozen teacher, first with random weights, then from other weights."""
     teacher = pretrain(replace(config, steps=1, vit=replace(config.vit, embed_dim=48)))
     published = distillation(teacher, ["vit_small"])
     students = {

@@ -24,7 +24,7 @@ FLOAT = 4
 """Bytes of float32."""
 
 PROCESSES_OF_A_MACHINE = 8
-"""Of a machine with GPUs, where nobody says otherwise."""
+"""A machine with GPUs runs this many, unless the configuration says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def shards(config: PretrainConfig, world_size: int) -> int:
 
 
 def _statistics(config: PretrainConfig, rows: Rows, world_size: int) -> float:
-    """Of one pass: Sinkhorn-Knopp's vectors over the prototypes, or mean features; class tokens for KoLeo."""
+    """Bytes of one pass: Sinkhorn-Knopp's vectors over the prototypes, or mean features; class tokens for KoLeo."""
     heads = [config.dino_head, config.ibot_head or config.dino_head]
     if config.objective.centering == "sinkhorn_knopp":
         vectors = config.objective.sinkhorn_iterations * sum(head.out_dim for head in heads)
