@@ -135,5 +135,5 @@ def test_a_resumed_run_keeps_the_precision_it_was_started_with(config: PretrainC
 
 def test_a_loss_scale_below_1_ends_the_run(half: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.amp.GradScaler, "get_scale", lambda scaler: 0.5)
-    with pytest.raises(NonFiniteError, match=r"overflow float16 even at a loss scale of 0\.5, .* no checkpoint was"):
+    with pytest.raises(NonFiniteError, match=r"overflow float16 even at a loss scale of 0\.5; .* no checkpoint was"):
         pretrain(half)
