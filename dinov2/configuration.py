@@ -1,4 +1,4 @@
-"""What all configurations share: bounds of fields, one wording of errors, JSON, and files that are replaced as a whole.
+"""Configurations share this module: bounds of fields, one form of errors, JSON, and atomic replacement of files.
 
 A configuration is a frozen dataclass that derives from :class:`Config`. The bounds of a field stand in its type, and
 what several fields must agree on in :meth:`Config.rules`. An error names the field by its full dotted path, which is
@@ -34,7 +34,7 @@ Rules = Iterator[tuple[str, bool, str] | tuple[str, bool, str, object]]
 
 @dataclass(frozen=True)
 class Bound:
-    """What is expected of a field, in words and as a test."""
+    """A bound says what a field must be, in words and as a test."""
 
     expected: str
     holds: Callable[[Any], bool]
@@ -73,7 +73,7 @@ KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {
     str: ("text", lambda value: isinstance(value, str)),
     tuple: ("a tuple", lambda value: isinstance(value, tuple)),
 }
-"""What values of plain types are called, and how they are known."""
+"""Each plain type has a name for people and a test."""
 
 _is_assembled: ContextVar[bool] = ContextVar("_is_assembled", default=False)
 
@@ -96,7 +96,7 @@ class Config:
             check(self, self._at)
 
     def rules(self) -> Rules:
-        """What the values of several fields must agree on. Each field by itself is within its bounds already."""
+        """Yield the rules between fields. Each field by itself is within its bounds already."""
         return iter(())
 
 
@@ -125,7 +125,7 @@ def check(config: Config, path: str = "") -> None:
 
 
 def assembled(build: Callable[[], Value]) -> Value:
-    """What ``build`` makes, configurations within it unchecked: check the whole, so that errors name full paths."""
+    """Call ``build`` without checks of the configurations that it makes. Check the whole after it."""
     token = _is_assembled.set(True)
     try:
         return build()
@@ -201,7 +201,7 @@ def _choices(hint: Any) -> tuple[Any, ...]:
 
 
 def _unmet(hint: Any, value: Any) -> str | None:
-    """What is expected of a value of this type, if the value is something else."""
+    """Say what this type expects, or None if the value meets it."""
     unmet = [_unmet_by_one(choice, value) for choice in _choices(hint)]
     return None if None in unmet else " or ".join(text for text in unmet if text)
 

@@ -27,7 +27,7 @@ NO_FEATURES = "no features to compare"
 
 @dataclass(frozen=True, kw_only=True)
 class DedupConfig(Config, at="dedup"):
-    """What counts as a copy of what. Thresholds are cosines; images are linked if their cosine is larger."""
+    """These settings decide which images are copies. Two images are linked if their cosine exceeds a threshold."""
 
     neighbours: Count = 64
     """An image is linked to at most this many nearest neighbours."""

@@ -52,7 +52,7 @@ TIMEOUT, NO_CONNECTION, TRUNCATED, BLOCKED = "timeout", "no connection", "trunca
 
 @dataclass(frozen=True)
 class DownloadConfig(Config, at="download"):
-    """What the download stage fetches, and how politely. Limits on a host hold within a task; all links of a host are
+    """The download stage fetches links politely. Limits on a host hold within a task; all links of a host are
     in one task if they fit."""
 
     agent: str = "dinov2-curate"
@@ -97,7 +97,7 @@ class DownloadConfig(Config, at="download"):
     """Fetch from this machine and private networks too. Tests and crawls of an own network need it."""
 
     def rules(self) -> Rules:
-        """What we send to servers fits into a header."""
+        """Agent and contact must fit into a header."""
         is_name = bool(self.agent) and self.agent.isascii() and "\n" not in self.agent
         yield "agent", is_name, "a name in ASCII"
         yield "contact", "\n" not in self.contact, "one line"
