@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,10 +14,9 @@ from dinov2.curate.components import Components, Labels
 from dinov2.curate.pool import Pool, read_table, write_decisions
 from dinov2.curate.search import Layout, Neighbours, SearchConfig, exact_cosines, pair_cosines, search
 from dinov2.curate.search.vectors import CHUNK, PoolVectors, Positions, Vectors, read_layout
-from dinov2.curate.steps import Counts, Output, Step, Steps, Task
+from dinov2.curate.steps import Counts, Output, Step, Steps, Task, check_names
 from dinov2_kernels._extras import require
 
-NAME = re.compile(r"[\w-]+", re.ASCII)
 PART = 50_000  # members whose vectors are compared by one task
 DUPLICATE = "duplicate"
 NEAR_REFERENCE = "near an evaluation image"
@@ -67,9 +65,7 @@ def dedup(pool: Pool, references: Mapping[str, Pool], config: DedupConfig, outpu
     Raises:
         ValueError: a pool has no features, or a name is not made of letters, digits, ``_`` and ``-``.
     """
-    for name in references:
-        if not NAME.fullmatch(name):
-            raise ValueError(f"references: expected names of letters, digits, '_' and '-', got {name!r}")
+    check_names("references", references)
     threshold = min(config.threshold, config.reference_reach) if references else config.threshold
     neighbours = yield from search(
         pool, pool, config.search, output, stage="dedup", k=config.neighbours, threshold=threshold

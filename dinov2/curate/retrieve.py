@@ -15,10 +15,9 @@ from dinov2.curate.lloyd import nearest_centroids
 from dinov2.curate.pool import Pool, read_array, read_table, write_decisions
 from dinov2.curate.search import Neighbours, SearchConfig, search
 from dinov2.curate.search.vectors import PoolVectors, layout_of, read_layout
-from dinov2.curate.steps import Counts, Output, Step, Steps, Task
+from dinov2.curate.steps import Counts, Output, Step, Steps, Task, check_names
 from dinov2_kernels._extras import require
 
-NAME = re.compile(r"[\w-]+", re.ASCII)
 OWN_NUMBER = re.compile(r".+=0*[1-9][0-9]*", re.ASCII)
 NOT_CHOSEN = "not retrieved"
 
@@ -81,9 +80,7 @@ def retrieve(pool: Pool, seeds: Mapping[str, Pool], config: RetrieveConfig, outp
         ValueError: the method needs seeds and there are none; a pool has no features; or a name has characters other
             than letters, digits, ``_`` and ``-``.
     """
-    for name in seeds:
-        if not NAME.fullmatch(name):
-            raise ValueError(f"seeds: expected names of letters, digits, '_' and '-', got {name!r}")
+    check_names("seeds", seeds)
     if not seeds and config.method in ("sample", "cluster"):
         raise ValueError(f"seeds: expected at least one set for retrieve.method {config.method}, got none")
     if not seeds and config.method == "auto":

@@ -18,7 +18,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import IO, Any, NamedTuple, TypeVar
@@ -37,6 +38,8 @@ PARTIAL = ".partial"
 
 ABOUT = "about"
 """Folder within a step's folder, for people and reports: it explains the name and holds times, but no results."""
+
+NAME = re.compile(r"[\w-]+", re.ASCII)
 
 Result = TypeVar("Result")
 Steps = Generator["Step", None, Result]
@@ -194,6 +197,13 @@ def run_task(folder: str, task: Task) -> None:
     output = Output(folder, task.shard)
     output.clear()
     output.finish(task.function(output, *task.arguments))
+
+
+def check_names(argument: str, names: Iterable[str]) -> None:
+    """Raise a ValueError unless the names can be parts of the names of steps, and so of folders."""
+    for name in names:
+        if not NAME.fullmatch(name):
+            raise ValueError(f"{argument}: expected names of letters, digits, '_' and '-', got {name!r}")
 
 
 def digest(value: Any) -> str:
