@@ -44,9 +44,9 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _are_ordered(values: Any, least: float, most: float, *, above: bool) -> bool:
+def _are_ordered(values: Any, most: float = float("inf")) -> bool:
     low, high = values
-    return bool((least < low if above else least <= low) and low <= high <= most)
+    return bool(0 <= low <= high <= most)
 
 
 Count = Annotated[int, Bound("at least 1", lambda value: _is_whole(value) and value >= 1)]
@@ -59,11 +59,14 @@ Rate = Annotated[float, Bound("a number in [0, 1)", lambda value: 0 <= value < 1
 Cosine = Annotated[float, Bound("a cosine, from -1 to 1", lambda value: -1 <= value <= 1)]
 Range = Annotated[
     tuple[float, float],
-    Bound("(low, high) with 0 < low <= high", lambda value: _are_ordered(value, 0, float("inf"), above=True)),
+    Bound("(low, high) with 0 < low <= high", lambda value: _are_ordered(value) and value[0] > 0),
 ]
 PartRange = Annotated[
     tuple[float, float],
-    Bound("(low, high) with 0 < low <= high <= 1", lambda value: _are_ordered(value, 0, 1, above=True)),
+    Bound("(low, high) with 0 < low <= high <= 1", lambda value: _are_ordered(value, 1) and value[0] > 0),
+]
+ShareRange = Annotated[
+    tuple[float, float], Bound("(low, high) with 0 <= low <= high <= 1", lambda value: _are_ordered(value, 1))
 ]
 
 KINDS: dict[type, tuple[str, Callable[[Any], bool]]] = {

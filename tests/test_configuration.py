@@ -25,6 +25,7 @@ from dinov2.configuration import (
     Rate,
     Rules,
     Share,
+    ShareRange,
     assembled,
     check,
     from_json,
@@ -47,6 +48,7 @@ class Inner(Config, at="outer.inner"):
     cosine: Cosine = -1.0
     span: Range = (0.1, 2.0)
     part: PartRange = (0.1, 1.0)
+    shares: ShareRange = (0.0, 1.0)
     maybe: Count | None = None
     kind: Literal["a", "b"] = "a"
     text: str = ""
@@ -91,6 +93,11 @@ class Outer(Config):
         ("span", 3, "(low, high) with 0 < low <= high, got 3"),
         ("span", (2.0, 1.0), "(low, high) with 0 < low <= high, got (2.0, 1.0)"),
         ("part", (0.5, 1.5), "(low, high) with 0 < low <= high <= 1, got (0.5, 1.5)"),
+        ("span", (), "(low, high) with 0 < low <= high, got ()"),
+        ("part", (0.0, 1.0), "(low, high) with 0 < low <= high <= 1, got (0.0, 1.0)"),
+        ("shares", (-0.1, 0.5), "(low, high) with 0 <= low <= high <= 1, got (-0.1, 0.5)"),
+        ("shares", (0.5, 1.5), "(low, high) with 0 <= low <= high <= 1, got (0.5, 1.5)"),
+        ("shares", 3, "(low, high) with 0 <= low <= high <= 1, got 3"),
         ("maybe", 0, "at least 1 or None, got 0"),
         ("kind", "c", "one of a, b, got 'c'"),
         ("text", 3, "text, got 3"),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dinov2.configuration import Config, Count, Positive, Range, Rules, Share
+from dinov2.configuration import Config, Count, Positive, Range, Rules, Share, ShareRange
 from dinov2.data import masking_reference
 from dinov2.data.randomness import Stream, derived_generator
 
@@ -28,7 +28,7 @@ class MaskConfig(Config, at="data.masks"):
 
     probability: Share = 0.5
     """This share of the global crops of a batch is masked at all."""
-    ratio: tuple[float, float] = (0.1, 0.5)
+    ratio: ShareRange = (0.1, 0.5)
     """A masked crop has a share of its patches masked between these; the crops of a batch spread evenly over them."""
     min_patches: Count = 4
     """A block covers at least this many patches, before it is clipped to what is left to mask."""
@@ -41,9 +41,7 @@ class MaskConfig(Config, at="data.masks"):
     the middle of its share of ratio; where blocks do not reach it, single patches do."""
 
     def rules(self) -> Rules:
-        """Shares are at most 1; ratio may start at 0."""
-        low, high = self.ratio
-        yield "ratio", 0 <= low <= high <= 1, "(low, high) with 0 <= low <= high <= 1"
+        """A block is no larger than the grid."""
         yield "max_block_share", self.max_block_share <= 1, "a number in (0, 1]"
 
 
