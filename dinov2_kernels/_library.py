@@ -15,7 +15,8 @@ CUDA C++ (``csrc/<op>/cuda.cu``) registers the same schema in the namespace ``di
 benchmarks call it through ``use_backend("native")``. It becomes an operator's implementation for CUDA when a committed
 benchmark shows that it is the fastest.
 
-This file also has what several ``op.py`` files share: dtypes, autocast, autograd and process groups.
+This file also has what several ``op.py`` files share: dtypes, autocast and process groups; derivatives are in
+``_autograd.py``.
 """
 
 from __future__ import annotations
@@ -149,21 +150,6 @@ def autocast_disabled(device_type: str) -> AbstractContextManager[object]:
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
-
-
-def needs_gradient(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd must record a call. If not, the operator is called directly, which is cheaper."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
-def differentiably(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """``function.apply(*args)``, without its work for functorch if no functorch transform is active.
-
-    This saves a third of its cost, about 1.5 us; a kernel for 50 tokens takes 5 us.
-    """
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 def place_in(group: dist.ProcessGroup | None) -> tuple[int, int]:

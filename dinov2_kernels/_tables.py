@@ -28,12 +28,14 @@ class TableCache(Generic[P, Table]):
         update_wrapper(self, make)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Table:
-        """The table for these arguments; a new one under FakeTensorMode, because a fake tensor must not be cached.
+        """The table for these arguments; a new one under FakeTensorMode and under the transforms of ``torch.func``.
+
+        Their tensors are not plain ones, and must not be cached.
 
         Raises:
             RuntimeError: the table does not exist yet, and a CUDA graph is being captured.
         """
-        if is_faking():
+        if is_faking() or torch._C._are_functorch_transforms_active():
             return self._make(*args, **kwargs)
         table: Table = self._cached(*args, **kwargs)  # type: ignore[arg-type]
         if is_capturing():

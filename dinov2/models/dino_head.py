@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dinov2.configuration import Config, Count
 from dinov2.models.vision_transformer import init_linear
 from dinov2_kernels import prototype_cross_entropy
+from dinov2_kernels._autograd import KernelFunction, differentiably, in_pytorch, is_beyond_kernels
 from dinov2_kernels._library import autocast_dtype
 from dinov2_kernels.prototype_cross_entropy.reference import prototypes_backward, prototypes_of
 
@@ -109,9 +110,7 @@ class WeightNormLinear(nn.Module):
 
     def weight(self) -> Tensor:
         """The weight g * v / |v| [out, in]; under autocast, it has autocast's dtype."""
-        weight: Tensor = _WeightNorm.apply(  # type: ignore[no-untyped-call]
-            self.weight_v, self.weight_g, autocast_dtype(self.weight_v)
-        )
+        weight: Tensor = differentiably(_WeightNorm, self.weight_v, self.weight_g, autocast_dtype(self.weight_v))
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -129,8 +128,10 @@ class WeightNormLinear(nn.Module):
         return prototype_cross_entropy(x, self.weight_v, teacher_logits, weight_gain=self.weight_g, **options)
 
 
-class _WeightNorm(torch.autograd.Function):
+class _WeightNorm(KernelFunction):
     """Weight normalisation that stores only its arguments. Autograd would also store v / |v|."""
+
+    definition = staticmethod(prototypes_of)
 
     @staticmethod
     def forward(v: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
@@ -145,6 +146,8 @@ class _WeightNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         v, g = ctx.saved_tensors
+        if is_beyond_kernels():
+            return *in_pytorch(prototypes_backward, grad, v, g), None
         dv, dg = torch.empty_like(v), torch.empty_like(g)
         for start in range(0, len(v), ROWS):
             rows = slice(start, start + ROWS)

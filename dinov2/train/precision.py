@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from dinov2.models import VisionTransformer
 from dinov2.train.config import Precision, RunConfig
-from dinov2_kernels._library import differentiably, needs_gradient
+from dinov2_kernels._autograd import KernelFunction, differentiably, needs_gradient
 
 Config = TypeVar("Config", bound=RunConfig)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -193,7 +193,7 @@ class WeightCopies:
                     place.put(weight)
 
 
-class _StandIn(torch.autograd.Function):
+class _StandIn(KernelFunction):
     """Returns the copies, and passes their gradients on to the weights. Arguments: the copies, then the weights."""
 
     @staticmethod

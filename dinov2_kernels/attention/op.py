@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2_kernels._library import accumulation_dtype, autocast_dtype, define, differentiably, needs_gradient
+from dinov2_kernels._autograd import KernelFunction, differentiably, in_pytorch, is_beyond_kernels, needs_gradient
+from dinov2_kernels._library import accumulation_dtype, autocast_dtype, define
 from dinov2_kernels.attention import reference
 from dinov2_kernels.packing import PackedLayout
 
@@ -136,7 +137,11 @@ def varlen_attention_qkvpacked(
     return _run_forward(*qkv.unbind(1), cu_seqlens, runs, scale)[0]
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(KernelFunction):
+    @staticmethod
+    def definition(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> Tensor:
+        return reference.attention_forward(q, k, v, *args)[0]
+
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, runs: Sequence[int], scale: float
@@ -153,7 +158,12 @@ class _Attention(torch.autograd.Function):
         return *dqkv.unbind(1), None, None, None
 
 
-class _PackedAttention(torch.autograd.Function):
+class _PackedAttention(KernelFunction):
+    @staticmethod
+    def definition(qkv: Tensor, *args: Any) -> Tensor:
+        q, k, v = qkv.unbind(1)
+        return reference.attention_forward(q, k, v, *args)[0]
+
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, cu_seqlens: Tensor | None, runs: Sequence[int], scale: float) -> Tensor:
         out, lse = _run_forward(*qkv.unbind(1), cu_seqlens, runs, scale)
@@ -175,6 +185,8 @@ def _run_forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, T
 
 
 def _run_backward(grad: Tensor, q: Tensor, *args: Any) -> Tensor:
+    if is_beyond_kernels():
+        return in_pytorch(reference.attention_backward, grad, q, *args)  # type: ignore[no-any-return]
     operator = _backward if _has_kernel(q) else reference.attention_backward
     result: Tensor = operator(grad.contiguous(), q, *args)
     return result

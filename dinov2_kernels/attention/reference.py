@@ -32,14 +32,14 @@ def attention_forward(
 
     cu_seqlens [S + 1] describes the sequences; if it is None, runs (count, length, count, length, ...) do.
     """
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)  # [T, H, D]
-    lse = q.new_empty(q.shape[1], q.shape[0], dtype=accumulation_dtype(q))  # [H, T]
+    out = [q.new_empty(0, *q.shape[1:])]  # [T, H, D], run by run
+    lse = [q.new_empty(q.shape[1], 0, dtype=accumulation_dtype(q))]  # [H, T]
     for tokens, count in split_into_runs(cu_seqlens, runs):
         q_run, k_run, v_run = (_widen(x[tokens], count) for x in (q, k, v))  # [S, N, H, D] each
         scores = torch.einsum("sihd,sjhd->shij", q_run, k_run) * scale  # [S, H, N, N]
-        out[tokens] = torch.einsum("shij,sjhd->sihd", scores.softmax(dim=-1), v_run).flatten(0, 1).to(out.dtype)
-        lse[:, tokens] = scores.logsumexp(dim=-1).transpose(0, 1).flatten(1)
-    return out, lse
+        out.append(torch.einsum("shij,sjhd->sihd", scores.softmax(dim=-1), v_run).flatten(0, 1).to(q.dtype))
+        lse.append(scores.logsumexp(dim=-1).transpose(0, 1).flatten(1))
+    return torch.cat(out), torch.cat(lse, dim=1)
 
 
 def attention_backward(
@@ -54,7 +54,7 @@ def attention_backward(
     scale: float,
 ) -> Tensor:
     """Gradients [T, 3, H, D] of q, k and v from grad [T, H, D], the gradient of the result."""
-    dqkv = q.new_empty(q.shape[0], 3, *q.shape[1:])  # [T, 3, H, D]
+    dqkv = [q.new_empty(0, 3, *q.shape[1:])]  # [T, 3, H, D], run by run
     for tokens, count in split_into_runs(cu_seqlens, runs):
         g, q_run, k_run, v_run, o = (_widen(x[tokens], count) for x in (grad, q, k, v, out))  # [S, N, H, D] each
         p = (torch.einsum("sihd,sjhd->shij", q_run, k_run) * scale).softmax(dim=-1)  # [S, H, N, N]
@@ -63,8 +63,8 @@ def attention_backward(
         dq = torch.einsum("shij,sjhd->sihd", ds, k_run)  # [S, N, H, D]
         dk = torch.einsum("shij,sihd->sjhd", ds, q_run)
         dv = torch.einsum("shij,sihd->sjhd", p, g)
-        dqkv[tokens] = torch.stack([dq, dk, dv], dim=2).flatten(0, 1).to(dqkv.dtype)
-    return dqkv
+        dqkv.append(torch.stack([dq, dk, dv], dim=2).flatten(0, 1).to(q.dtype))
+    return torch.cat(dqkv)
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float) -> Tensor:

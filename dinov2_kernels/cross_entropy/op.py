@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2_kernels._library import accumulation_dtype, define, differentiably, needs_gradient
+from dinov2_kernels._autograd import (
+    KernelFunction,
+    differentiably,
+    in_pytorch,
+    is_beyond_kernels,
+    needs_gradient,
+    refuse_beyond_kernels,
+)
+from dinov2_kernels._library import accumulation_dtype, define
 from dinov2_kernels._soft_targets import check_tensor, checked_targets
 from dinov2_kernels.cross_entropy import reference
 
@@ -91,7 +99,8 @@ def soft_cross_entropy(
             devices the check would wait for the device.
         overwrite_student_logits: backward writes the gradient over the student logits and allocates nothing. The
             layer that made the logits must not need them for its own backward (a linear layer does not). A second
-            backward raises autograd's error.
+            backward raises autograd's error. Under ``torch.compile`` nothing is overwritten, because a compiled
+            backward pass has no such error.
 
     Returns:
         [N], float32 (float64 for float64 logits).
@@ -146,7 +155,12 @@ def soft_cross_entropy(
     return loss
 
 
-class _SoftCrossEntropy(torch.autograd.Function):
+class _SoftCrossEntropy(KernelFunction):
+    @staticmethod
+    def definition(*args: Any) -> Tensor:
+        *arguments, _ = args
+        return reference.soft_cross_entropy(*arguments)[0]
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -171,11 +185,14 @@ class _SoftCrossEntropy(torch.autograd.Function):
         student, *others = ctx.saved_tensors
         teacher, index, bias, weight, *norms = others
         constants = (teacher, index, bias, weight, *ctx.temperatures, *norms)
-        if ctx.overwrite:
+        if is_beyond_kernels():
+            if ctx.overwrite:
+                refuse_beyond_kernels("soft_cross_entropy", "overwrite_student_logits=False")
+            gradient = in_pytorch(reference.soft_cross_entropy_backward, grad, student, *constants)
+        elif ctx.overwrite and not torch.compiler.is_compiling():
             gradient = student.detach()
             _backward_(gradient, grad.contiguous(), *constants)
-            if not torch.compiler.is_compiling():
-                torch.autograd.graph.increment_version(student)  # makes autograd notice a second backward
+            torch.autograd.graph.increment_version(student)  # makes autograd notice a second backward
         else:
             gradient = _backward(grad.contiguous(), student, *constants)
         return gradient, *(None,) * 7

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dinov2_kernels._library import accumulation_dtype, define, differentiably, needs_gradient, place_in
+from dinov2_kernels._autograd import KernelFunction, differentiably, in_pytorch, is_beyond_kernels, needs_gradient
+from dinov2_kernels._library import accumulation_dtype, define, place_in
 from dinov2_kernels.koleo import reference
 
 _TRITON = "dinov2_kernels.koleo.triton_kernel"
@@ -146,7 +147,12 @@ def nearest_neighbors(
     return _nearest(rows, k, n_groups, world_size, rank, 1e-8)  # type: ignore[no-any-return]
 
 
-class _KoLeo(torch.autograd.Function):
+class _KoLeo(KernelFunction):
+    @staticmethod
+    def definition(x: Tensor, k: int, n_groups: int, world_size: int, rank: int, eps: float, group: Any) -> Tensor:
+        _refuse_group(group)
+        return reference.koleo_forward(x, k, n_groups, world_size, rank, eps)[0]
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -168,10 +174,22 @@ class _KoLeo(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, index = ctx.saved_tensors
+        if is_beyond_kernels():
+            _refuse_group(ctx.group)
+            gradient = in_pytorch(reference.koleo_backward, grad, rows, index, ctx.rank, ctx.eps)
+            return gradient, None, None, None, None, None, None
         # Each process computes the whole gradient of its rows, also the part that comes from other processes' losses:
         # their indices are fewer bytes than gradients [N, D].
         index, grad = _all_gather(index, ctx.group), _all_gather(grad, ctx.group)
         return _backward(grad, rows, index, ctx.rank, ctx.eps), None, None, None, None, None, None
+
+
+def _refuse_group(group: dist.ProcessGroup | None) -> None:
+    if group is not None:
+        raise NotImplementedError(
+            "group: expected None under torch.func, in forward mode and for gradients of gradients, because such "
+            "derivatives do not pass between processes, got a process group"
+        )
 
 
 def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:

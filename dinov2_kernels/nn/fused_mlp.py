@@ -22,7 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov2_kernels._library import autocast_dtype, differentiably, needs_gradient
+from dinov2_kernels._autograd import (
+    KernelFunction,
+    differentiably,
+    gradients_of_definition,
+    is_beyond_kernels,
+    is_transformed,
+    needs_gradient,
+)
+from dinov2_kernels._library import autocast_dtype
 from dinov2_kernels._modules import PLAIN, is_plain_linear, linear
 from dinov2_kernels.gelu import gelu_backward_
 from dinov2_kernels.swiglu import swiglu, swiglu_backward_
@@ -63,8 +71,8 @@ SWIGLU = Activation(swiglu, _swiglu_backward)
 def fused_mlp(first: nn.Module, activation: Activation, second: nn.Module, x: Tensor, *, bias: bool = True) -> Tensor:
     """``second(activation(first(x)))`` with the same values and gradients, and one pass between backward's products.
 
-    Under ``torch.compile``, which fuses by itself, or if a layer does more than ``F.linear``, it is the plain
-    expression.
+    Under ``torch.compile``, which fuses by itself, under a transform of ``torch.func``, or if a layer does more than
+    ``F.linear``, it is the plain expression.
 
     Args:
         first: ``nn.Linear`` to width Z, or a module that replaces it.
@@ -76,7 +84,7 @@ def fused_mlp(first: nn.Module, activation: Activation, second: nn.Module, x: Te
     Returns:
         [..., out_features].
     """
-    if torch.compiler.is_compiling() or not _can_fuse(first, second, x):
+    if torch.compiler.is_compiling() or is_transformed() or not _can_fuse(first, second, x):
         return linear(second, activation.forward(first(x)), bias=bias)
     parameters = first.weight, first.bias, second.weight, second.bias if bias else None
     tokens = x.to(autocast_dtype(x)).reshape(-1, x.shape[-1])  # [T, in_features]
@@ -94,7 +102,18 @@ def _can_fuse(first: nn.Module, second: nn.Module, x: Tensor) -> bool:
     return len(dtypes) == 1 or (torch.is_autocast_enabled(x.device.type) and torch.float64 not in dtypes)
 
 
-class _FusedMlp(torch.autograd.Function):
+class _FusedMlp(KernelFunction):
+    @staticmethod
+    def definition(
+        activation: Activation,
+        x: Tensor,
+        weight1: Tensor,
+        bias1: Tensor | None,
+        weight2: Tensor,
+        bias2: Tensor | None,
+    ) -> Tensor:
+        return _linear(activation.forward(_linear(x, weight1, bias1)), weight2, bias2)
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -114,9 +133,9 @@ class _FusedMlp(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, z, weight1, bias1, weight2, bias2 = ctx.saved_tensors
         activation, wanted = ctx.activation, ctx.needs_input_grad
-        if torch.is_grad_enabled():  # the gradients must be differentiable
-            y = _linear(activation.forward(_linear(x, weight1, bias1)), weight2, bias2)
-            return _gradients(y, (None, x, weight1, bias1, weight2, bias2), wanted, grad)
+        if is_beyond_kernels():
+            arguments = (activation, x, weight1, bias1, weight2, bias2)
+            return gradients_of_definition(_FusedMlp, ctx, arguments, grad)  # type: ignore[no-any-return]
         _, x_wanted, weight1_wanted, bias1_wanted, weight2_wanted, bias2_wanted = wanted
         dx = dweight1 = dbias1 = dweight2 = dbias2 = None
         h: Any = None
@@ -142,12 +161,3 @@ class _FusedMlp(torch.autograd.Function):
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear`` in the dtype of x, as under autocast."""
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-
-
-def _gradients(
-    y: Tensor, inputs: tuple[Tensor | None, ...], wanted: tuple[bool, ...], grad: Tensor
-) -> tuple[Tensor | None, ...]:
-    """Gradients of the wanted inputs, which can be differentiated again; None for the other inputs."""
-    chosen = [x for x, is_wanted in zip(inputs, wanted, strict=True) if is_wanted and x is not None]
-    gradients = iter(torch.autograd.grad(y, chosen, grad, create_graph=True))
-    return tuple(next(gradients) if is_wanted else None for is_wanted in wanted)

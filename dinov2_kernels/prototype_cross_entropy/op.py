@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2_kernels._library import accumulation_dtype, autocast_dtype, define, differentiably, needs_gradient
+from dinov2_kernels._autograd import (
+    KernelFunction,
+    differentiably,
+    gradients_of_definition,
+    is_beyond_kernels,
+    needs_gradient,
+)
+from dinov2_kernels._library import accumulation_dtype, autocast_dtype, define
 from dinov2_kernels._soft_targets import check_tensor, checked_targets
 from dinov2_kernels.prototype_cross_entropy import chunked, reference
 
@@ -160,7 +167,9 @@ def _run(features: Tensor, weight: Tensor, weight_gain: Tensor | None, *rest: An
     return loss
 
 
-class _PrototypeCrossEntropy(torch.autograd.Function):
+class _PrototypeCrossEntropy(KernelFunction):
+    definition = staticmethod(reference.prototype_cross_entropy_loss)
+
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         loss: Tensor
@@ -172,6 +181,9 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if is_beyond_kernels():
+            *arguments, _, _ = ctx.saved_tensors
+            return gradients_of_definition(_PrototypeCrossEntropy, ctx, (*arguments, *ctx.rest), grad)  # type: ignore[no-any-return]
         features, weight, gain = ctx.needs_input_grad[:3]
         wanted = [features, weight or gain]
         dfeatures, dweight, dgain = _backward(grad.contiguous(), *ctx.saved_tensors, *ctx.rest, wanted)

@@ -89,7 +89,7 @@ def _sum_of_targets(targets: Tensor, index: Tensor | None) -> Tensor:
         return targets
     total = targets[index[:, 0]]  # [N, c]
     for rows in index.unbind(1)[1:]:
-        total += targets[rows]
+        total = total + targets[rows]
     return total
 
 
@@ -143,14 +143,30 @@ def prototype_cross_entropy(
 
     The matrix product is in ``dtype``; teacher_index is [N, J] or None; other arguments are as in the public function.
     """
-    logits, targets, norm = _logits_and_targets(
-        features, weight, weight_gain, teacher_logits, teacher_bias, None, teacher_temperature, dtype
-    )
+    logits = _logits(features, weight, weight_gain, dtype)
+    norm = prototype_target_norm(teacher_logits, teacher_bias, teacher_temperature)  # [2, M]
+    targets = _targets(teacher_logits, teacher_bias, norm, teacher_temperature)
     state = initial_state(len(features), logits)
     prototype_accumulate_(state, logits, targets, teacher_index, student_temperature)
-    log_probabilities = torch.log_softmax(widen(logits) / student_temperature, dim=1)
-    loss = -(_sum_of_targets(targets, teacher_index) * log_probabilities).sum(dim=1)
-    return loss if row_weight is None else loss * row_weight, state, norm
+    return _loss(logits, targets, teacher_index, row_weight, student_temperature), state, norm
+
+
+def prototype_cross_entropy_loss(
+    features: Tensor,
+    weight: Tensor,
+    weight_gain: Tensor | None,
+    teacher_logits: Tensor,
+    teacher_bias: Tensor,
+    teacher_index: Tensor | None,
+    row_weight: Tensor | None,
+    student_temperature: float,
+    teacher_temperature: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The loss [N] alone, without writing into a tensor: for derivatives that kernels do not have."""
+    logits = _logits(features, weight, weight_gain, dtype)
+    targets = torch.softmax(widen(teacher_logits) / teacher_temperature + teacher_bias, dim=1)  # [M, K]
+    return _loss(logits, targets, teacher_index, row_weight, student_temperature)
 
 
 def prototype_cross_entropy_backward(
@@ -173,9 +189,8 @@ def prototype_cross_entropy_backward(
 
     output_mask says whether that of features, and whether those of weight and gain are wanted; others are empty.
     """
-    logits, targets, _ = _logits_and_targets(
-        features, weight, weight_gain, teacher_logits, teacher_bias, norm, teacher_temperature, dtype
-    )
+    logits = _logits(features, weight, weight_gain, dtype)
+    targets = _targets(teacher_logits, teacher_bias, norm, teacher_temperature)
     row_scale = row_scale_of(grad, row_weight, student_temperature)
     prototype_gradient_(logits, state, targets, teacher_index, row_scale, student_temperature)
     features_wanted, weight_wanted = output_mask
@@ -194,19 +209,19 @@ def row_scale_of(grad: Tensor, row_weight: Tensor | None, temperature: float) ->
     return (grad if row_weight is None else grad * row_weight) / temperature
 
 
-def _logits_and_targets(
-    features: Tensor,
-    weight: Tensor,
-    weight_gain: Tensor | None,
-    teacher_logits: Tensor,
-    teacher_bias: Tensor,
-    norm: Tensor | None,
-    temperature: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    logits = features.to(dtype) @ prototypes_of(weight, weight_gain, dtype).t()  # [N, K]
-    if norm is None:
-        norm = prototype_target_norm(teacher_logits, teacher_bias, temperature)  # [2, M]
+def _logits(features: Tensor, weight: Tensor, weight_gain: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return features.to(dtype) @ prototypes_of(weight, weight_gain, dtype).t()  # [N, K]
+
+
+def _targets(teacher_logits: Tensor, teacher_bias: Tensor, norm: Tensor, temperature: float) -> Tensor:
     targets = torch.empty(teacher_logits.shape, dtype=norm.dtype, device=norm.device)  # [M, K]
     prototype_targets_(targets, teacher_logits, teacher_bias, norm, temperature)
-    return logits, targets, norm
+    return targets
+
+
+def _loss(
+    logits: Tensor, targets: Tensor, index: Tensor | None, row_weight: Tensor | None, temperature: float
+) -> Tensor:
+    log_probabilities = torch.log_softmax(widen(logits) / temperature, dim=1)
+    loss = -(_sum_of_targets(targets, index) * log_probabilities).sum(dim=1)
+    return loss if row_weight is None else loss * row_weight

@@ -7,7 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinov2_kernels._library import accumulation_dtype, autocast_dtype, define, differentiably, needs_gradient
+from dinov2_kernels._autograd import (
+    KernelFunction,
+    differentiably,
+    in_pytorch,
+    is_beyond_kernels,
+    needs_gradient,
+    refuse_beyond_kernels,
+)
+from dinov2_kernels._library import accumulation_dtype, autocast_dtype, define
 from dinov2_kernels.residual import reference
 from dinov2_kernels.residual.sampling import Subset
 
@@ -242,7 +250,12 @@ def scatter_gather_norm(
     return h, y
 
 
-class _GatherNorm(torch.autograd.Function):
+class _GatherNorm(KernelFunction):
+    @staticmethod
+    def definition(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        *arguments, _, _ = args
+        return reference.residual_gather_norm(x, *arguments)[0], x
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -259,18 +272,30 @@ class _GatherNorm(torch.autograd.Function):
             ctx.mark_dirty(x)
         h, mean, rstd = _gather_norm(x, rows, weight, bias, eps, dtype)
         ctx.save_for_backward(*((None, h) if recompute else (x, None)), rows, mean, rstd, weight, bias)
+        ctx.eps = eps
         return h, x
 
     @staticmethod
     def backward(ctx: Any, grad_h: Tensor, grad_x: Tensor) -> tuple[Tensor | None, ...]:
         x, h, rows, mean, rstd, weight, bias = ctx.saved_tensors
-        dx, dweight, dbias = _gather_norm_backward(
-            grad_h.contiguous(), grad_x.contiguous(), x, h, rows, mean, rstd, weight, bias
-        )
+        if is_beyond_kernels():
+            statistics = _recorded_statistics(x, rows, ctx.eps)
+            dx, dweight, dbias = in_pytorch(
+                reference.residual_gather_norm_backward, grad_h, grad_x, x, None, rows, *statistics, weight, bias
+            )
+        else:
+            dx, dweight, dbias = _gather_norm_backward(
+                grad_h.contiguous(), grad_x.contiguous(), x, h, rows, mean, rstd, weight, bias
+            )
         return dx, None, _gradient_of(weight, dweight), _gradient_of(bias, dbias), None, None, None, None
 
 
-class _ScatterAdd(torch.autograd.Function):
+class _ScatterAdd(KernelFunction):
+    @staticmethod
+    def definition(x: Tensor, residual: Tensor, rows: Tensor | None, *args: Any) -> Tensor:
+        *arguments, _ = args
+        return reference.residual_scatter(x, residual, *arguments)
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -291,14 +316,22 @@ class _ScatterAdd(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        residual, rows, scale, gamma, bias = ctx.saved_tensors
-        dresidual, dgamma, dbias = _scatter_backward(
-            grad.contiguous(), residual, rows, scale, gamma, bias, ctx.residual_dtype
-        )
+        *_, gamma, bias = saved = ctx.saved_tensors
+        if is_beyond_kernels():
+            gradients = in_pytorch(reference.residual_scatter_backward, grad, *saved, ctx.residual_dtype)
+        else:
+            gradients = _scatter_backward(grad.contiguous(), *saved, ctx.residual_dtype)
+        dresidual, dgamma, dbias = gradients
         return grad, dresidual, None, None, None, _gradient_of(gamma, dgamma), _gradient_of(bias, dbias), None
 
 
-class _ScatterGatherNorm(torch.autograd.Function):
+class _ScatterGatherNorm(KernelFunction):
+    @staticmethod
+    def definition(x: Tensor, residual: Tensor, rows: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
+        *arguments, _ = args
+        y, h, _, _ = reference.residual_scatter_gather_norm(x, residual, *arguments)
+        return h, y
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -322,18 +355,35 @@ class _ScatterGatherNorm(torch.autograd.Function):
         )
         of_norm = (*((None, h) if recompute else (y, None)), next_rows, next_position, mean, rstd, weight, norm_bias)
         ctx.save_for_backward(*of_norm, None if gamma is None else residual, rows, position, scale, gamma, bias)
-        ctx.residual_dtype = residual.dtype
+        ctx.residual_dtype, ctx.eps = residual.dtype, eps
         return h, y
 
     @staticmethod
     def backward(ctx: Any, grad_h: Tensor, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        *_, weight, norm_bias, _, _, _, _, gamma, bias = saved = ctx.saved_tensors
-        dx, dweight, dnorm_bias, dresidual, dgamma, dbias = _scatter_gather_norm_backward(
-            grad_h.contiguous(), grad_y.contiguous(), *saved, ctx.residual_dtype
-        )
+        y, _, next_rows, next_position, _, _, *rest = saved = ctx.saved_tensors
+        weight, norm_bias, *_, gamma, bias = rest
+        if is_beyond_kernels():
+            statistics = _recorded_statistics(y, next_rows, ctx.eps)
+            gradients = in_pytorch(
+                reference.residual_scatter_gather_norm_backward,
+                *(grad_h, grad_y, y, None, next_rows, next_position, *statistics, *rest, ctx.residual_dtype),
+            )
+        else:
+            gradients = _scatter_gather_norm_backward(
+                grad_h.contiguous(), grad_y.contiguous(), *saved, ctx.residual_dtype
+            )
+        dx, dweight, dnorm_bias, dresidual, dgamma, dbias = gradients
         of_scatter = (dx, dresidual, None, None, None, _gradient_of(gamma, dgamma), _gradient_of(bias, dbias))
         of_norm = (None, None, _gradient_of(weight, dweight), _gradient_of(norm_bias, dnorm_bias), None, None, None)
         return *of_scatter, *of_norm
+
+
+def _recorded_statistics(x: Tensor | None, rows: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean [t] and 1 / standard deviation [t] of the kept rows, as functions of x that autograd records."""
+    if x is None:
+        refuse_beyond_kernels("stochastic_depth, residual_chain, Block", "inplace=False and recompute=False")
+    _, mean, rstd = in_pytorch(reference.residual_gather_norm, x, rows, None, None, eps, x.dtype)
+    return mean, rstd
 
 
 def _run_scatter(

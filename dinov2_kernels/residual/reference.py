@@ -134,10 +134,8 @@ def residual_scatter(
     bias: Tensor | None,
 ) -> Tensor:
     """x [T, C] plus scale * gamma * (residual [t, C] + bias) on the kept rows; scale [t], gamma and bias [C]."""
-    y = x.clone()
     rows = None if position is None else position.argsort(stable=True)[len(position) - len(residual) :]
-    residual_scatter_(y, residual, rows, scale, gamma, bias)
-    return y
+    return _scatter(x, residual, rows, scale, gamma, bias)
 
 
 def residual_scatter_(
@@ -149,14 +147,17 @@ def residual_scatter_(
     bias: Tensor | None,
 ) -> None:
     """:func:`residual_scatter` in place: overwrites x."""
+    x.copy_(_scatter(x, residual, rows, scale, gamma, bias))
+
+
+def _scatter(
+    x: Tensor, residual: Tensor, rows: Tensor | None, scale: Tensor | None, gamma: Tensor | None, bias: Tensor | None
+) -> Tensor:
     r, gamma, bias = _widen(x, residual, gamma, bias)
     r = r if bias is None else r + bias
     r = r if gamma is None else r * gamma
     r = r if scale is None else r * scale[:, None]
-    if rows is None:
-        x.copy_(x + r)
-    else:
-        x.index_copy_(0, rows.long(), (x[rows] + r).to(x.dtype))
+    return (x + r).to(x.dtype) if rows is None else x.index_copy(0, rows.long(), (x[rows] + r).to(x.dtype))
 
 
 def residual_scatter_backward(

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from dinov2_kernels._library import accumulation_dtype, needs_gradient
+from dinov2_kernels._library import accumulation_dtype
 from dinov2_kernels._modules import is_unwatched
 from dinov2_kernels.packing import PackedLayout
 from dinov2_kernels.residual.op import gather_norm, scatter_add, scatter_gather_norm
@@ -248,7 +248,7 @@ def _check_overwritable(x: Tensor) -> None:
     if not x.is_contiguous():
         raise ValueError(f"inplace: expected a contiguous x, got strides {x.stride()}")
     base = _base_of(x)
-    if base.is_leaf and needs_gradient(base):
+    if base.is_leaf and base.requires_grad and torch.is_grad_enabled():
         raise ValueError("inplace: expected an x that may be overwritten, got a leaf that requires a gradient")
 
 

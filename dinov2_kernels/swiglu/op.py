@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2_kernels._library import accumulation_dtype, define, differentiably, needs_gradient
+from dinov2_kernels._autograd import KernelFunction, differentiably, in_pytorch, is_beyond_kernels, needs_gradient
+from dinov2_kernels._library import accumulation_dtype, define
 from dinov2_kernels.swiglu import reference
 
 _TRITON = "dinov2_kernels.swiglu.triton_kernel"
@@ -122,7 +123,9 @@ def _check(x12: Tensor) -> None:
         raise TypeError(f"x12: expected a floating-point tensor, got {x12.dtype}")
 
 
-class _SwiGLU(torch.autograd.Function):
+class _SwiGLU(KernelFunction):
+    definition = staticmethod(reference.swiglu)
+
     @staticmethod
     def forward(ctx: Any, x12: Tensor) -> Tensor:
         ctx.save_for_backward(x12)
@@ -132,7 +135,9 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x12,) = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return reference.swiglu_backward(grad, x12)  # can be differentiated again
-        dx12: Tensor = _backward(grad.contiguous(), x12)
+        dx12: Tensor
+        if is_beyond_kernels():
+            dx12 = in_pytorch(reference.swiglu_backward, grad, x12)
+        else:
+            dx12 = _backward(grad.contiguous(), x12)
         return dx12
