@@ -5,7 +5,7 @@ asked for                                       how an operator notices         
 ==============================================  ================================  =====================================
 gradient (``backward``, ``autograd.grad``)      an input requires a gradient      kernels in both directions
 gradient of a gradient (``create_graph=True``)  grad mode is on in backward       backward in plain PyTorch, recorded
-many gradients at once (``is_grads_batched``)   backward is under a transform     backward in plain PyTorch
+many gradients at once (``is_grads_batched``)   a gradient is a batch of them     backward in plain PyTorch
 ``torch.func``: grad, vmap, jvp, jacrev, ...    forward is under a transform      forward and backward in plain PyTorch
 forward mode (``forward_ad.dual_level``)        a dual level is open              forward in plain PyTorch
 ==============================================  ================================  =====================================
@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from dinov2_kernels._library import autocast_disabled
@@ -65,10 +66,15 @@ def in_pytorch(definition: Callable[..., Any], *args: Any) -> Any:
         return definition(*args)
 
 
-def is_beyond_kernels() -> bool:
-    """Asked in a backward pass: whether plain PyTorch must compute it, because its results are differentiated again."""
-    is_recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # tracers leave grad mode on
-    return is_recorded or is_transformed()
+def is_beyond_kernels(*grads: torch.Tensor) -> bool:
+    """Whether plain PyTorch must compute a backward pass that has the gradients ``grads`` of its results.
+
+    This is so if autograd records the pass, if it is under a transform, or if there are many gradients at once. It is
+    never so under ``torch.compile``, which traces with grad mode on, and refuses to differentiate a backward pass.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or is_transformed() or any(map(is_legacy_batchedtensor, grads))
 
 
 def gradients_of_definition(function: type[KernelFunction], ctx: Any, args: tuple[Any, ...], grad: torch.Tensor) -> Any:

@@ -185,7 +185,7 @@ def _run_forward(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, T
 
 
 def _run_backward(grad: Tensor, q: Tensor, *args: Any) -> Tensor:
-    if is_beyond_kernels():
+    if is_beyond_kernels(grad):
         return in_pytorch(reference.attention_backward, grad, q, *args)  # type: ignore[no-any-return]
     operator = _backward if _has_kernel(q) else reference.attention_backward
     result: Tensor = operator(grad.contiguous(), q, *args)

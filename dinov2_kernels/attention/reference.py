@@ -35,9 +35,9 @@ def attention_forward(
     out = [q.new_empty(0, *q.shape[1:])]  # [T, H, D], run by run
     lse = [q.new_empty(q.shape[1], 0, dtype=accumulation_dtype(q))]  # [H, T]
     for tokens, count in split_into_runs(cu_seqlens, runs):
-        q_run, k_run, v_run = (_widen(x[tokens], count) for x in (q, k, v))  # [S, N, H, D] each
-        scores = torch.einsum("sihd,sjhd->shij", q_run, k_run) * scale  # [S, H, N, N]
-        out.append(torch.einsum("shij,sjhd->sihd", scores.softmax(dim=-1), v_run).flatten(0, 1).to(q.dtype))
+        q_run, k_run, v_run = (_widen(x[tokens], count) for x in (q, k, v))  # [S, H, N, D] each
+        scores = q_run @ k_run.transpose(2, 3) * scale  # [S, H, N, N]
+        out.append(_tokens(scores.softmax(dim=-1) @ v_run).to(q.dtype))
         lse.append(scores.logsumexp(dim=-1).transpose(0, 1).flatten(1))
     return torch.cat(out), torch.cat(lse, dim=1)
 
@@ -56,14 +56,12 @@ def attention_backward(
     """Gradients [T, 3, H, D] of q, k and v from grad [T, H, D], the gradient of the result."""
     dqkv = [q.new_empty(0, 3, *q.shape[1:])]  # [T, 3, H, D], run by run
     for tokens, count in split_into_runs(cu_seqlens, runs):
-        g, q_run, k_run, v_run, o = (_widen(x[tokens], count) for x in (grad, q, k, v, out))  # [S, N, H, D] each
-        p = (torch.einsum("sihd,sjhd->shij", q_run, k_run) * scale).softmax(dim=-1)  # [S, H, N, N]
-        delta = (g * o).sum(dim=-1).transpose(1, 2).unsqueeze(-1)  # [S, H, N, 1]
-        ds = p * (torch.einsum("sihd,sjhd->shij", g, v_run) - delta) * scale  # [S, H, N, N]
-        dq = torch.einsum("shij,sjhd->sihd", ds, k_run)  # [S, N, H, D]
-        dk = torch.einsum("shij,sihd->sjhd", ds, q_run)
-        dv = torch.einsum("shij,sihd->sjhd", p, g)
-        dqkv.append(torch.stack([dq, dk, dv], dim=2).flatten(0, 1).to(q.dtype))
+        g, q_run, k_run, v_run, o = (_widen(x[tokens], count) for x in (grad, q, k, v, out))  # [S, H, N, D] each
+        p = (q_run @ k_run.transpose(2, 3) * scale).softmax(dim=-1)  # [S, H, N, N]
+        delta = (g * o).sum(dim=-1, keepdim=True)  # [S, H, N, 1]
+        ds = p * (g @ v_run.transpose(2, 3) - delta) * scale  # [S, H, N, N]
+        dq, dk, dv = ds @ k_run, ds.transpose(2, 3) @ q_run, p.transpose(2, 3) @ g  # [S, H, N, D] each
+        dqkv.append(torch.stack([_tokens(dq), _tokens(dk), _tokens(dv)], dim=1).to(q.dtype))
     return torch.cat(dqkv)
 
 
@@ -93,6 +91,11 @@ def split_into_runs(cu_seqlens: Tensor | None, runs: Sequence[int]) -> Iterator[
 
 
 def _widen(x: Tensor, count: int) -> Tensor:
-    """The sequences [S, N, H, D] of a run [S * N, H, D], in the dtype of arithmetic."""
-    sequences: Tensor = x.to(accumulation_dtype(x)).unflatten(0, (count, -1))
-    return sequences
+    """The sequences [S, H, N, D] of a run [S * N, H, D], in the dtype of arithmetic."""
+    return x.to(accumulation_dtype(x)).reshape(count, -1, *x.shape[1:]).transpose(1, 2)
+
+
+def _tokens(sequences: Tensor) -> Tensor:
+    """The tokens [S * N, H, D] of sequences [S, H, N, D]."""
+    _, H, _, D = sequences.shape
+    return sequences.transpose(1, 2).reshape(-1, H, D)

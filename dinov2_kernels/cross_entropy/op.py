@@ -185,7 +185,7 @@ class _SoftCrossEntropy(KernelFunction):
         student, *others = ctx.saved_tensors
         teacher, index, bias, weight, *norms = others
         constants = (teacher, index, bias, weight, *ctx.temperatures, *norms)
-        if is_beyond_kernels():
+        if is_beyond_kernels(grad):
             if ctx.overwrite:
                 refuse_beyond_kernels("soft_cross_entropy", "overwrite_student_logits=False")
             gradient = in_pytorch(reference.soft_cross_entropy_backward, grad, student, *constants)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from dinov2_kernels._autograd import needs_gradient
 from dinov2_kernels._library import accumulation_dtype, define
 from dinov2_kernels.gelu import reference
 
@@ -40,6 +41,7 @@ def gelu_backward_(grad: Tensor, z: Tensor, *, approximate: str = "none") -> tup
 
     Raises:
         TypeError, ValueError: an argument is not as described.
+        RuntimeError: autograd would have to record the call.
 
     Examples:
         >>> z, grad = torch.randn(5, 8), torch.ones(5, 8)
@@ -63,5 +65,7 @@ def gelu_backward_(grad: Tensor, z: Tensor, *, approximate: str = "none") -> tup
     for name, tensor in (("grad", grad), ("z", z)):
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+    if needs_gradient(grad, z):
+        raise RuntimeError("gelu_backward_: expected tensors that need no gradient, because autograd cannot record it")
     result: tuple[Tensor, Tensor] = _backward_(grad, z, approximate == "tanh")
     return result

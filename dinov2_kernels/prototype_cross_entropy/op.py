@@ -181,7 +181,7 @@ class _PrototypeCrossEntropy(KernelFunction):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if is_beyond_kernels():
+        if is_beyond_kernels(grad):
             *arguments, _, _ = ctx.saved_tensors
             return gradients_of_definition(_PrototypeCrossEntropy, ctx, (*arguments, *ctx.rest), grad)  # type: ignore[no-any-return]
         features, weight, gain = ctx.needs_input_grad[:3]

@@ -278,7 +278,7 @@ class _GatherNorm(KernelFunction):
     @staticmethod
     def backward(ctx: Any, grad_h: Tensor, grad_x: Tensor) -> tuple[Tensor | None, ...]:
         x, h, rows, mean, rstd, weight, bias = ctx.saved_tensors
-        if is_beyond_kernels():
+        if is_beyond_kernels(grad_h, grad_x):
             statistics = _recorded_statistics(x, rows, ctx.eps)
             dx, dweight, dbias = in_pytorch(
                 reference.residual_gather_norm_backward, grad_h, grad_x, x, None, rows, *statistics, weight, bias
@@ -317,7 +317,7 @@ class _ScatterAdd(KernelFunction):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         *_, gamma, bias = saved = ctx.saved_tensors
-        if is_beyond_kernels():
+        if is_beyond_kernels(grad):
             gradients = in_pytorch(reference.residual_scatter_backward, grad, *saved, ctx.residual_dtype)
         else:
             gradients = _scatter_backward(grad.contiguous(), *saved, ctx.residual_dtype)
@@ -362,7 +362,7 @@ class _ScatterGatherNorm(KernelFunction):
     def backward(ctx: Any, grad_h: Tensor, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         y, _, next_rows, next_position, _, _, *rest = saved = ctx.saved_tensors
         weight, norm_bias, *_, gamma, bias = rest
-        if is_beyond_kernels():
+        if is_beyond_kernels(grad_h, grad_y):
             statistics = _recorded_statistics(y, next_rows, ctx.eps)
             gradients = in_pytorch(
                 reference.residual_scatter_gather_norm_backward,

@@ -93,6 +93,7 @@ def swiglu_backward_(grad: Tensor, x12: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises:
         TypeError, ValueError: an argument is not as described.
+        RuntimeError: autograd would have to record the call.
 
     Examples:
         >>> x12, grad = torch.randn(5, 2 * 8), torch.ones(5, 8)
@@ -112,6 +113,10 @@ def swiglu_backward_(grad: Tensor, x12: Tensor) -> tuple[Tensor, Tensor]:
     for name, tensor in (("grad", grad), ("x12", x12)):
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+    if needs_gradient(grad, x12):
+        raise RuntimeError(
+            "swiglu_backward_: expected tensors that need no gradient, because autograd cannot record it"
+        )
     result: tuple[Tensor, Tensor] = _backward_(grad, x12)
     return result
 
@@ -136,7 +141,7 @@ class _SwiGLU(KernelFunction):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x12,) = ctx.saved_tensors
         dx12: Tensor
-        if is_beyond_kernels():
+        if is_beyond_kernels(grad):
             dx12 = in_pytorch(reference.swiglu_backward, grad, x12)
         else:
             dx12 = _backward(grad.contiguous(), x12)
