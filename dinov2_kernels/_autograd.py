@@ -97,3 +97,14 @@ def refuse_beyond_kernels(operator: str, options: str) -> NoReturn:
         f"{operator}: this backward pass is differentiated again, or has many gradients at once; expected {options}, "
         "because otherwise it keeps too little for that"
     )
+
+
+def base_of(x: torch.Tensor) -> torch.Tensor:
+    """The base of x if x is a view, else x itself; also x under torch.compile, where views have no base."""
+    return x if torch.compiler.is_compiling() or x._base is None else x._base
+
+
+def is_of_a_leaf(x: torch.Tensor) -> bool:
+    """Whether x is a leaf that requires a gradient, or a view of one. Nothing may overwrite it."""
+    base = base_of(x)
+    return base.is_leaf and base.requires_grad and torch.is_grad_enabled()

@@ -12,6 +12,7 @@ from dinov2_kernels._autograd import (
     differentiably,
     in_pytorch,
     is_beyond_kernels,
+    is_of_a_leaf,
     needs_gradient,
     refuse_beyond_kernels,
 )
@@ -98,9 +99,9 @@ def soft_cross_entropy(
             row are added. None pairs student row n with teacher row n. The values are checked on a CPU only: on other
             devices the check would wait for the device.
         overwrite_student_logits: backward writes the gradient over the student logits and allocates nothing. The
-            layer that made the logits must not need them for its own backward (a linear layer does not). A second
-            backward raises autograd's error. Under ``torch.compile`` nothing is overwritten, because a compiled
-            backward pass has no such error.
+            logits must come from a layer that does not need them for its own backward (a linear layer does not), not
+            from a leaf. A second backward raises autograd's error. Under ``torch.compile`` nothing is overwritten,
+            because a compiled backward pass has no such error.
 
     Returns:
         [N], float32 (float64 for float64 logits).
@@ -146,6 +147,8 @@ def soft_cross_entropy(
     )
     if overwrite_student_logits and not student_logits.is_contiguous():
         raise ValueError("overwrite_student_logits: expected contiguous student_logits")
+    if overwrite_student_logits and is_of_a_leaf(student_logits):
+        raise ValueError("overwrite_student_logits: expected logits of a layer, got a leaf that requires a gradient")
     student, teacher = student_logits.contiguous(), teacher_logits.detach().contiguous()
     bias, weight = _constant(teacher_bias, dtype), _constant(row_weight, dtype)
     arguments = (student, teacher, index, bias, weight, student_temperature, teacher_temperature)

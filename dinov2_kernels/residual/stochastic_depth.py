@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from dinov2_kernels._autograd import base_of, is_of_a_leaf
 from dinov2_kernels._library import accumulation_dtype
 from dinov2_kernels._modules import is_unwatched
 from dinov2_kernels.packing import PackedLayout
@@ -181,7 +182,7 @@ def _run(x: Tensor, connections: Sequence[Connection], inplace: bool, recompute:
 def _gather(x: Tensor, connection: Connection, inplace: bool, recompute: bool) -> tuple[Tensor, Tensor]:
     """The tokens for the branch, and x for the scatter."""
     subset, norm = connection.subset, connection.norm
-    if _is_fusable(norm, x) and not (inplace and _base_of(x) is not x):
+    if _is_fusable(norm, x) and not (inplace and base_of(x) is not x):
         return gather_norm(x, subset, norm, inplace=inplace, recompute=recompute)
     kept = _kept(x, subset, inplace)
     return kept if norm is None else norm(kept), x
@@ -247,14 +248,8 @@ def _check_connection(connection: Connection, x: Tensor) -> None:
 def _check_overwritable(x: Tensor) -> None:
     if not x.is_contiguous():
         raise ValueError(f"inplace: expected a contiguous x, got strides {x.stride()}")
-    base = _base_of(x)
-    if base.is_leaf and base.requires_grad and torch.is_grad_enabled():
+    if is_of_a_leaf(x):
         raise ValueError("inplace: expected an x that may be overwritten, got a leaf that requires a gradient")
-
-
-def _base_of(x: Tensor) -> Tensor:
-    """The base of x if x is a view, else x itself; also x under torch.compile, where views have no base."""
-    return x if torch.compiler.is_compiling() or x._base is None else x._base
 
 
 def _is_fusable(norm: object, x: Tensor) -> TypeGuard[nn.LayerNorm]:

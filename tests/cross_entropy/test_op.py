@@ -162,6 +162,9 @@ def test_the_gradient_may_overwrite_the_logits() -> None:
     assert torch.equal(logits, expected)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.sum().backward()
+    for unmade in (leaf, leaf[:6]):
+        with pytest.raises(ValueError, match="expected logits of a layer, got a leaf that requires a gradient"):
+            soft_cross_entropy(unmade, teacher, overwrite_student_logits=True, **options)
 
 
 def test_padding_rows_are_left_out_by_slicing() -> None:
