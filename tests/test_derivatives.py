@@ -459,3 +459,20 @@ def _koleo_of_a_group(rank: int, world_size: int) -> None:
 
 def test_koleo_refuses_a_group_beyond_gradients(tmp_path: Path) -> None:
     in_processes(1, tmp_path, _koleo_of_a_group)
+
+
+def test_operators_without_gradient() -> None:
+    """Their results are constants for autograd, in both modes, as their docstrings say."""
+    x = tensor(5, 4).requires_grad_()
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x.detach(), tensor(5, 4, seed=5))
+        for function in (
+            lambda x: dk.sinkhorn_bias(x, 0.1),
+            lambda x: dk.sinkhorn_knopp(x, 0.1),
+            lambda x: dk.nearest_neighbors(x)[1],
+        ):
+            assert not function(x).requires_grad
+            assert forward_ad.unpack_dual(function(dual)).tangent is None
+    targets = {"teacher_bias": tensor(4).requires_grad_(), "row_weight": tensor(5).requires_grad_(), **TEMPERATURES}
+    loss = dk.soft_cross_entropy(tensor(5, 4), x, **targets)
+    assert not loss.requires_grad
