@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "common/huge_pages.h"
+#include "common/teacher_rows.h"
 #include "cross_entropy/cpu_kernels.h"
 
 using torch::headeronly::ScalarType;
@@ -75,13 +76,14 @@ struct Group {
   std::vector<Teacher> teachers;
 };
 
-// index [N, J] holds the teacher rows of each student row; without it, student row n has teacher row n.
-std::vector<Group> make_groups(int64_t N, const OptionalTensor& index) {
+// index [N, J] holds which of M teacher rows each student row has; without it, student row n has teacher row n.
+std::vector<Group> make_groups(int64_t N, int64_t M, const OptionalTensor& index) {
   std::vector<Group> groups;
   if (!index) {
     for (int64_t n = 0; n < N; ++n) groups.push_back({{n}, {{n, 1}}});
     return groups;
   }
+  check_teacher_rows(*index, M);
   const int64_t J = index->size(1);
   std::vector<int64_t> rows(pointer<int64_t>(*index), pointer<int64_t>(*index) + N * J), order(N);
   for (int64_t n = 0; n < N; ++n) std::sort(&rows[n * J], &rows[n * J] + J);
@@ -265,7 +267,7 @@ std::tuple<Tensor, Tensor, Tensor> soft_cross_entropy(const Tensor& student, con
   Tensor loss = torch::stable::new_empty(student, {N}, dtype);
   Tensor student_norm = torch::stable::new_empty(student, {N, 2}, dtype);
   Tensor teacher_norm = torch::stable::new_zeros(teacher, {M, 2}, dtype);  // teacher rows without a student row stay 0
-  const std::vector<Group> groups = make_groups(N, index);
+  const std::vector<Group> groups = make_groups(N, teacher.size(0), index);
   dispatch(student, teacher, [&]<class X, class Y>() {
     using A = accumulate_t<X>;
     const std::vector<A> biases = vector_of<A>(bias, K), weights = vector_of<A>(weight, 0);
@@ -289,7 +291,7 @@ void write_gradient(const Tensor& grad, const Tensor& student, const Tensor& tea
                     const OptionalTensor& bias, const OptionalTensor& weight, double student_temperature,
                     double teacher_temperature, const Tensor& student_norm, const Tensor& teacher_norm, void* out) {
   const int64_t N = student.size(0), K = student.size(1);
-  const std::vector<Group> groups = make_groups(N, index);
+  const std::vector<Group> groups = make_groups(N, teacher.size(0), index);
   dispatch(student, teacher, [&]<class X, class Y>() {
     using A = accumulate_t<X>;
     const std::vector<A> biases = vector_of<A>(bias, K), weights = vector_of<A>(weight, 0);

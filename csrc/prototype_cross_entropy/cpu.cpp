@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "common/teacher_rows.h"
 #include "prototype_cross_entropy/cpu_kernels.h"
 
 using torch::headeronly::ScalarType;
@@ -51,11 +52,13 @@ X* written(Tensor& tensor) {
   return static_cast<X*>(tensor.mutable_data_ptr());
 }
 
-// The index [N, J] of targets; without one, each row has its own number.
+// The index [N, J] of the M targets; without one, each row has its own number.
 class Index {
  public:
-  explicit Index(const std::optional<Tensor>& index) {
-    if (index.has_value()) rows_ = pointer<int64_t>(*index), J_ = index->size(1);
+  Index(const std::optional<Tensor>& index, int64_t M) {
+    if (!index.has_value()) return;
+    check_teacher_rows(*index, M);
+    rows_ = pointer<int64_t>(*index), J_ = index->size(1);
   }
   int64_t J() const { return J_; }
   // `row` must live as long as the result.
@@ -108,7 +111,7 @@ void prototype_targets_(Tensor targets, const Tensor& teacher_logits, const Tens
 void prototype_accumulate_(Tensor state, const Tensor& logits, const Tensor& targets, std::optional<Tensor> index,
                            double temperature) {
   const int64_t N = logits.size(0), c = logits.size(1);
-  const Index rows(index);
+  const Index rows(index, targets.size(0));
   dispatch(logits, [&]<class X>() {
     using A = accumulate_t<X>;
     const auto kernel = ON_CPU_TARGET(accumulate<X>);
@@ -126,7 +129,7 @@ void prototype_accumulate_(Tensor state, const Tensor& logits, const Tensor& tar
 void prototype_gradient_(Tensor logits, const Tensor& state, const Tensor& targets, std::optional<Tensor> index,
                          const Tensor& row_scale, double temperature) {
   const int64_t N = logits.size(0), c = logits.size(1);
-  const Index rows(index);
+  const Index rows(index, targets.size(0));
   dispatch(logits, [&]<class X>() {
     using A = accumulate_t<X>;
     const auto kernel = ON_CPU_TARGET(gradient<X>);

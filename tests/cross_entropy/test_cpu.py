@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from dinov2_kernels import _library
+from dinov2_kernels import _library, soft_cross_entropy
 from tests.cpu_targets import OTHER_TARGETS, run_python, run_value_tests
 from tests.cross_entropy.cases import CASES, DTYPES, Case, assert_matches_reference
 
@@ -82,6 +82,15 @@ def test_values_are_the_same_for_every_number_of_threads(case: Case, dtype: torc
         torch.set_num_threads(threads)
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("row", [-1, 3, 10**6])
+def test_a_compiled_call_checks_the_rows_of_teachers(row: int) -> None:
+    """Python cannot check them under torch.compile, and the kernels would read beyond the teachers."""
+    index, temperatures = torch.tensor([0, row, 2, 1]), {"student_temperature": 0.1, "teacher_temperature": 0.07}
+    loss = torch.compile(soft_cross_entropy, fullgraph=True, backend="aot_eager")
+    with pytest.raises(RuntimeError, match=f"teacher_index: expected rows from 0 to 2, got {row}"):
+        loss(torch.randn(4, 8), torch.randn(3, 8), teacher_index=index, **temperatures)
 
 
 PEAK_MEMORY = """

@@ -126,6 +126,15 @@ def test_use_backend_reaches_the_operators_inside() -> None:
     }
 
 
+@pytest.mark.parametrize("row", [-1, 3, 10**6])
+def test_a_compiled_call_checks_the_rows_of_teachers(row: int) -> None:
+    """Python cannot check them under torch.compile, and the kernels would read beyond the teachers."""
+    index, temperatures = torch.tensor([0, row, 2, 1]), {"student_temperature": 0.1, "teacher_temperature": 0.07}
+    loss = torch.compile(prototype_cross_entropy, fullgraph=True, backend="aot_eager")
+    with pytest.raises(RuntimeError, match=f"teacher_index: expected rows from 0 to 2, got {row}"):
+        loss(torch.randn(4, 5), torch.randn(8, 5), torch.randn(3, 8), teacher_index=index, **temperatures)
+
+
 @pytest.mark.parametrize("target", OTHER_TARGETS)
 def test_every_other_target(target: str) -> None:
     """The value tests above, in a process that runs this target."""
