@@ -48,7 +48,7 @@ def _unwrapped(function: Any) -> Any:
 
 # Kept here, because tools may replace the forward of a class, or the call of all modules.
 _FORWARDS: dict[type[nn.Module], Callable[..., Any] | None] = {
-    cls: own_forward(cls) for cls in (nn.Linear, nn.LayerNorm, nn.GELU, nn.SiLU, nn.Dropout, nn.Identity)
+    cls: own_forward(cls) for cls in (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.GELU, nn.SiLU, nn.Dropout, nn.Identity)
 }
 _CALL = nn.Module.__call__
 
