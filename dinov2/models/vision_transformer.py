@@ -276,8 +276,8 @@ class PatchEmbed(nn.Module):
         """images: [B, in_chans, H, W]; returns [B, h * w, D], the patches row by row.
 
         The convolution does not overlap, so it is a matrix product of the patches. This is faster than PyTorch's
-        convolution with such a stride, and it writes the tokens in their final order. A convolution that may do more, or
-        that a hook observes, is called.
+        convolution with such a stride, and it writes the tokens in their final order. A convolution that a hook
+        observes, or that may do more, is called.
         """
         (h, w), size = self.grid(images), self.patch_size
         if type(self.proj) is not nn.Conv2d or not is_plain(self.proj, nn.Conv2d):

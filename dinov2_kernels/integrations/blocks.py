@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dinov2_kernels._modules import PLAIN, is_plain_layer_norm, is_unwatched
 from dinov2_kernels.integrations.swap import Accelerated
-from dinov2_kernels.integrations.trial import Part, factors, gamma_name, is_drop_path, is_layer_scale
+from dinov2_kernels.integrations.trial import Part, Sides, factors, gamma_name, is_drop_path, is_layer_scale
 from dinov2_kernels.packing import PackedLayout
 from dinov2_kernels.residual import Connection, draw_subsets, residual_chain
 
@@ -137,7 +137,7 @@ def in_use(*args: object, **kwargs: object) -> bool:
 
 def block_parts(
     norms: tuple[str, str], attention: str, mlp: str, scales: Sequence[str], *, returns_weights: bool = False
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> Sides:
     """Stand-ins for the parts of a block by these names, for the two sides of a trial.
 
     On the library's side, the parts of stochastic depth multiply by 3, so that their place in the forward counts.

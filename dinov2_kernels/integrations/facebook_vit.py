@@ -28,12 +28,10 @@ from dinov2_kernels.integrations.blocks import (
     norm_on_packed,
 )
 from dinov2_kernels.integrations.swap import Accelerated, forward_name
-from dinov2_kernels.integrations.trial import WIDTH, Part, identity, matrix
+from dinov2_kernels.integrations.trial import WIDTH, Part, Sides, identity, matrix
 from dinov2_kernels.nn.fused_mlp import SWIGLU, fused_mlp
 from dinov2_kernels.packing import PackedLayout
 from dinov2_kernels.residual import Connection, draw_subsets, residual_chain
-
-Sides = tuple[dict[str, Any], dict[str, Any]]
 
 
 class Facebook(Accelerated):
@@ -156,7 +154,7 @@ class Block(AcceleratedBlock, Facebook):
     def forward(self, x: Tensor | list[Tensor]) -> Any:
         """x: [B, N, C], or a list of such tensors; returns the same shapes."""
         served = self.detour() is None and self.takes(x)
-        if isinstance(x, list) and not served and not type(self).library_function.__globals__.get("XFORMERS_AVAILABLE"):
+        if isinstance(x, list) and not served and not self._has_xformers():
             return [self.forward(crop) for crop in x]  # without xFormers, facebook's forward takes no list
         return self.on_kernels(x) if served else super(Accelerated, self).forward(x)
 
@@ -167,6 +165,9 @@ class Block(AcceleratedBlock, Facebook):
         rate = self._rate()
         attention = ResidualBranch(self.attn, self.norm1, self.ls1, rate)
         return add_branches(x, [attention, ResidualBranch(self.mlp, self.norm2, self.ls2, rate)])
+
+    def _has_xformers(self) -> bool:
+        return bool(getattr(type(self).library_forward, "__globals__", {}).get("XFORMERS_AVAILABLE"))
 
     def _rate(self) -> float:
         """The share of samples to drop now: up to a ratio of 0.1, facebook's forward leaves it to ``drop_path1``."""
@@ -210,9 +211,9 @@ class SwiGLU(Facebook):
         attributes = {"w12": matrix(WIDTH, 4 * WIDTH), "w3": matrix(2 * WIDTH, WIDTH)}
         yield attributes, attributes
 
-    def takes(self, *_: Any) -> bool:
-        """Whether the kernels can serve a call: always."""
-        return True
+    def takes(self, x: object) -> bool:
+        """Whether x is a tensor; torch.fx passes something else."""
+        return isinstance(x, Tensor)
 
     def on_kernels(self, x: Tensor) -> Tensor:
         """x: [..., in_features]; returns [..., out_features]."""

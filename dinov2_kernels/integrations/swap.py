@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from dinov2_kernels._modules import own_forward
-from dinov2_kernels.integrations.trial import agree, passes, small_module
+from dinov2_kernels.integrations.trial import Sides, agree, passes, small_module
 
 
 class Accelerated(nn.Module):
@@ -24,7 +24,7 @@ class Accelerated(nn.Module):
         parts: attributes that its forward reads; a module of another version may lack some.
         original_class: the class of the module before; set on the classes that :func:`accelerated_class` makes.
         library_forward: the forward of that class when the module was swapped; set there too.
-        library_function: the same without wrappers, as it stands in its file; set there too.
+        library_function: the same without wrappers, as it stands in its file; None if a tool replaced it before that.
         library_defaults: its optional arguments, with their defaults; set there too.
     """
 
@@ -32,7 +32,7 @@ class Accelerated(nn.Module):
     parts: ClassVar[tuple[str, ...]] = ()
     original_class: ClassVar[type[nn.Module]]
     library_forward: ClassVar[Callable[..., Any]]
-    library_function: ClassVar[Callable[..., Any]]
+    library_function: ClassVar[Callable[..., Any] | None]
     library_defaults: ClassVar[dict[str, Any]]
 
     @classmethod
@@ -51,11 +51,10 @@ class Accelerated(nn.Module):
         return None if cls._computes_the_same(module) else "its forward computes something else"
 
     @classmethod
-    def stand_ins(cls, module: nn.Module) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    def stand_ins(cls, module: nn.Module) -> Iterator[Sides]:
         """Attributes for small modules of the class of ``module``, on which both forwards are compared.
 
-        They come in pairs, for the library's forward and for that on the kernels. Attributes that ``module`` lacks are
-        left out.
+        Attributes that ``module`` lacks are left out.
         """
         raise NotImplementedError
 
@@ -67,8 +66,8 @@ class Accelerated(nn.Module):
     def detour(self) -> str | None:
         """Why all calls run the library's own forward as things are now: a hook, a setting; None if there is none."""
         cls = type(self)
-        replaced = cls.original_class.forward is not cls.library_forward
-        return "the forward of its class was replaced" if replaced else None
+        is_own = cls.original_class.forward is cls.library_forward and cls.library_function is not None
+        return None if is_own else "the forward of its class was replaced"
 
     @classmethod
     def detour_of(cls, module: nn.Module) -> str | None:

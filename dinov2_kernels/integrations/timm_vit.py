@@ -28,13 +28,11 @@ from dinov2_kernels.integrations.blocks import (
     in_use,
 )
 from dinov2_kernels.integrations.swap import Accelerated, forward_name
-from dinov2_kernels.integrations.trial import WIDTH, Part, identity, matrix
+from dinov2_kernels.integrations.trial import WIDTH, Part, Sides, identity, matrix
 from dinov2_kernels.nn.attention import attend
 from dinov2_kernels.nn.fused_mlp import SWIGLU, fused_mlp
 from dinov2_kernels.packing import PackedLayout
 from dinov2_kernels.swiglu import swiglu
-
-Sides = tuple[dict[str, Any], dict[str, Any]]
 
 
 class Attention(AcceleratedAttention):
@@ -196,9 +194,9 @@ class SwiGLU(Accelerated):
             return reason
         return None if is_plain(self.act, nn.SiLU) else f"act {MUST_BE_CALLED}"
 
-    def takes(self, *_: Any) -> bool:
-        """Whether the kernels can serve a call: always."""
-        return True
+    def takes(self, x: object) -> bool:
+        """Whether x is a tensor; torch.fx passes something else."""
+        return isinstance(x, Tensor)
 
     def on_kernels(self, x: Tensor) -> Tensor:
         """x: [..., in_features]; returns [..., out_features]."""

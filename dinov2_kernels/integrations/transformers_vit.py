@@ -28,11 +28,9 @@ from dinov2_kernels.integrations.blocks import (
     in_use,
 )
 from dinov2_kernels.integrations.swap import Accelerated, forward_name
-from dinov2_kernels.integrations.trial import WIDTH, Part, matrix
+from dinov2_kernels.integrations.trial import WIDTH, Part, Sides, matrix
 from dinov2_kernels.nn.fused_mlp import SWIGLU, fused_mlp
 from dinov2_kernels.packing import PackedLayout
-
-Sides = tuple[dict[str, Any], dict[str, Any]]
 
 DINOV2 = {"dinov2": "Dinov2", "dinov2_with_registers": "Dinov2WithRegisters"}
 VIT = {"vit": "ViT", "deit": "DeiT", "vit_mae": "ViTMAE", "vit_msn": "ViTMSN", "ijepa": "IJepa"}
@@ -86,6 +84,9 @@ class SelfAttention(AcceleratedAttention, Transformers):
         "dropout_prob",
         "config",
     )
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
     scaling: float
     config: Any
 
@@ -117,7 +118,7 @@ class SelfAttention(AcceleratedAttention, Transformers):
 
     def _knows_function(self, implementation: str | None) -> bool:
         """Whether the function that the library's forward would call now is one that the kernels can replace."""
-        names = type(self).library_function.__globals__
+        names: dict[str, Any] = type(self).library_function.__globals__  # type: ignore[union-attr]
         eager, functions = names.get("eager_attention_forward"), names.get("ALL_ATTENTION_FUNCTIONS")
         if functions is None:
             return True  # the forward computes the attention itself
@@ -135,19 +136,23 @@ class SelfAttention(AcceleratedAttention, Transformers):
         is_of_model = name == "eager_attention_forward" and place.startswith("transformers.models.")
         return is_of_model or (place, name) in ATTENTION_FUNCTIONS
 
-    def takes(self, hidden_states: object, *args: Any, **kwargs: Any) -> bool:
-        """Whether the input is tokens [B, N, C], nothing masks them, and no weights are read or dropped."""
+    def takes(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether the kernels can serve a call, and nobody reads the attention weights."""
+        return not self._weights_are_read() and self.serves(*args, **kwargs)
+
+    def serves(self, hidden_states: object, *args: Any, **kwargs: Any) -> bool:
+        """Whether the input is tokens [B, N, C], nothing masks them, and no weights are dropped."""
         if not isinstance(hidden_states, Tensor) or hidden_states.dim() != 3 or in_use(*args):
             return False
         if any(in_use(kwargs[name]) for name in kwargs.keys() - OUTPUTS):
             return False
-        return not self.drops() and not self._weights_are_read()
+        return not self.drops()
 
     def on_kernels(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
         """hidden_states: [B, N, C]."""
         samples = (hidden_states.shape[0], hidden_states.shape[1])
         heads = (-1, self._head_dim())
-        q, k, v = (layer(hidden_states).flatten(0, 1).unflatten(1, heads) for layer in self._projections())
+        q, k, v = (y.flatten(0, 1).unflatten(1, heads) for y in self._project(hidden_states))  # [B N, H, D]
         y = varlen_attention(q, k, v, PackedLayout([samples]), scale=self.scaling)  # [B N, H, D]
         return self._output(y.flatten(1).unflatten(0, samples)), None
 
@@ -155,8 +160,10 @@ class SelfAttention(AcceleratedAttention, Transformers):
         """Whether weights are read: only eager attention returns them, and a hook or another forward records them."""
         return self.config._attn_implementation == "eager" and not is_unwatched(self)
 
-    def _projections(self) -> tuple[Any, Any, Any]:
-        return self.query, self.key, self.value
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, computed in the order of transformers."""
+        k, v, q = self.key(x), self.value(x), self.query(x)
+        return q, k, v
 
     def _head_dim(self) -> Any:
         return self.attention_head_size
@@ -172,6 +179,9 @@ class Attention(SelfAttention):
     """The attention of the later generation, which includes the output's linear layer."""
 
     parts = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling", "attention_dropout", "config")
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
     o_proj: nn.Module
 
     @classmethod
@@ -183,8 +193,19 @@ class Attention(SelfAttention):
         numbers = {"num_attention_heads": 2, "head_dim": 4, "attention_dropout": 0.0}
         yield cls._stand_in(numbers, ("q_proj", "k_proj", "v_proj", "o_proj"))
 
-    def _projections(self) -> tuple[Any, Any, Any]:
-        return self.q_proj, self.k_proj, self.v_proj
+    def without_weights(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The first result of a call, for a block, which does not read the second one."""
+        if is_unwatched(self) and self.detour() is None and self.serves(*args, **kwargs):
+            return self.on_kernels(*args, **kwargs)[0]
+        result: Tensor = self(*args, **kwargs)[0]
+        return result
+
+    def _weights_are_read(self) -> bool:
+        """Whether a caller may read weights: eager attention returns them. Blocks use :meth:`without_weights`."""
+        return bool(self.config._attn_implementation == "eager")
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def _head_dim(self) -> Any:
         return self.head_dim
@@ -232,6 +253,8 @@ class Dinov2Layer(AcceleratedBlock, Transformers):
             kwargs, masks = masks | kwargs, {}
 
         def attend(x: Tensor) -> Tensor:
+            if isinstance(attention, Attention):
+                return attention.without_weights(x, *masks.values(), **kwargs)
             attended: Any = attention(x, *masks.values(), **kwargs)  # in the later generation, a tuple with the weights
             y: Tensor = attended[0] if isinstance(attended, tuple) else attended
             return y
@@ -270,7 +293,11 @@ class ViTLayer(AcceleratedBlock, Transformers):
         """hidden_states: [B, N, C]; the mask and arguments by name go to the attention."""
 
         def attend(x: Tensor) -> Tensor:
-            y: Tensor = self.dropout(self.attention(x, attention_mask, **kwargs)[0])
+            attention = self.attention
+            if isinstance(attention, Attention):
+                y: Tensor = self.dropout(attention.without_weights(x, attention_mask, **kwargs))
+            else:
+                y = self.dropout(attention(x, attention_mask, **kwargs)[0])
             return y
 
         def feed_forward(x: Tensor) -> Tensor:
@@ -298,9 +325,9 @@ class SwiGLU(Transformers):
         attributes = {"weights_in": matrix(WIDTH, 4 * WIDTH), "weights_out": matrix(2 * WIDTH, WIDTH)}
         yield attributes, attributes
 
-    def takes(self, *_: Any, **__: Any) -> bool:
-        """Whether the kernels can serve a call: always."""
-        return True
+    def takes(self, hidden_state: object) -> bool:
+        """Whether the input is a tensor; torch.fx passes something else."""
+        return isinstance(hidden_state, Tensor)
 
     def on_kernels(self, hidden_state: Tensor) -> Tensor:
         """hidden_state: [..., C]; returns the same shape."""

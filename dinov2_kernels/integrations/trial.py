@@ -23,6 +23,9 @@ from dinov2_kernels._modules import own_forward
 WIDTH = 8
 """Channels of the tokens of a trial."""
 
+Sides = tuple[dict[str, Any], dict[str, Any]]
+"""Attributes of two small modules: for the library's forward, and for that on the kernels."""
+
 
 class Part(nn.Module):
     """A function in the place of a part of a module. No hook sees its calls, not even one of all modules.
@@ -71,9 +74,8 @@ def small_module(cls: type[nn.Module], attributes: dict[str, Any], training: boo
 def passes(cls: type[nn.Module], trial: Callable[[], bool]) -> bool:
     """The result of a trial of a class; False if it raises.
 
-    A forward that reads a setting of its class fails too, because any module may get another value for it.
-
-    It runs on the CPU, whatever modes are active around it, and changes no random numbers of others.
+    It runs on the CPU, whatever modes are active around it, and changes no random numbers of others. A forward that
+    reads a number or a switch of its class fails, because a module may get a value of its own for it later.
     """
     if _reads_settings_of_class(cls):
         return False
@@ -118,7 +120,7 @@ def is_drop_path(part: nn.Module) -> bool:
 
 def gamma_name(layer_scale: nn.Module) -> str:
     """The attribute in which a LayerScale has its factors."""
-    return "lambda1" if hasattr(layer_scale, "lambda1") else "gamma"
+    return "lambda1" if "lambda1" in layer_scale._parameters else "gamma"
 
 
 _Known = dict[type[nn.Module], Callable[..., Any] | None]

@@ -175,6 +175,18 @@ def test_arguments_of_the_attention_function(make: Make, arguments: dict[str, An
     torch.testing.assert_close(model(images(), **arguments).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
 
 
+@every_model
+def test_eager_attention_that_is_called_by_itself_returns_its_weights(make: Make) -> None:
+    model = randomised(make())
+    model.set_attn_implementation("eager")
+    attention = next(module for module in model.modules() if type(module).__name__.endswith("Attention"))
+    tokens = torch.randn(2, 5, 48)
+    result, weights = attention(tokens)
+    accelerate(model)
+    assert torch.equal(attention(tokens)[1], weights)
+    assert torch.equal(attention(tokens)[0], result)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_a_layer_that_is_made_causal(implementation: str) -> None:
     """It is for sdpa; the eager function does not ask."""
