@@ -9,7 +9,10 @@ from typing import Any, TypeGuard
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules.module import _global_backward_hooks as _BACKWARD_HOOKS
+from torch.nn.modules.module import _global_backward_pre_hooks as _BACKWARD_PRE_HOOKS
+from torch.nn.modules.module import _global_forward_hooks as _FORWARD_HOOKS
+from torch.nn.modules.module import _global_forward_pre_hooks as _FORWARD_PRE_HOOKS
 
 from dinov2_kernels._library import autocast_dtype
 
@@ -61,9 +64,10 @@ def is_unwatched(module: nn.Module) -> bool:
 
     It has no hook, neither its instance nor its class replaces how it is called, and it is not compiled by itself.
     """
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    is_changed = "forward" in module.__dict__ or module._compiled_call_impl is not None
-    return not (hooks or is_changed or type(module).__call__ is not _CALL or _has_any_global_hook())
+    own = module.__dict__  # faster than attributes, and this runs many times in each block
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    is_changed = "forward" in own or module._compiled_call_impl is not None or type(module).__call__ is not _CALL
+    return not (hooks or is_changed or _FORWARD_HOOKS or _FORWARD_PRE_HOOKS or _BACKWARD_HOOKS or _BACKWARD_PRE_HOOKS)
 
 
 def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:

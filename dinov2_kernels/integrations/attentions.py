@@ -6,14 +6,26 @@ Legend: B samples of N tokens; T = B N; H heads of width D.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov2_kernels._modules import is_plain, is_plain_layer_norm
+from dinov2_kernels._modules import is_plain, is_plain_layer_norm, is_unwatched, own_forward
 from dinov2_kernels.integrations.blocks import MUST_BE_CALLED
 from dinov2_kernels.integrations.swap import Accelerated
+
+_KINDS_OF_TIMM = ("LayerNorm", "RmsNorm", "SimpleNorm")
+_NORMS = {
+    ("torch.nn.modules.normalization", "LayerNorm.forward"),
+    ("torch.nn.modules.normalization", "RMSNorm.forward"),
+    *(("timm.layers.norm", f"{kind}{dtype}.forward") for kind in _KINDS_OF_TIMM for dtype in ("", "Fp32")),
+}
+"""Forwards of norms whose results depend on the last dimension alone, whatever the others are."""
+
+_SEEN: dict[type[nn.Module], Callable[..., Any] | None] = {}
+"""For each class of a norm: its forward if it is one of these, else None."""
 
 _SDPA = torch._C._nn.scaled_dot_product_attention
 
@@ -50,9 +62,9 @@ def watched_dropout(dropout: object) -> str | None:
 def norm_of_heads(norm: nn.Module, samples: tuple[int, int]) -> Callable[[Tensor], Tensor]:
     """A norm of queries or keys for [T, H, D]; B and N are ``samples``.
 
-    A norm that may do more than a LayerNorm is called on the shape that it knows, [B, H, N, D].
+    A norm that may look at more than one head of one token is called on the shape that it knows, [B, H, N, D].
     """
-    if is_plain_layer_norm(norm):
+    if _is_of_last_dimension(norm):
         return norm
 
     def call(x: Tensor) -> Tensor:
@@ -60,3 +72,15 @@ def norm_of_heads(norm: nn.Module, samples: tuple[int, int]) -> Callable[[Tensor
         return y.transpose(1, 2).flatten(0, 1)
 
     return call
+
+
+def _is_of_last_dimension(norm: nn.Module) -> bool:
+    cls = type(norm)
+    if cls not in _SEEN:
+        if torch.compiler.is_compiling():
+            return is_plain_layer_norm(norm)
+        forward = own_forward(cls)
+        is_one = forward is not None and (forward.__module__, forward.__qualname__) in _NORMS
+        _SEEN[cls] = cls.forward if is_one else None
+    is_own = _SEEN[cls] is cls.forward and is_unwatched(norm)
+    return is_own and len(norm.__dict__.get("normalized_shape", (1,))) == 1

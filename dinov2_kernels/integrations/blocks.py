@@ -55,9 +55,11 @@ class AcceleratedBlock(Accelerated):
     def detour(self) -> str | None:
         if reason := super().detour() or self._parts_obstacle(self):
             return reason
-        for name in self.scales + self.drop_paths:
-            if not is_unwatched(self._modules[name]):  # type: ignore[arg-type]
-                return f"{name} {MUST_BE_CALLED}"
+        parts = self._modules
+        for names in (self.scales, self.drop_paths):
+            for name in names:
+                if not is_unwatched(parts[name]):  # type: ignore[arg-type]
+                    return f"{name} {MUST_BE_CALLED}"
         return None
 
     def fits(self, x: object) -> bool:
@@ -119,8 +121,9 @@ def gamma_of(layer_scale: nn.Module | None) -> Tensor | None:
     """The factors [C] of a LayerScale; None for an Identity."""
     if layer_scale is None or isinstance(layer_scale, nn.Identity):
         return None
-    gamma: Tensor = getattr(layer_scale, gamma_name(layer_scale))
-    return gamma
+    name = gamma_name(layer_scale)
+    gamma: Tensor | None = layer_scale._parameters.get(name)  # attributes of a module are slow
+    return getattr(layer_scale, name) if gamma is None else gamma
 
 
 def drop_rate(drop_path: nn.Module) -> float:
@@ -132,7 +135,10 @@ def drop_rate(drop_path: nn.Module) -> float:
 
 def in_use(*args: object, **kwargs: object) -> bool:
     """Whether any optional argument is set: not None (a mask) and not False (a switch)."""
-    return any(argument is not None and argument is not False for argument in (*args, *kwargs.values()))
+    for argument in args:
+        if argument is not None and argument is not False:
+            return True
+    return bool(kwargs) and in_use(*kwargs.values())
 
 
 def block_parts(

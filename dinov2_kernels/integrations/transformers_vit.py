@@ -58,6 +58,9 @@ ATTENTION_FUNCTIONS = {
 Flex attention is not among them, because its calls always have a mask.
 """
 
+_REPLACEABLE: set[Any] = set()
+"""Attention functions that were found to be among these, so that no call has to look again."""
+
 OUTPUTS = {"output_attentions", "output_hidden_states", "return_dict"}
 """Arguments that say what a model returns, and change nothing that an attention layer computes."""
 
@@ -123,18 +126,19 @@ class SelfAttention(AcceleratedAttention, Transformers):
         if functions is None:
             return True  # the forward computes the attention itself
         is_eager = implementation is None or implementation == "eager"
-        if is_eager and not hasattr(functions, "get_interface"):
-            function = eager
-        elif implementation in functions:
-            function = functions[implementation]
-        else:
-            function = eager if is_eager else None
+        function = eager if is_eager else None
+        if not is_eager or hasattr(functions, "get_interface"):  # in earlier versions nobody can register "eager"
+            function = functions.get(implementation, function)
         if not inspect.isfunction(function):
             return False
+        if function in _REPLACEABLE:
+            return True
         # A decorator copies the name of a function, but neither its code nor its globals.
         place, name = function.__globals__["__name__"], function.__code__.co_name
         is_of_model = name == "eager_attention_forward" and place.startswith("transformers.models.")
-        return is_of_model or (place, name) in ATTENTION_FUNCTIONS
+        if is_of_model or (place, name) in ATTENTION_FUNCTIONS:
+            _REPLACEABLE.add(function)
+        return function in _REPLACEABLE
 
     def takes(self, *args: Any, **kwargs: Any) -> bool:
         """Whether the kernels can serve a call, and nobody reads the attention weights."""
@@ -144,7 +148,7 @@ class SelfAttention(AcceleratedAttention, Transformers):
         """Whether the input is tokens [B, N, C], nothing masks them, and no weights are dropped."""
         if not isinstance(hidden_states, Tensor) or hidden_states.dim() != 3 or in_use(*args):
             return False
-        if any(in_use(kwargs[name]) for name in kwargs.keys() - OUTPUTS):
+        if kwargs and any(in_use(kwargs[name]) for name in kwargs.keys() - OUTPUTS):
             return False
         return not self.drops()
 

@@ -110,12 +110,14 @@ def agree(theirs: Callable[[Tensor], Any], ours: Callable[[Tensor], Any]) -> boo
 
 def is_layer_scale(part: nn.Module) -> bool:
     """Whether a call of the part multiplies the channels by :func:`gamma_name`, or does nothing (an Identity)."""
-    return _is_known(part, _LAYER_SCALES, _scales_channels)
+    cls = type(part)
+    return _LAYER_SCALES.get(cls) is cls.forward or _is_known(part, _LAYER_SCALES, _scales_channels)
 
 
 def is_drop_path(part: nn.Module) -> bool:
     """Whether a call of the part drops samples at the rate ``drop_prob``, in training, or does nothing."""
-    return _is_known(part, _DROP_PATHS, _drops_samples)
+    cls = type(part)
+    return _DROP_PATHS.get(cls) is cls.forward or _is_known(part, _DROP_PATHS, _drops_samples)
 
 
 def gamma_name(layer_scale: nn.Module) -> str:

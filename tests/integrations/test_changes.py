@@ -151,6 +151,14 @@ def norm_of_queries_that_reads_their_head(model: nn.Module, patch: pytest.Monkey
     model.blocks[1].attn.q_norm = OfHeads()
 
 
+def norm_of_queries_of_all_tokens(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+    model.blocks[1].attn.q_norm = nn.LayerNorm((21, 12))
+
+
+def norms_of_queries_and_keys_by_rms(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
+    model.blocks[1].attn.q_norm, model.blocks[1].attn.k_norm = nn.RMSNorm(12), timm.layers.RmsNorm(12)
+
+
 def identity_with_another_forward(model: nn.Module, patch: pytest.MonkeyPatch) -> None:
     class Half(nn.Identity):
         def forward(self, x: Tensor) -> Tensor:
@@ -189,6 +197,8 @@ CHANGES = [
     norm_of_tokens_and_channels,
     norm_that_reads_the_place_of_a_token,
     norm_of_queries_that_reads_their_head,
+    norm_of_queries_of_all_tokens,
+    norms_of_queries_and_keys_by_rms,
     identity_with_another_forward,
     other_gate,
 ]

@@ -264,9 +264,10 @@ def test_activation_patching() -> None:
     torch.testing.assert_close(*reversed(results), atol=1e-4, rtol=1e-4)
 
 
-def test_feature_extraction_of_torchvision() -> None:
+@pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "vit_giant_patch14_reg4_dinov2"])
+def test_feature_extraction_of_torchvision(name: str) -> None:
     """It traces the model with torch.fx, which the kernels leave to timm's own forward."""
-    model = randomised(of_timm("vit_small_patch14_dinov2"))
+    model = randomised(of_timm(name))
     nodes = ["blocks.0.norm1", "blocks.1.attn.proj", "blocks.1.add_1"]
     expected = create_feature_extractor(model, nodes)(images())
     result = create_feature_extractor(accelerate(model), nodes)(images())
