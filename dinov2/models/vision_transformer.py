@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dinov2.models.config import ViTConfig
 from dinov2_kernels import PackedLayout
 from dinov2_kernels._library import autocast_dtype
+from dinov2_kernels._modules import is_plain
 from dinov2_kernels.nn import Block, LayerScale, Mlp, SwiGLUFFN, run_blocks
 from dinov2_kernels.residual import draw_subsets
 
@@ -275,9 +276,13 @@ class PatchEmbed(nn.Module):
         """images: [B, in_chans, H, W]; returns [B, h * w, D], the patches row by row.
 
         The convolution does not overlap, so it is a matrix product of the patches. This is faster than PyTorch's
-        convolution with such a stride, and it writes the tokens in their final order.
+        convolution with such a stride, and it writes the tokens in their final order. A convolution that a hook
+        observes, or that may do more, is called.
         """
         (h, w), size = self.grid(images), self.patch_size
+        if type(self.proj) is not nn.Conv2d or not is_plain(self.proj, nn.Conv2d):
+            tokens: Tensor = self.proj(images).flatten(2).mT
+            return tokens
         patches = images.unflatten(3, (w, size)).unflatten(2, (h, size))  # [B, in_chans, h, P, w, P]
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [B, h * w, in_chans * P * P]
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)

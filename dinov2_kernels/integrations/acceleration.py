@@ -86,7 +86,7 @@ def accelerate(model: Model) -> Model:
             recipe.swap(module)
     result = report(model)
     logging.getLogger(__name__).info("%s", result)
-    if not result.on_kernels:
+    if not any(isinstance(module, (Accelerated, *NATIVE)) for module in model.modules()):
         warnings.warn(f"accelerate: nothing was swapped\n{result}", stacklevel=2)
     return model
 
@@ -137,12 +137,13 @@ def _find_recipe(module: nn.Module) -> type[Accelerated] | None:
 def _status(module: nn.Module) -> tuple[Status, str] | None:
     """The status of a module, with its kernel or the reason; None if the kernels have nothing like it."""
     if isinstance(module, Accelerated):
-        return ("accelerated", module.runs_on + module.restriction()) if module.runs_on else None
+        reason = module.detour()
+        return ("left", reason) if reason else ("accelerated", module.runs_on + module.restriction())
     for cls, kernel in NATIVE.items():
         if isinstance(module, cls):
             return "native", kernel
     if (recipe := _find_recipe(module)) is not None:
-        reason = recipe.obstacle(module)
+        reason = recipe.obstacle(module) or recipe.detour_of(module)
         return ("left", reason) if reason else ("ready", f"{recipe.runs_on}, after accelerate(model)")
     cls = type(module)
     wraps_attention = "Attention" in cls.__name__ and hasattr(module, "attention")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from dinov2_kernels._modules import linear, separable_bias
+from dinov2_kernels._modules import is_plain, linear, separable_bias
 from dinov2_kernels.attention import varlen_attention, varlen_attention_qkvpacked
 from dinov2_kernels.packing import PackedLayout
 
@@ -76,12 +76,22 @@ class Attention(nn.Module):
 
     def _run(self, x: Tensor, layout: PackedLayout, *, bias: bool) -> Tensor:
         qkv = self.qkv(x).unflatten(1, (3, self.num_heads, -1))  # [T, 3, H, D]
-        return linear(self.proj, attend(qkv, layout, self.q_norm, self.k_norm).flatten(1), bias=bias)
+        q_norm, k_norm = self.q_norm, self.k_norm
+        has_norms = not (is_plain(q_norm, nn.Identity) and is_plain(k_norm, nn.Identity))
+        y = attend(qkv, layout, (q_norm, k_norm) if has_norms else None)
+        return linear(self.proj, y.flatten(1), bias=bias)
 
 
-def attend(qkv: Tensor, layout: PackedLayout, q_norm: nn.Module, k_norm: nn.Module) -> Tensor:
-    """Attention of qkv [T, 3, H, D], after the norms of queries and keys; returns [T, H, D]."""
-    if isinstance(q_norm, nn.Identity) and isinstance(k_norm, nn.Identity):
-        return varlen_attention_qkvpacked(qkv, layout)
+def attend(
+    qkv: Tensor,
+    layout: PackedLayout,
+    norms: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of qkv [T, 3, H, D], after the norms of queries and of keys, if any; returns [T, H, D]."""
+    if norms is None:
+        return varlen_attention_qkvpacked(qkv, layout, scale=scale)
     q, k, v = qkv.unbind(1)
-    return varlen_attention(q_norm(q).to(v.dtype), k_norm(k).to(v.dtype), v, layout)  # autocast widens norms
+    q_norm, k_norm = norms
+    q, k = q_norm(q).to(v.dtype), k_norm(k).to(v.dtype)  # autocast widens norms
+    return varlen_attention(q, k, v, layout, scale=scale)

@@ -8,7 +8,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from dinov2_kernels._modules import is_unwatched
+from dinov2_kernels._modules import is_plain, is_unwatched
 from dinov2_kernels.nn.attention import Attention
 from dinov2_kernels.nn.feed_forward import Mlp, SwiGLUFFN
 from dinov2_kernels.packing import PackedLayout
@@ -122,17 +122,16 @@ class Block(nn.Module):
     def connections(self, subsets: Sequence[Subset]) -> list[Connection]:
         """The two branches as :func:`dinov2_kernels.residual.residual_chain` takes them; ``subsets`` as in forward."""
         of_attention, of_mlp = subsets
-        attend, attend_bias = _without_last_bias(self.attn)
-        feed_forward, feed_forward_bias = _without_last_bias(self.mlp)
+        attend, gamma, bias = _branch(self.attn, self.ls1)
+        feed_forward, mlp_gamma, mlp_bias = _branch(self.mlp, self.ls2)
+
+        def each_token(tokens: Tensor, _: PackedLayout) -> Tensor:  # whatever the layout
+            y: Tensor = feed_forward(tokens)
+            return y
+
         return [
-            Connection(attend, of_attention, norm=self.norm1, gamma=_gamma(self.ls1), bias=attend_bias),
-            Connection(
-                lambda tokens, _: feed_forward(tokens),  # token by token, whatever the layout
-                of_mlp,
-                norm=self.norm2,
-                gamma=_gamma(self.ls2),
-                bias=feed_forward_bias,
-            ),
+            Connection(attend, of_attention, norm=self.norm1, gamma=gamma, bias=bias),
+            Connection(each_token, of_mlp, norm=self.norm2, gamma=mlp_gamma, bias=mlp_bias),
         ]
 
     @property
@@ -269,5 +268,21 @@ def _without_last_bias(part: nn.Module) -> tuple[Callable[..., Tensor], Tensor |
     return (part, None) if bias is None else (part.forward_without_bias, bias)
 
 
-def _gamma(layer_scale: nn.Module) -> Tensor | None:
-    return layer_scale.gamma if isinstance(layer_scale, LayerScale) else None
+_LAYER_SCALE_FORWARD = LayerScale.forward  # kept for the same reason as _SEPARABLE_FORWARDS
+
+
+def _branch(part: nn.Module, layer_scale: nn.Module) -> tuple[Callable[..., Tensor], Tensor | None, Tensor | None]:
+    """A function that runs a part, and the gamma and the last bias that are left for the residual to apply.
+
+    A LayerScale that must be called is a part of the function.
+    """
+    gamma: Tensor | None = None
+    if isinstance(layer_scale, LayerScale) and type(layer_scale).forward is _LAYER_SCALE_FORWARD:
+        is_read = is_unwatched(layer_scale)
+        gamma = layer_scale.gamma if is_read else None
+    else:
+        is_read = is_plain(layer_scale, nn.Identity)
+    if not is_read:
+        return (lambda *inputs: layer_scale(part(*inputs))), None, None
+    run, bias = _without_last_bias(part)
+    return run, gamma, bias

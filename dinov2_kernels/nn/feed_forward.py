@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from dinov2_kernels._modules import is_unwatched, linear, separable_bias
+from dinov2_kernels._modules import is_plain, linear, separable_bias
 from dinov2_kernels.nn.fused_mlp import SWIGLU, fused_mlp, gelu
 from dinov2_kernels.swiglu import swiglu
 
@@ -66,11 +66,11 @@ class Mlp(nn.Module):
         return self._run(x, bias=False)
 
     def _run(self, x: Tensor, *, bias: bool) -> Tensor:
-        act, between = self.act, (self.act, self.drop1, self.norm)
-        is_fusable = not self.drop1.p and isinstance(self.norm, nn.Identity) and all(map(is_unwatched, between))
-        if type(act) is nn.GELU and is_fusable:
+        act, drop1, norm = self.act, self.drop1, self.norm
+        is_direct = is_plain(norm, nn.Identity) and is_plain(drop1, nn.Dropout) and not drop1.p
+        if is_direct and isinstance(act, nn.GELU) and is_plain(act, nn.GELU):
             return fused_mlp(self.fc1, gelu(act.approximate), self.fc2, x, bias=bias)
-        return linear(self.fc2, self.norm(self.drop1(act(self.fc1(x)))), bias=bias)
+        return linear(self.fc2, norm(drop1(act(self.fc1(x)))), bias=bias)
 
 
 class SwiGLUFFN(nn.Module):
@@ -125,9 +125,10 @@ class SwiGLUFFN(nn.Module):
         return self._run(x, bias=False)
 
     def _run(self, x: Tensor, *, bias: bool) -> Tensor:
-        if not self.drop.p and is_unwatched(self.drop):
+        drop = self.drop
+        if is_plain(drop, nn.Dropout) and not drop.p:
             return fused_mlp(self.w12, SWIGLU, self.w3, x, bias=bias)
-        return linear(self.w3, self.drop(swiglu(self.w12(x))), bias=bias)
+        return linear(self.w3, drop(swiglu(self.w12(x))), bias=bias)
 
 
 def swiglu_hidden_features(mlp_hidden_features: int) -> int:

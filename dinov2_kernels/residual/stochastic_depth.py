@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dinov2_kernels._autograd import base_of, is_of_a_leaf
 from dinov2_kernels._library import accumulation_dtype
-from dinov2_kernels._modules import is_unwatched
+from dinov2_kernels._modules import is_plain_layer_norm
 from dinov2_kernels.packing import PackedLayout
 from dinov2_kernels.residual.op import gather_norm, scatter_add, scatter_gather_norm
 from dinov2_kernels.residual.reference import Branch
@@ -254,10 +254,7 @@ def _check_overwritable(x: Tensor) -> None:
 
 def _is_fusable(norm: object, x: Tensor) -> TypeGuard[nn.LayerNorm]:
     """Whether a call of the norm does nothing but a LayerNorm over the channels: no hooks, no other forward."""
-    if not isinstance(norm, nn.LayerNorm):
+    if not is_plain_layer_norm(norm) or norm.normalized_shape != x.shape[1:]:
         return False
     weight = norm.weight  # looked up once, because attributes of a module are slow
-    if weight is not None and weight.device != x.device:
-        return False  # calling the norm raises PyTorch's error
-    is_plain = type(norm).forward is nn.LayerNorm.forward and is_unwatched(norm)
-    return is_plain and norm.normalized_shape == x.shape[1:]
+    return weight is None or weight.device == x.device  # if not, calling the norm raises PyTorch's error

@@ -107,4 +107,4 @@ class operators_used(TorchDispatchMode):
 
 def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
     """Its transformer blocks, whatever the library calls them."""
-    return (m for m in model.modules() if type(m).__name__.endswith(("Block", "Dinov2Layer", "ViTLayer")))
+    return (m for m in model.modules() if type(m).__name__.endswith(("Block", "Layer")))
