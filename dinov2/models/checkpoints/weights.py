@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from dinov2.configuration import from_json, replacing, write_json
+from dinov2.models.checkpoints.fields import Told, of_arguments, of_facebook_run, of_timm, of_transformers
 from dinov2.models.checkpoints.names import (
     CENTERS,
     Source,
@@ -23,13 +25,12 @@ from dinov2.models.checkpoints.names import (
     to_facebook_names,
     to_transformers_names,
 )
-from dinov2.models.checkpoints.run import MANIFEST, load_checkpoint
+from dinov2.models.checkpoints.reading import WEIGHTS, find_weights, is_of_a_folder, read_content
 from dinov2.models.config import ViTConfig
 from dinov2.models.dino_head import DINOHead, HeadConfig
 from dinov2.models.vision_transformer import VisionTransformer, interpolate_position_embedding
 
-WEIGHTS, HEADS, CONFIG = "model.safetensors", "heads.safetensors", "config.json"
-FILES_OF_A_FOLDER = (WEIGHTS, "pytorch_model.bin", "teacher_checkpoint.pth")
+HEADS, CONFIG = "heads.safetensors", "config.json"
 MODEL_TYPE = "dinov2_vision_transformer"
 """``model_type`` in the config.json that :func:`save_pretrained` writes."""
 Format = Literal["facebook", "transformers", "timm"]
@@ -81,14 +82,7 @@ class Weights:
             ValueError: ``vit`` has another architecture; the message names each field and both values.
         """
         check_architecture(self.vit, vit, self.origin)
-        grid = (vit.grid_size, vit.grid_size)
-        resampled = interpolate_position_embedding(
-            self.backbone["pos_embed"],
-            grid,
-            offset=self.vit.interpolate_offset,
-            antialias=self.vit.interpolate_antialias,
-        )
-        return {**self.backbone, "pos_embed": resampled}
+        return _resampled(self.backbone, self.vit, vit.grid_size)
 
 
 def head_of(config: HeadConfig, embed_dim: int) -> DINOHead:
@@ -160,32 +154,41 @@ def load_pretrained(path: str | os.PathLike[str], model: VisionTransformer | Non
 
     Args:
         path: a file of weights, ``.safetensors`` or anything that :func:`torch.load` reads; or a folder that holds
-            ``model.safetensors``, ``pytorch_model.bin`` or ``teacher_checkpoint.pth``; or a checkpoint of pretraining
-            (``checkpoints/step_00001000``), from which the teacher is loaded.
-        model: the model to load into. The file's position embeddings are resampled to the model's image size. None
-            makes a new model in float32 on the CPU, with the architecture in ``config.json`` beside the weights.
-            Without this file, the shapes of the weights decide the architecture, with attention heads 64 wide.
+            ``model.safetensors``, ``pytorch_model.bin`` (one file, or shards with an index) or
+            ``teacher_checkpoint.pth``; or a checkpoint of pretraining (``checkpoints/step_00001000``), from which the
+            teacher is loaded.
+        model: the model to load into. The file's position embeddings are resampled to the model's image size, in the
+            way of the model that they are from; and since other sizes need the same way, ``model.config`` gets the
+            file's ``interpolate_offset`` and ``interpolate_antialias``. Only a model of the file's own image size
+            computes the same at every size: a smaller table has lost details. None makes such a model in float32 on
+            the CPU, with the architecture in ``config.json`` beside the weights. Without this file, the shapes of the
+            weights decide the architecture, with attention heads 64 wide.
 
     Returns:
         The model.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file cannot be read, holds no known model, or does not fit ``model``.
+        TypeError: ``path`` is no path, or ``model`` is no VisionTransformer.
+        ValueError: the file cannot be read, holds no known model, has a part that our models do not have (the message
+            names the field of its configuration), or does not fit ``model``.
+
+    Example:
+        >>> model = load_pretrained("dinov2_vits14_pretrain.pth").eval()  # doctest: +SKIP
+        >>> small = load_pretrained("dinov2_vits14_pretrain.pth", vit_small(img_size=224))  # doctest: +SKIP
     """
-    file = _find(Path(path))
-    try:
-        content = _read(file)
+    if model is not None:
+        _check_model(model)
+    file = find_weights(path)
+    with _named_in_errors(file):
+        content = read_content(file)
         tensors, source = to_facebook_names(content)
+        config = _config(file, content, tensors, source, model.config.num_heads if model else None)
         if model is None:
             with torch.device("meta"):
-                model = VisionTransformer(_config(file, content, tensors, source))
+                model = VisionTransformer(config)
             model.to_empty(device="cpu")
-        _load(model, tensors)
-    except KeyError as error:
-        raise ValueError(f"{file}: the weights lack {error.args[0]}") from error
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        _load(model, tensors, config)
     return model
 
 
@@ -198,20 +201,16 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
         FileNotFoundError: the file does not exist.
         ValueError: the file cannot be read or holds no known model.
     """
-    file = _find(Path(path))
-    try:
-        content = _read(file)
+    file = find_weights(path)
+    with _named_in_errors(file):
+        content = read_content(file)
         tensors, source = to_facebook_names(content)
         config = _config(file, content, tensors, source)
         beside = file.with_name(HEADS)
-        if file.name in FILES_OF_A_FOLDER and beside.is_file():
-            content = _read(beside)
+        if is_of_a_folder(file) and beside.is_file():
+            content = read_content(beside)
         heads, centers = heads_and_centers(content)
         return Weights(str(path), config, tensors, split_heads(heads), centers)
-    except KeyError as error:
-        raise ValueError(f"{file}: the weights lack {error.args[0]}") from error
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
 
 
 def save_heads(weights: Weights, path: str | os.PathLike[str]) -> Path:
@@ -256,71 +255,89 @@ def save_pretrained(model: VisionTransformer, path: str | os.PathLike[str]) -> P
     return folder
 
 
-def _find(path: Path) -> Path:
-    if (path / MANIFEST).is_file():
-        return path
-    if path.is_dir():
-        for name in FILES_OF_A_FOLDER:
-            if (path / name).is_file():
-                return path / name
-        raise FileNotFoundError(f"{path}: the folder holds none of {', '.join(FILES_OF_A_FOLDER)}")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    return path
-
-
-def _read(file: Path) -> Any:
-    if file.is_dir():
-        return _read_run_checkpoint(file)
+@contextmanager
+def _named_in_errors(file: Path) -> Iterator[None]:
     try:
-        if file.suffix == ".safetensors":
-            return safetensors.torch.load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # broken files raise errors of many types
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"cannot be read as a file of weights ({type(error).__name__}: {reason})") from error
+        yield
+    except KeyError as error:
+        raise ValueError(f"{file}: the weights lack {error.args[0]}") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
-def _read_run_checkpoint(directory: Path) -> dict[str, Any]:
-    """The teacher (in a distillation, the only student's moving average) and its configuration ``vit``."""
-    content = load_checkpoint(directory, parts=["teacher"])
-    if len(content["vit"]) > 1:
-        raise ValueError(f"it holds the students {', '.join(content['vit'])}: write one to a file with dinov2 export")
-    ((name, vit),) = content["vit"].items()
-    return {"teacher": {key.removeprefix(f"{name}."): x for key, x in content["teacher"].items()}, "vit": vit}
+def _check_model(model: Any) -> None:
+    if not isinstance(model, VisionTransformer):
+        inner = next((name for name in ("_orig_mod", "module") if hasattr(model, name)), None)
+        hint = f"; give the model inside it, model.{inner}" if inner else ""
+        raise TypeError(f"model: expected a VisionTransformer, got {type(model).__name__}{hint}")
+    if model.pos_embed.is_meta:
+        raise ValueError("model: expected parameters with memory, got the meta device; call model.to_empty first")
 
 
-def _config(file: Path, content: Any, tensors: Tensors, source: Source) -> ViTConfig:
-    """The configuration in our checkpoint or config.json, or else from the shapes of the weights.
+def _config(file: Path, content: Any, tensors: Tensors, source: Source, num_heads: int | None = None) -> ViTConfig:
+    """The architecture: from our checkpoint or config.json, or from shapes and another library's configuration.
 
-    Another library's config.json gives only the number of attention heads.
+    Args:
+        file, content, tensors, source: the file, what is in it, its weights under facebook's names, and their source.
+        num_heads: attention heads if nothing else tells them.
     """
     if file.is_dir():
         return ViTConfig(**content["vit"])
+    gated = any(".mlp.w12." in name for name in tensors)
     beside = file.with_name(CONFIG)
-    if file.name not in FILES_OF_A_FOLDER or not beside.is_file():
-        return config_of(tensors, source)
+    if is_of_a_folder(file) and beside.is_file():
+        where = f"{CONFIG} beside it cannot be used"
+        with _blamed(where):
+            fields = json.loads(beside.read_text(encoding="utf-8"))
+            if fields.get("model_type") == MODEL_TYPE:
+                return from_json(ViTConfig, {name: value for name, value in fields.items() if name != "model_type"})
+            if "architecture" in fields:  # timm's folders may hold facebook's names
+                told, source = of_timm(fields, gated=gated), "timm"
+            else:
+                told = of_transformers(fields)
+    else:
+        where = "the arguments in it cannot be used"
+        with _blamed(where):
+            told = of_arguments(content, gated=gated)
+        if source == "facebook" and told == Told():
+            where = "config.yaml of its run cannot be used"
+            with _blamed(where):
+                told = of_facebook_run(file)
+    vit = config_of(tensors, source, num_heads=told.fields.get("num_heads", num_heads))
+    with _blamed(where):
+        told.check_shapes(vit)
+        return replace(vit, **told.fields)
+
+
+@contextmanager
+def _blamed(where: str) -> Iterator[None]:
     try:
-        fields = json.loads(beside.read_text())
-        if fields.pop("model_type", None) == MODEL_TYPE:
-            return from_json(ViTConfig, fields)
-        if "architecture" in fields:  # timm's folders may hold facebook's names
-            source = "timm"
-        num_heads = fields.get("num_attention_heads") or fields.get("model_args", {}).get("num_heads")
+        yield
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{CONFIG} beside it cannot be used: {error}") from error
-    return config_of(tensors, source, num_heads=num_heads)
+        raise ValueError(f"{where}: {error}") from error
 
 
-def _load(model: VisionTransformer, tensors: Tensors) -> None:
-    config, state = model.config, model.state_dict()
+def _resampled(tensors: Tensors, theirs: ViTConfig, grid_size: int) -> Tensors:
+    """Weights with position embeddings for another grid of patches, resampled as the model does that they are from.
+
+    The result of half-precision embeddings is float32: as the model reads them, so they are rounded once.
+    """
+    table = tensors["pos_embed"]
+    if table.shape[1] == 1 + grid_size**2:
+        return tensors
     resampled = interpolate_position_embedding(
-        tensors["pos_embed"],
-        (config.grid_size, config.grid_size),
-        offset=config.interpolate_offset,
-        antialias=config.interpolate_antialias,
+        table.to(torch.promote_types(table.dtype, torch.float32)),
+        (grid_size, grid_size),
+        offset=theirs.interpolate_offset,
+        antialias=theirs.interpolate_antialias,
     )
-    tensors = {**tensors, "pos_embed": resampled}
+    return {**tensors, "pos_embed": resampled}
+
+
+def _load(model: VisionTransformer, tensors: Tensors, theirs: ViTConfig) -> None:
+    """Load weights of a model of configuration ``theirs``; the model then resamples as they need it."""
+    config, state = model.config, model.state_dict()
+    tensors = _resampled(tensors, theirs, config.grid_size)
     differences = [f"no {name}" for name in state if name not in tensors]
     differences += [f"unexpected {name}" for name in tensors if name not in state]
     differences += [
@@ -328,10 +345,14 @@ def _load(model: VisionTransformer, tensors: Tensors) -> None:
         for name, tensor in state.items()
         if name in tensors and tensors[name].shape != tensor.shape
     ]
+    if theirs.num_heads != config.num_heads:
+        differences.append(f"num_heads of {theirs.num_heads} for {config.num_heads}")
     if differences:
         more = f" and {len(differences) - 5} more differences" if len(differences) > 5 else ""
         raise ValueError(f"the weights do not fit the model: {'; '.join(differences[:5])}{more}")
     model.load_state_dict(tensors)
+    offset, antialias = theirs.interpolate_offset, theirs.interpolate_antialias
+    model.config = replace(config, interpolate_offset=offset, interpolate_antialias=antialias)
 
 
 def write_tensors(tensors: Tensors, file: Path) -> None:
