@@ -192,8 +192,8 @@ def _check_archive(file: Path) -> None:
 def _read_torch(file: Path) -> Any:
     try:
         # The arguments that a program of training keeps beside its weights: attributes without code.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]), file.open("rb") as stream:
+            return torch.load(stream, map_location="cpu", weights_only=True)
     except Exception as error:  # broken files raise errors of many types
         text = str(error)
         if (rank := re.search(r"\.rank_\d+\.", file.name)) is not None:
