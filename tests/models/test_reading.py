@@ -56,7 +56,10 @@ WHOLE = {"cls_token": torch.zeros(1, 1, 128), "pos_embed": torch.zeros(1, 17, 12
 NO_FILES_OF_WEIGHTS: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "it is empty"),
     "an HTML page": (HTML, "it is an HTML page"),
-    "a server's error": (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "it is XML, perhaps a server"),
+    "a server's error": (
+        b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>',
+        "it is XML, perhaps a server",
+    ),
     "git LFS": (LFS, "it is a pointer of git LFS.*git lfs pull"),
     "JSON": (b'{"model_type": "dinov2"}', "it is JSON text"),
     "GGUF": (b"GGUF\x03\x00\x00\x00", "it is a GGUF file"),
@@ -69,7 +72,10 @@ NO_FILES_OF_WEIGHTS: dict[str, tuple[bytes, str]] = {
     "TorchScript": (scripted(), r"it is a TorchScript program; save its weights: torch\.save"),
     "a whole model": (saved(Network()), r"it holds a pickled [\w.]+\.Network, not only tensors.*state_dict"),
     "cut off": (saved(WHOLE)[:-700], r"it is cut off after [\d,]+ bytes; download"),
-    "cut off, safetensors": (safetensors.torch.save(WHOLE)[:-100], r"it is cut off after 9,\d+ bytes of at least 9,\d+"),
+    "cut off, safetensors": (
+        safetensors.torch.save(WHOLE)[:-100],
+        r"it is cut off after 9,\d+ bytes of at least 9,\d+",
+    ),
     "cut off in the header": (safetensors.torch.save(WHOLE)[:50], "it is cut off after 50 bytes of at least"),
 }
 
@@ -165,14 +171,14 @@ def test_an_index_names_files_of_its_folder_only(tiny_vit: TinyViT, tmp_path: Pa
 
 
 def test_folders_without_weights(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="the folder holds none of .*; it is empty"):
+    with pytest.raises(FileNotFoundError, match=r"the folder holds none of .*; it is empty"):
         load_pretrained(tmp_path)
     (tmp_path / "dinov2_vits14_pretrain.pth").touch()
     (tmp_path / "config.json").touch()
     with pytest.raises(FileNotFoundError, match=r"it holds config\.json, dinov2_vits14_pretrain\.pth$"):
         load_pretrained(tmp_path)
     (tmp_path / ".metadata").touch()
-    with pytest.raises(FileNotFoundError, match="it is a checkpoint of torch.distributed.checkpoint"):
+    with pytest.raises(FileNotFoundError, match=r"it is a checkpoint of torch\.distributed\.checkpoint"):
         load_pretrained(tmp_path)
 
 
@@ -180,14 +186,17 @@ def test_a_folder_without_a_configuration(tiny_vit: TinyViT, tmp_path: Path) -> 
     (save_pretrained(tiny_vit(embed_dim=128), tmp_path) / "config.json").unlink()
     assert load_pretrained(tmp_path).config.num_heads == 2
     (save_pretrained(tiny_vit(), tmp_path) / "config.json").unlink()
-    with pytest.raises(ValueError, match="a width of 32 does not tell the number of heads; config.json must tell it"):
+    with pytest.raises(ValueError, match=r"a width of 32 does not tell the number of heads; config\.json must tell it"):
         load_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("facebook/dinov2-small", "no such file; if it is a name on the Hugging Face Hub, .* hf download facebook/dino"),
+        (
+            "facebook/dinov2-small",
+            "no such file; if it is a name on the Hugging Face Hub, .* hf download facebook/dino",
+        ),
         ("https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14_pretrain.pth", "no such file; only local files are read"),
         ("nowhere/weights.pth", "no such file$"),
     ],

@@ -142,5 +142,7 @@ def test_patches_that_are_not_square(tmp_path: Path) -> None:
     tensors = dict(VisionTransformer(ViTConfig(img_size=28, embed_dim=64, depth=1, num_heads=1)).state_dict())
     tensors["patch_embed.proj.weight"] = torch.zeros(64, 3, 14, 7)
     torch.save(tensors, tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match=r"patch_embed\.proj\.weight: expected shape .* square patches, got \[64, 3, 14"):
+    with pytest.raises(
+        ValueError, match=r"patch_embed\.proj\.weight: expected shape .* square patches, got \[64, 3, 14"
+    ):
         load_pretrained(tmp_path / "weights.pth")

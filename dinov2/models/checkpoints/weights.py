@@ -303,10 +303,12 @@ def _config(file: Path, content: Any, tensors: Tensors, source: Source, num_head
             where = "config.yaml of its run cannot be used"
             with _blamed(where):
                 told = of_facebook_run(file)
-    vit = config_of(tensors, source, num_heads=told.fields.get("num_heads", num_heads))
     with _blamed(where):
-        told.check_shapes(vit)
-        return replace(vit, **told.fields)
+        shown = config_of(tensors, source, num_heads=1)
+        told.check_shapes(shown)
+        if "num_heads" in told.fields:
+            return replace(shown, **told.fields)
+    return replace(config_of(tensors, source, num_heads=num_heads), **told.fields)
 
 
 @contextmanager
