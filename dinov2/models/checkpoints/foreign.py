@@ -7,6 +7,10 @@ from collections.abc import Iterable
 
 FOREIGN: tuple[tuple[str, str], ...] = (
     (r"\.lora_[AB]\.", "a LoRA adapter without its model (merge it: peft's merge_and_unload)"),
+    (
+        r"\._packed_params\b|\.(zero_point|SCB|qweight|absmax|weight_scale)$",
+        "a quantised model (give the weights that it was made from)",
+    ),
     (r"^storage_tokens$|^rope_embed\.|\.attn\.qkv\.bias_mask$", "facebook's DINOv3, which has rotary positions"),
     (r"^(model\.)?layer\.\d+\.attention\.[qkvo]_proj\.", "transformers' DINOv3, which has rotary positions"),
     (r"^downsample_layers\.|^stages\.\d+\.", "a convolutional network such as ConvNeXt or DINOv3's ConvNeXt"),
