@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +55,8 @@ class PackedLayout:
     max_length: int = field(init=False, repr=False, compare=False)
 
     def __init__(self, runs: Iterable[Sequence[int]]) -> None:
+        if not hasattr(runs, "__iter__"):
+            raise _wrong_runs(runs)
         checked = tuple(_check_run(run) for run in runs)
         set_field = object.__setattr__  # the dataclass is frozen
         set_field(self, "runs", checked)
@@ -126,9 +130,27 @@ class PackedLayout:
 
 
 def _check_run(run: Sequence[int]) -> tuple[int, int]:
-    if len(run) != 2 or not all(isinstance(n, int | torch.SymInt) and n >= 0 for n in run):
-        raise ValueError(f"runs: expected pairs (count, length) of integers >= 0, got {run!r}")
-    return run[0], run[1]
+    if isinstance(run, tuple | list) and len(run) == 2 and all(isinstance(n, int | torch.SymInt) for n in run):
+        count, length = run
+    else:  # NumPy's integers become Python's
+        count, length = _as_integers(run)
+    if not (count >= 0 and length >= 0):
+        raise _wrong_runs(run)
+    return count, length
+
+
+def _as_integers(run: Any) -> tuple[int, int]:
+    try:
+        count, length = run
+        if not any(isinstance(part, Tensor) for part in (run, count, length)):  # a tensor may be on a GPU
+            return operator.index(count), operator.index(length)
+    except (TypeError, ValueError):
+        pass
+    raise _wrong_runs(run)
+
+
+def _wrong_runs(came: Any) -> ValueError:
+    return ValueError(f"runs: expected pairs (count, length) of integers >= 0, got {came!r}")
 
 
 def _cu_seqlens(layout: PackedLayout, device: torch.device) -> Tensor:

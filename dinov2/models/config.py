@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, Literal
 
 from dinov2.configuration import Config, Count, CountOr0, Positive, Rate, Rules
@@ -68,6 +69,7 @@ class ViTConfig(Config, at="vit"):
     def rules(self) -> Rules:
         """Patches tile the image, and heads divide the token."""
         yield "img_size", self.img_size % self.patch_size == 0, f"a multiple of patch_size = {self.patch_size}"
+        yield "mlp_ratio", isfinite(self.mlp_ratio), "a finite number"
         yield "num_heads", self.embed_dim % self.num_heads == 0, f"a divisor of embed_dim = {self.embed_dim}"
 
     @classmethod
@@ -77,8 +79,8 @@ class ViTConfig(Config, at="vit"):
         Raises:
             ValueError: no architecture has this name.
         """
-        if architecture not in ARCHITECTURES:
-            close = difflib.get_close_matches(architecture, ARCHITECTURES, n=1, cutoff=0.0)[0]
+        if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+            close = difflib.get_close_matches(str(architecture), ARCHITECTURES, n=1, cutoff=0.0)[0]
             raise ValueError(f"architecture: expected one of {list(ARCHITECTURES)}, got {architecture!r}; {close!r}?")
         return cls(**{**ARCHITECTURES[architecture], **fields})
 
