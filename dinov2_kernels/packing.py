@@ -13,6 +13,8 @@ from torch import Tensor
 
 from dinov2_kernels._tables import table_cache
 
+_INTEGERS = (int, torch.SymInt)
+
 
 @dataclass(frozen=True)
 class PackedLayout:
@@ -130,23 +132,20 @@ class PackedLayout:
 
 
 def _check_run(run: Sequence[int]) -> tuple[int, int]:
-    if isinstance(run, tuple | list) and len(run) == 2 and all(isinstance(n, int | torch.SymInt) for n in run):
+    try:
         count, length = run
-    else:  # NumPy's integers become Python's
-        count, length = _as_integers(run)
+    except (TypeError, ValueError):
+        raise _wrong_runs(run) from None
+    if not (isinstance(count, _INTEGERS) and isinstance(length, _INTEGERS)):
+        if any(isinstance(part, Tensor) for part in (run, count, length)):  # it may be on a GPU
+            raise _wrong_runs(run)
+        try:  # NumPy's integers become Python's
+            count, length = operator.index(count), operator.index(length)
+        except TypeError:
+            raise _wrong_runs(run) from None
     if not (count >= 0 and length >= 0):
         raise _wrong_runs(run)
     return count, length
-
-
-def _as_integers(run: Any) -> tuple[int, int]:
-    try:
-        count, length = run
-        if not any(isinstance(part, Tensor) for part in (run, count, length)):  # a tensor may be on a GPU
-            return operator.index(count), operator.index(length)
-    except (TypeError, ValueError):
-        pass
-    raise _wrong_runs(run)
 
 
 def _wrong_runs(came: Any) -> ValueError:
