@@ -254,6 +254,22 @@ def test_timm_models_that_look_alike(tmp_path: Path) -> None:
         load_pretrained(tmp_path / "gated")
 
 
+@pytest.mark.parametrize("flags", [(0.1, False), (0.0, True), (0.0, False)], ids=str)
+@pytest.mark.parametrize("kind", ["dinov2", "dinov2_with_registers", "timm"])
+def test_a_given_model_resamples_as_theirs(tiny_vit: TinyViT, kind: str, flags: Any, tmp_path: Path) -> None:
+    """At the given model's image size, and its configuration says the same for other sizes."""
+    is_timm = kind == "timm"
+    theirs = of_timm(tmp_path, img_size=70) if is_timm else of_transformers(kind, tmp_path, image_size=70)
+    registers = 4 if kind == "dinov2_with_registers" else 0
+    own = {"interpolate_offset": flags[0], "interpolate_antialias": flags[1], "num_register_tokens": registers}
+    model, x = tiny_vit(img_size=28, embed_dim=48, num_heads=4, **own), torch.randn(2, 3, 28, 28)
+    load_pretrained(tmp_path, model)
+    with torch.no_grad():
+        expected = theirs.forward_features(x) if is_timm else theirs(x).last_hidden_state
+    torch.testing.assert_close(tokens(model, x), expected, rtol=0, atol=2e-5)
+    assert (model.config.interpolate_offset, model.config.interpolate_antialias) == (0.0, kind != "dinov2")
+
+
 def test_heads_of_wide_models_are_not_guessed(tmp_path: Path) -> None:
     """timm's ViT-H has 16 heads 80 wide, not 20 heads 64 wide."""
     with torch.device("meta"):

@@ -57,7 +57,7 @@ INERT_IN_TIMM = (
     *("reg_tokens", "drop_path_rate", "device", "dtype", "pretrained", "checkpoint_path", "features_only"),
 )
 """Arguments that shapes of weights tell as well, that belong to the head, or that are looked at one by one."""
-TIMM_GATED = re.compile(r"vit_giant_patch14_.*(dinov2|tipsv2)$")
+TIMM_GATED = re.compile(r"vit_giant_patch14_.*(dinov2|tipsv2)(\.|$)")
 """timm's architectures whose feed-forward layers are ours: SiLU of the first half times the second half."""
 
 IN_FACEBOOK = (
