@@ -50,20 +50,56 @@ ONLY_IN_TIMM: Mapping[str, tuple[Any, ...]] = {
     "norm_layer": (None, "layernorm"),
 }
 """Arguments that change what timm's model computes -> the values that our models have."""
-INERT_IN_TIMM = (
-    *("num_classes", "global_pool", "fc_norm", "pool_include_prefix", "drop_rate", "weight_init", "fix_init"),
-    *("dynamic_img_size", "dynamic_img_pad", "strict_img_size", "no_embed_class", "init_values", "act_layer"),
-    *("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "proj_bias"),
-    *("reg_tokens", "drop_path_rate", "device", "dtype", "pretrained", "checkpoint_path", "features_only"),
+INERT_IN_TIMM = frozenset(
+    [
+        "img_size",
+        "patch_size",
+        "in_chans",
+        "embed_dim",
+        "depth",
+        "num_heads",
+        "mlp_ratio",
+        "qkv_bias",
+        "proj_bias",
+        "init_values",
+        "reg_tokens",
+        "act_layer",
+        "no_embed_class",
+        "dynamic_img_size",
+        "dynamic_img_pad",
+        "strict_img_size",
+        "num_classes",
+        "global_pool",
+        "fc_norm",
+        "pool_include_prefix",
+        "drop_rate",
+        "drop_path_rate",
+        "weight_init",
+        "fix_init",
+        "features_only",
+        "pretrained",
+        "checkpoint_path",
+        "device",
+        "dtype",
+    ]
 )
 """Arguments that shapes of weights tell as well, that belong to the head, or that are looked at one by one."""
 TIMM_GATED = re.compile(r"vit_giant_patch14_.*(dinov2|tipsv2)(\.|$)")
 """timm's architectures whose feed-forward layers are ours: SiLU of the first half times the second half."""
 
-IN_FACEBOOK = (
-    *("arch", "patch_size", "ffn_layer", "act_layer", "qkv_bias", "proj_bias", "ffn_bias", "num_register_tokens"),
-    *("interpolate_offset", "interpolate_antialias"),
-)
+IN_FACEBOOK = [
+    "arch",
+    "patch_size",
+    "ffn_layer",
+    "act_layer",
+    "qkv_bias",
+    "proj_bias",
+    "ffn_bias",
+    "num_register_tokens",
+    "interpolate_offset",
+    "interpolate_antialias",
+]
+"""Fields of the section ``student`` that decide what a model computes."""
 FFN_OF_FACEBOOK = {"mlp": "mlp", "swiglu": "swiglu", "swiglufused": "swiglu"}
 
 
