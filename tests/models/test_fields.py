@@ -142,6 +142,26 @@ def test_a_configuration_of_another_model(fields: dict[str, Any], message: str, 
         load_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1]", "expected fields by name, got list"),
+        ("", "Expecting value"),
+        (
+            '{"architecture": "vit_small_patch14_dinov2", "model_args": [1]}',
+            "model_args: expected arguments by name, got",
+        ),
+        ('{"num_attention_heads": 0}', "num_heads: expected at least 1, got 0"),
+        ('{"num_attention_heads": "four"}', "num_heads: expected at least 1, got 'four'"),
+    ],
+)
+def test_a_configuration_of_nothing(text: str, message: str, tmp_path: Path) -> None:
+    of_transformers("dinov2", tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"config\.json beside it cannot be used: .*{message}"):
+        load_pretrained(tmp_path)
+
+
 def test_a_configuration_with_defaults_left_out(tmp_path: Path) -> None:
     """transformers takes 12 heads if the file tells no number."""
     theirs = of_transformers("dinov2", tmp_path, hidden_size=96, num_attention_heads=12)

@@ -170,6 +170,15 @@ def test_an_index_names_files_of_its_folder_only(tiny_vit: TinyViT, tmp_path: Pa
         load_pretrained(tmp_path / "inside")
 
 
+def test_heads_that_are_cut_off(tiny_vit: TinyViT, tmp_path: Path) -> None:
+    """The error names the file of the heads, not that of the backbone beside it."""
+    save_pretrained(tiny_vit(), tmp_path)
+    (tmp_path / "heads.safetensors").write_bytes(safetensors.torch.save(WHOLE)[:-1])
+    with pytest.raises(ValueError, match=r"/heads\.safetensors: cannot be read as a file of weights: it is cut off"):
+        read_weights(tmp_path)
+    assert isinstance(load_pretrained(tmp_path), VisionTransformer)
+
+
 def test_folders_without_weights(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"the folder holds none of .*; it is empty"):
         load_pretrained(tmp_path)

@@ -32,7 +32,7 @@ ONLY_IN_TRANSFORMERS: Mapping[str, tuple[Any, ...]] = {
 }
 """Fields that change what transformers' model computes -> the values that our models have."""
 
-GELU, SILU = ("gelu", "gelu_python", "gelu_erf"), ("silu", "swish")
+GELU, SILU = ("gelu", "gelu_python"), ("silu", "swish")
 
 ONLY_IN_TIMM: Mapping[str, tuple[Any, ...]] = {
     "class_token": (True,),
@@ -172,6 +172,8 @@ def of_timm(config: Fields, *, gated: bool) -> Told:
         ValueError: it names what our models do not have.
     """
     architecture, arguments = config.get("architecture") or "", config.get("model_args") or {}
+    if not isinstance(arguments, Mapping):
+        raise _error("model_args", "arguments by name", arguments)
     for name in arguments:
         if name not in ONLY_IN_TIMM and name not in INERT_IN_TIMM:
             raise _error(f"model_args.{name}", "an argument that is known here", arguments[name])

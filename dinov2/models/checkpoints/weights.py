@@ -202,11 +202,12 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
         content = read_content(file)
         tensors, source = to_facebook_names(content)
         config = _config(file, content, tensors, source)
-        beside = file.with_name(HEADS)
-        if is_of_a_folder(file) and beside.is_file():
+    beside = file.with_name(HEADS)
+    if is_of_a_folder(file) and beside.is_file():
+        with _named_in_errors(beside):
             content = read_content(beside)
-        heads, centers = heads_and_centers(content)
-        return Weights(str(path), config, tensors, split_heads(heads), centers)
+    heads, centers = heads_and_centers(content)
+    return Weights(str(path), config, tensors, split_heads(heads), centers)
 
 
 @contextmanager
@@ -243,6 +244,8 @@ def _config(file: Path, content: Any, tensors: Tensors, source: Source, num_head
         where = f"{CONFIG} beside it cannot be used"
         with _blamed(where):
             fields = json.loads(beside.read_text(encoding="utf-8"))
+            if not isinstance(fields, dict):
+                raise ValueError(f"expected fields by name, got {type(fields).__name__}")
             if fields.get("model_type") == MODEL_TYPE:
                 return from_json(ViTConfig, {name: value for name, value in fields.items() if name != "model_type"})
             if "architecture" in fields:  # timm's folders may hold facebook's names
