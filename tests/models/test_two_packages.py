@@ -101,14 +101,15 @@ def test_only_the_name_of_ours_first(checkout: Path) -> None:
 
 
 def test_theirs_first(checkout: Path) -> None:
-    """One line makes room for ours; facebook's models go on working, and more of them can be loaded."""
+    """Two lines make room for ours; facebook's models go on working, and more of them can be loaded."""
     before = LOAD + "import dinov2.data\nassert dinov2.data.make_data_loader\n"
-    room = "del sys.modules['dinov2']\n"
+    room = "del sys.modules['dinov2']\nimport dinov2\n"
+    run(before + room + "from dinov2.models import ViTConfig\nassert dinov2.models.ViTConfig is ViTConfig\n", checkout)
     run(before + room + USE_OURS + USE_THEIRS + "assert 'make_data_loader' not in vars(dinov2.data)\n", checkout)
     run(before + room + USE_OURS + LOAD + USE_THEIRS + USE_OURS, checkout)
 
 
-def test_theirs_first_without_that_line(checkout: Path) -> None:
+def test_theirs_first_without_these_lines(checkout: Path) -> None:
     """None of our code runs then; Python's own error names the folder that came first."""
     error = run(
         LOAD + "try:\n    from dinov2.models import ViTConfig\nexcept ImportError as e:\n    print(e)\n", checkout
