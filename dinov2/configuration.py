@@ -18,8 +18,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -95,6 +96,9 @@ class Config:
             cls._at = at
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if (plain := _plain(value)) is not value:
+                object.__setattr__(self, name, plain)  # the dataclass is frozen
         if not _is_assembled.get():
             check(self, self._at)
 
@@ -194,6 +198,18 @@ def replacing(file: Path) -> Iterator[Path]:
     partial.replace(file)
 
 
+def _plain(value: Any) -> Any:
+    """NumPy's numbers and texts as Python's, also those in tuples and dictionaries; anything else as it is."""
+    numpy = sys.modules.get("numpy")  # a program without it has none of its numbers
+    if numpy is not None and isinstance(value, numpy.generic):
+        return value.item()
+    if type(value) is tuple and any(_plain(item) is not item for item in value):
+        return tuple(_plain(item) for item in value)
+    if type(value) is dict and any(_plain(item) is not item for item in value.values()):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
 @functools.lru_cache
 def _hints(kind: Any) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
@@ -213,7 +229,11 @@ def _unmet_by_one(hint: Any, value: Any) -> str | None:
     if hint is types.NoneType:
         return None if value is None else "None"
     if get_origin(hint) is Literal:
-        return None if value in get_args(hint) else f"one of {', '.join(map(str, get_args(hint)))}"
+        return (
+            None
+            if isinstance(value, Hashable) and value in get_args(hint)
+            else f"one of {', '.join(map(str, get_args(hint)))}"
+        )
     if get_origin(hint) is Annotated:
         bounds = [bound for bound in hint.__metadata__ if isinstance(bound, Bound)]
         return next((bound.expected for bound in bounds if not _holds(bound, value)), None)

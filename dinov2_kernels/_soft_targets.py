@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from dinov2_kernels._numbers import check_above_0
+
 Beside = tuple[str, Tensor]
 
 
@@ -62,8 +64,7 @@ def checked_targets(
         ("student_temperature", student_temperature),
         ("teacher_temperature", teacher_temperature),
     ):
-        if not temperature > 0:
-            raise ValueError(f"{name}: expected a number above 0, got {temperature}")
+        check_above_0(name, temperature)
     return None if teacher_index is None else _checked_index(teacher_index, M, beside)
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dinov2_kernels._tables import table_cache
+
+_INTEGERS = (int, torch.SymInt)
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ class PackedLayout:
     max_length: int = field(init=False, repr=False, compare=False)
 
     def __init__(self, runs: Iterable[Sequence[int]]) -> None:
+        if not hasattr(runs, "__iter__"):
+            raise _wrong_runs(runs)
         checked = tuple(_check_run(run) for run in runs)
         set_field = object.__setattr__  # the dataclass is frozen
         set_field(self, "runs", checked)
@@ -126,9 +132,24 @@ class PackedLayout:
 
 
 def _check_run(run: Sequence[int]) -> tuple[int, int]:
-    if len(run) != 2 or not all(isinstance(n, int | torch.SymInt) and n >= 0 for n in run):
-        raise ValueError(f"runs: expected pairs (count, length) of integers >= 0, got {run!r}")
-    return run[0], run[1]
+    try:
+        count, length = run
+    except (TypeError, ValueError):
+        raise _wrong_runs(run) from None
+    if not (isinstance(count, _INTEGERS) and isinstance(length, _INTEGERS)):
+        if any(isinstance(part, Tensor) for part in (run, count, length)):  # it may be on a GPU
+            raise _wrong_runs(run)
+        try:  # NumPy's integers become Python's
+            count, length = operator.index(count), operator.index(length)
+        except TypeError:
+            raise _wrong_runs(run) from None
+    if not (count >= 0 and length >= 0):
+        raise _wrong_runs(run)
+    return count, length
+
+
+def _wrong_runs(came: Any) -> ValueError:
+    return ValueError(f"runs: expected pairs (count, length) of integers >= 0, got {came!r}")
 
 
 def _cu_seqlens(layout: PackedLayout, device: torch.device) -> Tensor:

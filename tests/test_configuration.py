@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 
 from dinov2.configuration import (
@@ -169,3 +170,39 @@ def test_a_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
     write_json(dataclasses.replace(Outer(Path("g"))), file)
     assert json.loads(file.read_text())["folder"] == "g"
     assert [path.name for path in tmp_path.iterdir() if path.name == "config.json"] == ["config.json"]
+
+
+def test_numbers_of_numpy_become_pythons() -> None:
+    @dataclass(frozen=True)
+    class Parts(Config):
+        count: Count = 1
+        share: Share = 0.5
+        is_on: bool = False
+        name: str = ""
+        spread: Range = (0.1, 1.0)
+        by_name: dict[str, float] = field(default_factory=dict)
+        shape: Literal["mlp", "swiglu"] = "mlp"
+
+    parts = Parts(
+        count=np.int64(3),
+        share=np.float32(0.25),
+        is_on=np.bool_(True),
+        name=np.str_("a"),
+        spread=(np.float64(0.5), np.int32(2)),
+        by_name={"x": np.float16(0.5)},
+        shape=np.str_("swiglu"),
+    )
+    assert parts == Parts(3, 0.25, True, "a", (0.5, 2), {"x": 0.5}, "swiglu")
+    kinds = [type(value) for value in (*vars(parts).values(), *parts.spread, parts.by_name["x"])]
+    assert kinds == [int, float, bool, str, tuple, dict, str, float, int, float]
+    assert json.loads(json.dumps(to_json(parts)))["count"] == 3
+    for fields, message in (
+        ({"count": np.float32(3)}, r"count: expected at least 1, got 3\.0"),
+        ({"count": np.int8(0)}, "count: expected at least 1, got 0"),
+        ({"count": np.array(3)}, r"count: expected at least 1, got array\(3\)"),
+        ({"share": np.float64("nan")}, "share: expected a number from 0 to 1, got nan"),
+        ({"is_on": np.int64(1)}, "is_on: expected True or False, got 1"),
+        ({"shape": np.array(["mlp"])}, "shape: expected one of mlp, swiglu, got array"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Parts(**fields)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, Literal
 
 from dinov2.configuration import Config, Count, CountOr0, Positive, Rate, Rules
@@ -19,6 +20,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 The paper's table gives ViT-B 18 blocks; its published weights have 12.
 """
+
+OF_FACEBOOK = frozenset(("ffn_layer", "block_chunks", "act_layer", "norm_layer", "block_fn", "embed_layer"))
+"""Arguments of facebook's architectures that ours do not have. They come from code that wants the other package."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ class ViTConfig(Config, at="vit"):
     def rules(self) -> Rules:
         """Patches tile the image, and heads divide the token."""
         yield "img_size", self.img_size % self.patch_size == 0, f"a multiple of patch_size = {self.patch_size}"
+        yield "mlp_ratio", isfinite(self.mlp_ratio), "a finite number"
         yield "num_heads", self.embed_dim % self.num_heads == 0, f"a divisor of embed_dim = {self.embed_dim}"
 
     @classmethod
@@ -76,10 +81,20 @@ class ViTConfig(Config, at="vit"):
 
         Raises:
             ValueError: no architecture has this name.
+            TypeError: the configuration has no such field.
         """
-        if architecture not in ARCHITECTURES:
-            close = difflib.get_close_matches(architecture, ARCHITECTURES, n=1, cutoff=0.0)[0]
+        if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
+            close = difflib.get_close_matches(str(architecture), ARCHITECTURES, n=1, cutoff=0.0)[0]
             raise ValueError(f"architecture: expected one of {list(ARCHITECTURES)}, got {architecture!r}; {close!r}?")
+        known = cls.__dataclass_fields__
+        if unknown := [name for name in fields if name not in known]:
+            theirs = OF_FACEBOOK.intersection(unknown)
+            hint = (
+                "; facebook's model has it, from another package named dinov2: see docs/two_packages.md"
+                if theirs
+                else ""
+            )
+            raise TypeError(f"{unknown[0]}: expected a field of {cls.__name__}, got an unknown one{hint}")
         return cls(**{**ARCHITECTURES[architecture], **fields})
 
     @property

@@ -5,6 +5,7 @@ Legend: B images, N tokens of an image, D width of a token, R registers, h x w p
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from functools import partial
 from math import isqrt
@@ -124,10 +125,7 @@ class VisionTransformer(nn.Module):
         Raises:
             ValueError: the images have another shape, or the model has no such blocks.
         """
-        depth = len(self.blocks)
-        wanted = range(depth - n, depth) if isinstance(n, int) else sorted(n)
-        if not wanted or wanted[0] < 0 or wanted[-1] >= depth:
-            raise ValueError(f"n: expected 1 to {depth} blocks or indices from 0 to {depth - 1}, got {n}")
+        wanted = _wanted_blocks(n, len(self.blocks))
         layout, packed = self._packed_tokens([x], [None])
         outputs = [layout.unpack(tokens)[0] for tokens in self._run_blocks(packed, layout, wanted)]  # [B, N, D] each
         outputs = [self._last_norm(output) if norm else output for output in outputs]
@@ -241,6 +239,20 @@ def vit_large(patch_size: int = 14, **fields: Any) -> VisionTransformer:
 def vit_giant2(patch_size: int = 14, **fields: Any) -> VisionTransformer:
     """ViT-g: 40 blocks of width 1536 with SwiGLU; ``fields`` are those of :class:`ViTConfig`."""
     return VisionTransformer(ViTConfig.of("vit_giant2", patch_size=patch_size, **fields))
+
+
+def _wanted_blocks(n: Any, depth: int) -> Sequence[int]:
+    """Ascending indices of the last n blocks, or of the blocks n; NumPy's integers are integers."""
+    try:
+        if isinstance(n, int) or (hasattr(n, "__index__") and not hasattr(n, "__len__")):
+            wanted: Sequence[int] = range(depth - operator.index(n), depth)
+        else:
+            wanted = sorted(operator.index(block) for block in n)
+    except TypeError:
+        wanted = []
+    if not wanted or wanted[0] < 0 or wanted[-1] >= depth:
+        raise ValueError(f"n: expected 1 to {depth} blocks or indices from 0 to {depth - 1}, got {n!r}")
+    return wanted
 
 
 class PatchEmbed(nn.Module):

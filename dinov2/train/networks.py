@@ -14,7 +14,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 
 from dinov2.models import HeadConfig, VisionTransformer, ViTConfig, Weights, read_weights, save_heads
 from dinov2.models.checkpoints.run import load_checkpoint
-from dinov2.models.checkpoints.weights import WRITERS, Format, split_heads
+from dinov2.models.checkpoints.weights import split_heads
+from dinov2.models.checkpoints.writing import WRITERS, Format
 from dinov2.objectives import SelfDistillation
 from dinov2.train.config import DistillConfig, RunConfig
 from dinov2.train.run_directory import is_run, read_config

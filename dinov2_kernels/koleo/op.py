@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dinov2_kernels._autograd import KernelFunction, differentiably, in_pytorch, is_beyond_kernels, needs_gradient
 from dinov2_kernels._library import accumulation_dtype, define, place_in
+from dinov2_kernels._numbers import check_above_0, is_whole
 from dinov2_kernels.koleo import reference
 
 _TRITON = "dinov2_kernels.koleo.triton_kernel"
@@ -97,8 +98,7 @@ def koleo_loss(
         raise ValueError(f"k: expected 1, because a single row is its own only neighbour, got {k}")
     if members > 1:
         _check_neighbors(k, members)
-    if not eps > 0:
-        raise ValueError(f"eps: expected a number above 0, got {eps}")
+    check_above_0("eps", eps)
     x = x.contiguous()
     if needs_gradient(x):
         return differentiably(_KoLeo, x, k, n_groups, world_size, rank, eps, group)  # type: ignore[no-any-return]
@@ -214,5 +214,5 @@ def _check(x: Tensor, n_groups: int, world_size: int) -> int:
 
 
 def _check_neighbors(k: int, members: int) -> None:
-    if not 1 <= k < members:
-        raise ValueError(f"k: expected 1 to {members - 1} neighbours of {members} rows, got {k}")
+    if not is_whole(k) or not 1 <= k < members:
+        raise ValueError(f"k: expected 1 to {members - 1} neighbours of {members} rows, got {k!r}")

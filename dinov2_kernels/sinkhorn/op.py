@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dinov2_kernels._library import accumulation_dtype, define, place_in
+from dinov2_kernels._numbers import check_above_0, is_whole
 from dinov2_kernels.sinkhorn import reference
 
 _TRITON = "dinov2_kernels.sinkhorn.triton_kernel"
@@ -198,7 +199,8 @@ def _check(logits: Tensor, temperature: float, n_iterations: int) -> None:
         raise ValueError(f"logits: expected shape [B, K] with K >= 1, got {list(logits.shape)}")
     if not logits.is_floating_point():
         raise TypeError(f"logits: expected a floating-point tensor, got {logits.dtype}")
-    if not temperature > 0:
-        raise ValueError(f"temperature: expected a number above 0, got {temperature}")
+    check_above_0("temperature", temperature)
+    if not is_whole(n_iterations):
+        raise ValueError(f"n_iterations: expected a whole number, got {n_iterations!r}")
     if n_iterations < 1:
         raise ValueError(f"n_iterations: expected at least 1, got {n_iterations}")

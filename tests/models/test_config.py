@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dinov2.models import ViTConfig
+from dinov2.models import ViTConfig, vit_small
 
 
 def test_known_architecture() -> None:
@@ -17,6 +17,16 @@ def test_known_architecture() -> None:
 
 def test_fields_of_an_architecture_can_be_changed() -> None:
     assert ViTConfig.of("vit_small", depth=3).depth == 3
+
+
+def test_unknown_fields_of_an_architecture() -> None:
+    with pytest.raises(TypeError, match=r"^colour: expected a field of ViTConfig, got an unknown one$"):
+        ViTConfig.of("vit_small", colour="red")
+    message = (
+        r"^block_chunks: expected a field of ViTConfig, got .*another package named dinov2: see docs/two_packages\.md"
+    )
+    with pytest.raises(TypeError, match=message):
+        vit_small(img_size=518, block_chunks=0)
 
 
 def test_unknown_architecture_gets_a_suggestion() -> None:

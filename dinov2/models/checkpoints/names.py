@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isqrt
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from dinov2.models.checkpoints.foreign import foreign_model, hidden_under
 from dinov2.models.config import ViTConfig
 from dinov2_kernels.nn import swiglu_hidden_features
 
@@ -18,8 +19,8 @@ Source = Literal["facebook", "transformers", "timm"]
 
 WRAPPERS = ("teacher", "model", "state_dict")
 """Keys of the weights in files of training programs."""
-PREFIXES = ("teacher.backbone.", "backbone.", "dinov2_with_registers.", "dinov2.", "module.")
-"""Prefixes of the vision transformer's weights. All other weights, such as heads, are left out."""
+PREFIXES = ("teacher.backbone.", "backbone.", "dinov2_with_registers.", "dinov2.", "module.", "_orig_mod.")
+"""Prefixes of the vision transformer's weights, perhaps several. All other weights, such as heads, are left out."""
 PRETRAINING_HEADS = ("dino_head.", "ibot_head.")
 HEADS = ("head.", *PRETRAINING_HEADS, "linear_head.", "classifier.")
 CENTERS = ("dino_loss.center", "ibot_patch_loss.center")
@@ -43,13 +44,26 @@ TRANSFORMERS: Pairs = (
     (".mlp.w3.", ".mlp.weights_out."),
     ("norm.", "layernorm."),
 )
+IN_MEMORY: Pairs = (
+    (".attention.attention.query.", ".attention.q_proj."),
+    (".attention.attention.key.", ".attention.k_proj."),
+    (".attention.attention.value.", ".attention.v_proj."),
+    (".attention.output.dense.", ".attention.o_proj."),
+    (".mlp.weights_out.", ".mlp.down_proj."),
+)
+"""transformers' name in its files -> its name in a model's ``state_dict()``, from version 5 on."""
+GATE, UP = ".mlp.gate_proj.", ".mlp.up_proj."
+"""The two halves of ``.mlp.weights_in.`` in a model's ``state_dict()``, in this order."""
 QKV = tuple(f".attention.attention.{part}." for part in ("query", "key", "value"))
 """transformers' three parts of facebook's ``.attn.qkv.``, in this order."""
 TIMM: Pairs = (("register_tokens", "reg_token"),)
 TIMM_GATED: Pairs = ((".mlp.w12.", ".mlp.fc1."), (".mlp.w3.", ".mlp.fc2."))
 """timm's names fc1 and fc2 are the same for gated and other layers."""
+EXPECTED = "expected a DINOv2 model of facebook, transformers or timm"
 HEAD_WIDTH = 64
-"""Width of an attention head in all published models."""
+"""Width of an attention head in all published models of DINOv2."""
+OTHER_HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
+"""Widths of published models (ViT-SO400M, ViT-H, ViT-g, ViT-G) whose heads are not 64 wide, and their heads."""
 
 
 def to_facebook_names(content: Any) -> tuple[Tensors, Source]:
@@ -62,14 +76,49 @@ def to_facebook_names(content: Any) -> tuple[Tensors, Source]:
         ValueError: the names do not belong to a known model.
     """
     tensors = _backbone(_unwrap(content))
-    if "embeddings.cls_token" in tensors:
-        return _from_transformers(tensors), "transformers"
-    if not {"patch_embed.proj.weight", "cls_token", "pos_embed"} <= tensors.keys():
-        names = ", ".join(sorted(tensors)[:3]) or "none"
-        raise ValueError(f"expected a DINOv2 model of facebook, transformers or timm, got tensors {names}")
-    if "mask_token" not in tensors:
-        return _from_timm(tensors), "timm"
-    return _rename(tensors, _without_chunk), "facebook"
+    if (model := foreign_model(tensors)) is not None:
+        raise ValueError(f"{EXPECTED}, got {model} (tensors {_some(tensors)}, ...)")
+    is_transformers = {"embeddings.cls_token", "embeddings.position_embeddings"} <= tensors.keys()
+    if not is_transformers and not {"patch_embed.proj.weight", "cls_token", "pos_embed"} <= tensors.keys():
+        raise ValueError(f"{EXPECTED}, got tensors {_some(tensors) or 'none'}{_keys(content)}{hidden_under(tensors)}")
+    _check_numbers(tensors)
+    source: Source
+    if is_transformers:
+        tensors, source = _from_transformers(tensors), "transformers"
+    elif "mask_token" in tensors:
+        tensors, source = _rename(tensors, _without_chunk), "facebook"
+    else:
+        tensors, source = _from_timm(tensors), "timm"
+    _check_shapes(tensors)
+    return tensors, source
+
+
+def _some(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names)[:3])
+
+
+def _keys(content: Any) -> str:
+    """Say what a file without tensors has in their place."""
+    keys = ", ".join(str(key) for key in list(content)[:5])
+    return f"; its keys are {keys}" if keys and not _unwrap(content) else ""
+
+
+def _check_numbers(tensors: Tensors) -> None:
+    """Weights are plain numbers. Quantised ones need a scale, which each library stores in its own way."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.is_quantized or tensor.layout != torch.strided:
+            kind = tensor.dtype if tensor.layout == torch.strided else f"{tensor.layout} of {tensor.dtype}"
+            raise ValueError(f"{name}: expected dense floating-point numbers, not quantised ones, got {kind}")
+
+
+def _check_shapes(tensors: Tensors) -> None:
+    """Patches are square, and position embeddings are those of the class token and of a square grid of patches."""
+    shape = list(tensors["patch_embed.proj.weight"].shape)
+    if len(shape) != 4 or shape[2] != shape[3]:
+        raise ValueError(f"patch_embed.proj.weight: expected shape [D, channels, P, P] for square patches, got {shape}")
+    shape = list(tensors["pos_embed"].shape)
+    if len(shape) != 3 or shape[0] != 1 or shape[1] < 2 or isqrt(shape[1] - 1) ** 2 != shape[1] - 1:
+        raise ValueError(f"pos_embed: expected shape [1, 1 + M * M, D] for a square grid of M x M patches, got {shape}")
 
 
 def heads_and_centers(content: Any) -> tuple[Tensors, Tensors]:
@@ -89,13 +138,12 @@ def _unwrap(content: Any) -> Tensors:
             content = content[wrapper]
     if not isinstance(content, Mapping):
         raise ValueError(f"expected tensors by name, got {type(content).__name__}")
-    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    return {name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, Tensor)}
 
 
 def _backbone(tensors: Tensors) -> Tensors:
-    for prefix in PREFIXES:
-        inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        tensors = inside or tensors
+    while prefix := next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in tensors)), None):
+        tensors = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
     return {name: tensor for name, tensor in tensors.items() if not name.startswith(HEADS)}
 
 
@@ -109,6 +157,10 @@ def _without_chunk(name: str) -> str:
 
 
 def _from_transformers(tensors: Tensors) -> Tensors:
+    tensors = _rename(tensors, lambda name: _replaced(name, _reversed(IN_MEMORY)))
+    for name in [name for name in tensors if GATE in name]:
+        halves = [tensors.pop(name), tensors.pop(name.replace(GATE, UP))]
+        tensors[name.replace(GATE, ".mlp.weights_in.")] = torch.cat(halves)
     tensors = _rename(tensors, lambda name: _replaced(name, _reversed(TRANSFORMERS)))
     renamed = {name: tensor for name, tensor in tensors.items() if not any(part in name for part in QKV)}
     for name in tensors:
@@ -150,9 +202,13 @@ def _reversed(pairs: Pairs) -> Pairs:
 
 def _from_timm(tensors: Tensors) -> Tensors:
     tensors = _rename(tensors, lambda name: _replaced(name, _reversed(TIMM)))
-    if isqrt(tensors["pos_embed"].shape[1]) ** 2 == tensors["pos_embed"].shape[1]:
+    positions = tensors["pos_embed"].shape[1]
+    if isqrt(positions) ** 2 == positions:
         # timm adds the class token's position embedding to the class token itself.
         tensors["pos_embed"] = torch.nn.functional.pad(tensors["pos_embed"], (0, 0, 1, 0))
+    elif "register_tokens" in tensors:
+        expected = "one for each patch of a square grid, and none for registers (timm's no_embed_class=True)"
+        raise ValueError(f"pos_embed: expected {expected}, got {positions}")
     if _is_gated(tensors):
         tensors = _rename(tensors, lambda name: _replaced(name, _reversed(TIMM_GATED)))
     return _with_mask_token(tensors)
@@ -180,11 +236,12 @@ def config_of(tensors: Tensors, source: Source, *, num_heads: int | None = None)
 
     Raises:
         KeyError: the weights lack a part of the model.
-        ValueError: the width is not a multiple of 64, and no number of heads is given.
+        ValueError: no number of heads is given, and the width is not a multiple of 64, or that of a published model
+            whose heads have another width.
     """
     embed_dim, in_chans, patch_size, _ = tensors["patch_embed.proj.weight"].shape
     registers = tensors["register_tokens"].shape[1] if "register_tokens" in tensors else 0
-    if num_heads is None and embed_dim % HEAD_WIDTH:
+    if num_heads is None and (embed_dim % HEAD_WIDTH or embed_dim in OTHER_HEADS):
         raise ValueError(f"a width of {embed_dim} does not tell the number of heads; config.json must tell it")
     gated = "blocks.0.mlp.w3.weight" in tensors
     last_linear = "blocks.0.mlp.w3" if gated else "blocks.0.mlp.fc2"

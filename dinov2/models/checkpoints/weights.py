@@ -1,38 +1,35 @@
-"""Files of weights: reads and writes the formats of facebook, transformers and timm."""
+"""Files of weights: reads the formats of facebook, transformers and timm."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import safetensors.torch
 import torch
 from torch import nn
 
-from dinov2.configuration import from_json, replacing, write_json
+from dinov2.configuration import from_json
+from dinov2.models.checkpoints.fields import Told, of_arguments, of_facebook_run, of_timm, of_transformers
 from dinov2.models.checkpoints.names import (
-    CENTERS,
     Source,
     Tensors,
     config_of,
     heads_and_centers,
     to_facebook_names,
-    to_transformers_names,
 )
-from dinov2.models.checkpoints.run import MANIFEST, load_checkpoint
+from dinov2.models.checkpoints.reading import find_weights, is_of_a_folder, read_content
 from dinov2.models.config import ViTConfig
 from dinov2.models.dino_head import DINOHead, HeadConfig
 from dinov2.models.vision_transformer import VisionTransformer, interpolate_position_embedding
 
-WEIGHTS, HEADS, CONFIG = "model.safetensors", "heads.safetensors", "config.json"
-FILES_OF_A_FOLDER = (WEIGHTS, "pytorch_model.bin", "teacher_checkpoint.pth")
+HEADS, CONFIG = "heads.safetensors", "config.json"
 MODEL_TYPE = "dinov2_vision_transformer"
 """``model_type`` in the config.json that :func:`save_pretrained` writes."""
-Format = Literal["facebook", "transformers", "timm"]
 
 
 @dataclass(frozen=True)
@@ -81,14 +78,7 @@ class Weights:
             ValueError: ``vit`` has another architecture; the message names each field and both values.
         """
         check_architecture(self.vit, vit, self.origin)
-        grid = (vit.grid_size, vit.grid_size)
-        resampled = interpolate_position_embedding(
-            self.backbone["pos_embed"],
-            grid,
-            offset=self.vit.interpolate_offset,
-            antialias=self.vit.interpolate_antialias,
-        )
-        return {**self.backbone, "pos_embed": resampled}
+        return _resampled(self.backbone, self.vit, vit.grid_size)
 
 
 def head_of(config: HeadConfig, embed_dim: int) -> DINOHead:
@@ -160,32 +150,41 @@ def load_pretrained(path: str | os.PathLike[str], model: VisionTransformer | Non
 
     Args:
         path: a file of weights, ``.safetensors`` or anything that :func:`torch.load` reads; or a folder that holds
-            ``model.safetensors``, ``pytorch_model.bin`` or ``teacher_checkpoint.pth``; or a checkpoint of pretraining
-            (``checkpoints/step_00001000``), from which the teacher is loaded.
-        model: the model to load into. The file's position embeddings are resampled to the model's image size. None
-            makes a new model in float32 on the CPU, with the architecture in ``config.json`` beside the weights.
-            Without this file, the shapes of the weights decide the architecture, with attention heads 64 wide.
+            ``model.safetensors``, ``pytorch_model.bin`` (one file, or shards with an index) or
+            ``teacher_checkpoint.pth``; or a checkpoint of pretraining (``checkpoints/step_00001000``), from which the
+            teacher is loaded.
+        model: the model to load into. The file's position embeddings are resampled to the model's image size, in the
+            way of the model that they are from; and since other sizes need the same way, ``model.config`` gets the
+            file's ``interpolate_offset`` and ``interpolate_antialias``. Only a model of the file's own image size
+            computes the same at every size: a smaller table has lost details. None makes such a model in float32 on
+            the CPU, with the architecture in ``config.json`` beside the weights. Without this file, the shapes of the
+            weights decide the architecture, with attention heads 64 wide.
 
     Returns:
         The model.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: the file cannot be read, holds no known model, or does not fit ``model``.
+        TypeError: ``path`` is no path, or ``model`` is no VisionTransformer.
+        ValueError: the file cannot be read, holds no known model, has a part that our models do not have (the message
+            names the field of its configuration), or does not fit ``model``.
+
+    Example:
+        >>> model = load_pretrained("dinov2_vits14_pretrain.pth").eval()  # doctest: +SKIP
+        >>> small = load_pretrained("dinov2_vits14_pretrain.pth", vit_small(img_size=224))  # doctest: +SKIP
     """
-    file = _find(Path(path))
-    try:
-        content = _read(file)
+    if model is not None:
+        _check_model(model)
+    file = find_weights(path)
+    with _named_in_errors(file):
+        content = read_content(file)
         tensors, source = to_facebook_names(content)
+        config = _config(file, content, tensors, source, model.config.num_heads if model else None)
         if model is None:
             with torch.device("meta"):
-                model = VisionTransformer(_config(file, content, tensors, source))
+                model = VisionTransformer(config)
             model.to_empty(device="cpu")
-        _load(model, tensors)
-    except KeyError as error:
-        raise ValueError(f"{file}: the weights lack {error.args[0]}") from error
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        _load(model, tensors, config)
     return model
 
 
@@ -198,129 +197,106 @@ def read_weights(path: str | os.PathLike[str]) -> Weights:
         FileNotFoundError: the file does not exist.
         ValueError: the file cannot be read or holds no known model.
     """
-    file = _find(Path(path))
-    try:
-        content = _read(file)
+    file = find_weights(path)
+    with _named_in_errors(file):
+        content = read_content(file)
         tensors, source = to_facebook_names(content)
         config = _config(file, content, tensors, source)
-        beside = file.with_name(HEADS)
-        if file.name in FILES_OF_A_FOLDER and beside.is_file():
-            content = _read(beside)
-        heads, centers = heads_and_centers(content)
-        return Weights(str(path), config, tensors, split_heads(heads), centers)
+    beside = file.with_name(HEADS)
+    if is_of_a_folder(file) and beside.is_file():
+        with _named_in_errors(beside):
+            content = read_content(beside)
+    heads, centers = heads_and_centers(content)
+    return Weights(str(path), config, tensors, split_heads(heads), centers)
+
+
+@contextmanager
+def _named_in_errors(file: Path) -> Iterator[None]:
+    try:
+        yield
     except KeyError as error:
         raise ValueError(f"{file}: the weights lack {error.args[0]}") from error
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
 
-def save_heads(weights: Weights, path: str | os.PathLike[str]) -> Path:
-    """Write ``heads.safetensors`` into a folder: heads and centres with facebook's names.
-
-    Centres have facebook's shapes, ``dino_loss.center`` [1, K] and ``ibot_patch_loss.center`` [1, 1, K].
-
-    Returns:
-        The folder.
-
-    Raises:
-        ValueError: the weights have no heads.
-    """
-    if not weights.heads:
-        raise ValueError(f"{weights.origin} has no heads")
-    shapes = dict(zip(CENTERS, ((1, -1), (1, 1, -1)), strict=True))
-    tensors = {name: tensor for name, tensor in weights.named_tensors().items() if not name.startswith("backbone.")} | {
-        name: tensor.reshape(shapes[name]) for name, tensor in weights.centers.items()
-    }
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(tensors, folder / HEADS)
-    return folder
+def _check_model(model: Any) -> None:
+    if not isinstance(model, VisionTransformer):
+        inner = next((name for name in ("_orig_mod", "module") if hasattr(model, name)), None)
+        hint = f"; give the model inside it, model.{inner}" if inner else ""
+        raise TypeError(f"model: expected a VisionTransformer, got {type(model).__name__}{hint}")
+    if model.pos_embed.is_meta:
+        raise ValueError("model: expected parameters with memory, got the meta device; call model.to_empty first")
 
 
-def save_pretrained(model: VisionTransformer, path: str | os.PathLike[str]) -> Path:
-    """Write ``model.safetensors`` (facebook's names, with the mask token) and ``config.json`` into a folder.
-
-    Each file replaces an older one only when it is complete.
+def _config(file: Path, content: Any, tensors: Tensors, source: Source, num_heads: int | None = None) -> ViTConfig:
+    """The architecture: from our checkpoint or config.json, or from shapes and another library's configuration.
 
     Args:
-        model: the model.
-        path: the folder; it is created if necessary.
-
-    Returns:
-        The folder.
-    """
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(model.state_dict(), folder / WEIGHTS)
-    write_json({"model_type": MODEL_TYPE, **asdict(model.config)}, folder / CONFIG)
-    return folder
-
-
-def _find(path: Path) -> Path:
-    if (path / MANIFEST).is_file():
-        return path
-    if path.is_dir():
-        for name in FILES_OF_A_FOLDER:
-            if (path / name).is_file():
-                return path / name
-        raise FileNotFoundError(f"{path}: the folder holds none of {', '.join(FILES_OF_A_FOLDER)}")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    return path
-
-
-def _read(file: Path) -> Any:
-    if file.is_dir():
-        return _read_run_checkpoint(file)
-    try:
-        if file.suffix == ".safetensors":
-            return safetensors.torch.load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # broken files raise errors of many types
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"cannot be read as a file of weights ({type(error).__name__}: {reason})") from error
-
-
-def _read_run_checkpoint(directory: Path) -> dict[str, Any]:
-    """The teacher (in a distillation, the only student's moving average) and its configuration ``vit``."""
-    content = load_checkpoint(directory, parts=["teacher"])
-    if len(content["vit"]) > 1:
-        raise ValueError(f"it holds the students {', '.join(content['vit'])}: write one to a file with dinov2 export")
-    ((name, vit),) = content["vit"].items()
-    return {"teacher": {key.removeprefix(f"{name}."): x for key, x in content["teacher"].items()}, "vit": vit}
-
-
-def _config(file: Path, content: Any, tensors: Tensors, source: Source) -> ViTConfig:
-    """The configuration in our checkpoint or config.json, or else from the shapes of the weights.
-
-    Another library's config.json gives only the number of attention heads.
+        file, content, tensors, source: the file, what is in it, its weights under facebook's names, and their source.
+        num_heads: attention heads if nothing else tells them.
     """
     if file.is_dir():
         return ViTConfig(**content["vit"])
+    gated = any(".mlp.w12." in name for name in tensors)
     beside = file.with_name(CONFIG)
-    if file.name not in FILES_OF_A_FOLDER or not beside.is_file():
-        return config_of(tensors, source)
+    if is_of_a_folder(file) and beside.is_file():
+        where = f"{CONFIG} beside it cannot be used"
+        with _blamed(where):
+            fields = json.loads(beside.read_text(encoding="utf-8"))
+            if not isinstance(fields, dict):
+                raise ValueError(f"expected fields by name, got {type(fields).__name__}")
+            if fields.get("model_type") == MODEL_TYPE:
+                return from_json(ViTConfig, {name: value for name, value in fields.items() if name != "model_type"})
+            if "architecture" in fields:  # timm's folders may hold facebook's names
+                told, source = of_timm(fields, gated=gated), "timm"
+            else:
+                told = of_transformers(fields)
+    else:
+        where = "the arguments in it cannot be used"
+        with _blamed(where):
+            told = of_arguments(content, gated=gated)
+        if source == "facebook" and told == Told():
+            where = "config.yaml of its run cannot be used"
+            with _blamed(where):
+                told = of_facebook_run(file)
+    with _blamed(where):
+        shown = config_of(tensors, source, num_heads=1)
+        told.check_shapes(shown)
+        if "num_heads" in told.fields:
+            return replace(shown, **told.fields)
+    return replace(config_of(tensors, source, num_heads=num_heads), **told.fields)
+
+
+@contextmanager
+def _blamed(where: str) -> Iterator[None]:
     try:
-        fields = json.loads(beside.read_text())
-        if fields.pop("model_type", None) == MODEL_TYPE:
-            return from_json(ViTConfig, fields)
-        if "architecture" in fields:  # timm's folders may hold facebook's names
-            source = "timm"
-        num_heads = fields.get("num_attention_heads") or fields.get("model_args", {}).get("num_heads")
+        yield
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{CONFIG} beside it cannot be used: {error}") from error
-    return config_of(tensors, source, num_heads=num_heads)
+        raise ValueError(f"{where}: {error}") from error
 
 
-def _load(model: VisionTransformer, tensors: Tensors) -> None:
-    config, state = model.config, model.state_dict()
+def _resampled(tensors: Tensors, theirs: ViTConfig, grid_size: int) -> Tensors:
+    """Weights with position embeddings for another grid of patches, resampled as the model does that they are from.
+
+    The result of half-precision embeddings is float32: as the model reads them, so they are rounded once.
+    """
+    table = tensors["pos_embed"]
+    if table.shape[1] == 1 + grid_size**2:
+        return tensors
     resampled = interpolate_position_embedding(
-        tensors["pos_embed"],
-        (config.grid_size, config.grid_size),
-        offset=config.interpolate_offset,
-        antialias=config.interpolate_antialias,
+        table.to(torch.promote_types(table.dtype, torch.float32)),
+        (grid_size, grid_size),
+        offset=theirs.interpolate_offset,
+        antialias=theirs.interpolate_antialias,
     )
-    tensors = {**tensors, "pos_embed": resampled}
+    return {**tensors, "pos_embed": resampled}
+
+
+def _load(model: VisionTransformer, tensors: Tensors, theirs: ViTConfig) -> None:
+    """Load weights of a model of configuration ``theirs``; the model then resamples as they need it."""
+    config, state = model.config, model.state_dict()
+    tensors = _resampled(tensors, theirs, config.grid_size)
     differences = [f"no {name}" for name in state if name not in tensors]
     differences += [f"unexpected {name}" for name in tensors if name not in state]
     differences += [
@@ -328,110 +304,11 @@ def _load(model: VisionTransformer, tensors: Tensors) -> None:
         for name, tensor in state.items()
         if name in tensors and tensors[name].shape != tensor.shape
     ]
+    if theirs.num_heads != config.num_heads:
+        differences.append(f"num_heads of {theirs.num_heads} for {config.num_heads}")
     if differences:
         more = f" and {len(differences) - 5} more differences" if len(differences) > 5 else ""
         raise ValueError(f"the weights do not fit the model: {'; '.join(differences[:5])}{more}")
     model.load_state_dict(tensors)
-
-
-def write_tensors(tensors: Tensors, file: Path) -> None:
-    """Write a safetensors file. It replaces an older file only when it is complete."""
-    on_host = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with replacing(file) as partial:
-        safetensors.torch.save_file(on_host, partial, metadata={"format": "pt"})
-
-
-def write_facebook(weights: Weights, folder: Path) -> None:
-    """Write our own format: facebook's names, and the fields of :class:`~dinov2.models.ViTConfig`."""
-    backbone: Any = weights.network()["backbone"]
-    save_pretrained(backbone, folder)
-
-
-def write_transformers(weights: Weights, folder: Path) -> None:
-    """Write ``Dinov2Model``, or ``Dinov2WithRegistersModel`` with registers, for ``AutoModel.from_pretrained``.
-
-    Raises:
-        ValueError: transformers has no such model.
-    """
-    vit = weights.vit
-    _require(vit, "transformers", mlp_ratio=int(vit.mlp_ratio), proj_bias=True, ffn_bias=True)
-    kind = "dinov2_with_registers" if vit.num_register_tokens else "dinov2"
-    config: dict[str, Any] = {
-        "model_type": kind,
-        "architectures": ["Dinov2WithRegistersModel" if vit.num_register_tokens else "Dinov2Model"],
-        "hidden_size": vit.embed_dim,
-        "num_hidden_layers": vit.depth,
-        "num_attention_heads": vit.num_heads,
-        "mlp_ratio": int(vit.mlp_ratio),
-        "use_swiglu_ffn": vit.ffn == "swiglu",
-        "qkv_bias": vit.qkv_bias,
-        "image_size": vit.img_size,
-        "patch_size": vit.patch_size,
-        "num_channels": vit.in_chans,
-        "layer_norm_eps": 1e-6,
-        "layerscale_value": 1.0 if vit.init_values is None else vit.init_values,
-        "use_mask_token": True,
-    }
-    if vit.num_register_tokens:
-        config["num_register_tokens"] = vit.num_register_tokens
-    _write(config, to_transformers_names(weights.backbone, vit), folder)
-
-
-def write_timm(weights: Weights, folder: Path) -> None:
-    """Write for ``timm.create_model("local-dir:FOLDER")``, which converts facebook's names itself.
-
-    Raises:
-        ValueError: timm has no such model.
-    """
-    vit = weights.vit
-    _require(vit, "timm", ffn_bias=vit.proj_bias)
-    arguments: dict[str, Any] = {
-        "img_size": vit.img_size,
-        "patch_size": vit.patch_size,
-        "in_chans": vit.in_chans,
-        "embed_dim": vit.embed_dim,
-        "depth": vit.depth,
-        "num_heads": vit.num_heads,
-        # timm multiplies this by the width and rounds down; its gated layers count both halves.
-        "mlp_ratio": ((2 if vit.ffn == "swiglu" else 1) * vit.ffn_width + 0.5) / vit.embed_dim,
-        "qkv_bias": vit.qkv_bias,
-        "proj_bias": vit.proj_bias,
-        "init_values": vit.init_values,
-        "dynamic_img_size": True,
-    }
-    if vit.num_register_tokens:
-        arguments["reg_tokens"] = vit.num_register_tokens
-    config = {
-        "architecture": f"vit_{'giant' if vit.ffn == 'swiglu' else 'small'}_patch14_"
-        f"{'reg4_' if vit.num_register_tokens else ''}dinov2",
-        "num_classes": 0,
-        "num_features": vit.embed_dim,
-        "model_args": arguments,
-        "pretrained_cfg": {
-            "input_size": [vit.in_chans, vit.img_size, vit.img_size],
-            "interpolation": "bicubic",
-            "num_classes": 0,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        },
-    }
-    _write(config, weights.backbone, folder)
-
-
-WRITERS: dict[Format, Callable[[Weights, Path], None]] = {
-    "facebook": write_facebook,
-    "transformers": write_transformers,
-    "timm": write_timm,
-}
-
-
-def _require(vit: ViTConfig, library: str, **expected: Any) -> None:
-    for name, value in expected.items():
-        if getattr(vit, name) != value:
-            raise ValueError(f"{library} has no model with {name} {getattr(vit, name)}, only with {value}")
-
-
-def _write(config: dict[str, Any], tensors: Tensors, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(tensors, folder / WEIGHTS)
-    write_json(config, folder / CONFIG)
+    offset, antialias = theirs.interpolate_offset, theirs.interpolate_antialias
+    model.config = replace(config, interpolate_offset=offset, interpolate_antialias=antialias)
