@@ -18,6 +18,7 @@ from dinov2.configuration import read_json
 from dinov2.curate import STAGES, CurateConfig, Part, curate, only, run_steps
 from dinov2.curate.pipeline import save_config
 from dinov2.curate.report import write_report
+from dinov2.data.files import shown
 from dinov2.recipes import CURATIONS, curation
 
 EXAMPLES = """examples:
@@ -57,7 +58,7 @@ def run(arguments: Sequence[str]) -> None:
     parsed = parse(what, name, options)
     config, part, console = parsed.config, share(parsed.shard), Console()
     if what == "report":
-        say(console, f"report: {write_report(config)}")
+        say(console, f"report: {shown(write_report(config))}")
         return
     save_config(config)
     engine = config.engine.open()
@@ -70,9 +71,9 @@ def run(arguments: Sequence[str]) -> None:
             made = run_steps(curate(config), engine, tries=tries, part=part, patience=patience, watcher=progress)
     console.print(table(progress.steps))
     if part.number == 0:
-        say(console, f"report: {write_report(config)}")
+        say(console, f"report: {shown(write_report(config))}")
     if what == "run":
-        say(console, f"train on it: dinov2 pretrain vits14_small_data --data.root {made.root}")
+        say(console, f"train on it: dinov2 pretrain vits14_small_data --data.root {shown(str(made.root))}")
 
 
 def parse(what: str, name: str, options: Sequence[str]) -> Arguments:

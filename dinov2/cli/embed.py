@@ -11,7 +11,8 @@ from rich.console import Console
 from dinov2.cli.counting import counting_bar
 
 DESCRIPTION = """Write the class token of every image into OUTPUT/features.npy (float32, one row per image), the images'
-names into OUTPUT/images.csv, and the names of unreadable images, with the reasons, into OUTPUT/skipped.csv.
+names into OUTPUT/images.csv, and the names of unreadable images, with the reasons, into OUTPUT/skipped.csv. Bytes of a
+name that are not UTF-8 are written as \\xNN.
 
 The model sees the centre of each image: the shorter side is resized to 8/7 of --size, then SIZE x SIZE pixels are cut
 from the middle and normalised."""
@@ -29,6 +30,7 @@ def run(arguments: Sequence[str]) -> None:
     """Embed, or print the help."""
     options = parser().parse_args(arguments or ["--help"])
     from dinov2.data import AugmentationConfig, DataConfig, image_names, open_dataset  # after the help: PyTorch is slow
+    from dinov2.data.files import shown
     from dinov2.evaluate import embed
     from dinov2.models import load_pretrained
     from dinov2.train.precision import Arithmetic
@@ -54,14 +56,14 @@ def run(arguments: Sequence[str]) -> None:
             progress=lambda images: bar.update(task, completed=images),
         )
     console.print(
-        f"wrote {written.images:,} features of {written.width} numbers to {options.output}",
+        f"wrote {written.images:,} features of {written.width} numbers to {shown(str(options.output))}",
         highlight=False,
         markup=False,
         soft_wrap=True,
     )
     if written.skipped:
         console.print(
-            f"{written.skipped:,} images cannot be read: {options.output / 'skipped.csv'}",
+            f"{written.skipped:,} images cannot be read: {shown(str(options.output / 'skipped.csv'))}",
             highlight=False,
             markup=False,
             soft_wrap=True,

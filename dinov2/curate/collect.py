@@ -11,6 +11,7 @@ from dinov2.configuration import Config, Count
 from dinov2.curate.pool import Pool
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task, digest
 from dinov2.data.decoding import IMAGE_EXTENSIONS
+from dinov2.data.files import escaped
 from dinov2.data.shards import ShardImage, write_shard
 from dinov2.data.shards.storage import Storage
 
@@ -33,7 +34,8 @@ def collect(images: str, config: CollectConfig, output: str) -> Steps[Pool]:
     Tar shards with their index (``dinov2 index`` writes one) are used where they are, without any step. In other
     folders, of any nesting, all files with the name of an image go into shards in the order of their paths. Hidden
     files and folders are left out. Files that are no images, or that cannot be read (broken links, pipes), are counted
-    and left out. If a name is not UTF-8, the column ``path`` has its other bytes as ``\xNN``.
+    and left out. Links to folders are followed, and each folder counts once. If a name is not UTF-8, the column
+    ``path`` has its other bytes as ``\xNN``; :func:`~dinov2.data.unescaped` returns the name.
 
     Args:
         images: folder or URL.
@@ -51,20 +53,13 @@ def collect(images: str, config: CollectConfig, output: str) -> Steps[Pool]:
                 f" write them with dinov2 index {images}"
             )
         return Pool(images)
-    sizes = {
-        path: entry["size"]
-        for path, entry in storage.filesystem.find(storage.root, detail=True).items()
-        if _is_image(path[len(storage.root) + 1 :])
-    }
+    sizes = {path: size for path, size in storage.find().items() if _is_image(path)}
     paths = sorted(sizes)
     if not paths:
         raise ValueError(f"images: expected a folder of images or of tar shards, got {images!r}, which has neither")
     pieces = [paths[start : start + config.shard_size] for start in range(0, len(paths), config.shard_size)]
-    tasks = [
-        Task(f"{number:05d}", _write, (images, tuple(path[len(storage.root) + 1 :] for path in piece), config))
-        for number, piece in enumerate(pieces)
-    ]
-    listing = digest([[path, sizes[path]] for path in paths])
+    tasks = [Task(f"{number:05d}", _write, (images, tuple(piece), config)) for number, piece in enumerate(pieces)]
+    listing = digest([[f"{storage.root}/{path}", sizes[path]] for path in paths])
     step = Step(output, "collect-images", [config, listing], (images,), tasks, "files")
     yield step
     return Pool(step.folder)
@@ -93,8 +88,7 @@ def _write(output: Output, images: str, paths: tuple[str, ...], config: CollectC
             except OSError:
                 dropped[UNREADABLE] += 1
                 continue
-            text = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-            yield ShardImage(key_of(path), content, {"path": text})
+            yield ShardImage(key_of(path), content, {"path": escaped(path)})
 
     report = write_shard(files(), output.folder, int(output.shard))
     return Counts(len(paths), report.images, dict(sorted((dropped + report.skipped).items())))

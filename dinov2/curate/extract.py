@@ -18,6 +18,7 @@ from dinov2.curate.html import MAX_ALT, Link, Page, parse_page
 from dinov2.curate.sorted_tables import key_of_text, key_ranges, read_range, text_table, write_sorted
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task, digest
 from dinov2.curate.web import RefusedURLError, is_blocked, normal_url, opts_out, read_domains
+from dinov2.data.files import escaped
 from dinov2.data.shards.storage import Storage
 from dinov2_kernels._extras import require
 
@@ -73,8 +74,7 @@ def extract(pages: str, config: ExtractConfig, output: str) -> Steps[str]:
         ValueError: the folder has no such files.
     """
     storage = Storage(pages)
-    found = storage.filesystem.find(storage.root, detail=True)
-    sizes = {path[len(storage.root) + 1 :]: found[path]["size"] for path in sorted(found) if kind_of(path)}
+    sizes = {path: size for path, size in storage.find().items() if kind_of(path)}
     if not sizes:
         raise ValueError(f"pages: expected a folder of HTML, WARC or WAT files, got {pages!r}, which has none")
     documents = [path for path in sizes if kind_of(path) == HTML]
@@ -84,7 +84,7 @@ def extract(pages: str, config: ExtractConfig, output: str) -> Steps[str]:
     pieces += [(path,) for path in sizes if kind_of(path) != HTML]
     tasks = [Task(f"{number:05d}", _extract, (pages, piece, config)) for number, piece in enumerate(pieces)]
     lists = [sorted(read_domains(path)) for path in (config.blocked_domains, config.allowed_domains)]
-    settings = [config, digest(lists), digest([[_text(path), size] for path, size in sizes.items()])]
+    settings = [config, digest(lists), digest([[escaped(path), size] for path, size in sizes.items()])]
     links = Step(output, "extract-links", settings, (pages,), tasks, "links")
     yield links
     buckets = max(1, links.counts().rows_out // PER_BUCKET)
@@ -176,11 +176,6 @@ def _is_url(base: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _text(path: str) -> str:
-    """A path as text that JSON can hold, even if the path is not UTF-8."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 class Found(NamedTuple):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dinov2.data.files import list_files
 from dinov2_kernels._extras import require
 
 
@@ -43,7 +44,8 @@ def identity_of(name: str) -> str:
     if not name or is_function(name) or not path.exists():
         return name
     digest = hashlib.sha256()
-    for file in sorted(entry for entry in path.rglob("*") if entry.is_file()) if path.is_dir() else [path]:
+    inside = sorted(path / name for name in list_files(path).files) if path.is_dir() else [path]
+    for file in filter(Path.is_file, inside):
         with file.open("rb") as content:
             while block := content.read(2**20):
                 digest.update(block)

@@ -3,12 +3,14 @@
 from dinov2.data.augmentation import AugmentationConfig, MultiCropAugmentation
 from dinov2.data.batch import Batch, RawBatch, RawCrops, finish, finishes_crops
 from dinov2.data.decoding import UnreadableImageError, decode_image, read_image
+from dinov2.data.files import BrokenLinkWarning, escaped, unescaped
 from dinov2.data.loader import DataConfig, ImageDataset, UnreadableDatasetError, UnreadableImageWarning, batches
 from dinov2.data.masking import MaskConfig, batch_masks, mask_counts, sample_block_masks
 from dinov2.data.multichannel import normalize
 from dinov2.data.photographs import BundledPhotographs
 from dinov2.data.shards import (
     DamagedTarsError,
+    DamagedTarWarning,
     ShardImage,
     ShardReport,
     TarShards,
@@ -22,7 +24,9 @@ from dinov2.data.workers import LostWorkerError, lost_workers_explained
 __all__ = [
     "AugmentationConfig",
     "Batch",
+    "BrokenLinkWarning",
     "BundledPhotographs",
+    "DamagedTarWarning",
     "DamagedTarsError",
     "DataConfig",
     "HuggingFaceImages",
@@ -42,6 +46,7 @@ __all__ = [
     "batch_masks",
     "batches",
     "decode_image",
+    "escaped",
     "finish",
     "finishes_crops",
     "image_names",
@@ -52,6 +57,7 @@ __all__ = [
     "open_dataset",
     "read_image",
     "sample_block_masks",
+    "unescaped",
     "write_shard",
     "write_shards",
 ]

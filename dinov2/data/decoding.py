@@ -3,7 +3,7 @@
 Training asks for a number of channels:
 
 - 3: 8-bit RGB from any file; grey is repeated, transparency is dropped, 16 bits are reduced to their upper 8.
-- 1: grey, in the file's own depth; colour is reduced to luma.
+- 1: grey, in the file's own depth; colour is reduced to luma, of 8 bits.
 - any other number: the file must have this number of channels and keeps its depth: arrays (``.npy``), TIFF with any
   number of bands, or images that Pillow reads with four channels (RGBA, CMYK).
 
@@ -17,6 +17,7 @@ import functools
 import io
 import math
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -25,7 +26,19 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dinov2_kernels._extras import require
+from dinov2.data.files import quoted
+from dinov2.data.layouts import (
+    TIFF,
+    TIFF_OF_PILLOW,
+    corrected,
+    open_tiff,
+    pillow_reads,
+    read_deep_netpbm,
+    read_tiff_bands,
+    read_tiff_colours,
+    refuse_bomb,
+    tiff_sizes,
+)
 
 IMAGE_EXTENSIONS = (
     ".avif",
@@ -61,7 +74,6 @@ LEVELS: dict[np.dtype[Any], float] = {np.dtype(np.uint8): 255, np.dtype(np.uint1
 Pixels = npt.NDArray[Any]  # [H, W, C] in a dtype of LEVELS
 
 _NPY = b"\x93NUMPY"
-_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # either byte order, either size of offsets
 
 
 class UnreadableImageError(ValueError):
@@ -88,8 +100,11 @@ def read_image(path: str | os.PathLike[str], channels: int = 3) -> Pixels:
         UnreadableImageError: the file is missing, damaged, truncated, above Pillow's limit, has another number of
             channels or a dtype without a defined range, or holds a NaN or an infinity.
     """
-    with _as_unreadable(repr(os.fspath(path))), open(path, "rb") as file:
-        return _decode(file, channels)
+    with _as_unreadable(quoted(os.fspath(path))):
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would wait for ever
+            raise ValueError("it is not a regular file")
+        with open(path, "rb") as file:
+            return _decode(file, channels)
 
 
 def decode_image(content: bytes, name: str, channels: int = 3) -> Pixels:
@@ -109,15 +124,19 @@ def read_header(content: bytes, name: str) -> ImageHeader:
             height, width = _npy_shape(file)[:2]
             return ImageHeader(width, height, ".npy")
         try:
+            if content.startswith(TIFF) and not content.startswith(TIFF_OF_PILLOW):
+                raise UnidentifiedImageError
             with _open(file) as image:
-                return ImageHeader(*image.size, _PILLOW_FORMATS[image.format or ""])
+                size, extension = image.size, _PILLOW_FORMATS[image.format or ""]
         except UnidentifiedImageError:
-            if not content.startswith(_TIFF):
+            if not content.startswith(TIFF):
                 raise
-        file.seek(0)
-        with _open_tiff(file) as tiff:  # a kind of TIFF that Pillow does not read
-            height, width = _tiff_sizes(tiff)
-            return ImageHeader(width, height, ".tif")
+            with open_tiff(file) as tiff:  # a kind of TIFF that Pillow does not read
+                height, width = tiff_sizes(tiff)
+            size, extension = (width, height), ".tif"
+        if 0 in size:
+            raise ValueError(f"size: expected at least one pixel, got {size[0]} x {size[1]}")
+        return ImageHeader(*size, extension)
 
 
 @contextlib.contextmanager
@@ -127,8 +146,11 @@ def _as_unreadable(name: str) -> Iterator[None]:
         yield
     except ImportError:
         raise
-    except UnidentifiedImageError as error:  # its message is the repr of a file object
-        raise UnreadableImageError(f"cannot read image {name}: its format is unknown, or it is damaged") from error
+    except UnidentifiedImageError as error:
+        raise UnreadableImageError(
+            f"cannot read image {name}: its format is unknown, or it is damaged; expected one of"
+            f" {', '.join(sorted(_known_formats()))} or NPY{error}"
+        ) from error
     except OSError as error:
         raise UnreadableImageError(f"cannot read image {name}: {error.strerror or error}") from error
     except Exception as error:
@@ -136,7 +158,31 @@ def _as_unreadable(name: str) -> Iterator[None]:
 
 
 def _open(file: BinaryIO) -> Image.Image:
-    return Image.open(file, formats=_known_formats())
+    """Open an image.
+
+    Raises:
+        UnidentifiedImageError: the format is unknown; its text, which may be empty, is the reason of the format that
+            the file begins like.
+    """
+    try:
+        return Image.open(file, formats=_known_formats())
+    except UnidentifiedImageError:
+        raise UnidentifiedImageError(_refusal(file)) from None
+
+
+def _refusal(file: BinaryIO) -> str:
+    """What the reader of the format says that a file begins like, such as ``; JPEG: cannot handle 12-bit layers``."""
+    file.seek(0)
+    beginning = file.read(16)
+    for name in _known_formats():
+        reader, accept = Image.OPEN[name]
+        if accept is not None and accept(beginning) is True:
+            file.seek(0)
+            try:
+                reader(file, "")
+            except Exception as error:  # readers raise errors of many types
+                return f"; {name}: {error}"
+    return ""
 
 
 @functools.cache
@@ -151,17 +197,52 @@ def _decode(file: BinaryIO, channels: int) -> Pixels:
     file.seek(0)
     if magic == _NPY:
         return _of_channels(_read_npy(file), channels)
-    if magic.startswith(_TIFF) and channels not in (1, 3):
-        return _of_channels(_read_tiff(file), channels)
+    if magic.startswith(TIFF):
+        return _decode_tiff(file, magic, channels)
     with _open(file) as image:
-        ImageOps.exif_transpose(image, in_place=True)  # in place: a copy takes a tenth of the decoding time
-        if image.mode == "I" or (image.mode == "F" and channels == 3):
-            raise ValueError(f"32 bits per channel (Pillow mode {image.mode}) have no defined range")
-        if channels == 3:
-            return np.asarray(_as_rgb(image))
-        if channels == 1 and not image.mode.startswith(("I;16", "F")):
-            return _of_channels(np.asarray(image.convert("L")), channels)
-        return _of_channels(np.asarray(image), channels)
+        if image.format == "PPM" and (levels := read_deep_netpbm(file)) is not None:
+            return _of_colours(levels, channels)
+        return _of_pillow(image, channels)
+
+
+def _decode_tiff(file: BinaryIO, magic: bytes, channels: int) -> Pixels:
+    if channels not in (1, 3):
+        return _of_channels(read_tiff_bands(file, channels), channels)
+    if magic.startswith(TIFF_OF_PILLOW):
+        with contextlib.suppress(UnidentifiedImageError), _open(file) as image:
+            if pillow_reads(image):
+                return _of_pillow(image, channels)
+    return _of_colours(read_tiff_colours(file), channels)
+
+
+def _of_pillow(image: Image.Image, channels: int) -> Pixels:
+    """Decode an opened image."""
+    ImageOps.exif_transpose(image, in_place=True)  # in place: a copy takes a tenth of the decoding time
+    image = corrected(image)
+    if image.mode == "I" and image.format == "PNG":  # Pillow before 11: 16 bits of grey
+        image = Image.fromarray(np.asarray(image).astype(np.uint16))
+    if image.mode == "I" or (image.mode == "F" and channels == 3):
+        raise ValueError(f"32 bits per channel (Pillow mode {image.mode}) have no defined range")
+    if image.mode == "La":
+        image = image.convert("LA")  # colours that are multiplied by their opacity convert to nothing else
+    if channels == 3:
+        return np.asarray(_as_rgb(image))
+    if channels == 1 and not image.mode.startswith(("I;16", "F")):
+        return _of_channels(np.asarray(_without_transparency(image).convert("L")), channels)
+    return _of_channels(np.asarray(image), channels)
+
+
+def _of_colours(levels: npt.NDArray[Any], channels: int) -> Pixels:
+    """Levels of grey ``[H, W, 1]`` or RGB ``[H, W, 3]``, uint8 or uint16, as the channels that are asked for."""
+    if levels.dtype == np.float32 and channels == 3:
+        raise ValueError("32 bits per channel (float32) have no defined range")
+    if levels.shape[2] == channels or channels not in (1, 3):
+        return _of_channels(levels, channels)
+    if levels.dtype == np.uint16 and not (channels == 1 and levels.shape[2] == 1):
+        levels = _upper_8_bits(levels)
+    if channels == 3:
+        return _of_channels(np.repeat(levels, 3, axis=2), channels)
+    return _of_channels(np.asarray(Image.fromarray(np.ascontiguousarray(levels)).convert("L")), channels)
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
@@ -169,7 +250,13 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         return image  # convert would copy the image
     if image.mode.startswith("I;16"):
         image = Image.fromarray(_upper_8_bits(np.asarray(image)))
-    return image.convert("RGB")
+    return _without_transparency(image).convert("RGB")
+
+
+def _without_transparency(image: Image.Image) -> Image.Image:
+    """The image without the transparency of its palette, about which Pillow would warn."""
+    image.info.pop("transparency", None)
+    return image
 
 
 def _of_channels(pixels: npt.NDArray[Any], channels: int) -> Pixels:
@@ -206,7 +293,9 @@ def _npy_shape(file: BinaryIO) -> tuple[int, ...]:
         raise ValueError(
             f"array: expected [H, W] or [H, W, C] of {', '.join(map(str, LEVELS))}, got {dtype} {list(shape)}"
         )
-    _refuse_bomb(math.prod(shape[:2]))
+    if 0 in shape:
+        raise ValueError(f"array: expected at least one pixel, got {list(shape)}")
+    refuse_bomb(math.prod(shape[:2]))
     return tuple(shape)
 
 
@@ -215,32 +304,3 @@ def _read_npy(file: BinaryIO) -> npt.NDArray[Any]:
     file.seek(0)
     array: npt.NDArray[Any] = np.load(file, allow_pickle=False)
     return array
-
-
-def _open_tiff(file: BinaryIO) -> Any:
-    return require("tifffile", extra="data", purpose="reading TIFF files of many channels").TiffFile(file)
-
-
-def _tiff_sizes(tiff: Any) -> tuple[int, int]:
-    """Height and width of a TIFF with one image; bands may be stored by pixel, by band or one per page."""
-    series = tiff.series[0]
-    sizes = dict(zip(series.axes, series.shape, strict=True))
-    bands = [axis for axis in series.axes if axis not in "YX" and sizes[axis] > 1]
-    if not {"Y", "X"} <= sizes.keys() or len(bands) > 1:
-        raise ValueError(f"axes: expected rows, columns and bands, got {sizes}")
-    _refuse_bomb(sizes["Y"] * sizes["X"])
-    return sizes["Y"], sizes["X"]
-
-
-def _read_tiff(file: BinaryIO) -> npt.NDArray[Any]:
-    with _open_tiff(file) as tiff:
-        height, width = _tiff_sizes(tiff)
-        axes = tiff.series[0].axes
-        pixels: npt.NDArray[Any] = np.moveaxis(tiff.series[0].asarray(), [axes.index("Y"), axes.index("X")], [0, 1])
-    return pixels.reshape(height, width, -1)
-
-
-def _refuse_bomb(pixels: int) -> None:
-    """Apply Pillow's limit to formats that other libraries decode."""
-    if Image.MAX_IMAGE_PIXELS is not None and pixels > 2 * Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{pixels} pixels could be a decompression bomb; Pillow's limit is {Image.MAX_IMAGE_PIXELS}")

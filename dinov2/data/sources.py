@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov2.data.decoding import IMAGE_EXTENSIONS, Pixels, UnreadableImageError, decode_image, read_image
+from dinov2.data.files import escaped, list_files, quoted, warn_of_broken_links
 from dinov2.data.loader import DataConfig, ImageDataset
 from dinov2.data.photographs import BundledPhotographs
 from dinov2.data.shards import TarShards
@@ -50,9 +51,12 @@ def open_dataset(config: DataConfig) -> ImageDataset:
 
 
 def image_names(dataset: ImageDataset) -> list[str]:
-    """A name for each image: its path in a folder, ``SHARD/KEY`` in tars, a photograph's name, or else its number."""
+    r"""A name for each image: its path in a folder, ``SHARD/KEY`` in tars, a photograph's name, or else its number.
+
+    If a name is not UTF-8, its other bytes are ``\xNN``; :func:`~dinov2.data.unescaped` returns the name of the file.
+    """
     if isinstance(dataset, ImageFolder):
-        return dataset.paths
+        return list(map(escaped, dataset.paths))
     if isinstance(dataset, TarShards):
         return dataset.names()
     if isinstance(dataset, BundledPhotographs):
@@ -64,8 +68,10 @@ class ImageFolder:
     """All images under a folder, in sorted order of their relative paths.
 
     A map-style dataset: ``len(folder)``, ``folder[i]`` -> uint8 RGB ``[H, W, 3]``, or as
-    :func:`read_image` says for other numbers of channels; ``folder.paths[i]``. Links to folders are followed; names
-    that start with a dot (hidden files, macOS companions) are not images.
+    :func:`read_image` says for other numbers of channels; ``folder.paths[i]``. Names that start with a dot (hidden
+    files, macOS companions) are not images. Links to folders are followed, and each folder counts once, however many
+    links lead to it. Links to files count as images. A :class:`~dinov2.data.BrokenLinkWarning` names links that lead
+    nowhere.
 
     Args:
         root: the folder.
@@ -80,17 +86,14 @@ class ImageFolder:
         self.root = Path(root)
         self.channels = channels
         if not self.root.is_dir():
-            raise ValueError(f"root: expected a folder of images, got {os.fspath(root)!r}, which is not a folder")
-        self.paths = sorted(
-            os.path.relpath(os.path.join(folder, name), self.root)
-            for folder, _, names in os.walk(self.root, onerror=_refuse, followlinks=True)
-            for name in names
-            if name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
-        )
+            raise ValueError(f"root: expected a folder of images, got {quoted(root)}, which is not a folder")
+        listing = list_files(self.root)
+        warn_of_broken_links(self.root, listing.broken)
+        self.paths = [path for path in listing.files if _is_image(os.path.basename(path))]
         if not self.paths:
             raise ValueError(
                 f"root: expected a folder with images ({', '.join(IMAGE_EXTENSIONS)}) at any depth, got"
-                f" {os.fspath(root)!r}, which has none"
+                f" {quoted(root)}, which has none"
             )
 
     def __len__(self) -> int:
@@ -105,9 +108,8 @@ class ImageFolder:
         return read_image(self.root / self.paths[index], self.channels)
 
 
-def _refuse(error: OSError) -> None:
-    """Raise the error: skipping a folder would silently change the dataset."""
-    raise type(error)(f"folder {error.filename!r} under root cannot be listed: {error.strerror}") from error
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
 
 
 class HuggingFaceImages:

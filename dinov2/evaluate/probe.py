@@ -13,6 +13,9 @@ from dinov2.data.decoding import Pixels
 from dinov2.evaluate.knn import knn_accuracy
 from dinov2.models import VisionTransformer
 
+MAX_ASPECT = 32
+"""Of an image that is longer than this times its width, only the middle is resized: all of it could fill the memory."""
+
 
 class FolderProbe:
     """k-NN accuracy of class tokens: queries in ``folder/test/CLASS/...``, neighbours in ``folder/train/CLASS/...``.
@@ -77,6 +80,9 @@ def central_crop(image: Pixels, size: int) -> Pixels:
         image: uint8, uint16 or float32 ``[H, W, C]``.
         size: side of the result.
     """
+    longest = MAX_ASPECT * min(image.shape[:2])
+    starts = [max(0, side - longest) // 2 for side in image.shape[:2]]
+    image = image[starts[0] : starts[0] + longest, starts[1] : starts[1] + longest]
     scale = size * 8 / 7 / min(image.shape[:2])
     height, width = (max(size, round(side * scale)) for side in image.shape[:2])
     top, left = (height - size) // 2, (width - size) // 2

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dinov2.configuration import read_json, to_json, write_json
+from dinov2.data.files import quoted
 from dinov2.train.config import DistillConfig, PretrainConfig, RunConfig
 
 MAY_CHANGE = frozenset(
@@ -44,9 +45,15 @@ def check_run_directory(config: RunConfig, *, resume: bool) -> None:
 
     Raises:
         FileExistsError: the directory is not empty, and ``resume`` is false.
-        ValueError: the directory holds a run with another configuration, or no run.
+        ValueError: the directory holds a run with another configuration, or no run, or its name is not UTF-8.
     """
     directory = config.output
+    try:
+        str(directory).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"output: expected a path that is UTF-8, because TensorBoard takes no other, got {quoted(directory)}"
+        ) from None
     config_file = directory / CONFIG
     occupied = directory.is_dir() and any(directory.iterdir())
     if occupied and not resume:

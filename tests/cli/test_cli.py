@@ -101,6 +101,7 @@ def test_any_field_can_be_changed() -> None:
         (["pretrain", "photo"], 1, "unknown recipe 'photo': did you mean 'photos'?"),
         (["pretrain", "photos", "--batch_size", "1"], 1, "KoLeo compares the images of batch_size 1"),
         (["pretrain", "photos", "--data.root", "nowhere"], 1, "root: expected a folder of images, got 'nowhere'"),
+        (["pretrain", "photos", "--output", "run\udce9"], 1, "output: expected a path that is UTF-8, because"),
         (["pretrain", "photos", "--probe", "nowhere"], 1, "root: expected a folder of images, got 'nowhere/train'"),
     ],
 )

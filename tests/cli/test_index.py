@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dinov2.cli import main
-from dinov2.data import DamagedTarsError, TarShards, index_shards
+from dinov2.data import DamagedTarsError, DamagedTarWarning, TarShards, index_shards
 from tests.data.files import encode, noise, write_tar
 
 
@@ -55,6 +56,27 @@ def test_damaged_tars_are_named_after_the_table(
     assert errors.count("\n") == 2
     assert f"b.tar: {reason}" in errors
     assert sorted(path.name for path in (pool / "index").iterdir()) == ["a.parquet", "c.parquet"]
+
+
+def test_a_damaged_header_is_told(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = bytearray((pool / "b.tar").read_bytes())
+    content[150] = ord("9")
+    (pool / "b.tar").write_bytes(content)
+    with pytest.warns(DamagedTarWarning, match=rf"^{pool}/b\.tar: 2,560 bytes at 0 hold no readable header"):
+        assert main(["index", str(pool)]) == 0
+    lines, _ = shown(capsys)
+    assert ["images", "indexed", "11"] in lines
+    assert ["files", "skipped:", "damaged", "part", "of", "a", "tar", "1"] in lines
+
+
+def test_names_that_are_not_utf8(pool: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (pool / os.fsdecode(b"caf\xe9.tar")).write_bytes(b"no tar")
+    write_tar(pool / "b.tar", [(os.fsdecode(b"caf\xe9.png"), encode(noise(0)))])
+    assert main(["index", str(pool)]) == 1
+    lines, errors = shown(capsys)
+    assert ["images", "indexed", "9"] in lines
+    assert rf"'{pool}/caf\xe9.tar': it is no tar" in errors
+    assert sorted(path.name for path in (pool / "index").iterdir()) == ["a.parquet", "b.parquet", "c.parquet"]
 
 
 def test_nothing_to_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

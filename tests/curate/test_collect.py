@@ -13,7 +13,7 @@ from dinov2.curate.collect import CollectConfig, collect
 from dinov2.curate.engines import Inline, ProcessPool
 from dinov2.curate.runner import Watcher
 from dinov2.curate.steps import Step
-from dinov2.data import TarShards
+from dinov2.data import BrokenLinkWarning, TarShards, unescaped
 from tests.curate.pictures import encoded, picture, write_pool
 from tests.curate.test_runner import contents
 
@@ -64,18 +64,33 @@ def test_what_only_looks_like_a_file(tmp_path: Path) -> None:
     assert pool.index("00000", ["path"])["path"].to_pylist() == ["link.png", "whole.png"]
 
 
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    images, outside = tmp_path / "images", tmp_path / "outside"
+    for name in ("a/1.png", "b/2.png"):
+        (images / name).parent.mkdir(parents=True)
+        (images / name).write_bytes(encoded(picture(int(name[2]))))
+    outside.mkdir()
+    (outside / "3.png").write_bytes(encoded(picture(3)))
+    for name, target in {"a/up": "..", "b/up": "../a", "again": "a", "out": outside, "part": "gone"}.items():
+        (images / name).symlink_to(target)
+    with pytest.warns(BrokenLinkWarning, match="1 links under .* lead nowhere, .*: 'part'"):
+        pool: Pool = run_steps(collect(str(images), CollectConfig(), str(tmp_path / "out")), Inline())
+    assert pool.index("00000", ["path"])["path"].to_pylist() == ["a/1.png", "b/2.png", "out/3.png"]
+
+
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     images = tmp_path / "images"
     images.mkdir()
     try:
-        for name in (b"caf\xe8.png", b"caf\xe9.png"):
-            (images / os.fsdecode(name)).write_bytes(encoded(picture(name[3])))
+        for name in (b"caf\xe8.png", b"caf\xe9.png", rb"caf\xe9.png"):
+            (images / os.fsdecode(name)).write_bytes(encoded(picture(name[-5])))
     except OSError:
         pytest.skip("this filesystem refuses such names")
     pool: Pool = run_steps(collect(str(images), CollectConfig(), str(tmp_path / "out")), Inline())
     index = pool.index("00000", ["key", "path"]).to_pydict()
-    assert index["path"] == [r"caf\xe8.png", r"caf\xe9.png"]
-    assert len(set(index["key"])) == 2
+    assert index["path"] == [r"caf\x5cxe9.png", r"caf\xe8.png", r"caf\xe9.png"]
+    assert len(set(index["key"])) == 3
+    assert {os.fsencode(unescaped(path)) for path in index["path"]} == set(os.listdir(os.fsencode(images)))
 
 
 def test_shards_are_taken_as_they_are(tmp_path: Path) -> None:

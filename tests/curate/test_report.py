@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -99,6 +100,16 @@ def test_a_report_of_what_is_there_so_far(curation: CurateConfig) -> None:
     assert "dedup-decisions" in names
     assert "retrieve-decisions" not in names
     assert "Retrieval" not in Page(Path(write_report(other)).read_text()).text
+
+
+def test_an_output_whose_name_is_not_utf8(curation: CurateConfig) -> None:
+    output = f"{curation.output}\udce9"
+    try:
+        shutil.copytree(curation.output, output)
+    except OSError:
+        pytest.skip("this file system refuses such names")
+    text = Path(write_report(dataclasses.replace(curation, output=output))).read_text(encoding="utf-8")
+    assert r"out &lt;i&gt;\xe9</title>" in text
 
 
 def test_the_set_can_be_trained_on(curation: CurateConfig, tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from dinov2.data import AugmentationConfig, UnreadableImageError
-from dinov2.evaluate import FolderProbe
+from dinov2.data.cropping import resized
+from dinov2.evaluate import FolderProbe, probe
 from dinov2.evaluate.probe import central_crop
 
 
@@ -95,3 +96,21 @@ def test_images_of_a_wrong_number_of_channels_are_named(tmp_path: Path) -> None:
     probe = FolderProbe(tmp_path, AugmentationConfig(mean=(0.5,) * 4, std=(0.25,) * 4))
     with pytest.raises(UnreadableImageError, match=r"1\.png'.*expected \[H, W, 4\], got \[16, 20, 3\]"):
         probe(MeanColour())
+
+
+@pytest.mark.parametrize("shape", [(1, 400_000), (400_000, 1)])
+def test_a_long_image_takes_little_memory(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it, resized, has 16 x 6,400,000 pixels, or at the usual size 16 times as many on each side."""
+    image = np.zeros((*shape, 3), np.uint8)
+    image.reshape(-1, 3)[199_960:200_040] = 9
+    sizes = list[int]()
+
+    def measured(image: np.ndarray, height: int, width: int) -> np.ndarray:
+        sizes.append(height * width)
+        return resized(image, height, width)
+
+    monkeypatch.setattr(probe, "resized", measured)
+    crop = central_crop(image, 14)
+    assert crop.shape == (14, 14, 3)
+    assert (crop == 9).all()
+    assert sizes == [32 * 16 * 16]

@@ -18,6 +18,7 @@ from dinov2.curate.report import page, sections
 from dinov2.curate.report.page import Pictures, histogram
 from dinov2.curate.runner import summarize
 from dinov2.curate.steps import Step
+from dinov2.data.files import escaped
 from dinov2.data.shards.storage import Storage
 
 REPORT = "report.html"
@@ -35,7 +36,7 @@ def write_report(config: CurateConfig) -> str:
     steps = list(finished_steps(config))
     storage = Storage(config.output)
     with storage.replace(f"{storage.root}/{REPORT}") as file:
-        file.write(page.document(f"Curation: {config.output}", _parts(config, steps)).encode())
+        file.write(page.document(f"Curation: {escaped(config.output)}", _parts(config, steps)).encode())
     return f"{config.output}/{REPORT}"
 
 
@@ -52,7 +53,7 @@ def finished_steps(config: CurateConfig) -> Iterator[Step]:
 
 def _parts(config: CurateConfig, steps: list[Step]) -> Iterator[str]:
     by_name = {step.name: step for step in steps}
-    yield f"<h1>Curation</h1><p class=quiet>{escape(config.output)}</p>"
+    yield f"<h1>Curation</h1><p class=quiet>{escape(escaped(config.output))}</p>"
     yield from sections.funnel(steps)
     if "download-images" in by_name:
         yield from sections.downloads(by_name["download-images"])

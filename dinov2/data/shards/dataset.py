@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dinov2.data.decoding import Pixels, UnreadableImageError, decode_image
+from dinov2.data.files import escaped, quoted, shown
 from dinov2.data.shards.storage import RangeReader, Storage
 from dinov2_kernels._extras import require
 
@@ -74,7 +75,7 @@ class TarShards:
         """``SHARD/KEY`` of every image, or ``SHARD/OFFSET`` if an index has no keys; reads the indices again."""
         storage = Storage(self.root)
         return [
-            f"{shard}/{name}"
+            f"{escaped(shard)}/{name}"
             for shard, path in storage.indices().items()
             for name in _read_names(storage.filesystem, path)
         ]
@@ -83,7 +84,7 @@ class TarShards:
         """The bytes of an image and a name for it."""
         shard = int(np.searchsorted(self._ends, index, side="right"))
         offset, size = int(self._offsets[index]), int(self._sizes[index])
-        name = f"of {size} bytes at {offset} in {self.paths[shard]!r}"
+        name = f"of {size} bytes at {offset} in {quoted(self.paths[shard])}"
         try:
             content = self._read(self.paths[shard], offset, size)
         except Exception as error:  # file systems raise errors of many types
@@ -96,22 +97,22 @@ class TarShards:
 def _check_pairs(root: str, tars: dict[str, str], indices: dict[str, str]) -> None:
     """Check that there is a shard, that each shard has an index, and that each index has a shard."""
     if not tars and not indices:
-        raise ValueError(f"root: expected tar shards in it (images/*.tar or *.tar), got {root!r}, which has none")
+        raise ValueError(f"root: expected tar shards in it (images/*.tar or *.tar), got {quoted(root)}, which has none")
     if missing := indices.keys() - tars.keys():
         raise ValueError(
-            f"root: expected a tar for each index, got {root!r}, which lacks {len(missing)} of {len(indices)} tars:"
-            f" {_some(missing, '.tar')}"
+            f"root: expected a tar for each index, got {quoted(root)}, which lacks {len(missing)} of {len(indices)}"
+            f" tars: {_some(missing, '.tar')}"
         )
     if unindexed := tars.keys() - indices.keys():
         raise ValueError(
-            f"root: expected an index for each tar, got {root!r}, which lacks the indices of {len(unindexed)} of"
+            f"root: expected an index for each tar, got {quoted(root)}, which lacks the indices of {len(unindexed)} of"
             f" {len(tars)} tars: {_some(unindexed, '.tar')}; write them with: dinov2 index {shlex.quote(root)}"
         )
 
 
 def _some(names: set[str], suffix: str) -> str:
     """The first few names."""
-    listed = ", ".join(name + suffix for name in sorted(names)[:3])
+    listed = ", ".join(shown(name + suffix) for name in sorted(names)[:3])
     return listed if len(names) <= 3 else f"{listed}, ..."
 
 
@@ -132,4 +133,4 @@ def _read_index(filesystem: Any, path: str) -> IndexArrays:
             table = parquet.read_table(file, columns=["offset", "size"], use_threads=False)
         return table["offset"].to_numpy().astype(np.int64), table["size"].to_numpy().astype(np.int32)
     except Exception as error:
-        raise ValueError(f"index {path!r} cannot be read; write it again: {error}") from error
+        raise ValueError(f"index {quoted(path)} cannot be read; write it again: {error}") from error

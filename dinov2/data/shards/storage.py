@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
+from dinov2.data.files import Listing, list_files, quoted, warn_of_broken_links
 from dinov2_kernels._extras import require
 
+LONG_NAME = 230  # bytes; the name of a file may have 255
 MAX_OPEN_FILES = 512  # half of Linux's default limit for a process
 
 
@@ -48,11 +51,47 @@ class Storage:
         """The index files by the name of their shard."""
         return self.files("index", ".parquet")
 
+    def find(self) -> dict[str, int]:
+        """Sizes of all files under the root, of any nesting, by their paths relative to it, in sorted order.
+
+        On a disk, links are followed as :func:`~dinov2.data.files.list_files` says. There are none if the root is no
+        folder.
+
+        Raises:
+            OSError: a folder cannot be listed.
+
+        Warns:
+            BrokenLinkWarning: there are links that lead nowhere.
+        """
+        if is_local(self.filesystem):
+            listing = list_files(self.root) if os.path.isdir(self.root) else Listing([], [])
+            warn_of_broken_links(self.root, listing.broken)
+            return {path: _size(os.path.join(self.root, path)) for path in listing.files}
+        found = self.filesystem.find(self.root, detail=True)
+        return {path[len(self.root) + 1 :]: found[path]["size"] for path in sorted(found)}
+
+    def check_writable(self, folder: str) -> None:
+        """Create a folder if necessary and check that files can be written into it. Only local folders are checked.
+
+        Raises:
+            OSError: they cannot; the message names the folder.
+        """
+        if not is_local(self.filesystem):
+            return
+        path = f"{self.root}/{folder}".rstrip("/")
+        try:
+            os.makedirs(path, exist_ok=True)
+            tempfile.TemporaryFile(dir=path).close()
+        except OSError as error:
+            raise type(error)(f"folder {quoted(path)} cannot be written: {error.strerror or error}") from error
+
     @contextmanager
     def replace(self, path: str) -> Iterator[IO[bytes]]:
         """Write a file completely or not at all: it is written under another name and then renamed."""
-        partial = f"{path}.{uuid.uuid4().hex[:8]}.partial"
-        self.filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
+        folder, _, name = path.rpartition("/")
+        name = name if len(os.fsencode(name)) < LONG_NAME else name[:50]  # or the name of the part would be too long
+        partial = f"{folder}/{name}.{uuid.uuid4().hex[:8]}.partial"
+        self.filesystem.makedirs(folder, exist_ok=True)
         try:
             with self.filesystem.open(partial, "wb") as file:
                 yield file
@@ -63,6 +102,19 @@ class Storage:
             raise
 
 
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:  # a link that leads nowhere
+        return os.lstat(path).st_size
+
+
+def is_local(filesystem: Any) -> bool:
+    """Whether a file system of fsspec is that of this machine."""
+    local = require("fsspec.implementations.local", extra="data", purpose="reading tar shards")
+    return isinstance(filesystem, local.LocalFileSystem)
+
+
 class RangeReader:
     """Reads parts of files, each by one ``pread`` or one ranged request. It reads nothing else of a file.
 
@@ -71,9 +123,8 @@ class RangeReader:
     """
 
     def __init__(self, filesystem: Any) -> None:
-        local = require("fsspec.implementations.local", extra="data", purpose="reading tar shards")
         self._filesystem = filesystem
-        self.is_local = isinstance(filesystem, local.LocalFileSystem)
+        self.is_local = is_local(filesystem)
         self._process = os.getpid()
         self._open = functools.lru_cache(MAX_OPEN_FILES)(_OpenFile)
 
