@@ -66,13 +66,13 @@ class DownloadConfig(Config, at="download"):
     per_host: Count = 2
     """A host gets at most this many requests at once."""
     delay: AtLeast0 = 0.1
-    """Wait this many seconds between two requests to a host."""
+    """Wait this many seconds between two requests to a host, or longer if its robots.txt asks for a Crawl-delay."""
     tries: Count = 3
     """Try a link this often if the failure may pass: no answer, too many requests, an error of the server."""
     backoff: AtLeast0 = 1.0
     """Wait this many seconds before the second try, and twice as long before each further one."""
     max_wait: AtLeast0 = 60.0
-    """Wait at most this many seconds, whatever a server's Retry-After says."""
+    """Wait at most this many seconds, whatever a server's Retry-After or Crawl-delay says."""
     connect_timeout: Positive = 10.0
     """A connection must be there within this many seconds."""
     timeout: Positive = 60.0
@@ -279,6 +279,7 @@ class Fetcher:
         self._slots = asyncio.Semaphore(config.concurrency)
         self._hosts: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(config.per_host))
         self._next: dict[str, float] = defaultdict(float)
+        self._delays: dict[str, float] = {}
 
     async def __aenter__(self) -> Fetcher:
         aiohttp, config = self._aiohttp, self._config
@@ -318,8 +319,10 @@ class Fetcher:
         """Fetch the bytes at a URL through redirects. Each redirect is checked like the first URL."""
         for _ in range(self._config.max_redirects + 1):
             self._check_url(url)
-            if self._config.robots and not await self._robots.allows(url):
-                raise _FailedError(ROBOTS)
+            if self._config.robots:
+                if not await self._robots.allows(url):
+                    raise _FailedError(ROBOTS)
+                self._delays[host_of(url)] = min(await self._robots.delay(url), self._config.max_wait)
             answer = await self._get(url, self._config.max_bytes)
             if isinstance(answer, bytes):
                 return answer
@@ -373,7 +376,7 @@ class Fetcher:
     async def _wait_for_turn(self, host: str) -> None:
         now = time.monotonic()
         turn = max(self._next[host], now)
-        self._next[host] = turn + self._config.delay
+        self._next[host] = turn + max(self._config.delay, self._delays.get(host, 0))
         await asyncio.sleep(turn - now)
 
     async def _robots_file(self, url: str) -> RobotsFile:
