@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import io
 import os
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, NamedTuple, TypeVar
@@ -41,6 +44,13 @@ class Arguments(Generic[Config]):
     """With --dry_run, plan for this many processes; by default for those that torchrun started."""
 
 
+WORDS = {
+    "invalid literal for int() with base 10:": "expected a whole number, got",
+    "could not convert string to float:": "expected a number, got",
+}
+"""Python's words in errors about an option, and ours."""
+
+
 class TakenOptions(NamedTuple):
     """A command's own options, and the rest of the command line."""
 
@@ -68,17 +78,25 @@ def read_options(kind: Any, options: Sequence[str], default: Any, prog: str, des
     Raises:
         ValueError: a field is out of its bounds; the message names it in the spelling of the command line.
     """
-    parsed = assembled(
-        lambda: tyro.cli(
-            kind,
-            args=options,
-            default=default,
-            prog=prog,
-            description=description,
-            use_underscores=True,
-            config=(tyro.conf.AvoidSubcommands,),
-        )
-    )
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            parsed = assembled(
+                lambda: tyro.cli(
+                    kind,
+                    args=options,
+                    default=default,
+                    prog=prog,
+                    description=description,
+                    use_underscores=True,
+                    config=(tyro.conf.AvoidSubcommands,),
+                )
+            )
+    finally:
+        text = said.getvalue()
+        for words, ours in WORDS.items():
+            text = text.replace(words, ours)
+        sys.stderr.write(text)
     check(parsed.config)
     return parsed
 

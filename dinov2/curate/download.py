@@ -122,12 +122,14 @@ def download(links: str, config: DownloadConfig, output: str) -> Steps[Pool]:
         bytes.
 
     Raises:
-        ValueError: there are no links.
+        ValueError: there are no links, or a file is no table of links.
     """
     storage = Storage(links)
     tables = storage.files("", ".parquet")
     if not tables:
         raise ValueError(f"links: expected a folder of Parquet tables, got {links!r}, which has none")
+    for path in tables.values():
+        _check_columns(storage, path)
     listing = digest({name: storage.filesystem.size(path) for name, path in tables.items()})
     task = Task("all", _plan, (links, config.links_per_shard))
     plan = Step(output, "download-plan", [config.links_per_shard, listing], (links,), [task], "links")
@@ -178,6 +180,19 @@ def _plan(output: Output, links: str, links_per_shard: int) -> Counts:
         _write_table(output, f".{number:05d}.parquet", entries)
     total = sum(map(len, shards))
     return Counts(rows, total, dict(sorted(dropped.items())), {"hosts": len(by_host), "shards": len(shards)})
+
+
+def _check_columns(storage: Storage, path: str) -> None:
+    """Check by its end that a file is a table with a column url."""
+    parquet = require("pyarrow.parquet", extra="curate", purpose="curation")
+    expected = f"links: expected Parquet tables with a column url, got {path}"
+    try:
+        with storage.filesystem.open(path, "rb") as file:
+            names = parquet.read_schema(file).names
+    except ValueError as error:  # of Arrow
+        raise ValueError(f"{expected}, which cannot be read: {error}") from error
+    if "url" not in names:
+        raise ValueError(f"{expected} with {', '.join(names)}")
 
 
 def _download(output: Output, plan: str, config: DownloadConfig) -> Counts:

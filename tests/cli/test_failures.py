@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -31,12 +33,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     vit = ViTConfig(img_size=8, patch_size=4, embed_dim=16, depth=1, num_heads=2)
     save_pretrained(VisionTransformer(vit), place / "model")
-    for folder in ("photos", "texts", "empty"):
+    for folder in ("photos", "texts", "links", "broken"):
         (place / folder).mkdir()
     for number in range(3):
         pixels = np.random.default_rng(number).integers(0, 255, (40, 40, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(place / "photos" / f"{number}.png")
     (place / "texts" / "a.png").write_text("no image")
+    pq.write_table(pa.table({"address": ["http://x.org/"]}), place / "links" / "a.parquet")
+    (place / "broken" / "a.parquet").write_text("nothing")
     (place / "file").write_text("hello")
     (place / "deep.json").write_text("[" * 100_000)
     (place / "odd.json").write_text('{"images": 3}')
@@ -162,6 +166,21 @@ def test_devices_of_a_machine_with_two_gpus(monkeypatch: pytest.MonkeyPatch) -> 
             "odd.json is not the configuration of a curation: images: expected text or None, got 3",
         ),
         ("curate run laptop --images texts --output {tmp} --engine.kind inline", 1, "no image is left to write"),
+        (
+            "curate run laptop --images photos --seeds nowhere --output {tmp} --engine.kind inline",
+            1,
+            "seeds: expected a folder of images or of tar shards, got 'nowhere'",
+        ),
+        (
+            "curate run laptop --links links --output {tmp} --engine.kind inline",
+            1,
+            "/links/a.parquet with address",
+        ),
+        (
+            "curate run laptop --links broken --output {tmp} --engine.kind inline",
+            1,
+            "/broken/a.parquet, which cannot be read",
+        ),
         # memory
         (
             "pretrain photos TINY --output {tmp} --batch_size 1000000000000",
