@@ -227,30 +227,31 @@ def resolve_device(name: str, *, here: bool = True) -> torch.device:
     Raises:
         ValueError: there is no such device.
     """
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
-        return accelerator or torch.device("cpu")
-    numbers = torch.accelerator.device_count() if accelerator else 0
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:  # no such word
         device = None
-    if device is not None and not here:
-        return device
-    if device is not None and device.type == "cpu" and not device.index:
-        return device
-    if device is not None and accelerator and device.type == accelerator.type and (device.index or 0) < numbers:
+    if device is not None and (not here or (device.index or 0) < _count(device.type)):
         return device
     if not here:
         raise ValueError(f"device: expected auto, cpu, cuda or another name of PyTorch's, got {name!r}")
-    kinds = (
-        f"auto, cpu, {accelerator.type} or {accelerator.type}:N with N below {numbers}"
-        if accelerator
-        else "auto or cpu"
-    )
+    found = {kind: _count(kind) for kind in ("cuda", "xpu", "mps", "mtia")}
+    names = ["auto", "cpu", *(f"{kind}, {kind}:N with N below {count}" for kind, count in found.items() if count)]
     lacks = device is not None and device.type == "cuda" and not torch.version.cuda
     reason = f"; PyTorch {torch.__version__} was built without CUDA" if lacks else ""
-    raise ValueError(f"device: expected {kinds}, the devices that PyTorch finds here, got {name!r}{reason}")
+    raise ValueError(
+        f"device: expected {' or '.join(names)}, the devices that PyTorch finds here, got {name!r}{reason}"
+    )
+
+
+def _count(kind: str) -> int:
+    """The number of devices of a kind, such as cuda, that PyTorch finds here."""
+    if kind == "cpu":
+        return 1
+    module: Any = getattr(torch, kind, None)  # such as torch.cuda
+    return int(module.device_count()) if hasattr(module, "is_available") and module.is_available() else 0
 
 
 def number_in(name: str, default: int | None = None) -> int:
@@ -273,7 +274,7 @@ def _own_gpu() -> torch.device:
     try:
         return resolve_device(f"cuda:{number}")
     except ValueError:
-        there = torch.accelerator.device_count()
+        there = _count("cuda")
         expected = f"one process for each of the {there} GPUs here, numbered from 0 (torchrun --nproc-per-node {there})"
         raise ValueError(f"LOCAL_RANK: expected {expected}, got {number!r}") from None
 
