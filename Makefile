@@ -22,6 +22,9 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 KIT_VENV := .venv-gpu-kit
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*)
 
+# timm brings torchvision, and PyPI's fits PyPI's PyTorch only. tools/match_torchvision.py sees to it that any other
+# PyTorch gets one that can be imported beside it.
+
 # A stamp in .venv says which extras of pyproject.toml are installed there. If a stamp of a larger set-up exists, a demo
 # uses that stamp: the whole .venv then stays up to date, and nothing is installed twice.
 EVERYTHING := $(VENV)/ready
@@ -56,6 +59,7 @@ $(VENV)/demo-ready $(VENV)/demo-curate-ready $(EVERYTHING): pyproject.toml setup
 	$(if $(TORCH_INDEX),$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install -c constraints.txt --no-deps --index-url $(TORCH_INDEX) torch)
 	$(PIP) install -c constraints.txt torch setuptools wheel ninja pybind11
 	$(CUDA) $(PIP) install -c constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
+	$(if $(filter dev,$(EXTRAS)),$(BIN)/python tools/match_torchvision.py $(TORCH_INDEX))
 	touch $@
 
 demo: $(FOR_DEMO) ## pretrains a small ViT on bundled photographs: ten minutes, offline, on a laptop

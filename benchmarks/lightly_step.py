@@ -3,7 +3,7 @@
 From lightly 1.6 the step uses timm's ViT in its masked wrapper, with global and local crops apart, its projection heads
 and its losses, with softmax centring and targets as matrices. The comparison leaves out lightly's data loading and its
 Lightning loop. lightly is not a dependency: ``pip install lightly`` (into a separate environment) makes the peer
-appear.
+appear. It brings timm and torchvision, so ``tools/match_torchvision.py`` may have to follow.
 
 Measured (results/2026-11-25, lightly 1.6.0): ours is 1.4 times as fast in float32 and 1.8 times in bfloat16.
 """
@@ -19,7 +19,6 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
-import tests.conftest  # noqa: F401  lets timm import beside a CPU build of PyTorch
 from benchmarks.pretraining_step import DROP_PATH, B, batch
 from benchmarks.pretraining_step import step_of as own_step_of
 from benchmarks.sinkhorn import TEMPERATURE

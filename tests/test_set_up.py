@@ -6,6 +6,7 @@ import ast
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -88,7 +89,8 @@ def write_command(path: Path, text: str) -> None:
 
 
 def installs(extras: str) -> list[str]:
-    return [f"pip {PACKAGES_OF_MAKE}", f"pip --no-build-isolation --editable .[{extras}]"]
+    called = [f"pip {PACKAGES_OF_MAKE}", f"pip --no-build-isolation --editable .[{extras}]"]
+    return [*called, "python tools/match_torchvision.py"] if extras == "dev" else called
 
 
 DEMO, DEMO_CURATE = "python examples/demo.py", "python examples/demo_curate.py"
@@ -156,7 +158,8 @@ def test_an_index_of_pytorch_gives_pytorch_alone(make: Make) -> None:
     """Such an index need not have the pinned versions of other packages."""
     called = make("demo", f"TORCH_INDEX={CPU_INDEX}")[1]
     assert called == [f"pip --no-deps --index-url {CPU_INDEX} torch", *installs("demo"), DEMO]
-    assert make("test", f"TORCH_INDEX={CPU_INDEX}")[1] == [*installs("dev"), TEST]
+    *installed, matched = installs("dev")
+    assert make("test", f"TORCH_INDEX={CPU_INDEX}")[1] == [*installed, f"{matched} {CPU_INDEX}", TEST]
 
 
 def test_the_extra_of_the_demo_is_small() -> None:
@@ -186,3 +189,91 @@ def test_every_package_that_code_asks_for_is_in_the_extra_that_it_names() -> Non
         if not {canonicalize_name(owner) for owner in owners[module]} & (installed_with(extra) - {OURS})
     }
     assert not missing
+
+
+EXTENSION = "import torch\n\n\ndef _has_ops():\n    return False\n"
+DESCRIPTIONS = """from torchvision import extension
+import torch
+
+for name in ("nms", "qnms"):
+    torch.library.register_fake(f"torchvision::{name}", lambda *arguments: None)
+"""
+FAKE_PIP = """import os, pathlib, sys
+site = pathlib.Path(__file__).parent.parent
+with open(site / "pip-calls", "a") as notes:
+    print(*sys.argv[2:], file=notes)
+if "install" in sys.argv and os.environ["FOUND"]:
+    (site / "torchvision" / "_meta_registrations.py").write_text("")
+"""
+
+
+@pytest.fixture
+def mend(tmp_path: Path) -> Callable[..., tuple[str, str, bool]]:
+    """Runs tools/match_torchvision.py beside a torchvision that, like PyPI's, was not built for this PyTorch, and a pip
+    that finds another one or not. Gives what it says, what it asked of pip, and whether torchvision can be imported.
+    """
+    site = tmp_path / "site"
+    for folder, file, text in (
+        ("torchvision", "__init__.py", "from torchvision import extension, _meta_registrations\n"),
+        ("torchvision", "extension.py", EXTENSION),
+        ("torchvision", "_meta_registrations.py", DESCRIPTIONS),
+        ("torchvision-0.28.0.dist-info", "METADATA", "Name: torchvision\nVersion: 0.28.0\n"),
+        ("torch-2.13.0+cpu.dist-info", "METADATA", "Name: torch\nVersion: 2.13.0+cpu\n"),
+        ("pip", "__init__.py", ""),
+        ("pip", "__main__.py", FAKE_PIP),
+    ):
+        (site / folder).mkdir(parents=True, exist_ok=True)
+        (site / folder / file).write_text(text)
+    calls = site / "pip-calls"
+
+    def python(*arguments: object, found: bool = False) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"PYTHONPATH": str(site), "FOUND": "yes" if found else ""}
+        command = [sys.executable, *map(str, arguments)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    def run(*arguments: str, found: bool = False, other_fault: bool = False) -> tuple[str, str, bool]:
+        calls.write_text("")
+        if other_fault:
+            (site / "torchvision" / "_meta_registrations.py").write_text("raise RuntimeError")
+        done = python(ROOT / "tools" / "match_torchvision.py", *arguments, found=found)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, calls.read_text(), python("-c", "import torchvision").returncode == 0
+
+    assert "operator torchvision::nms does not exist" in python("-c", "import torchvision").stderr
+    return run
+
+
+MISMATCH = "torchvision 0.28.0 was not built for PyTorch 2.13.0+cpu"
+
+
+@pytest.mark.parametrize("index", [[], ["https://mirror.example/cpu"]], ids=["PyTorch's", "given"])
+def test_a_torchvision_of_another_build_is_replaced(
+    mend: Callable[..., tuple[str, str, bool]], index: list[str]
+) -> None:
+    said, asked, imported = mend(*index, found=True)
+    assert said == f"{MISMATCH}: installed torchvision==0.28.0+cpu\n"
+    assert f"--index-url {(index or [CPU_INDEX])[0]} torchvision==0.28.0+cpu" in asked
+    assert imported
+    assert mend(*index) == ("", "", True)
+
+
+def test_without_another_torchvision_its_operators_are_given_up(mend: Callable[..., tuple[str, str, bool]]) -> None:
+    said, _, imported = mend()
+    assert said.startswith(f"{MISMATCH}, and none that was could be installed: it stays without its operators")
+    assert said.count("\n") == 1
+    assert imported
+    assert mend() == ("", "", True)
+
+
+def test_a_torchvision_that_cannot_be_mended_is_removed(mend: Callable[..., tuple[str, str, bool]]) -> None:
+    said, asked, _ = mend(other_fault=True)
+    assert said.endswith("removed it; timm cannot be imported without one\n")
+    assert "uninstall --yes torchvision" in asked
+
+
+@pytest.mark.parametrize("library", ["timm", "from transformers import AutoImageProcessor, Dinov2Model"])
+def test_what_make_setup_installs_can_be_imported(library: str) -> None:
+    """In a Python that pytest has not prepared. If it fails, the set-up is older than this: run make setup."""
+    code = library if "import" in library else f"import {library}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from dinov2.cli.counting import at_least
 from dinov2.cli.run_options import Arguments, parse_fields, saved_config, start, take_options
 from dinov2.recipes import adaptation
 from dinov2.recipes.building_on import folder_of
@@ -50,4 +51,4 @@ def parse(options: Sequence[str]) -> Arguments[PretrainConfig]:
 
 def _declare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from", dest="run", type=Path, required=True)
-    parser.add_argument("--image_size", type=int, required=True)
+    parser.add_argument("--image_size", type=at_least(1), required=True)

@@ -1,6 +1,9 @@
-"""A progress bar that counts."""
+"""What commands count: a progress bar, and options that are whole numbers."""
 
 from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -19,3 +22,18 @@ def counting_bar(what: str, console: Console) -> Progress:
         disable=not console.is_terminal,
         expand=True,
     )
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A type for argparse: whole numbers of at least ``least``."""
+
+    def whole(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+        return number
+
+    return whole

@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 
 from dinov2.cli.curation_progress import Progress, table
-from dinov2.cli.run_options import read_options
+from dinov2.cli.run_options import check_output, device_of, read_options
 from dinov2.configuration import read_json
 from dinov2.curate import STAGES, CurateConfig, Part, curate, only, run_steps
 from dinov2.curate.pipeline import save_config
@@ -60,6 +60,11 @@ def run(arguments: Sequence[str]) -> None:
     if what == "report":
         say(console, f"report: {shown(write_report(config))}")
         return
+    for stage in ("embed_copies", "embed"):
+        device, is_elsewhere = getattr(config, stage).device, config.engine.kind == "ray"
+        device_of(device, field=f"{stage}.device", here=not is_elsewhere)
+    if "://" not in config.output:
+        check_output(Path(config.output))
     save_config(config)
     engine = config.engine.open()
     tries, patience = config.engine.tries, config.engine.patience
@@ -100,7 +105,10 @@ def read_config(path: str) -> CurateConfig:
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {path}; the curations are {', '.join(CURATIONS)}")
-    return read_json(file, "a curation", lambda values: CurateConfig)
+    try:
+        return read_json(file, "a curation", lambda values: CurateConfig)
+    except RecursionError:
+        raise ValueError(f"{file} is not the configuration of a curation: it is nested too deeply") from None
 
 
 def share(text: str) -> Part:

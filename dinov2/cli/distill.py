@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from dinov2.cli import UsageError
 from dinov2.cli.run_options import Arguments, parse_fields, saved_config, start, take_options
 from dinov2.models.config import ARCHITECTURES
 from dinov2.recipes import distillation
@@ -42,6 +43,8 @@ def run(arguments: Sequence[str]) -> None:
 def parse(options: Sequence[str]) -> Arguments[DistillConfig]:
     """The configuration of the distillation, changed by the options."""
     own, fields = take_options("dinov2 distill", options, _declare)
+    if len({*own.student}) < len(own.student):
+        raise UsageError(f"student: expected different names, got {' '.join(own.student)}")
     output = own.output or Path("runs") / "-".join(own.student)
     config = saved_config(output, own.resume, DistillConfig)
     if config is None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from dinov2.cli.counting import counting_bar
+from dinov2.cli.counting import at_least, counting_bar
+from dinov2.interrupts import uninterrupted
 
 DESCRIPTION = """Write the class token of every image into OUTPUT/features.npy (float32, one row per image), the images'
 names into OUTPUT/images.csv, and the names of unreadable images, with the reasons, into OUTPUT/skipped.csv. Bytes of a
@@ -29,14 +30,15 @@ Read it back with numpy.load("features/features.npy")."""
 def run(arguments: Sequence[str]) -> None:
     """Embed, or print the help."""
     options = parser().parse_args(arguments or ["--help"])
-    from dinov2.data import AugmentationConfig, DataConfig, image_names, open_dataset  # after the help: PyTorch is slow
-    from dinov2.data.files import shown
-    from dinov2.evaluate import embed
-    from dinov2.models import load_pretrained
-    from dinov2.train.precision import Arithmetic
-    from dinov2.train.processes import resolve_device
+    with uninterrupted():  # after the help, which needs no PyTorch
+        from dinov2.cli.run_options import device_of
+        from dinov2.data import AugmentationConfig, DataConfig, image_names, open_dataset
+        from dinov2.data.files import shown
+        from dinov2.evaluate import embed
+        from dinov2.models import load_pretrained
+        from dinov2.train.precision import Arithmetic
 
-    device = resolve_device(options.device)
+    device = device_of(options.device)
     model = load_pretrained(options.model).eval().to(device)
     augmentation = AugmentationConfig(
         global_size=options.size or model.config.img_size, mean=tuple(options.mean), std=tuple(options.std)
@@ -93,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
         "output", metavar="OUTPUT", type=Path, help="write into this folder, which must be new or empty"
     )
     result.add_argument(
-        "--size", type=int, help="show the model squares of this many pixels (default: the model's own size)"
+        "--size", type=at_least(1), help="show the model squares of this many pixels (default: the model's own size)"
     )
     for name, verb, default in (
         ("mean", "subtract this from each channel", (0.485, 0.456, 0.406)),
@@ -101,10 +103,10 @@ def parser() -> argparse.ArgumentParser:
     ):
         help_text = f"{verb}, as in training (default: {' '.join(map(str, default))})"
         result.add_argument(f"--{name}", type=float, nargs="+", default=default, help=help_text)
-    result.add_argument("--batch_size", type=int, default=64, help="run this many images at once (default: 64)")
+    result.add_argument("--batch_size", type=at_least(1), default=64, help="run this many images at once (default: 64)")
     result.add_argument(
         "--num_workers",
-        type=int,
+        type=at_least(0),
         default=2,
         help="read and decode in this many processes; 0 takes this one (default: 2)",
     )

@@ -6,6 +6,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from dinov2.cli.counting import at_least
+from dinov2.interrupts import uninterrupted
+
 EXAMPLES = """examples:
   dinov2 export runs/first first                         export the teacher of the newest checkpoint
   dinov2 export runs/first first --heads                 export its heads too, to distil from it or to go on with it
@@ -20,8 +23,11 @@ Read it back with dinov2.models.load_pretrained("first"), whatever its format.""
 def run(arguments: Sequence[str]) -> None:
     """Export, or print the help."""
     options = parser().parse_args(arguments or ["--help"])
-    from dinov2.train.networks import export  # imported after the help, which needs no PyTorch
+    with uninterrupted():  # after the help, which needs no PyTorch
+        from dinov2.cli.run_options import check_output
+        from dinov2.train.networks import export
 
+    check_output(options.output)
     folder = export(
         options.source,
         options.output,
@@ -48,7 +54,9 @@ def parser() -> argparse.ArgumentParser:
         help="read the weights from here: the directory of a run, a checkpoint in it, or other weights",
     )
     result.add_argument("output", type=Path, help="write into this folder, which must be new or empty")
-    result.add_argument("--step", type=int, help="take the checkpoint after this many steps (default: the newest)")
+    result.add_argument(
+        "--step", type=at_least(0), help="take the checkpoint after this many steps (default: the newest)"
+    )
     result.add_argument("--heads", action="store_true", help="also write heads.safetensors: heads, prototypes, centres")
     result.add_argument(
         "--network", choices=["teacher", "student"], default="teacher", help="write this network (default: teacher)"

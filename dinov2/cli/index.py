@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dinov2.cli.counting import counting_bar
+from dinov2.interrupts import uninterrupted
 
 if TYPE_CHECKING:
     from dinov2.data import ShardReport
@@ -30,7 +31,8 @@ EXAMPLES = """examples:
 def run(arguments: Sequence[str]) -> None:
     """Index, or print the help."""
     options = parser().parse_args(arguments or ["--help"])
-    from dinov2.data import DamagedTarsError, index_shards  # imported after the help, which needs no PyTorch
+    with uninterrupted():  # after the help, which needs no PyTorch
+        from dinov2.data import DamagedTarsError, index_shards
 
     console = Console()
     try:

@@ -9,15 +9,18 @@ from rich.console import Console
 from rich.table import Table
 
 import dinov2_kernels
+from dinov2.cli import UsageError
 
 HELP = "usage: dinov2 info\n\nShow which kernels are built and which of them will run here."
 
 
 def run(arguments: Sequence[str]) -> None:
     """Print ``dinov2_kernels.info()`` as tables."""
-    if arguments:
+    if list(arguments) in (["-h"], ["--help"]):
         print(HELP)
         return
+    if arguments:
+        raise UsageError(f"expected no arguments, got {' '.join(arguments)}")
     facts = dinov2_kernels.info()
     operators = facts.pop("operators")
     console = Console()

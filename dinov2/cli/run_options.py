@@ -5,19 +5,24 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import io
 import os
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 
+import torch
 import tyro
 
+from dinov2.cli import UsageError
 from dinov2.configuration import assembled, check
 from dinov2.evaluate import FolderProbe
 from dinov2.train import PretrainConfig, RunConfig, pretrain
 from dinov2.train.planning import plan, print_plan
-from dinov2.train.processes import resolve_device
+from dinov2.train.processes import number_in, resolve_device
 from dinov2.train.run_directory import is_run, read_config
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -37,6 +42,13 @@ class Arguments(Generic[Config]):
     lacks it, as in --device cuda."""
     world_size: int | None = None
     """With --dry_run, plan for this many processes; by default for those that torchrun started."""
+
+
+WORDS = {
+    "invalid literal for int() with base 10:": "expected a whole number, got",
+    "could not convert string to float:": "expected a number, got",
+}
+"""Python's words in errors about an option, and ours."""
 
 
 class TakenOptions(NamedTuple):
@@ -66,17 +78,25 @@ def read_options(kind: Any, options: Sequence[str], default: Any, prog: str, des
     Raises:
         ValueError: a field is out of its bounds; the message names it in the spelling of the command line.
     """
-    parsed = assembled(
-        lambda: tyro.cli(
-            kind,
-            args=options,
-            default=default,
-            prog=prog,
-            description=description,
-            use_underscores=True,
-            config=(tyro.conf.AvoidSubcommands,),
-        )
-    )
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            parsed = assembled(
+                lambda: tyro.cli(
+                    kind,
+                    args=options,
+                    default=default,
+                    prog=prog,
+                    description=description,
+                    use_underscores=True,
+                    config=(tyro.conf.AvoidSubcommands,),
+                )
+            )
+    finally:
+        text = said.getvalue()
+        for words, ours in WORDS.items():
+            text = text.replace(words, ours)
+        sys.stderr.write(text)
     check(parsed.config)
     return parsed
 
@@ -84,11 +104,15 @@ def read_options(kind: Any, options: Sequence[str], default: Any, prog: str, des
 def start(arguments: Arguments[Config]) -> None:
     """Run or resume the run that the command line describes."""
     config = arguments.config
+    device_of(config.device, here=not arguments.dry_run)
+    if arguments.world_size is not None and arguments.world_size < 1:
+        raise UsageError(f"world_size: expected at least 1, got {arguments.world_size}")
     if arguments.dry_run:
         show_plan(config, arguments.world_size)
         return
     if arguments.world_size is not None:
         raise ValueError("--world_size goes with --dry_run; torchrun --nproc-per-node says how many processes train")
+    check_output(config.output)
     probe = FolderProbe(arguments.probe, config.data.augmentation) if arguments.probe else None
     pretrain(config, arguments.resume, probe=probe)
 
@@ -97,13 +121,39 @@ def show_plan(config: RunConfig, world_size: int | None) -> None:
     """Print what a run needs; only process 0 prints.
 
     Raises:
-        ValueError: the run is a distillation, or its batch does not split evenly among the processes.
+        ValueError: the run is a distillation, a variable of torchrun is no number, or the batch does not split evenly
+            among the processes.
     """
     if not isinstance(config, PretrainConfig):
         raise ValueError(f"--dry_run plans the training of one student and its teacher, but this is a {config.kind}")
-    if int(os.environ.get("RANK", 0)) == 0:
-        world_size = world_size or int(os.environ.get("WORLD_SIZE", 1))
-        print_plan(plan(config, world_size=world_size, device_type=resolve_device(config.device).type))
+    if number_in("RANK", 0) == 0:
+        world_size = world_size or number_in("WORLD_SIZE", 1)
+        print_plan(plan(config, world_size=world_size, device_type=device_of(config.device, here=False).type))
+
+
+def device_of(name: str, *, field: str = "device", here: bool = True) -> torch.device:
+    """:func:`~dinov2.train.processes.resolve_device` before any work, for all commands.
+
+    Raises:
+        UsageError: there is no such device; the message names the field by its dotted path.
+    """
+    try:
+        return resolve_device(name, here=here)
+    except ValueError as error:
+        raise UsageError(f"{field.removesuffix('device')}{error}") from None
+
+
+def check_output(folder: Path) -> None:
+    """Check before any work that a folder is one, or can be made and written.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not place.is_dir():
+        raise UsageError(f"output: expected a folder, got {folder}, but {place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UsageError(f"output: expected a folder that can be written, got {folder}, but {place} cannot")
 
 
 def choose_patch_head(config: Config, options: Sequence[str]) -> tuple[Config, list[str]]:

@@ -66,13 +66,13 @@ class DownloadConfig(Config, at="download"):
     per_host: Count = 2
     """A host gets at most this many requests at once."""
     delay: AtLeast0 = 0.1
-    """Wait this many seconds between two requests to a host."""
+    """Wait this many seconds between two requests to a host, or longer if its robots.txt asks for a Crawl-delay."""
     tries: Count = 3
     """Try a link this often if the failure may pass: no answer, too many requests, an error of the server."""
     backoff: AtLeast0 = 1.0
     """Wait this many seconds before the second try, and twice as long before each further one."""
     max_wait: AtLeast0 = 60.0
-    """Wait at most this many seconds, whatever a server's Retry-After says."""
+    """Wait at most this many seconds, whatever a server's Retry-After or Crawl-delay says."""
     connect_timeout: Positive = 10.0
     """A connection must be there within this many seconds."""
     timeout: Positive = 60.0
@@ -122,12 +122,14 @@ def download(links: str, config: DownloadConfig, output: str) -> Steps[Pool]:
         bytes.
 
     Raises:
-        ValueError: there are no links.
+        ValueError: there are no links, or a file is no table of links.
     """
     storage = Storage(links)
     tables = storage.files("", ".parquet")
     if not tables:
         raise ValueError(f"links: expected a folder of Parquet tables, got {links!r}, which has none")
+    for path in tables.values():
+        _check_columns(storage, path)
     listing = digest({name: storage.filesystem.size(path) for name, path in tables.items()})
     task = Task("all", _plan, (links, config.links_per_shard))
     plan = Step(output, "download-plan", [config.links_per_shard, listing], (links,), [task], "links")
@@ -178,6 +180,19 @@ def _plan(output: Output, links: str, links_per_shard: int) -> Counts:
         _write_table(output, f".{number:05d}.parquet", entries)
     total = sum(map(len, shards))
     return Counts(rows, total, dict(sorted(dropped.items())), {"hosts": len(by_host), "shards": len(shards)})
+
+
+def _check_columns(storage: Storage, path: str) -> None:
+    """Check by its end that a file is a table with a column url."""
+    parquet = require("pyarrow.parquet", extra="curate", purpose="curation")
+    expected = f"links: expected Parquet tables with a column url, got {path}"
+    try:
+        with storage.filesystem.open(path, "rb") as file:
+            names = parquet.read_schema(file).names
+    except ValueError as error:  # of Arrow
+        raise ValueError(f"{expected}, which cannot be read: {error}") from error
+    if "url" not in names:
+        raise ValueError(f"{expected} with {', '.join(names)}")
 
 
 def _download(output: Output, plan: str, config: DownloadConfig) -> Counts:
@@ -279,6 +294,7 @@ class Fetcher:
         self._slots = asyncio.Semaphore(config.concurrency)
         self._hosts: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(config.per_host))
         self._next: dict[str, float] = defaultdict(float)
+        self._delays: dict[str, float] = {}
 
     async def __aenter__(self) -> Fetcher:
         aiohttp, config = self._aiohttp, self._config
@@ -318,8 +334,10 @@ class Fetcher:
         """Fetch the bytes at a URL through redirects. Each redirect is checked like the first URL."""
         for _ in range(self._config.max_redirects + 1):
             self._check_url(url)
-            if self._config.robots and not await self._robots.allows(url):
-                raise _FailedError(ROBOTS)
+            if self._config.robots:
+                if not await self._robots.allows(url):
+                    raise _FailedError(ROBOTS)
+                self._delays[host_of(url)] = min(await self._robots.delay(url), self._config.max_wait)
             answer = await self._get(url, self._config.max_bytes)
             if isinstance(answer, bytes):
                 return answer
@@ -373,7 +391,7 @@ class Fetcher:
     async def _wait_for_turn(self, host: str) -> None:
         now = time.monotonic()
         turn = max(self._next[host], now)
-        self._next[host] = turn + self._config.delay
+        self._next[host] = turn + max(self._config.delay, self._delays.get(host, 0))
         await asyncio.sleep(turn - now)
 
     async def _robots_file(self, url: str) -> RobotsFile:

@@ -14,13 +14,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 
 from dinov2.configuration import AtLeast0, Config, Count, CountOr0, Rules
 from dinov2.curate.steps import Task, run_task
+from dinov2.interrupts import uninterrupted
 from dinov2_kernels._extras import require
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -117,11 +118,11 @@ class ProcessPool:
             while under_way or (waiting and self._executor):
                 while waiting and self._executor and len(under_way) < width:
                     try:
-                        future = executor.submit(execute, waiting[0])
+                        with uninterrupted():  # or the server would start a process for which nobody waits
+                            future = executor.submit(execute, waiting[0])
+                            under_way[future] = waiting.popleft()
                     except BrokenExecutor:  # a process was lost; the running calls will report it
                         self._executor = None
-                    else:
-                        under_way[future] = waiting.popleft()
                 for future in wait(under_way, return_when=FIRST_COMPLETED).done:
                     call, error = under_way.pop(future), future.exception()
                     if isinstance(error, BrokenExecutor):
@@ -158,8 +159,10 @@ def _context() -> multiprocessing.context.BaseContext:
     context.set_forkserver_preload(["dinov2.curate", "cv2", "faiss", "pyarrow.parquet"])
     before = {name: os.environ.get(name) for name in THREADS}
     os.environ.update(dict.fromkeys(THREADS, "1"))
+    resource_tracker.ensure_running()  # it unblocks signals when it starts
     try:
-        forkserver.ensure_running()
+        with uninterrupted():  # the server and its processes inherit this
+            forkserver.ensure_running()
     finally:
         for name, value in before.items():
             os.environ.pop(name)

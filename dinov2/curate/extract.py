@@ -14,6 +14,7 @@ from urllib.parse import quote, urlsplit
 
 from dinov2.configuration import Config, Count
 from dinov2.curate.bodies import UnknownEncodingError, plain_body
+from dinov2.curate.charsets import charset_in
 from dinov2.curate.html import MAX_ALT, Link, Page, parse_page
 from dinov2.curate.sorted_tables import key_of_text, key_ranges, read_range, text_table, write_sorted
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task, digest
@@ -229,7 +230,7 @@ def read_warc(file: IO[bytes], config: ExtractConfig, troubles: Counter[str]) ->
         troubles[TRUNCATED_PAGE] += max(len(content), len(body)) > limit
         troubles[DAMAGED] += damaged
         url = record.headers.get("WARC-Target-URI", "").strip("<>")  # some versions of Wget write <URL>
-        if page := _parsed(content[:limit], url, record.http_charset, config, troubles):
+        if page := _parsed(content[:limit], url, charset_in(",".join(named.get("content-type", []))), config, troubles):
             yield Found(url, page, [*page.robots, *named.get("x-robots-tag", [])])
         if damaged:
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
@@ -100,11 +100,11 @@ def curate(config: CurateConfig) -> Steps[Curated]:
     pool = yield from screen(pool, config.screen, output)
 
     pool = yield from embed(pool, config.embed_copies, output)
-    tests = yield from embedded_sets(config, set_names(config.evaluation_sets), config.embed_copies)
+    tests = yield from embedded_sets(config, "evaluation_sets", config.embed_copies)
     pool = yield from dedup(pool, tests, config.dedup, output)
 
     pool = yield from embed(pool, config.embed, output)
-    seeds = yield from embedded_sets(config, set_names(config.seeds), config.embed)
+    seeds = yield from embedded_sets(config, "seeds", config.embed)
     pool = yield from retrieve(pool, seeds, config.retrieve, output)
     root = yield from materialize(pool, seeds, config.materialize, output)
     return Curated(root, pool)
@@ -124,11 +124,14 @@ def source(config: CurateConfig) -> Steps[Pool]:
     return pool
 
 
-def embedded_sets(config: CurateConfig, paths: Mapping[str, str], settings: EmbedConfig) -> Steps[dict[str, Pool]]:
-    """Make the pools of seeds or evaluation images, with features, by name."""
+def embedded_sets(config: CurateConfig, field: str, settings: EmbedConfig) -> Steps[dict[str, Pool]]:
+    """Make the pools of ``seeds`` or ``evaluation_sets``, with features, by name."""
     pools = {}
-    for name, path in paths.items():
-        images = yield from collect(path, config.collect, config.output)
+    for name, path in set_names(getattr(config, field)).items():
+        try:
+            images = yield from collect(path, config.collect, config.output)
+        except ValueError as error:
+            raise ValueError(f"{field}: {str(error).removeprefix('images: ')}") from error
         pools[name] = yield from embed(images, settings, config.output)
     return pools
 

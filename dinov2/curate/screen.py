@@ -275,7 +275,7 @@ def find_repeats(output: Output, pool: Pool, measures: str, hashes: str, config:
     for shard in pool.shards():
         index = pool.index(shard, ["sha256", "width", "height"])
         table = read_table(measures, shard)
-        fit.append(np.array([reason is None for reason in unfit(index, table, config)]) & pool.kept(shard))
+        fit.append(np.array([reason is None for reason in unfit(index, table, config)], dtype=bool) & pool.kept(shard))
         digests += index["sha256"].fill_null("").to_pylist()
         areas.append(index["width"].to_numpy().astype(np.int64) * index["height"].to_numpy())
         column = read_table(hashes, shard)["pca_hash"]

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 from urllib.parse import SplitResult, quote, urljoin, urlsplit, urlunsplit
 
+from dinov2.curate.charsets import MARKS
 from dinov2.data.shards.storage import Storage
 from dinov2_kernels._extras import require
 
@@ -27,6 +28,7 @@ NO_ROBOTS = frozenset({"max-snippet", "max-image-preview", "max-video-preview", 
 
 ROBOT = re.compile(r"[a-z_*][\w*.-]*", re.ASCII)
 ROBOTS_BYTES = 512_000
+VERSION = re.compile(r"((?:^|(?<=[\r\n]))[ \t]*user-?agent[ \t]*:[ \t]*[^\s/#]+)/[^\r\n#]*", re.IGNORECASE)
 
 
 class RefusedURLError(ValueError):
@@ -92,8 +94,7 @@ def canonical_host(host: str) -> str:
         return str(ipaddress.IPv6Address(host if "%" not in host else ""))  # a zone has a meaning on one machine only
     if len(host) > MAX_HOST:
         raise ValueError(f"host: expected at most {MAX_HOST} characters, got {len(host)}")
-    name = host.rstrip(".")
-    name = (name if name.isascii() else name.encode("idna").decode()).lower()
+    name = (host if host.isascii() else _ascii_name(host)).rstrip(".").lower()
     if not NAME.fullmatch(name):
         raise ValueError(f"host: expected letters, digits, - and _ with dots between them, got {name!r}")
     if not NUMBER.fullmatch(name.rpartition(".")[2]):
@@ -102,6 +103,13 @@ def canonical_host(host: str) -> str:
         return socket.inet_ntoa(socket.inet_aton(name))
     except OSError:
         raise ValueError(f"host: expected an address, because it ends in a number, got {name!r}") from None
+
+
+def _ascii_name(host: str) -> str:
+    """A name in another script as browsers send it (UTS 46, nontransitional): ``straße.de`` is not ``strasse.de``."""
+    idna = require("idna", extra="curate", purpose="hosts whose names are not ASCII")
+    labels = idna.uts46_remap(host, std3_rules=False).split(".")
+    return ".".join(label if label.isascii() else f"xn--{label.encode('punycode').decode()}" for label in labels)
 
 
 def host_of(url: str) -> str:
@@ -113,13 +121,15 @@ def host_of(url: str) -> str:
 def read_domains(path: str) -> frozenset[str]:
     """Read the domains in a file, one a line, in any script. ``#`` begins a remark. An empty path has no domains.
 
+    The file is UTF-8, with or without a byte order mark.
+
     Raises:
         ValueError: a line is not a domain.
     """
     if not path:
         return frozenset()
     storage = Storage(path)
-    lines = storage.filesystem.cat_file(storage.root).decode("utf-8", "replace").splitlines()
+    lines = storage.filesystem.cat_file(storage.root).decode("utf-8-sig", "replace").splitlines()
     names = set[str]()
     for number, line in enumerate(lines, 1):
         if text := line.partition("#")[0].strip().strip("."):
@@ -206,7 +216,7 @@ def opts_out(headers: Iterable[str], words: Iterable[str], agent: str) -> bool:
     """Whether X-Robots-Tag headers, or the contents of robots meta tags, have one of the words for us.
 
     A value, and each directive in it, may begin with the name of a robot. Then it is for this robot only, as in
-    ``googlebot: noindex, noai``.
+    ``googlebot: noindex, noai``. Directives that only spaces or semicolons separate count, too.
 
     Args:
         headers: values, each a list of directives separated by commas.
@@ -224,7 +234,7 @@ def opts_out(headers: Iterable[str], words: Iterable[str], agent: str) -> bool:
                 continue
             else:
                 concerns_us = name in ("", "*", agent.lower())
-            if concerns_us and directive in unwanted:
+            if concerns_us and not unwanted.isdisjoint(re.split(r"[\s;]+", directive)):
                 return True
     return False
 
@@ -251,19 +261,41 @@ class Robots:
 
     async def allows(self, url: str) -> bool:
         """Whether the host allows us to fetch a URL."""
+        rules = await self._rules_for(url)
+        return rules if isinstance(rules, bool) else bool(rules.can_fetch(url, self._agent))
+
+    async def delay(self, url: str) -> float:
+        """The seconds that the host of a URL asks us to wait between two requests (Crawl-delay)."""
+        rules = await self._rules_for(url)
+        return 0.0 if isinstance(rules, bool) else float(rules.crawl_delay(self._agent) or 0)
+
+    async def _rules_for(self, url: str) -> Any:
         parts = urlsplit(url)
         root = f"{parts.scheme}://{parts.netloc}"
         if root not in self._rules:
             self._rules[root] = asyncio.ensure_future(self._read(f"{root}/robots.txt"))
-        rules = await asyncio.shield(self._rules[root])
-        return rules if isinstance(rules, bool) else bool(rules.can_fetch(url, self._agent))
+        return await asyncio.shield(self._rules[root])
 
     async def _read(self, url: str) -> Any:
         """The rules of a host; True if it has none, False if the server does not answer for them."""
         protego = require("protego", extra="curate", purpose="reading robots.txt")
         answer = await self._fetch(url)
-        if 400 <= answer.status < 500 and answer.status != 429:
-            return True
+        if 200 < answer.status < 300 or (400 <= answer.status < 500 and answer.status != 429):
+            return True  # there are no rules, such as with 204 and 404
         if answer.status != 200:
             return False
-        return protego.Protego.parse(answer.content.decode("utf-8", "replace"))
+        return protego.Protego.parse(robots_text(answer.content))
+
+
+def robots_text(content: bytes) -> str:
+    """A robots.txt as Protego reads it best: in ASCII, without a byte order mark and without versions of robots.
+
+    Bytes that are not ASCII stand as URLs have them, in any encoding (RFC 9309, 2.2.2): ``/café`` is ``/caf%C3%A9`` in
+    UTF-8, and ``/caf%E9`` in Latin-1. ``User-agent: us/1.0`` addresses us as ``User-agent: us`` does.
+    """
+    for mark, name in MARKS:
+        if content.startswith(mark):
+            content = content[len(mark) :].decode(name, "replace").encode()
+            break
+    text = re.sub(rb"[\x80-\xff]", lambda byte: b"%%%02X" % ord(byte[0]), content).decode("ascii")
+    return VERSION.sub(r"\1", text)

@@ -163,6 +163,7 @@ class RunConfig(Config):
         yield "residual_in_fp32", has_narrow_tokens, expected
         profiled = max(0, self.steps - STEPS_BEFORE_PROFILE)
         yield "profile_steps", self.profile_steps <= profiled, f"{profiled} at most, those after the first five"
+        yield "seed", 0 <= self.seed < 2**63, "a whole number from 0 to 2**63 - 1"
         is_split = self.batch_size % self.accumulation_steps == 0
         yield "batch_size", is_split, f"a multiple of accumulation_steps = {self.accumulation_steps}"
         spreads = self.objective.koleo_weight == 0 or self.micro_batch_size > 1

@@ -159,6 +159,9 @@ def export(
     """
     if output.is_dir() and any(output.iterdir()):
         raise FileExistsError(f"output folder {output} is not empty: choose a new one")
+    run = run_of(source)
+    if student is not None and not (run and isinstance(read_config(run), DistillConfig)):
+        raise ValueError(f"student: expected None, because {source} is no distillation with several, got {student!r}")
     weights = getattr(read_networks(source, step=step, student=student), network)
     if heads and not weights.heads:
         raise ValueError(f"{weights.origin} has no heads to export")

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 Result = TypeVar("Result")
+RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 GLOO_WORDS = ("gloo", "pair closure")  # gloo's errors about other processes contain one of these
 
 
@@ -180,11 +181,20 @@ def join_processes(device: str, timeout_seconds: float) -> Iterator[Processes]:
         return
     chosen = resolve_device(device)
     if chosen.type == "cuda":
-        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        chosen = _own_gpu()
         torch.cuda.set_device(chosen)
     if owned:
+        for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+            number_in(name)
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        try:
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        except (ValueError, RuntimeError) as error:
+            given = ", ".join(f"{name}={os.environ.get(name)}" for name in RENDEZVOUS)
+            reason = str(error).splitlines()[0]
+            raise PeerError(
+                f"expected variables by which processes meet, as torchrun sets them, got {given}: {reason}"
+            ) from error
     rank, world_size = dist.get_rank(), dist.get_world_size()
     try:
         yield Processes(chosen, rank, world_size, dist.group.WORLD)
@@ -207,11 +217,66 @@ def is_lost_connection(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(word in str(error) for word in GLOO_WORDS)
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device that the configuration's ``device`` names; ``"auto"`` takes an accelerator if there is one."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+def resolve_device(name: str, *, here: bool = True) -> torch.device:
+    """The device that the configuration's ``device`` names; ``"auto"`` takes an accelerator if there is one.
+
+    Args:
+        name: as in the configuration, such as ``cpu`` and ``cuda:1``.
+        here: whether this machine must have the device; a plan for another machine needs only a name.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if name == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:  # no such word
+        device = None
+    if device is not None and (not here or (device.index or 0) < _count(device.type)):
+        return device
+    if not here:
+        raise ValueError(f"device: expected auto, cpu, cuda or another name of PyTorch's, got {name!r}")
+    found = {kind: _count(kind) for kind in ("cuda", "xpu", "mps", "mtia")}
+    names = ["auto", "cpu", *(f"{kind}, {kind}:N with N below {count}" for kind, count in found.items() if count)]
+    lacks = device is not None and device.type == "cuda" and not torch.version.cuda
+    reason = f"; PyTorch {torch.__version__} was built without CUDA" if lacks else ""
+    raise ValueError(
+        f"device: expected {' or '.join(names)}, the devices that PyTorch finds here, got {name!r}{reason}"
+    )
+
+
+def _count(kind: str) -> int:
+    """The number of devices of a kind, such as cuda, that PyTorch finds here."""
+    if kind == "cpu":
+        return 1
+    module: Any = getattr(torch, kind, None)  # such as torch.cuda
+    return int(module.device_count()) if hasattr(module, "is_available") and module.is_available() else 0
+
+
+def number_in(name: str, default: int | None = None) -> int:
+    """The number that an environment variable of torchrun holds.
+
+    Raises:
+        ValueError: it holds none, or it is not set and has no default.
+    """
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not text.isdecimal():
+        raise ValueError(f"{name}: expected a whole number, as torchrun sets it, got {text!r}")
+    return int(text)
+
+
+def _own_gpu() -> torch.device:
+    """The GPU of this process: torchrun numbers the processes of a machine."""
+    number = os.environ.get("LOCAL_RANK", "")
+    try:
+        return resolve_device(f"cuda:{number}")
+    except ValueError:
+        there = _count("cuda")
+        expected = f"one process for each of the {there} GPUs here, numbered from 0 (torchrun --nproc-per-node {there})"
+        raise ValueError(f"LOCAL_RANK: expected {expected}, got {number!r}") from None
 
 
 class Interrupted(KeyboardInterrupt):

@@ -118,7 +118,12 @@ def test_errors_are_one_line(
 
 @pytest.mark.parametrize(
     ("option", "message"),
-    [("--optim.bas_lr=1", "--optim.base_lr"), ("--steps=many", "'many'"), ("--precision=fp8", "fp32")],
+    [
+        ("--optim.bas_lr=1", "--optim.base_lr"),
+        ("--steps=many", "expected a whole number, got 'many'"),
+        ("--optim.base_lr=x", "expected a number, got 'x'"),
+        ("--precision=fp8", "fp32"),
+    ],
 )
 def test_bad_options_are_explained(option: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:

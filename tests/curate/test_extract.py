@@ -95,6 +95,32 @@ def test_every_kind_of_file(tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == contents(tmp_path / "two")
 
 
+def test_encodings_by_header_and_by_page(tmp_path: Path) -> None:
+    """In an archive the header counts before the page; a page in XHTML may name its encoding as XML does."""
+    pages, html = tmp_path / "pages", "<meta charset=gbk><img src=x.jpg alt=\u4e2d\u6587>"
+    pages.mkdir()
+    (pages / "plain.html").write_text(html.replace("x.jpg", "plain.jpg"), encoding="gbk")
+    bodies = [
+        ('text/html; charset="GB2312"', html.replace("x", "quoted").replace("charset=gbk", ""), "gbk"),
+        ("text/html; charset=big5", html.replace("x", "other").replace("\u6587", "\u5716"), "big5"),
+        ("application/xhtml+xml", f'<?xml version="1.0" encoding="gbk"?>{html.replace("x.", "xml.")}', "gbk"),
+    ]
+    archive = b"".join(
+        record(
+            "response",
+            "http://w.org/p/",
+            f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\n\r\n".encode() + body.encode(encoding),
+            "application/http; msgtype=response",
+        )
+        for kind, body, encoding in bodies
+    )
+    (pages / "some.warc").write_bytes(archive)
+    rows = run(pages, tmp_path / "out", base_url="http://h.org")
+    texts = {url.rpartition("/")[2]: alt for url, _, alt in rows}
+    whole = "\u4e2d\u6587"
+    assert texts == {"plain.jpg": whole, "quoted.jpg": whole, "other.jpg": "\u4e2d\u5716", "xml.jpg": whole}
+
+
 def test_pages_that_opt_out_and_blocked_domains(tmp_path: Path) -> None:
     pages = tmp_path / "pages"
     pages.mkdir()

@@ -26,6 +26,29 @@ def links(html: str, url: str = "http://site.org/a/b.html") -> list[str]:
         ('<img data-srcset="m.jpg 1x,l.jpg 2x">', "http://site.org/a/l.jpg"),
         ('<picture><source srcset="l.webp"><img></picture>', "http://site.org/a/l.webp"),
         ('<img src=" x y.jpg\n">', "http://site.org/a/x%20y.jpg"),
+        # what scripts that load late put in, and what stands there until then
+        ('<img srcset="data:image/gif;base64,R0lGOD 1w" data-srcset="m.jpg 1x, l.jpg 2x">', "http://site.org/a/l.jpg"),
+        ('<img srcset="blank.gif 1x" data-srcset="m.jpg 1x, l.jpg 2x">', "http://site.org/a/l.jpg"),
+        ('<img srcset="small.jpg 2000w" data-srcset="l.jpg 640w">', "http://site.org/a/l.jpg"),
+        ('<img srcset="data:image/gif;base64,R0lGOD 1w" src="x.jpg">', "http://site.org/a/x.jpg"),
+        ('<img srcset="/i/1x1.gif?v=2 2x" src="x.jpg">', "http://site.org/a/x.jpg"),
+        ('<img srcset="placeholder-300x200.png 2x" data-src="x.jpg">', "http://site.org/a/x.jpg"),
+        ('<img srcset="data:image/gif;base64,R0lGOD 9x, x.jpg 1x">', "http://site.org/a/x.jpg"),
+        ('<img src="x.jpg" srcset="x@2x.jpg 2x">', "http://site.org/a/x@2x.jpg"),
+        ('<img src="s.gif" data-lazy-src="x.jpg">', "http://site.org/a/x.jpg"),
+        ('<img src="s.gif" data-src="data:image/gif;base64,R0" data-original="x.jpg">', "http://site.org/a/x.jpg"),
+        ('<img src="x.jpg" data-lazy="true">', "http://site.org/a/x.jpg"),
+        ('<img src="x.jpg" data-image=\'{"a": "b/c.jpg"}\'>', "http://site.org/a/x.jpg"),
+        ('<img src="loading.gif">', "http://site.org/a/loading.gif"),
+        ('<noscript><img src="x.jpg"></noscript>', "http://site.org/a/x.jpg"),
+        ('<picture><source srcset="data:," data-srcset="l.webp 2x"></picture>', "http://site.org/a/l.webp"),
+        ('<img src="a?b=1&amp;c=&#x4e2d;&copy=2">', "http://site.org/a/a?b=1&c=%E4%B8%AD&copy=2"),
+        # bases
+        ('<base href=" /other/\n"><img src="x.jpg">', "http://site.org/other/x.jpg"),
+        ('<base href="\\\\cdn.net\\i\\"><img src="x.jpg">', "http://cdn.net/i/x.jpg"),
+        ('<base target="_top"><base href="/other/"><img src="x.jpg">', "http://site.org/other/x.jpg"),
+        ('<base href="javascript:void(0)"><img src="x.jpg">', "http://site.org/a/x.jpg"),
+        ('<base href="http://[::1"><img src="x.jpg">', "http://site.org/a/x.jpg"),
         ('<div><p><img src="x.jpg"', None),
         ('<video><source srcset="x.mp4"></video>', None),
     ],
@@ -74,6 +97,15 @@ def test_any_bytes_are_a_page(charset: str | None) -> None:
         ("a.jpg, b.jpg 2x", "b.jpg"),
         ("a.jpg 1x,b.jpg 2x,c.jpg 3x", "c.jpg"),
         ("a.jpg wide, b.jpg 2x", "b.jpg"),
+        ("a.jpg .5x, b.jpg 1.5x, c.jpg 1e0x", "b.jpg"),
+        ("a.jpg 100w 50h, b.jpg 60h 120w", "b.jpg"),
+        ("a.jpg\t100w\n,\f\rb.jpg   200w", "b.jpg"),
+        ("a\u00a0b.jpg 2x, c.jpg 1x", "a\u00a0b.jpg"),  # no-break spaces separate nothing
+        ("a.jpg 1x (b, c) , d.jpg 1x", "d.jpg"),
+        ("a.jpg 100w 2x, b.jpg 10w", "b.jpg"),
+        ("a.jpg 0w, b.jpg -1x, c.jpg 640, d.jpg 640px, e.jpg 1.5w", None),
+        ("my photo.jpg 640w", None),
+        ("data:,a 2x, blank.gif 3x", "blank.gif"),
         ("  , ,", None),
         ("", None),
     ],
@@ -86,6 +118,9 @@ def test_srcset(srcset: str, expected: str | None) -> None:
     ("link", "expected"),
     [
         ("HTTP://User:Pass@Example.ORG.:80/%7Ea?b=c d#e", "http://example.org/%7Ea?b=c%20d"),
+        ("http://stra\u00dfe.de/", "http://xn--strae-oqa.de/"),  # as browsers, which left strasse.de in 2016
+        ("http://\u65e5\u672c\u8a9e\u3002jp/", "http://xn--wgv71a119e.jp/"),
+        ("http://\u2603.net/", "http://xn--n3h.net/"),
         ("https://münchen.de:8443", "https://xn--mnchen-3ya.de:8443/"),
         ("http://[2001:DB8::0:1]/x", "http://[2001:db8::1]/x"),
         ("http://x.org/caf\u00e9/%E9%zz?\u4e2d='\"<", "http://x.org/caf%C3%A9/%E9%zz?%E4%B8%AD='%22%3C"),
@@ -142,6 +177,9 @@ def test_domains_and_those_below_them(tmp_path_factory: pytest.TempPathFactory) 
     assert not is_blocked("http://notbad.example/x", domains)
     assert not is_blocked("http://example/x", domains)
     assert read_domains("") == frozenset()
+    file.write_bytes(b"\xef\xbb\xbfbad.example\r\nworse.org")
+    read_domains.cache_clear()
+    assert read_domains(str(file)) == {"bad.example", "worse.org"}
     odd = file.with_name("odd.txt")
     odd.write_text("fine.org\nhttp://not.a/domain\n")
     with pytest.raises(ValueError, match=r".*: expected one domain a line, got 'http://not.a/domain' in line 2"):
@@ -161,6 +199,10 @@ def test_domains_and_those_below_them(tmp_path_factory: pytest.TempPathFactory) 
         (["unavailable_after: Wed, 25 Jun 2026 15:00:00 PST, noai"], True),
         (["index, follow, max-image-preview:large, max-snippet:-1, noai"], True),
         (["otherbot: nofollow, dinov2: noai"], True),
+        (["nofollow noindex"], True),
+        (["nofollow; noindex"], True),
+        (["dinov2: nofollow noindex"], True),
+        (["otherbot: nofollow noindex"], False),
         (["otherbot: max-snippet: 5, noai"], False),
         (["otherbot: noai", "noimageai"], True),
         ([], False),
