@@ -1,6 +1,11 @@
-"""Modules computed without a call: when this changes nothing, and a linear layer whose bias is added later."""
+"""Modules computed without a call: when this changes nothing, and a linear layer whose bias is added later.
+
+Also what all modules on the kernels say to ``torch.jit.script``.
+"""
 
 from __future__ import annotations
+
+from typing import NoReturn
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +26,14 @@ def is_unwatched(module: nn.Module) -> bool:
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     is_changed = "forward" in module.__dict__ or module._compiled_call_impl is not None
     return not (hooks or _has_any_global_hook() or is_changed)
+
+
+def refuse_script(module: nn.Module) -> NoReturn:
+    """The ``__prepare_scriptable__`` of modules on the kernels; ``torch.jit.script`` calls it before it compiles."""
+    raise NotImplementedError(
+        f"torch.jit.script: expected modules that do not run on dinov2_kernels, got a {type(module).__name__};"
+        " use torch.jit.trace, or first call dinov2_kernels.integrations.restore(model) if accelerate changed the model"
+    )
 
 
 def is_plain_linear(module: nn.Module) -> bool:

@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from dinov2_kernels._modules import refuse_script
+
 
 class Accelerated(nn.Module):
     """Mixed in before a library's class, so that ``super().forward`` is the library's own.
@@ -24,6 +26,8 @@ class Accelerated(nn.Module):
     runs_on: ClassVar[str]
     parts: ClassVar[tuple[str, ...]] = ()
     original_class: ClassVar[type[nn.Module]]
+
+    __prepare_scriptable__ = refuse_script
 
     @classmethod
     def recognises(cls, module: nn.Module) -> bool:

@@ -53,7 +53,7 @@ class Attention(Accelerated):
             return result
         layout = PackedLayout([(x.shape[0], x.shape[1])])
         qkv = self.qkv(x).flatten(0, 1).unflatten(1, (3, self.num_heads, -1))  # [B N, 3, H, D]
-        y = attend(qkv, layout, self.q_norm, self.k_norm).flatten(1).unflatten(0, x.shape[:2])  # [B, N, H D]
+        y = layout.unpack(attend(qkv, layout, self.q_norm, self.k_norm).flatten(1))[0]  # [B, N, H D]
         norm, gate = getattr(self, "norm", None), getattr(self, "gate", None)
         y = y if norm is None else norm(y)
         y = y if gate is None else y * gate(x).sigmoid()

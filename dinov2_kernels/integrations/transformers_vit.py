@@ -88,7 +88,7 @@ class SelfAttention(Transformers):
         tokens = hidden_states.flatten(0, 1)  # [B N, C]
         q, k, v = (projection(tokens).unflatten(1, (-1, self._head_dim())) for projection in self._projections())
         y = varlen_attention(q, k, v, layout, scale=self.scaling)  # [B N, H, D]
-        return self._output(y.flatten(1).unflatten(0, hidden_states.shape[:2])), None
+        return self._output(layout.unpack(y.flatten(1))[0]), None
 
     def _weights_are_read(self) -> bool:
         """Whether weights are read: only eager attention returns them, and a hook or another forward records them."""
