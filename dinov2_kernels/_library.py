@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import compiler
 
 Implementation = Callable[..., Any]
 
@@ -150,6 +151,38 @@ def autocast_disabled(device_type: str) -> AbstractContextManager[object]:
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
+
+
+def is_tracing() -> bool:
+    """Whether ``torch.jit.trace`` records, which ``torch.onnx.export(dynamo=False)`` uses too; sizes are tensors then.
+
+    It takes half as long as ``torch.jit.is_tracing()``.
+    """
+    return torch._C._is_tracing()
+
+
+# What torch.compiler.assume_constant_result sets; that function also imports Triton.
+is_tracing._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def contiguous(x: torch.Tensor) -> torch.Tensor:
+    """``x.contiguous()``; always a copy in a program of ``torch.export``, whose later inputs may have other strides."""
+    # The flag is read as it is, because torch.compiler.is_exporting() takes as long as x.contiguous().
+    return x.clone(memory_format=torch.contiguous_format) if compiler._is_exporting_flag else x.contiguous()
+
+
+def dense(x: torch.Tensor) -> torch.Tensor:
+    """x with a dense last dimension and any other strides; under ``torch.export`` as :func:`contiguous`."""
+    return x if x.stride(-1) == 1 and not compiler._is_exporting_flag else contiguous(x)
+
+
+def refuse_symbols(*values: Any) -> None:
+    """Raise an error for the symbols of ``torch.fx.symbolic_trace``, which stand for tensors and sizes of any kind."""
+    if any(isinstance(value, torch.fx.Proxy) for value in values):
+        raise NotImplementedError(
+            "torch.fx.symbolic_trace: expected modules that do not run on dinov2_kernels; use torch.export,"
+            " or first call dinov2_kernels.integrations.restore(model) if accelerate changed the model"
+        )
 
 
 def place_in(group: dist.ProcessGroup | None) -> tuple[int, int]:

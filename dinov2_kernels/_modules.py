@@ -1,10 +1,13 @@
-"""Modules computed without a call: when this changes nothing, and a linear layer whose bias is added later."""
+"""Modules computed without a call: when this changes nothing, and a linear layer whose bias is added later.
+
+Also what all modules on the kernels say to ``torch.jit.script``.
+"""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeGuard
+from typing import Any, NoReturn, TypeGuard
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -73,6 +76,14 @@ def is_unwatched(module: nn.Module) -> bool:
 def is_plain(module: nn.Module, cls: type[nn.Module]) -> bool:
     """Whether a call of the module does just what PyTorch's ``cls`` does: one of Linear, Dropout, Identity, ..."""
     return type(module).forward is _FORWARDS[cls] and is_unwatched(module)
+
+
+def refuse_script(module: nn.Module) -> NoReturn:
+    """The ``__prepare_scriptable__`` of modules on the kernels; ``torch.jit.script`` calls it before it compiles."""
+    raise NotImplementedError(
+        f"torch.jit.script: expected modules that do not run on dinov2_kernels, got a {type(module).__name__};"
+        " use torch.jit.trace, or first call dinov2_kernels.integrations.restore(model) if accelerate changed the model"
+    )
 
 
 def is_plain_linear(module: nn.Module) -> bool:

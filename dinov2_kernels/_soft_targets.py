@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from dinov2_kernels._library import contiguous
 from dinov2_kernels._numbers import check_above_0
 
 Beside = tuple[str, Tensor]
@@ -80,7 +81,7 @@ def _checked_index(index: Tensor, M: int, beside: Beside) -> Tensor:
         low, high = (int(bound) for bound in torch.aminmax(index))
         if low < 0 or high >= M:
             raise ValueError(f"teacher_index: expected rows from 0 to {M - 1}, got {low if low < 0 else high}")
-    return index.long().reshape(N, -1 if N else 1).contiguous()
+    return contiguous(index.long().reshape(N, -1 if N else 1))
 
 
 def _check_device(name: str, tensor: Tensor, beside: Beside) -> None:

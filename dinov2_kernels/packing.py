@@ -5,12 +5,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, groupby
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dinov2_kernels._library import is_tracing, refuse_symbols
 from dinov2_kernels._tables import table_cache
 
 _INTEGERS = (int, torch.SymInt)
@@ -120,9 +121,9 @@ class PackedLayout:
         """
         self.check(packed, "packed")
         if len(self.runs) == 1:
-            return [packed.unflatten(0, self.runs[0])]
+            return [_sequences(packed, self.runs[0])]
         pieces = packed.split([count * length for count, length in self.runs])
-        return [piece.unflatten(0, run) for piece, run in zip(pieces, self.runs, strict=True)]
+        return [_sequences(piece, run) for piece, run in zip(pieces, self.runs, strict=True)]
 
     def check(self, packed: Tensor, name: str) -> None:
         """Raise ValueError unless the argument called ``name`` has one row for each token of this layout."""
@@ -131,12 +132,20 @@ class PackedLayout:
             raise ValueError(f"{name}: expected {self.total_tokens} tokens, as the layout describes, got {got}")
 
 
+def _sequences(packed: Tensor, run: tuple[int, int]) -> Tensor:
+    """The view [count, length, ...] of a run. ``unflatten`` would fix these sizes in an ONNX file."""
+    return packed.view(*run, *packed.shape[1:])
+
+
 def _check_run(run: Sequence[int]) -> tuple[int, int]:
     try:
         count, length = run
     except (TypeError, ValueError):
         raise _wrong_runs(run) from None
     if not (isinstance(count, _INTEGERS) and isinstance(length, _INTEGERS)):
+        refuse_symbols(count, length)
+        if is_tracing():  # sizes are then tensors, which a check would turn into constants
+            return count, length
         if any(isinstance(part, Tensor) for part in (run, count, length)):  # it may be on a GPU
             raise _wrong_runs(run)
         try:  # NumPy's integers become Python's
@@ -155,7 +164,11 @@ def _wrong_runs(came: Any) -> ValueError:
 def _cu_seqlens(layout: PackedLayout, device: torch.device) -> Tensor:
     # Kernels save this tensor for their backward pass. Autograd does not save tensors made in inference mode.
     with torch.inference_mode(False):
-        return torch.tensor([0, *accumulate(layout.lengths)], dtype=torch.int32, device=device)  # [S + 1]
+        pieces, token = [torch.zeros(1, dtype=torch.int32, device=device)], 0
+        for count, length in layout.runs:  # not sequence by sequence: a traced graph serves every count and length
+            pieces.append(token + length * torch.arange(1, count + 1, dtype=torch.int32, device=device))
+            token += count * length
+        return torch.cat(pieces)  # [S + 1]
 
 
 _cached_cu_seqlens = table_cache(maxsize=128)(_cu_seqlens)

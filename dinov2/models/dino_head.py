@@ -16,6 +16,7 @@ from dinov2.models.vision_transformer import init_linear
 from dinov2_kernels import prototype_cross_entropy
 from dinov2_kernels._autograd import KernelFunction, differentiably, in_pytorch, is_beyond_kernels
 from dinov2_kernels._library import autocast_dtype
+from dinov2_kernels._modules import refuse_script
 from dinov2_kernels.prototype_cross_entropy.reference import prototypes_backward, prototypes_of
 
 ROWS = 8192  # the gradient is computed for this many prototypes at a time, to keep intermediate results small
@@ -84,6 +85,8 @@ class DINOHead(nn.Module):
         x = self.mlp(x)
         eps = 1e-6 if x.dtype == torch.float16 else 1e-12  # 1e-12 rounds to 0 in float16
         return F.normalize(x, dim=-1, eps=eps)
+
+    __prepare_scriptable__ = refuse_script
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., D] tokens; returns logits over the prototypes [..., K]."""

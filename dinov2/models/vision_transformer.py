@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from dinov2.models.config import ViTConfig
 from dinov2_kernels import PackedLayout
-from dinov2_kernels._library import autocast_dtype
-from dinov2_kernels._modules import is_plain
+from dinov2_kernels._library import autocast_dtype, is_tracing, refuse_symbols
+from dinov2_kernels._modules import is_plain, refuse_script
 from dinov2_kernels.nn import Block, LayerScale, Mlp, SwiGLUFFN, run_blocks
 from dinov2_kernels.residual import draw_subsets
 
@@ -75,6 +75,8 @@ class VisionTransformer(nn.Module):
         self.norm = norm_layer(dim)
         self.init_weights()
 
+    __prepare_scriptable__ = refuse_script
+
     def init_weights(self) -> None:
         """Draw all parameters anew, for instance after building the model on the meta device."""
         init_weights(self)
@@ -96,6 +98,7 @@ class VisionTransformer(nn.Module):
         """
         if isinstance(x, Tensor):
             return self._forward_batches([x], [masks])[0]
+        refuse_symbols(x)
         return self._forward_batches(x, [None] * len(x) if masks is None else masks)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -204,7 +207,7 @@ class VisionTransformer(nn.Module):
         prefix = self.cls_token + positions[:, :1]  # [1, 1, D]
         if self.register_tokens is not None:
             prefix = torch.cat([prefix, self.register_tokens], dim=1)  # [1, 1 + R, D]
-        tokens = torch.cat([prefix.expand(len(images), -1, -1), patches + positions[:, 1:]], dim=1)
+        tokens = torch.cat([prefix.expand(images.shape[0], -1, -1), patches + positions[:, 1:]], dim=1)
         return tokens if self.residual_in_fp32 else tokens.to(autocast_dtype(tokens))
 
     def _last_norm(self, tokens: Tensor) -> Tensor:
@@ -318,10 +321,20 @@ def interpolate_position_embedding(
 
     Returns:
         [1, 1 + h * w, D] in the dtype of ``pos_embed``; the arithmetic is float32, or float64 for float64.
+
+    Raises:
+        NotImplementedError: ``torch.onnx.export(dynamo=False)`` would have to resample with antialiasing.
     """
     size = isqrt(pos_embed.shape[1] - 1)  # M
+    if is_tracing():
+        grid = int(grid[0]), int(grid[1])  # a trace serves one size of images, whose embeddings are constants in it
     if grid == (size, size):
         return pos_embed
+    if antialias and is_tracing() and torch.onnx.is_in_onnx_export():
+        raise NotImplementedError(
+            "torch.onnx.export(dynamo=False): expected images whose position embeddings need no antialiased resampling,"
+            f" {size} x {size} patches, got {grid[0]} x {grid[1]}; use dynamo=True"
+        )
     patches = pos_embed[:, 1:].to(torch.promote_types(pos_embed.dtype, torch.float32))
     patches = patches.unflatten(1, (size, size)).permute(0, 3, 1, 2)  # [1, D, M, M]
     if offset:

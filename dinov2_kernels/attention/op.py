@@ -10,8 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dinov2_kernels._autograd import KernelFunction, differentiably, in_pytorch, is_beyond_kernels, needs_gradient
-from dinov2_kernels._library import accumulation_dtype, autocast_dtype, define
+from dinov2_kernels._autograd import (
+    KernelFunction,
+    differentiably,
+    in_pytorch,
+    is_beyond_kernels,
+    leaves_pytorch,
+    needs_gradient,
+)
+from dinov2_kernels._library import accumulation_dtype, autocast_dtype, contiguous, define, dense
 from dinov2_kernels.attention import reference
 from dinov2_kernels.packing import PackedLayout
 
@@ -93,7 +100,7 @@ def varlen_attention(
     cu_seqlens, runs = _sequences(layout, q, "q", validate)
     if q.dtype != (dtype := autocast_dtype(q)):
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    q, k, v = _dense(q), _dense(k), _dense(v)
+    q, k, v = dense(q), dense(k), dense(v)
     scale = q.shape[2] ** -0.5 if scale is None else scale
     if needs_gradient(q, k, v):
         return differentiably(_Attention, q, k, v, cu_seqlens, runs, scale)  # type: ignore[no-any-return]
@@ -130,7 +137,7 @@ def varlen_attention_qkvpacked(
     cu_seqlens, runs = _sequences(layout, qkv, "qkv", validate)
     if qkv.dtype != (dtype := autocast_dtype(qkv)):
         qkv = qkv.to(dtype)
-    qkv = _dense(qkv)
+    qkv = dense(qkv)
     scale = qkv.shape[3] ** -0.5 if scale is None else scale
     if needs_gradient(qkv):
         return differentiably(_PackedAttention, qkv, cu_seqlens, runs, scale)  # type: ignore[no-any-return]
@@ -206,10 +213,6 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=5)
 
 
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _sequences(
     layout: PackedLayout | Tensor, tokens: Tensor, name: str, validate: bool
 ) -> tuple[Tensor | None, Sequence[int]]:
@@ -224,9 +227,13 @@ def _sequences(
         raise ValueError(f"layout: expected offsets of dtype torch.int32 and shape [S + 1], got {got}")
     if layout.device != tokens.device:
         raise ValueError(f"layout: expected offsets on the device of {name}, {tokens.device}, got {layout.device}")
+    if leaves_pytorch():  # the definition would make them constants
+        raise NotImplementedError(
+            "layout: expected a PackedLayout in torch.jit.trace and ONNX export, got offsets, whose values these record"
+        )
     if validate or (layout.device.type == "cpu" and not torch.compiler.is_compiling()):
         _check_offsets(layout, tokens, name)
-    return layout.contiguous(), ()
+    return contiguous(layout), ()
 
 
 def _check_offsets(cu_seqlens: Tensor, tokens: Tensor, name: str) -> None:

@@ -16,7 +16,7 @@ from dinov2_kernels._autograd import (
     needs_gradient,
     refuse_beyond_kernels,
 )
-from dinov2_kernels._library import accumulation_dtype, define
+from dinov2_kernels._library import accumulation_dtype, contiguous, define
 from dinov2_kernels._soft_targets import check_tensor, checked_targets
 from dinov2_kernels.cross_entropy import reference
 
@@ -149,7 +149,7 @@ def soft_cross_entropy(
         raise ValueError("overwrite_student_logits: expected contiguous student_logits")
     if overwrite_student_logits and is_of_a_leaf(student_logits):
         raise ValueError("overwrite_student_logits: expected logits of a layer, got a leaf that requires a gradient")
-    student, teacher = student_logits.contiguous(), teacher_logits.detach().contiguous()
+    student, teacher = contiguous(student_logits), contiguous(teacher_logits.detach())
     bias, weight = _constant(teacher_bias, dtype), _constant(row_weight, dtype)
     arguments = (student, teacher, index, bias, weight, student_temperature, teacher_temperature)
     if needs_gradient(student):
@@ -202,4 +202,4 @@ class _SoftCrossEntropy(KernelFunction):
 
 
 def _constant(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.detach().to(dtype).contiguous()
+    return None if tensor is None else contiguous(tensor.detach().to(dtype))

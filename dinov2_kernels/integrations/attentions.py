@@ -68,7 +68,7 @@ def norm_of_heads(norm: nn.Module, samples: tuple[int, int]) -> Callable[[Tensor
         return norm
 
     def call(x: Tensor) -> Tensor:
-        y: Tensor = norm(x.unflatten(0, samples).transpose(1, 2))
+        y: Tensor = norm(x.view(*samples, *x.shape[1:]).transpose(1, 2))
         return y.transpose(1, 2).flatten(0, 1)
 
     return call

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dinov2_kernels._library import is_tracing
 from dinov2_kernels._modules import PLAIN, is_plain_layer_norm, is_unwatched
 from dinov2_kernels.integrations.swap import Accelerated
 from dinov2_kernels.integrations.trial import Part, Sides, factors, gamma_name, is_drop_path, is_layer_scale
@@ -97,6 +98,8 @@ def add_branches(x: Tensor, branches: Sequence[ResidualBranch]) -> Tensor:
         for (branch, norm, layer_scale, _), subset in zip(branches, subsets, strict=True)
     ]
     y = residual_chain(x.flatten(0, 1), layout, connections)  # [B N, C]
+    if is_tracing():
+        return layout.unpack(y)[0]  # a trace would keep the sizes of its example in _unsafe_view
     shaped: Tensor = torch.ops.aten._unsafe_view.default(y, x.shape)  # for autograd not a view, as callers expect
     return shaped
 

@@ -113,7 +113,8 @@ class Attention(AcceleratedAttention, Facebook):
         bias = next(iter((*args, *kwargs.values())), None)
         layout = bias if isinstance(bias, PackedLayout) else PackedLayout([(x.shape[0], x.shape[1])])
         qkv = self.qkv(x).flatten(0, 1).unflatten(1, (3, self.num_heads, -1))  # [T, 3, H, D]
-        y = varlen_attention_qkvpacked(qkv, layout).flatten(1).unflatten(0, x.shape[:2])
+        y = varlen_attention_qkvpacked(qkv, layout).flatten(1)  # [T, C]
+        y = y.view(*x.shape[:2], y.shape[1])
         result: Tensor = self.proj_drop(self.proj(y))
         return result
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from dinov2_kernels._modules import own_forward
+from dinov2_kernels._modules import own_forward, refuse_script
 from dinov2_kernels.integrations.trial import Sides, agree, passes, small_module
 
 
@@ -34,6 +34,8 @@ class Accelerated(nn.Module):
     library_forward: ClassVar[Callable[..., Any]]
     library_function: ClassVar[Callable[..., Any] | None]
     library_defaults: ClassVar[dict[str, Any]]
+
+    __prepare_scriptable__ = refuse_script
 
     @classmethod
     def recognises(cls, module: nn.Module) -> bool:

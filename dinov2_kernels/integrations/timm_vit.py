@@ -88,7 +88,7 @@ class Attention(AcceleratedAttention):
         norms = None
         if not (is_plain(of_queries, nn.Identity) and is_plain(of_keys, nn.Identity)):
             norms = norm_of_heads(of_queries, samples), norm_of_heads(of_keys, samples)
-        y = attend(qkv, layout, norms, scale=scale).flatten(1).unflatten(0, samples)  # [B, N, H D]
+        y = layout.unpack(attend(qkv, layout, norms, scale=scale).flatten(1))[0]  # [B, N, H D]
         y = y if norm is None else norm(y)
         y = y if gates is None else y * gates
         result: Tensor = self.proj_drop(self.proj(y))

@@ -154,11 +154,11 @@ class SelfAttention(AcceleratedAttention, Transformers):
 
     def on_kernels(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
         """hidden_states: [B, N, C]."""
-        samples = (hidden_states.shape[0], hidden_states.shape[1])
+        layout = PackedLayout([(hidden_states.shape[0], hidden_states.shape[1])])
         heads = (-1, self._head_dim())
         q, k, v = (y.flatten(0, 1).unflatten(1, heads) for y in self._project(hidden_states))  # [B N, H, D]
-        y = varlen_attention(q, k, v, PackedLayout([samples]), scale=self.scaling)  # [B N, H, D]
-        return self._output(y.flatten(1).unflatten(0, samples)), None
+        y = varlen_attention(q, k, v, layout, scale=self.scaling)  # [B N, H, D]
+        return self._output(layout.unpack(y.flatten(1))[0]), None
 
     def _weights_are_read(self) -> bool:
         """Whether weights are read: only eager attention returns them, and a hook or another forward records them."""

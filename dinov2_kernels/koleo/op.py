@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dinov2_kernels._autograd import KernelFunction, differentiably, in_pytorch, is_beyond_kernels, needs_gradient
-from dinov2_kernels._library import accumulation_dtype, define, place_in
+from dinov2_kernels._library import accumulation_dtype, contiguous, define, place_in
 from dinov2_kernels._numbers import check_above_0, is_whole
 from dinov2_kernels.koleo import reference
 
@@ -99,7 +99,7 @@ def koleo_loss(
     if members > 1:
         _check_neighbors(k, members)
     check_above_0("eps", eps)
-    x = x.contiguous()
+    x = contiguous(x)
     if needs_gradient(x):
         return differentiably(_KoLeo, x, k, n_groups, world_size, rank, eps, group)  # type: ignore[no-any-return]
     loss: Tensor = _forward(_all_gather(x, group), k, n_groups, world_size, rank, eps)[0]
@@ -143,7 +143,7 @@ def nearest_neighbors(
     world_size, rank = place_in(group)
     members = _check(x, n_groups, world_size)
     _check_neighbors(k, members)
-    rows = _all_gather(x.contiguous(), group)
+    rows = _all_gather(contiguous(x), group)
     return _nearest(rows, k, n_groups, world_size, rank, 1e-8)  # type: ignore[no-any-return]
 
 

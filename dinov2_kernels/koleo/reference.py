@@ -41,7 +41,7 @@ def koleo_nearest(x: Tensor, k: int, n_groups: int, world_size: int, rank: int, 
         return rows.view(world_size, n_groups, -1, *rows.shape[1:]).transpose(0, 1).flatten(1, 2)
 
     unit = in_batches(unit_rows(x, eps)[0])
-    number = in_batches(torch.arange(len(x), device=x.device))  # [n_groups, members]
+    number = in_batches(torch.arange(x.shape[0], device=x.device))  # [n_groups, members]
     own = unit.shape[1] // world_size  # rows of this process in each batch
     with autocast_disabled(x.device.type):
         cosine = unit[:, rank * own : (rank + 1) * own] @ unit.mT  # [n_groups, own, members]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from dinov2_kernels._modules import is_plain, linear, separable_bias
+from dinov2_kernels._modules import is_plain, linear, refuse_script, separable_bias
 from dinov2_kernels.attention import varlen_attention, varlen_attention_qkvpacked
 from dinov2_kernels.packing import PackedLayout
 
@@ -58,6 +58,8 @@ class Attention(nn.Module):
         self.k_norm = norm_layer(dim // num_heads) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim, bias=proj_bias)
         self.proj_drop = nn.Dropout(proj_drop)
+
+    __prepare_scriptable__ = refuse_script
 
     def forward(self, x: Tensor, layout: PackedLayout | None = None) -> Tensor:
         """x: [T, C] packed as ``layout`` says, or [B, N, C] without a layout; returns the same shape."""

@@ -8,7 +8,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from dinov2_kernels._modules import is_plain, is_unwatched
+from dinov2_kernels._modules import is_plain, is_unwatched, refuse_script
 from dinov2_kernels.nn.attention import Attention
 from dinov2_kernels.nn.feed_forward import Mlp, SwiGLUFFN
 from dinov2_kernels.packing import PackedLayout
@@ -100,6 +100,8 @@ class Block(nn.Module):
             in_features=dim, hidden_features=int(dim * mlp_ratio), act_layer=act_layer, drop=drop, bias=ffn_bias
         )
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
+
+    __prepare_scriptable__ = refuse_script
 
     def forward(self, x: Tensor, layout: PackedLayout | None = None, subsets: Sequence[Subset] | None = None) -> Tensor:
         """Tokens after both branches.

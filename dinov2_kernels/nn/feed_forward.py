@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from dinov2_kernels._modules import is_plain, linear, separable_bias
+from dinov2_kernels._modules import is_plain, linear, refuse_script, separable_bias
 from dinov2_kernels.nn.fused_mlp import SWIGLU, fused_mlp, gelu
 from dinov2_kernels.swiglu import swiglu
 
@@ -51,6 +51,8 @@ class Mlp(nn.Module):
         self.norm = norm_layer(hidden_features) if norm_layer else nn.Identity()
         self.fc2 = nn.Linear(hidden_features, out_features or in_features, bias=bias2)
         self.drop2 = nn.Dropout(drop2)
+
+    __prepare_scriptable__ = refuse_script
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features]; returns [..., out_features]."""
@@ -110,6 +112,8 @@ class SwiGLUFFN(nn.Module):
         self.w12 = nn.Linear(in_features, 2 * hidden_features, bias=bias)
         self.w3 = nn.Linear(hidden_features, out_features or in_features, bias=bias)
         self.drop = nn.Dropout(drop)
+
+    __prepare_scriptable__ = refuse_script
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in_features]; returns [..., out_features]."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dinov2_kernels._library import define
+from dinov2_kernels._library import contiguous, define
 from dinov2_kernels.photometric import reference
 from dinov2_kernels.photometric.plan import PhotometricPlan
 
@@ -78,5 +78,5 @@ def photometric(
         raise ValueError(f"std: expected three numbers above 0, got {std}")
     if dtype not in _DTYPES:
         raise TypeError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
-    y: Tensor = _photometric(images.contiguous(), plan.table.contiguous(), list(mean), list(std), dtype)
+    y: Tensor = _photometric(contiguous(images), contiguous(plan.table), list(mean), list(std), dtype)
     return y

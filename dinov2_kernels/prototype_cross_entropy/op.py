@@ -14,7 +14,7 @@ from dinov2_kernels._autograd import (
     is_beyond_kernels,
     needs_gradient,
 )
-from dinov2_kernels._library import accumulation_dtype, autocast_dtype, define
+from dinov2_kernels._library import accumulation_dtype, autocast_dtype, contiguous, define, dense
 from dinov2_kernels._soft_targets import check_tensor, checked_targets
 from dinov2_kernels.prototype_cross_entropy import chunked, reference
 
@@ -147,11 +147,11 @@ def prototype_cross_entropy(
     if accumulation_dtype(teacher_logits) != dtype:
         teacher_logits = teacher_logits.to(dtype)
     return _run(
-        features.contiguous(),
-        weight.contiguous(),
+        contiguous(features),
+        contiguous(weight),
         None if weight_gain is None else weight_gain.reshape(K, 1),
-        teacher_logits if teacher_logits.stride(1) == 1 else teacher_logits.contiguous(),
-        features.new_zeros(K, dtype=dtype) if teacher_bias is None else teacher_bias.detach().to(dtype).contiguous(),
+        dense(teacher_logits),
+        features.new_zeros(K, dtype=dtype) if teacher_bias is None else contiguous(teacher_bias.detach().to(dtype)),
         index,
         None if row_weight is None else row_weight.detach().to(dtype),
         student_temperature,

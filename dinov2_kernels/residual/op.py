@@ -15,7 +15,7 @@ from dinov2_kernels._autograd import (
     needs_gradient,
     refuse_beyond_kernels,
 )
-from dinov2_kernels._library import accumulation_dtype, autocast_dtype, define
+from dinov2_kernels._library import accumulation_dtype, autocast_dtype, contiguous, define
 from dinov2_kernels.residual import reference
 from dinov2_kernels.residual.sampling import Subset
 
@@ -196,7 +196,7 @@ def scatter_add(
     Returns:
         [T, C] in the dtype of x.
     """
-    residual, gamma, bias = residual.contiguous(), _contiguous(gamma), _contiguous(bias)
+    residual, gamma, bias = contiguous(residual), _contiguous(gamma), _contiguous(bias)
     if needs_gradient(x, residual, gamma, bias):
         return differentiably(  # type: ignore[no-any-return]
             _ScatterAdd, x, residual, subset.rows, subset.position, subset.scale, gamma, bias, inplace
@@ -226,7 +226,7 @@ def scatter_gather_norm(
         not need the latter, so it may be overwritten.
     """
     dtype = autocast_dtype(x)
-    residual, gamma, bias = residual.contiguous(), _contiguous(gamma), _contiguous(bias)
+    residual, gamma, bias = contiguous(residual), _contiguous(gamma), _contiguous(bias)
     weight, norm_bias = _contiguous(norm.weight), _contiguous(norm.bias)
     if needs_gradient(x, residual, gamma, bias, weight, norm_bias):
         return differentiably(  # type: ignore[no-any-return]

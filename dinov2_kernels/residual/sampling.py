@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import index
+from itertools import accumulate
+from math import trunc
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from dinov2_kernels._autograd import leaves_pytorch
 from dinov2_kernels._library import accumulation_dtype, define
 from dinov2_kernels._tables import table_cache
 from dinov2_kernels.packing import PackedLayout
@@ -61,8 +63,9 @@ def num_kept_samples(num_samples: int, drop_rate: float) -> int:
         >>> num_kept_samples(10, 0.3), num_kept_samples(1, 0.3), num_kept_samples(0, 0.3)
         (7, 1, 0)
     """
-    # index() makes torch.compile's symbolic integer a constant: a graph serves one number of samples, of any length.
-    return index(min(num_samples, max(1, int(num_samples * (1 - drop_rate)))))
+    # One graph of torch.compile serves every number of samples: min and max would branch on it, int would fix it.
+    kept: int = torch.sym_min(num_samples, torch.sym_max(1, trunc(num_samples * (1 - drop_rate))))
+    return kept
 
 
 def draw_subsets(
@@ -86,6 +89,7 @@ def draw_subsets(
     Raises:
         ValueError: a rate is not in [0, 1).
         RuntimeError: a CUDA graph is being captured, and no call before had this layout and these rates.
+        NotImplementedError: ``torch.jit.trace`` or an ONNX export is recording this call.
 
     Examples:
         >>> layout = PackedLayout([(4, 5), (8, 2)])  # four samples of 5 tokens, then eight of 2
@@ -104,6 +108,11 @@ def draw_subsets(
     rates = tuple(rate for rate in drop_rates if rate)
     if not rates:
         return [Subset(layout)] * len(drop_rates)
+    if leaves_pytorch():
+        raise NotImplementedError(
+            "stochastic depth: expected a model in eval mode for torch.jit.trace and ONNX export, got one in training"
+            f" mode with drop rate {rates[0]}; call model.eval() first, or use torch.export"
+        )
     size = len(rates), layout.num_sequences
     if generator is None:
         keys = torch.rand(size, device=x.device)  # [draws, S]
@@ -115,7 +124,10 @@ def draw_subsets(
     rows, position = _kept_rows(keys, layout.flat_runs, plan.kept)
     if len(drop_rates) == 1:  # nothing to split: splitting would take longer than the draw
         return [Subset(plan.layouts[0], rows, position, plan.scales[0])]
-    pieces = rows.split_with_sizes(plan.row_sizes)[::2], position.split_with_sizes(plan.position_sizes)[::2]
+    if is_traced:
+        pieces = _without_gaps(rows, plan.row_sizes), _without_gaps(position, plan.position_sizes)
+    else:
+        pieces = rows.split_with_sizes(plan.row_sizes)[::2], position.split_with_sizes(plan.position_sizes)[::2]
     draws = map(Subset, plan.layouts, *pieces, plan.scales)
     return [next(draws) if rate else Subset(layout) for rate in drop_rates]
 
@@ -165,6 +177,12 @@ def _plan_of_a_rate(
 def _with_gaps(sizes: Sequence[int]) -> list[int]:
     """The sizes, and between two sizes the gap that makes the first a multiple of 4."""
     return [n for size in sizes for n in (size, -size % 4)][:-1]
+
+
+def _without_gaps(numbers: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """The draws as ``split_with_sizes(sizes)[::2]`` returns them. A tensor for a gap would fix its size in a graph."""
+    starts = list(accumulate(sizes, initial=0))
+    return [numbers.narrow(0, start, size) for start, size in zip(starts[:-1:2], sizes[::2], strict=True)]
 
 
 _cached_plan = table_cache(maxsize=128)(_plan)

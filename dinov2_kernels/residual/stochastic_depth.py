@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2_kernels._autograd import base_of, is_of_a_leaf
-from dinov2_kernels._library import accumulation_dtype
+from dinov2_kernels._library import accumulation_dtype, contiguous
 from dinov2_kernels._modules import is_plain_layer_norm
 from dinov2_kernels.packing import PackedLayout
 from dinov2_kernels.residual.op import gather_norm, scatter_add, scatter_gather_norm
@@ -101,7 +101,7 @@ def stochastic_depth(
         raise ValueError(f"generator: expected None with a subset, which is already drawn, got {generator}")
     connection = Connection(branch, subset, norm, gamma, bias)
     _check_connection(connection, x)
-    return _run(x.contiguous(), [connection], inplace, recompute)
+    return _run(contiguous(x), [connection], inplace, recompute)
 
 
 class Connection(NamedTuple):
@@ -163,7 +163,7 @@ def residual_chain(
     _check(x, layout)
     for connection in connections:
         _check_connection(connection, x)
-    return _run(x.contiguous(), connections, False, recompute)
+    return _run(contiguous(x), connections, False, recompute)
 
 
 def _run(x: Tensor, connections: Sequence[Connection], inplace: bool, recompute: bool) -> Tensor:

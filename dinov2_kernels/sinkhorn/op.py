@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dinov2_kernels._library import accumulation_dtype, define, place_in
+from dinov2_kernels._library import accumulation_dtype, contiguous, define, place_in
 from dinov2_kernels._numbers import check_above_0, is_whole
 from dinov2_kernels.sinkhorn import reference
 
@@ -143,7 +143,7 @@ def sinkhorn_knopp(
         True
     """
     (bias,) = _biases([logits], temperature, n_iterations, group)
-    assignments: Tensor = _assign(logits.contiguous(), temperature, bias)
+    assignments: Tensor = _assign(contiguous(logits), temperature, bias)
     return assignments.float()
 
 
@@ -152,7 +152,7 @@ def _biases(
 ) -> list[Tensor]:
     for x in logits:
         _check(x, temperature, n_iterations)
-    logits = [x.contiguous() for x in logits]
+    logits = [contiguous(x) for x in logits]
     world_size, _ = place_in(group)
     if world_size == 1:
         return [_sinkhorn_bias(x, temperature, n_iterations) for x in logits]

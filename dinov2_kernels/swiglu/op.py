@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dinov2_kernels._autograd import KernelFunction, differentiably, in_pytorch, is_beyond_kernels, needs_gradient
-from dinov2_kernels._library import accumulation_dtype, define
+from dinov2_kernels._library import accumulation_dtype, contiguous, define
 from dinov2_kernels.swiglu import reference
 
 _TRITON = "dinov2_kernels.swiglu.triton_kernel"
@@ -68,7 +68,7 @@ def swiglu(x12: Tensor) -> Tensor:
         tensor([0.0000, 5.2848])
     """
     _check(x12)
-    x12 = x12.contiguous()
+    x12 = contiguous(x12)
     if needs_gradient(x12):
         return differentiably(_SwiGLU, x12)  # type: ignore[no-any-return]
     y: Tensor = _forward(x12)

@@ -22,7 +22,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # [B, N, 3, H, D]
         q, k, v = (y.transpose(1, 2) for y in qkv.unbind(2))  # [B, H, N, D]
-        weights = self.attn_drop((q * self.scale @ k.mT).softmax(dim=-1))
+        weights = self.attn_drop((q * self.scale @ k.transpose(-2, -1)).softmax(dim=-1))
         return self.proj_drop(self.proj((weights @ v).transpose(1, 2).flatten(2)))
 
 
@@ -134,8 +134,8 @@ class DinoVisionTransformer(nn.Module):
         self.head = nn.Identity()
 
     def prepare_tokens_with_masks(self, x: Tensor) -> Tensor:
-        x = self.patch_embed(x).flatten(2).mT
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        x = self.patch_embed(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         return x + self.pos_embed[:, : x.shape[1]]
 
     def forward_features(self, x: Tensor | list[Tensor]) -> list[Tensor]:
