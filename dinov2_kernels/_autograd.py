@@ -48,9 +48,7 @@ def is_transformed() -> bool:
 
     It takes 0.2 us.
     """
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or is_tracing():
-        return True
-    return compiler._is_exporting_flag and torch.onnx.is_in_onnx_export()
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or leaves_pytorch()
 
 
 def leaves_pytorch() -> bool:
