@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dinov2.cli import main
+from dinov2.models import vit_small
 from tests.cli.test_cli import TINY
 
 ROOT = Path(__file__).parent.parent
@@ -42,10 +44,11 @@ def test_example(example: str, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the run that the pages name."""
+    """A folder with the run and the weights that the pages name."""
     folder = tmp_path_factory.mktemp("docs")
     assert main(["pretrain", "photos", f"--output={folder / 'runs' / 'first'}", *TINY]) == 0
     (folder / "first").symlink_to(folder / "runs" / "first" / "teacher")
+    torch.save(vit_small(img_size=518).state_dict(), folder / "dinov2_vits14_pretrain.pth")
     return folder
 
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dinov2.data import MaskConfig, batches, open_dataset
 from dinov2.objectives import ObjectiveConfig
 from dinov2.train import PretrainConfig
+from dinov2.train.processes import Processes
 from dinov2.train.trainer import Trainer
 
 
@@ -40,8 +41,8 @@ def test_a_step_runs_where_there_are_no_values(
     """
     optimizer = sys.modules["torch.optim.optimizer"]  # torch.optim hides the module behind a name of its own
     monkeypatch.setattr(optimizer, "_get_fused_kernels_supported_devices", lambda: ["meta"])
-    config = dataclasses.replace(config, device="meta", **changes)
-    trainer, stream = Trainer(config), micro_batches(config)
+    config = dataclasses.replace(config, **changes)
+    trainer, stream = Trainer(config, Processes(torch.device("meta"))), micro_batches(config)
     for step in range(2):
         scalars = trainer.step(step, stream)
     assert {"total", "ibot", "grad_norm/backbone"} <= scalars.keys()
