@@ -26,6 +26,8 @@ from torch.autograd import forward_ad
 
 from dinov2_kernels._library import autocast_disabled, is_tracing
 
+_transforms_are_active, _is_tracing = torch._C._are_functorch_transforms_active, torch._C._is_tracing
+
 
 class KernelFunction(torch.autograd.Function):
     """An autograd function whose passes are kernels. :func:`differentiably` applies it."""
@@ -38,17 +40,28 @@ class KernelFunction(torch.autograd.Function):
 
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd or a transform must see a call. If not, the operator is called directly, which is cheaper."""
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        return True
+    if torch.is_grad_enabled():
+        for x in tensors:  # half the time of any()
+            if x is not None and x.requires_grad:
+                return True
     return is_transformed()
 
 
 def is_transformed() -> bool:
     """Whether a transform of ``torch.func``, a level of forward-mode derivatives, or :func:`leaves_pytorch` is active.
 
-    It takes 0.2 us.
+    Every operator asks this in every call, so nothing here is a call that can be left out; it takes 0.1 us.
     """
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or leaves_pytorch()
+    return (
+        _transforms_are_active()
+        or forward_ad._current_level >= 0
+        or _is_tracing()
+        or (compiler._is_exporting_flag and torch.onnx.is_in_onnx_export())
+    )
+
+
+# torch.compile asks when it traces, as for dinov2_kernels._library.is_tracing.
+is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def leaves_pytorch() -> bool:

@@ -20,7 +20,7 @@ def check_above_0(name: str, value: Any) -> None:
 
 def is_whole(value: Any) -> bool:
     """Whether this is a whole number, of Python or NumPy. 2.0 is none: PyTorch would cut off what follows the point."""
-    if isinstance(value, int | torch.SymInt):
+    if type(value) is int or isinstance(value, torch.SymInt):
         return True
     try:
         operator.index(value)
