@@ -1,4 +1,4 @@
-"""What commands count: a progress bar, and options that are whole numbers."""
+"""Counting in commands: a progress bar, and options that are whole numbers."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ def _open(file: BinaryIO) -> Image.Image:
 
 
 def _refusal(file: BinaryIO) -> str:
-    """What the reader of the format says that a file begins like, such as ``; JPEG: cannot handle 12-bit layers``."""
+    """The reader's words about a file that begins like its format, such as ``; JPEG: cannot handle 12-bit layers``."""
     file.seek(0)
     beginning = file.read(16)
     for name in _known_formats():

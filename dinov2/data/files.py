@@ -19,7 +19,7 @@ class BrokenLinkWarning(UserWarning):
 
 
 class Listing(NamedTuple):
-    """What is under a folder.
+    """The contents of a folder and of all folders in it.
 
     Attributes:
         files: sorted paths, relative to the folder, of everything that is not a folder; also links to files, links with
@@ -98,7 +98,7 @@ def _entries(folder: str) -> list[os.DirEntry[str]]:
 
 
 def _target(link: str) -> os.stat_result | None:
-    """What a link leads to; None if it leads nowhere."""
+    """The place that a link leads to; None if it leads nowhere."""
     try:
         return os.stat(link)
     except OSError:
@@ -106,7 +106,7 @@ def _target(link: str) -> os.stat_result | None:
 
 
 def _identity(status: os.stat_result, path: str) -> tuple[int, int] | str:
-    """What all paths of a folder have in common. Some file systems do not number their files."""
+    """The identity of a folder, whatever its path. Some file systems do not number their files."""
     return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
 
 

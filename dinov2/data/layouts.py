@@ -119,7 +119,7 @@ def corrected(image: Image.Image) -> Image.Image:
 
 
 def _extras(tags: Any) -> tuple[int, ...]:
-    """What the channels beside the colours mean."""
+    """The meaning of the channels beside the colours."""
     extras = tags.get(_EXTRA_SAMPLES, ())
     return extras if isinstance(extras, tuple) else (extras,)
 

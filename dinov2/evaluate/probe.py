@@ -14,7 +14,7 @@ from dinov2.evaluate.knn import knn_accuracy
 from dinov2.models import VisionTransformer
 
 MAX_ASPECT = 32
-"""Of an image that is longer than this times its width, only the middle is resized: all of it could fill the memory."""
+"""An image that is longer than this times its width is cut to its middle first: all of it could fill the memory."""
 
 
 class FolderProbe:

@@ -222,6 +222,6 @@ class SwiGLU(Facebook):
 
 
 def _memory_efficient_attention(q: Tensor, k: Tensor, v: Tensor, attn_bias: None = None) -> Tensor:
-    """What xFormers' function computes without a bias: attention of [B, N, H, D]."""
+    """The result of xFormers' function without a bias: attention of [B, N, H, D]."""
     q, k, v = (y.transpose(1, 2) for y in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_bias).transpose(1, 2)

@@ -32,7 +32,7 @@ _COMPRESSED = {
 
 @dataclass
 class Findings:
-    """What is wrong with a tar whose files can be read all the same.
+    """Faults of a tar whose files can be read all the same.
 
     Attributes:
         damaged: first byte and number of bytes of each part that belongs to no file.

@@ -1,4 +1,4 @@
-"""What the configurations of other libraries say of a model: what we take from them, and what our models do not have.
+"""Fields of other libraries' configurations: those that we take from them, and those that our models do not have.
 
 Shapes of weights tell most of an architecture. A configuration tells the rest: attention heads, how position embeddings
 are resampled, drop rates. It may also name parts that our models do not have, such as another activation. Weights of
@@ -105,7 +105,7 @@ FFN_OF_FACEBOOK = {"mlp": "mlp", "swiglu": "swiglu", "swiglufused": "swiglu"}
 
 @dataclass(frozen=True)
 class Told:
-    """What a configuration tells.
+    """The facts that a configuration tells.
 
     Attributes:
         shapes: what shapes of weights must confirm: the configuration's field -> the attribute of :class:`ViTConfig`
@@ -126,7 +126,7 @@ class Told:
 
 
 def of_transformers(config: Fields) -> Told:
-    """What a ``config.json`` of transformers tells of its DINOv2, which may be a part of the model.
+    """Read a ``config.json`` of transformers, whose DINOv2 may be a part of a larger model.
 
     Raises:
         ValueError: it names what our models do not have.
@@ -162,7 +162,7 @@ def of_transformers(config: Fields) -> Told:
 
 
 def of_timm(config: Fields, *, gated: bool) -> Told:
-    """What a ``config.json`` of timm tells.
+    """Read a ``config.json`` of timm.
 
     Args:
         config: its content.
@@ -201,7 +201,7 @@ def of_timm(config: Fields, *, gated: bool) -> Told:
 
 
 def of_facebook(student: Fields) -> Told:
-    """What the section ``student`` of facebook's ``config.yaml`` tells, or the arguments in a checkpoint.
+    """Read the section ``student`` of facebook's ``config.yaml``, or the arguments in a checkpoint.
 
     Its drop rates are left out, because facebook's programs build the teacher without them.
 
@@ -224,7 +224,7 @@ def of_facebook(student: Fields) -> Told:
 
 
 def of_arguments(content: Any, *, gated: bool) -> Told:
-    """What the arguments ``args`` of a training program tell that stand in its checkpoint.
+    """Read the arguments ``args`` of a training program, which stand in its checkpoint.
 
     Raises:
         ValueError: it names what our models do not have.
@@ -244,7 +244,7 @@ def of_arguments(content: Any, *, gated: bool) -> Told:
 
 
 def of_facebook_run(file: Path) -> Told:
-    """What facebook's training tells of a checkpoint in the run's ``config.yaml``.
+    """Read the ``config.yaml`` that facebook's training writes beside a checkpoint.
 
     The run's folder is the file's own, or the one that holds ``eval/training_1249/teacher_checkpoint.pth``.
 

@@ -1,4 +1,4 @@
-"""What a file of weights is if it holds another model: the names of its tensors tell."""
+"""Names for files of weights that hold another model: the names of their tensors tell which."""
 
 from __future__ import annotations
 
