@@ -89,6 +89,17 @@ def test_a_program_serves_other_rows_and_strides(name: str, strict: bool) -> Non
                 torch.testing.assert_close(exported(of_other_strides), function(x))
 
 
+def test_a_program_serves_factors_and_biases_of_other_strides() -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor, gamma: Tensor, bias: Tensor) -> Tensor:
+            options = {"drop_rate": 0.0, "gamma": gamma, "bias": bias}
+            return dk.stochastic_depth(x, layout_of(x), lambda tokens, _: tokens.sin(), **options)
+
+    x, vectors = torch.randn(4 * LENGTH, 48), torch.randn(48, 2)
+    program = torch.export.export(Scaled(), (x, torch.randn(48), torch.randn(48))).module()
+    torch.testing.assert_close(program(x, *vectors.unbind(1)), Scaled()(x, *vectors.unbind(1)))
+
+
 @pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated, and traces warn of every check of a size
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_trace_serves_other_rows(name: str) -> None:

@@ -404,7 +404,7 @@ def _run_scatter(
 
 
 def _contiguous(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.contiguous()
+    return None if parameter is None else contiguous(parameter)
 
 
 def _gradient_of(parameter: Tensor | None, gradient: Tensor) -> Tensor | None:
