@@ -2,7 +2,7 @@
 
 from dinov2.data.augmentation import AugmentationConfig, MultiCropAugmentation
 from dinov2.data.batch import Batch, RawBatch, RawCrops, finish, finishes_crops
-from dinov2.data.decoding import UnreadableImageError, decode_image, read_image
+from dinov2.data.decoding import Reduced, UnreadableImageError, decode_image, decode_reduced, read_image
 from dinov2.data.files import BrokenLinkWarning, escaped, unescaped
 from dinov2.data.loader import DataConfig, ImageDataset, UnreadableDatasetError, UnreadableImageWarning, batches
 from dinov2.data.masking import MaskConfig, batch_masks, mask_counts, sample_block_masks
@@ -37,6 +37,7 @@ __all__ = [
     "MultiCropAugmentation",
     "RawBatch",
     "RawCrops",
+    "Reduced",
     "ShardImage",
     "ShardReport",
     "TarShards",
@@ -46,6 +47,7 @@ __all__ = [
     "batch_masks",
     "batches",
     "decode_image",
+    "decode_reduced",
     "escaped",
     "finish",
     "finishes_crops",
