@@ -30,11 +30,13 @@ class Pool:
         decisions: folders of tables with a column ``keep`` (bool) and a column ``reason`` (text, null where kept).
         features: folder of arrays [n, D], float16 of unit length; None before the pool is embedded. Rows that were out
             at that time, or could not be embedded, are NaN.
+        small: folder of the pieces of screening, with small images of large files; None before the pool is screened.
     """
 
     images: str
     decisions: tuple[str, ...] = ()
     features: str | None = None
+    small: str | None = None
 
     def after(self, decisions: str) -> Pool:
         """This pool without the rows that a step decided to drop."""
@@ -110,6 +112,14 @@ def read_table(folder: str, shard: str, columns: Sequence[str] | None = None) ->
     storage = Storage(folder)
     with storage.filesystem.open(f"{storage.root}/{shard}.parquet", "rb") as file:
         return parquet.read_table(file, columns=None if columns is None else list(columns), use_threads=False)
+
+
+def column_names(folder: str, shard: str) -> list[str]:
+    """The names of the columns of ``FOLDER/SHARD.parquet``."""
+    parquet = require("pyarrow.parquet", extra="curate", purpose="curation")
+    storage = Storage(folder)
+    with storage.filesystem.open(f"{storage.root}/{shard}.parquet", "rb") as file:
+        return list(parquet.read_schema(file).names)
 
 
 def read_array(folder: str, shard: str) -> npt.NDArray[Any]:
