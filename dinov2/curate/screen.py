@@ -25,6 +25,7 @@ from dinov2.curate.views import (
     SMALL_SIDE,
     VIEW_SIDE,
     decode_view,
+    in_full,
     originals,
     small_columns,
 )
@@ -185,14 +186,6 @@ def measure(output: Output, pool: Pool, piece: Piece, config: ScreenConfig) -> C
     output.write_table(_table(table, small=output.shard != piece.shard))
     found = sum(len(row.get("faces", [])) for row in table)
     return Counts(len(rows), sum(map(bool, table)), {}, {"faces": found})
-
-
-def in_full(box: Box, image: Reduced) -> Box:
-    """A box in a reduced image, in pixels of the image in full."""
-    height, width = image.pixels.shape[:2]
-    across, down = image.width / width, image.height / height
-    left, top = round(box.x * across), round(box.y * down)
-    return Box(left, top, round((box.x + box.width) * across) - left, round((box.y + box.height) * down) - top)
 
 
 def quality(image: Pixels) -> Quality:

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from dinov2.curate.faces import Box
 from dinov2.curate.pool import Pool
 from dinov2.data.decoding import Pixels, Reduced, decode_reduced
 from dinov2.data.reducing import reduced, target_size
@@ -38,7 +39,7 @@ def small_of(view: Pixels) -> Pixels:
     """The small image of an image that :func:`decode_view` decoded, uint8 [h, w, 3]."""
     height, width = view.shape[:2]
     target = target_size(width, height, SMALL_SIDE, 0)
-    return reduced(lambda top, bottom: Image.fromarray(view[top:bottom]), width, height, target)
+    return np.asarray(reduced(lambda top, bottom: Image.fromarray(view[top:bottom]), width, height, target))
 
 
 def small_columns(image: Reduced) -> dict[str, Any]:
@@ -62,3 +63,20 @@ def originals(pool: Pool, shard: str, rows: npt.NDArray[np.int64]) -> npt.NDArra
     first: dict[str, int] = {}
     pairs = zip(rows.tolist(), digests, strict=True)
     return np.array([row if digest is None else first.setdefault(digest, row) for row, digest in pairs], np.int64)
+
+
+def in_full(box: Box, image: Reduced) -> Box:
+    """A box in a reduced image, in pixels of the image in full."""
+    height, width = image.pixels.shape[:2]
+    return _scaled(box, image.width / width, image.height / height)
+
+
+def in_reduced(box: Box, image: Reduced) -> Box:
+    """A box in the image in full, in pixels of the reduced image."""
+    height, width = image.pixels.shape[:2]
+    return _scaled(box, width / image.width, height / image.height)
+
+
+def _scaled(box: Box, across: float, down: float) -> Box:
+    left, top = round(box.x * across), round(box.y * down)
+    return Box(left, top, round((box.x + box.width) * across) - left, round((box.y + box.height) * down) - top)

@@ -18,6 +18,7 @@ import io
 import math
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple
@@ -151,7 +152,19 @@ def decode_reduced(content: bytes, name: str, side: int, least: int = 0) -> Redu
         ((576, 768, 3), 4000, 3000)
     """
     with _as_unreadable(name):
-        return _decode_reduced(content, side, least)
+        small, width, height = _read_reduced(content, side, least)
+        return Reduced(np.asarray(small), width, height)
+
+
+def decode_picture(content: bytes, name: str) -> Image.Image:
+    """Decode a file's bytes like :func:`decode_image` with three channels, to an upright RGB image of Pillow.
+
+    It takes 4 bytes a pixel, and has no metadata. Errors are those of :func:`decode_reduced`.
+    """
+    with _as_unreadable(name):
+        picture, *_ = _read_reduced(content, sys.maxsize, 0)
+        picture.info.clear()
+        return picture
 
 
 def read_header(content: bytes, name: str) -> ImageHeader:
@@ -256,7 +269,8 @@ def _decode_tiff(file: BinaryIO, magic: bytes, channels: int) -> Pixels:
     return _of_colours(read_tiff_colours(file), channels)
 
 
-def _decode_reduced(content: bytes, side: int, least: int) -> Reduced:
+def _read_reduced(content: bytes, side: int, least: int) -> tuple[Image.Image, int, int]:
+    """An RGB image at a reduced size, and the size of the upright image in full."""
     file = io.BytesIO(content)
     if content.startswith(_NPY):
         return _reduced_array(_view_npy(content), side, least)
@@ -274,7 +288,7 @@ def _decode_reduced(content: bytes, side: int, least: int) -> Reduced:
     return _reduced_array(read_tiff_colours(file), side, least)
 
 
-def _reduced_by_pillow(image: Image.Image, content: bytes, side: int, least: int) -> Reduced:
+def _reduced_by_pillow(image: Image.Image, content: bytes, side: int, least: int) -> tuple[Image.Image, int, int]:
     full = image.size
     read_smaller(image, target_size(*full, side, least), content)
     image.load()
@@ -288,17 +302,17 @@ def _reduced_by_pillow(image: Image.Image, content: bytes, side: int, least: int
         rows = image if bottom - top == image.height else image.crop((0, top, image.width, bottom))
         return _as_rgb(_convertible(rows, image, 3))
 
-    return Reduced(reduced(part, *image.size, target_size(*full, side, least)), *full)
+    return reduced(part, *image.size, target_size(*full, side, least)), *full
 
 
-def _reduced_array(levels: npt.NDArray[Any], side: int, least: int) -> Reduced:
+def _reduced_array(levels: npt.NDArray[Any], side: int, least: int) -> tuple[Image.Image, int, int]:
     """Reduce levels uint8 or uint16, of grey ``[H, W, 1]`` or RGB ``[H, W, 3]``."""
     height, width = levels.shape[:2]
 
     def part(top: int, bottom: int) -> Image.Image:
         return Image.fromarray(_of_colours(levels[top:bottom], 3))
 
-    return Reduced(reduced(part, width, height, target_size(width, height, side, least)), width, height)
+    return reduced(part, width, height, target_size(width, height, side, least)), width, height
 
 
 def _of_pillow(image: Image.Image, channels: int) -> Pixels:

@@ -6,8 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 DECODING_BYTES = 2**30
@@ -55,7 +53,8 @@ def read_smaller(image: Image.Image, target: tuple[int, int], content: bytes) ->
             bits = sum(tags.get(258, (8,)))
             rows = min(tags.get(278, image.height), image.height) if 322 not in tags else min(tags.get(323, 1), 2**12)
             strip = rows * image.width * bits // 8
-        refuse_large((stored + _OF_DECODER.get(image.format or "", 0)) * pixels + strip, content)
+        converted = 4 if target == image.size and image.mode != "RGB" else 0  # as a whole
+        refuse_large((stored + converted + _OF_DECODER.get(image.format or "", 0)) * pixels + strip, content)
 
 
 def refuse_large(size: int, content: bytes) -> None:
@@ -68,9 +67,7 @@ def refuse_large(size: int, content: bytes) -> None:
         )
 
 
-def reduced(
-    part: Callable[[int, int], Image.Image], width: int, height: int, target: tuple[int, int]
-) -> npt.NDArray[np.uint8]:
+def reduced(part: Callable[[int, int], Image.Image], width: int, height: int, target: tuple[int, int]) -> Image.Image:
     """Reduce a ``width`` x ``height`` image to ``target``: first blocks of pixels are averaged, to no less than twice
     the target, then Pillow's antialiased Hamming filter does the rest.
 
@@ -81,10 +78,10 @@ def reduced(
         target: width and height of the result.
 
     Returns:
-        uint8 ``[target height, target width, 3]``.
+        an RGB image of the size ``target``.
     """
     if target == (width, height):
-        return np.asarray(part(0, height))
+        return part(0, height)
     across, down = max(1, width // (2 * target[0])), max(1, height // (2 * target[1]))
     rows = max(1, PART_PIXELS // width // down) * down
     if rows >= height:
@@ -95,7 +92,7 @@ def reduced(
             small.paste(_averaged(part(top, min(top + rows, height)), across, down), (0, top // down))
     if small.size != target:
         small = small.resize(target, Image.Resampling.HAMMING, box=(0, 0, width / across, height / down))
-    return np.asarray(small)
+    return small
 
 
 def _averaged(image: Image.Image, across: int, down: int) -> Image.Image:
