@@ -19,7 +19,7 @@ from PIL import Image
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from dinov2.curate.copy_network import describe_copies
+from dinov2.curate.copies.features import describe_copies
 from dinov2.curate.screen import ScreenConfig, quality
 from dinov2.demo.planted import PlantedImage, planted_images
 

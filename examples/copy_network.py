@@ -1,10 +1,11 @@
-"""Train the network of the built-in copy detector: offline, on one core, in about half an hour.
+"""Make the weights of the built-in copy features: offline, on one core, in about half an hour.
 
     python examples/copy_network.py copies.safetensors [--steps 2400] [--seed 0]
 
 The network learns to tell apart patches at random places of the left halves of the bundled photographs. It sees two
-views of each patch: crops, flips, colours, blur, noise, stickers and bars. It never sees the right halves. So its
-quality is measured there: see ``tests/curate/test_embed.py`` and the curve in ``docs/curation/embed.md``.
+views of each patch: crops, flips, colours, blur, noise, stickers and bars. The words are typical descriptors of points
+of the same halves. Neither sees the right halves, nor any of the photographs by which ``docs/curation/dedup.md``
+measures them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 
+import faiss
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import dinov2_kernels as dk
-from dinov2.curate.copy_network import SIZE, CopyNetwork
+from dinov2.curate.copies import sketch
+from dinov2.curate.copies.network import SIZE, CopyNetwork
+from dinov2.curate.copies.points import mirror_descriptors
 from dinov2.data import BundledPhotographs
 from dinov2.data.cropping import resized
 from dinov2.data.decoding import Pixels
@@ -29,6 +33,7 @@ BATCH = 192
 PATCH = (96, 160)  # pixels of a side
 TEMPERATURE = 0.07
 KOLEO = 0.3
+WORDS = 64
 
 
 def main() -> None:
@@ -41,6 +46,7 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     rng = np.random.default_rng(arguments.seed)
     photographs = [half_of(photograph, "left") for photograph in BundledPhotographs()]  # type: ignore[attr-defined]
+    words = typical_descriptors(photographs, arguments.seed)
     network = CopyNetwork().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=arguments.steps)
@@ -59,7 +65,23 @@ def main() -> None:
             print(f"step {step}: loss {loss.item():.3f}, {time.monotonic() - started:.0f} s", flush=True)
         if step % 400 == 399 or step == arguments.steps - 1:
             weights = {name: tensor.half().contiguous() for name, tensor in network.state_dict().items()}
-            save_file({name: tensor for name, tensor in weights.items() if "num_batches" not in name}, arguments.output)
+            weights = {name: tensor for name, tensor in weights.items() if "num_batches" not in name}
+            save_file(weights | {"words": words}, arguments.output)
+
+
+def typical_descriptors(photographs: list[Pixels], seed: int) -> Tensor:
+    """Centres float16 [WORDS, 128] of the descriptors of photographs, of their quarters and of their mirror images."""
+    parts = [
+        photograph[top : top + height, left : left + width]
+        for photograph in photographs
+        for height, width in [photograph.shape[:2], (photograph.shape[0] // 2, photograph.shape[1] // 2)]
+        for top in range(0, photograph.shape[0] - height + 1, height)
+        for left in range(0, photograph.shape[1] - width + 1, width)
+    ]
+    descriptors = np.concatenate([sketch(part).descriptors for part in parts])
+    k_means = faiss.Kmeans(descriptors.shape[1], WORDS, niter=20, seed=seed)
+    k_means.train(np.concatenate([descriptors, mirror_descriptors(descriptors)]))
+    return torch.from_numpy(k_means.centroids.copy()).half()
 
 
 def sample(photographs: list[Pixels], rng: np.random.Generator) -> Tensor:

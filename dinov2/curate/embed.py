@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dinov2.configuration import Config, Count, CountOr0, Rules
-from dinov2.curate.copy_network import describe_copies
+from dinov2.curate.copies.features import describe_copies
 from dinov2.curate.pieces import Piece, by_pieces
 from dinov2.curate.plugins import identity_of, is_function, load_function, open_onnx
 from dinov2.curate.pool import Pool, read_table, write_decisions

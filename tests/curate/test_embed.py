@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dinov2.curate import Pool, run_steps
-from dinov2.curate.copy_network import describe_copies
+from dinov2.curate.copies.features import describe_copies
 from dinov2.curate.embed import EmbedConfig, embed
 from dinov2.curate.engines import Inline, ProcessPool
 from dinov2.curate.pool import read_table

@@ -63,7 +63,7 @@ def _stage(a: int, b: int) -> nn.Sequential:
 
 
 @torch.inference_mode()
-def describe_copies(images: list[Pixels]) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+def describe(images: list[Pixels]) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
     """Features [b, 128] of uint8 RGB images [H, W, 3], each squashed to a square as a whole."""
     views = np.stack([resized(image, SIZE, SIZE).transpose(2, 0, 1) for image in images])  # [b, 3, SIZE, SIZE]
     return _network().describe(torch.from_numpy(views).float() / 255).numpy()

@@ -1,0 +1,156 @@
+"""Whether two images show the same picture: points of one are found again in the other, and the pixels agree there.
+
+Points alone are not enough. Photographs of one agency share their watermark and pages of one site share their frame, so
+many points are found again although the pictures differ. So one image is laid on the other, and the detail of both is
+compared cell by cell.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from dinov2.curate.copies.points import Floats, Sketch, mirrored
+from dinov2_kernels._extras import require
+
+RATIO = 0.8
+"""A point's nearest match counts if it is nearer than this share of the distance to the next (Lowe's ratio)."""
+TOLERANCE, TRIALS = 4.0, 500
+"""Pixels by which a matched point may miss its place, and trials of RANSAC."""
+SMALLEST_SCALE, LARGEST_SCALE = 0.2, 5.0
+INLIERS, MANY_INLIERS = 4, 15
+"""Matched points that agree about a shift, turn and scale. Two points are enough to define one, and wrong matches
+seldom give four."""
+FEW_POINTS = 100
+"""Images with fewer points, such as drawings and skies, are also laid on each other as they are."""
+ACROSS, SMALLEST_CELL, CELLS = 16, 8, 12
+"""The longer side has this many cells; a cell has at least this many pixels; at least this many must have detail."""
+DETAIL = 1.5
+"""Standard deviation of the detail of a cell, in grey levels, below which it tells nothing."""
+CORRELATION = 0.5
+"""Two cells agree above this correlation."""
+OVERLAP = 0.5
+"""Share of one of the images that the other must cover. Two views of one scene may share a strip and are no copies."""
+AGREEMENT, AGREEMENT_UNTURNED = 0.6, 0.8
+"""Share of the cells with detail that must agree. A banner over a fifth of the image leaves 0.7. The second number is
+for images that were laid on each other as they are."""
+AGREEMENT_COVERED, WITHIN = 0.3, 0.8
+"""A plain picture has little detail, so most cells with detail may be those of a banner. A smaller share is enough if
+many points were found again and one of the images agrees wherever it has detail itself."""
+
+Map = npt.NDArray[np.float64]  # [2, 3], from places in one image to places in another
+
+
+class Comparison(NamedTuple):
+    """How two images fit when one is laid on the other.
+
+    Attributes:
+        same: whether they show the same picture.
+        inliers: points of one image that are found in the other, where they should be.
+        overlap: share that is covered by the other image, for the image with the larger share.
+        cells: number of covered cells in which an image has detail.
+        agreement: share of these cells in which the images agree.
+        within: the same for the cells where one of the images has detail, for the image with the larger share.
+    """
+
+    same: bool = False
+    inliers: int = 0
+    overlap: float = 0.0
+    cells: int = 0
+    agreement: float = 0.0
+    within: float = 0.0
+
+
+def compare(first: Sketch, second: Sketch) -> Comparison:
+    """Decide whether two images show the same picture, or one shows a part of the other's.
+
+    The second may be cropped, mirrored, turned, scaled, recoloured, compressed, or have something pasted on it.
+
+    Example:
+        >>> import numpy as np
+        >>> from dinov2.curate.copies import compare, sketch
+        >>> image = np.random.default_rng(0).integers(0, 256, (24, 32, 3)).repeat(10, 0).repeat(10, 1).astype(np.uint8)
+        >>> compare(sketch(image), sketch(image[20:200, 280:40:-1])).same  # a part of the mirror image
+        True
+    """
+    best = Comparison()
+    both = (first, mirrored(first))
+    for own in both:
+        found = _alignment(own, second)
+        if found is not None:
+            best = max(best, _judged(own, second, *found))
+        if best.same:
+            return best
+    if min(len(first.places), len(second.places)) < FEW_POINTS:
+        for own in both:
+            across, down = (b / a for a, b in zip(own.detail.shape[::-1], second.detail.shape[::-1], strict=True))
+            best = max(best, _judged(own, second, np.array([[across, 0, 0], [0, down, 0]]), 0))
+    return best
+
+
+def _alignment(first: Sketch, second: Sketch) -> tuple[Map, int] | None:
+    """The shift, turn and scale that most matched points agree about, and their number."""
+    cv2 = require("cv2", extra="curate", purpose="comparing images")
+    pairs = _matches(first.descriptors, second.descriptors)
+    if len(pairs) < INLIERS:
+        return None
+    places = first.places[pairs[:, 0]], second.places[pairs[:, 1]]
+    found, is_inlier = cv2.estimateAffinePartial2D(
+        *places, method=cv2.RANSAC, ransacReprojThreshold=TOLERANCE, maxIters=TRIALS
+    )
+    if found is None or int(is_inlier.sum()) < INLIERS:
+        return None
+    if not SMALLEST_SCALE <= np.hypot(found[0, 0], found[1, 0]) <= LARGEST_SCALE:
+        return None
+    return found, int(is_inlier.sum())
+
+
+def _matches(first: Floats, second: Floats) -> npt.NDArray[np.int64]:
+    """Pairs [m, 2] of points that are nearest to each other, and clearly nearer than the next."""
+    if min(len(first), len(second)) < 2:
+        return np.zeros((0, 2), np.int64)
+    cosine = first @ second.T
+    own = np.arange(len(first))
+    nearest, back = cosine.argmax(axis=1), cosine.argmax(axis=0)
+    largest = cosine[own, nearest]
+    cosine[own, nearest] = -1
+    clear = 1 - largest < RATIO**2 * (1 - cosine.max(axis=1))  # squared distances of unit vectors are 2 - 2 cosine
+    good = clear & (back[nearest] == own)
+    return np.stack([own[good], nearest[good]], axis=1)
+
+
+def _judged(first: Sketch, second: Sketch, place: Map, inliers: int) -> Comparison:
+    """Lay the first image on the second by a map, and compare them."""
+    fit = _fit(first.detail, second.detail, place)
+    same = fit.agreement >= (AGREEMENT if inliers else AGREEMENT_UNTURNED)
+    same |= inliers >= MANY_INLIERS and fit.agreement >= AGREEMENT_COVERED and fit.within >= WITHIN
+    return fit._replace(same=same and fit.cells >= CELLS and fit.overlap >= OVERLAP, inliers=inliers)
+
+
+def _fit(first: Floats, second: Floats, place: Map) -> Comparison:
+    """Overlap and agreement of two images, with no judgement yet."""
+    cv2 = require("cv2", extra="curate", purpose="comparing images")
+    height, width = second.shape
+    side = max(max(height, width) / ACROSS, SMALLEST_CELL)
+    size = max(1, round(width / side)), max(1, round(height / side))
+
+    def mean(pixels: Floats) -> Any:
+        return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+
+    laid, cover = (cv2.warpAffine(pixels, place, (width, height)) for pixels in (first, np.ones_like(first)))
+    share = float(cover.mean())
+    area = abs(float(np.linalg.det(place[:, :2]))) * first.size
+    overlap = max(share, min(share * second.size / area, 1.0))
+    means = mean(laid), mean(second)
+    variances = mean(laid * laid) - means[0] ** 2, mean(second * second) - means[1] ** 2
+    covered = mean(cover) > 0.99
+    has_detail = [covered & (variance > DETAIL**2) for variance in variances]
+    either = has_detail[0] | has_detail[1]
+    if not either.any():
+        return Comparison(overlap=overlap)
+    lengths = np.sqrt(np.maximum(variances[0], 1e-3) * np.maximum(variances[1], 1e-3))
+    agree = mean(laid * second) - means[0] * means[1] > CORRELATION * lengths
+    within = max(float(agree[own].mean()) if own.sum() >= CELLS else 0.0 for own in has_detail)
+    return Comparison(False, 0, overlap, int(either.sum()), float(agree[either].mean()), within)

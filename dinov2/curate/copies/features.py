@@ -1,0 +1,70 @@
+"""Features that find candidates for copies: where points of an image differ from typical ones, and what a small network
+sees.
+
+The first part is VLAD (Jegou et al., CVPR 2010): each point goes to the nearest of 64 words, and the differences of the
+points to their word are summed. It finds crops and turned images, which the network misses. The network finds images
+with few points. A mirror image has the same features.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load_file
+
+from dinov2.curate.copies.network import WEIGHTS, describe
+from dinov2.curate.copies.points import Floats, Sketch, mirror_descriptors, sketch
+from dinov2.data.decoding import Pixels
+
+WIDTH = 384
+"""Dimensions of the first part: a random projection keeps the cosines of its 8,192 to within 0.05."""
+SEED = 5
+
+
+def describe_copies(images: list[Pixels]) -> npt.NDArray[np.float32]:
+    """Features [b, 512] of unit length, of uint8 RGB images [H, W, 3].
+
+    Raises:
+        ImportError: OpenCV is missing (extra ``curate``).
+    """
+    by_points = np.stack([describe_points(sketch(image)) for image in images])
+    both = np.concatenate([by_points, describe(images)], axis=1)
+    return both / np.maximum(np.linalg.norm(both, axis=1, keepdims=True), 1e-9)
+
+
+def describe_points(of: Sketch) -> Floats:
+    """Features [384] of the points of an image, of unit length; zeros for an image without points."""
+    if not len(of.descriptors):
+        return np.zeros(WIDTH, np.float32)
+    words = _words()
+    total = _differences(of.descriptors, words) + _differences(mirror_descriptors(of.descriptors), words)
+    projected = total.ravel() @ _projection(words.size)
+    described: Floats = projected / max(float(np.linalg.norm(projected)), 1e-9)
+    return described
+
+
+def _differences(descriptors: Floats, words: Floats) -> Floats:
+    """Sums of the differences of descriptors [n, 128] to their nearest word, each scaled to unit length, [64, 128]."""
+    nearest = (descriptors @ words.T - (words**2).sum(axis=1) / 2).argmax(axis=1)
+    sums = np.zeros_like(words)
+    np.add.at(sums, nearest, descriptors - words[nearest])
+    scaled: Floats = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-9)
+    return scaled
+
+
+@functools.cache
+def _words() -> Floats:
+    """Typical descriptors float32 [64, 128], of which ``examples/copy_network.py`` says where they come from."""
+    words: Floats = load_file(WEIGHTS)["words"].astype(np.float32)
+    return words
+
+
+@functools.cache
+def _projection(size: int) -> Floats:
+    """Random signs float32 [size, 384]."""
+    # RandomState gives the same numbers in every version of NumPy.
+    bits = np.random.RandomState(SEED).randint(0, 2, (size, WIDTH), dtype=np.int8)
+    signs: Floats = bits.astype(np.float32) * 2 - 1
+    return signs

@@ -1,0 +1,88 @@
+"""Points of an image (SIFT) by which the same picture is found again: cropped, mirrored, turned, recoloured or pasted
+into another picture.
+
+Points and descriptors are those of Lowe (IJCV 2004), as OpenCV finds them. Square roots of descriptors are compared, as
+in RootSIFT (Arandjelovic and Zisserman, CVPR 2012).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from dinov2.data.decoding import Pixels
+from dinov2_kernels._extras import require
+
+SIDE = 320
+"""Pixels of the longer side at which points are found; no image is enlarged."""
+POINTS = 400
+"""Largest number of points of an image: those of most contrast."""
+CONTRAST = 0.015
+"""Contrast that a point must have. OpenCV's own 0.04 leaves smooth photographs without points."""
+FINE, COARSE = 1.5, 8.0
+"""Sigma of the blurs between which detail is compared, in pixels: noise is finer, light and shade are coarser."""
+BINS = 8  # directions of gradients in each of the 4 x 4 cells of a descriptor
+
+Floats = npt.NDArray[np.float32]
+
+
+class Sketch(NamedTuple):
+    """What is compared of an image.
+
+    Attributes:
+        detail: what the grey levels show between a fine and a coarse scale, at a reduced size, float32 [H, W].
+        places: x and y of the points in pixels of ``detail``, float32 [n, 2].
+        descriptors: square roots of the points' descriptors, of unit length, float32 [n, 128].
+    """
+
+    detail: Floats
+    places: Floats
+    descriptors: Floats
+
+
+def sketch(image: Pixels) -> Sketch:
+    """Find the points of a uint8 RGB image [H, W, 3].
+
+    Raises:
+        ImportError: OpenCV is missing (extra ``curate``).
+    """
+    cv2 = require("cv2", extra="curate", purpose="comparing images")
+    height, width = image.shape[:2]
+    scale = min(SIDE / max(height, width), 1.0)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA) if scale < 1 else image
+    grey = cv2.cvtColor(np.ascontiguousarray(small), cv2.COLOR_RGB2GRAY)
+    levels = grey.astype(np.float32)
+    detail = cv2.GaussianBlur(levels, (0, 0), FINE) - cv2.GaussianBlur(levels, (0, 0), COARSE)
+    found, raw = cv2.SIFT_create(POINTS, contrastThreshold=CONTRAST).detectAndCompute(grey, None)
+    if not found:
+        return Sketch(detail, np.zeros((0, 2), np.float32), np.zeros((0, 16 * BINS), np.float32))
+    places = np.array([point.pt for point in found], np.float32)
+    descriptors: Floats = np.sqrt(raw / np.maximum(raw.sum(axis=1, keepdims=True), 1e-9)).astype(np.float32)
+    return Sketch(detail, places, descriptors)
+
+
+def mirrored(of: Sketch) -> Sketch:
+    """The sketch of the mirror image."""
+    places = np.stack([of.detail.shape[1] - 1 - of.places[:, 0], of.places[:, 1]], axis=1)
+    return Sketch(np.ascontiguousarray(of.detail[:, ::-1]), places, mirror_descriptors(of.descriptors))
+
+
+def mirror_descriptors(descriptors: Floats) -> Floats:
+    """The descriptors [n, 128] of the same points in the mirror image.
+
+    A descriptor is a grid of 4 x 4 histograms of directions that is aligned with the point's own direction. To mirror
+    it is to swap the rows of the grid and the signs of the directions.
+    """
+    return descriptors[:, _MIRROR]
+
+
+def _mirror() -> npt.NDArray[np.int64]:
+    row, column, direction = np.meshgrid(np.arange(4), np.arange(4), np.arange(BINS), indexing="ij")
+    order: npt.NDArray[np.int64] = (((3 - row) * 4 + column) * BINS + -direction % BINS).ravel()
+    return order
+
+
+_MIRROR = _mirror()
