@@ -277,8 +277,10 @@ def _read_reduced(content: bytes, side: int, least: int) -> tuple[Image.Image, i
     if content.startswith(TIFF_OF_PILLOW) or not content.startswith(TIFF):
         try:
             with _open(file) as image:
-                if image.format == "PPM" and (levels := read_deep_netpbm(file)) is not None:
-                    return _reduced_array(levels, side, least)
+                if image.format == "PPM":
+                    refuse_large(2 * image.width * image.height * len(image.getbands()), content)
+                    if (levels := read_deep_netpbm(file)) is not None:
+                        return _reduced_array(levels, side, least)
                 if image.format != "TIFF" or pillow_reads(image):
                     return _reduced_by_pillow(image, content, side, least)
         except UnidentifiedImageError:

@@ -14,7 +14,7 @@ DECODING_BYTES = 2**30
 PART_PIXELS = 2**21  # pixels that are converted at once
 
 # Bytes that Pillow needs for a pixel of these formats beside its own image: the frames of their decoders.
-_OF_DECODER = {"WEBP": 16, "AVIF": 12}
+_OF_DECODER = {"WEBP": 12, "AVIF": 8}
 _CODESTREAM = b"\xff\x4f\xff\x51"  # the first two markers of JPEG 2000
 _CODING_STYLE = 0xFF52
 
@@ -44,7 +44,7 @@ def read_smaller(image: Image.Image, target: tuple[int, int], content: bytes) ->
         factor = max(1, min(image.width // (2 * target[0]), image.height // (2 * target[1])))
         steps = min(int(math.log2(factor)), _halvings(content))
         image.reduce = steps  # type: ignore[method-assign, assignment]
-        refuse_large((6 * bands + 4) * pixels // 4**steps, content)
+        refuse_large((6 * bands + 4) * pixels // 4**steps + 2 * len(content), content)
     else:
         stored = 4 if bands > 1 else {"1": 1, "L": 1, "P": 1}.get(image.mode, 2 if ";16" in image.mode else 4)
         strip = 0
