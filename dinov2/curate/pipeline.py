@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from dinov2.configuration import Config, Rules, to_json
 from dinov2.curate.collect import CollectConfig, collect
 from dinov2.curate.dedup import DedupConfig, dedup
 from dinov2.curate.download import DownloadConfig, download
-from dinov2.curate.embed import EmbedConfig, embed
+from dinov2.curate.embed import BUILT_IN, EmbedConfig, embed
 from dinov2.curate.engines import EngineConfig
 from dinov2.curate.extract import ExtractConfig, extract
 from dinov2.curate.materialize import MaterializeConfig, materialize
@@ -102,7 +103,7 @@ def curate(config: CurateConfig) -> Steps[Curated]:
 
     pool = yield from embed(pool, config.embed_copies, output)
     tests = yield from embedded_sets(config, "evaluation_sets", config.embed_copies)
-    pool = yield from dedup(pool, tests, config.dedup, output)
+    pool = yield from dedup(pool, tests, resolved(config).dedup, output)
 
     if needs_features(config.retrieve, config.seeds):
         pool = yield from embed(pool, config.embed, output)
@@ -110,6 +111,14 @@ def curate(config: CurateConfig) -> Steps[Curated]:
     pool = yield from retrieve(pool, seeds, config.retrieve, output)
     root = yield from materialize(pool, seeds, config.materialize, output)
     return Curated(root, pool)
+
+
+def resolved(config: CurateConfig) -> CurateConfig:
+    """The configuration with the check of links that ``dedup.check auto`` stands for: built-in features need one."""
+    if config.dedup.check != "auto":
+        return config
+    checked = dataclasses.replace(config.dedup, check="pictures" if config.embed_copies.model in BUILT_IN else "none")
+    return dataclasses.replace(config, dedup=checked)
 
 
 def source(config: CurateConfig) -> Steps[Pool]:

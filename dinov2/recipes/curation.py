@@ -17,7 +17,7 @@ def laptop() -> CurateConfig:
     """
     return CurateConfig(
         embed_copies=EmbedConfig(model="copies"),
-        dedup=DedupConfig(threshold=0.8, guard_threshold=0.8, reference_threshold=0.6, reference_reach=0.8),
+        dedup=DedupConfig(check="pictures", neighbours=16, threshold=0.25, reference_threshold=0.15),
         embed=EmbedConfig(model="colour-texture"),
     )
 

@@ -11,7 +11,8 @@ import numpy.typing as npt
 import pyarrow
 import pytest
 
-from dinov2.curate.dedup import PART, DedupConfig, dedup
+from dinov2.curate.dedup import DedupConfig, dedup
+from dinov2.curate.dedup.grouping import PART
 from dinov2.curate.engines import Engine, Inline, ProcessPool
 from dinov2.curate.pool import Pool, read_table
 from dinov2.curate.runner import run_steps
@@ -62,7 +63,7 @@ def originals() -> Vectors:
 def test_one_of_each_group_is_kept_the_largest(
     tmp_path: Path, originals: Vectors, part: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dinov2.curate.dedup.PART", part)
+    monkeypatch.setattr("dinov2.curate.dedup.grouping.PART", part)
     copies = np.concatenate([near(originals[:20], 0.9, seed) for seed in range(3)])
     vectors = np.concatenate([originals, copies])  # row 64 + 20 c + i is copy c of row i
     sizes = np.full(len(vectors), 100)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 
 import numpy as np
-import numpy.typing as npt
 from safetensors.numpy import load_file
 
 from dinov2.curate.copies.network import WEIGHTS, describe
@@ -23,7 +22,7 @@ WIDTH = 384
 SEED = 5
 
 
-def describe_copies(images: list[Pixels]) -> npt.NDArray[np.float32]:
+def describe_copies(images: list[Pixels]) -> Floats:
     """Features [b, 512] of unit length, of uint8 RGB images [H, W, 3].
 
     Raises:
@@ -31,7 +30,8 @@ def describe_copies(images: list[Pixels]) -> npt.NDArray[np.float32]:
     """
     by_points = np.stack([describe_points(sketch(image)) for image in images])
     both = np.concatenate([by_points, describe(images)], axis=1)
-    return both / np.maximum(np.linalg.norm(both, axis=1, keepdims=True), 1e-9)
+    features: Floats = both / np.maximum(np.linalg.norm(both, axis=1, keepdims=True), 1e-9)
+    return features
 
 
 def describe_points(of: Sketch) -> Floats:
@@ -40,9 +40,8 @@ def describe_points(of: Sketch) -> Floats:
         return np.zeros(WIDTH, np.float32)
     words = _words()
     total = _differences(of.descriptors, words) + _differences(mirror_descriptors(of.descriptors), words)
-    projected = total.ravel() @ _projection(words.size)
-    described: Floats = projected / max(float(np.linalg.norm(projected)), 1e-9)
-    return described
+    projected: Floats = total.ravel() @ _projection(words.size)
+    return projected / np.float32(max(np.linalg.norm(projected), 1e-9))
 
 
 def _differences(descriptors: Floats, words: Floats) -> Floats:
