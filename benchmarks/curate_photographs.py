@@ -2,8 +2,9 @@
 
 ``python benchmarks/curate_photographs.py`` makes JPEG files of 3 to 5 MB from the bundled photographs, enlarged and
 with noise. It curates them with a set of seeds in one process, once without and once with the bundled detector of
-faces. ``--beside PATH`` runs another checkout in turns with this one, on the first four photographs if it is slow
-(``--beside_number``). Seconds are processor time, medians of the rounds. Memory is the largest resident memory of the process during a stage. ``--photographs FOLDER`` takes other files.
+faces. ``--beside PATH`` runs another checkout in turns with this one, on the first few photographs in case it is slow.
+Seconds are processor time, medians of the rounds. Memory is the largest resident memory of the process during a stage.
+``--photographs FOLDER`` takes other files.
 
 Predicted on 2026-11-30, before the first run: 90 ms an image for all stages without faces, 190 with them; before the
 change about 10 s, because local binary patterns take 9 s and decoding takes 120 ms, three times.
