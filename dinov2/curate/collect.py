@@ -58,7 +58,9 @@ def collect(images: str, config: CollectConfig, output: str) -> Steps[Pool]:
     if not paths:
         raise ValueError(f"images: expected a folder of images or of tar shards, got {images!r}, which has neither")
     pieces = [paths[start : start + config.shard_size] for start in range(0, len(paths), config.shard_size)]
-    tasks = [Task(f"{number:05d}", _write, (images, tuple(piece), config)) for number, piece in enumerate(pieces)]
+    tasks = [
+        Task(f"{number:05d}", _write, (images, tuple(piece), config), len(piece)) for number, piece in enumerate(pieces)
+    ]
     listing = digest([[f"{storage.root}/{path}", sizes[path]] for path in paths])
     step = Step(output, "collect-images", [config, listing], (images,), tasks, "files")
     yield step
@@ -75,6 +77,7 @@ def _write(output: Output, images: str, paths: tuple[str, ...], config: CollectC
 
     def files() -> Iterator[ShardImage]:
         for path in paths:
+            output.advance()
             full = f"{storage.root}/{path}"
             try:
                 entry = storage.filesystem.info(full)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ def embed(pool: Pool, config: EmbedConfig, output: str) -> Steps[Pool]:
     layout = yield from layout_of(pool, "embed", output)
 
     def embedded(piece: Piece) -> Task:
-        return Task(piece.name, _embed, (pool, piece, config), piece.rows)
+        return Task(piece.name, _embed, (pool, piece, config, settings.model), piece.rows)
 
     seen = [settings, FUNCTION_SIDE, VIEW_SIDE, SMALL_SIDE]
     inputs = (pool.images, *pool.decisions)
@@ -106,9 +107,15 @@ def embed(pool: Pool, config: EmbedConfig, output: str) -> Steps[Pool]:
     return dataclasses.replace(pool.after(features.folder), features=features.folder)
 
 
-def _embed(output: Output, pool: Pool, piece: Piece, config: EmbedConfig) -> Counts:
+@functools.lru_cache(maxsize=1)
+def _opened(config: EmbedConfig, identity: str) -> Opened:
+    """The model of a configuration, opened once in a process for all its tasks; ``identity`` is that of its file."""
+    return open_model(config)
+
+
+def _embed(output: Output, pool: Pool, piece: Piece, config: EmbedConfig, identity: str) -> Counts:
     """Task: write the features of a piece of a shard. Files with the same bytes are embedded once."""
-    model = open_model(config)
+    model = _opened(config, identity)
     before = pool.kept(piece.shard)[piece.start : piece.stop]
     kept = piece.start + np.flatnonzero(before)
     first = originals(pool, piece.shard, kept)

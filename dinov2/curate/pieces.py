@@ -96,7 +96,7 @@ def by_pieces(
         step = Step(output, name, settings, inputs, tasks, gpu=gpu)
         yield step
         return Results(step.folder, step.folder)
-    first = Step(output, f"{name.partition('-')[0]}-pieces", settings, inputs, tasks, "rows", gpu)
+    first = Step(output, f"{name.partition('-')[0]}-pieces", [settings, ROWS], inputs, tasks, "rows", gpu)
     yield first
     joins = [
         Task(shard, _join, (first.folder, tuple(piece.name for piece in own)), own[-1].stop)

@@ -68,15 +68,17 @@ def originals(pool: Pool, shard: str, rows: npt.NDArray[np.int64]) -> npt.NDArra
 def in_full(box: Box, image: Reduced) -> Box:
     """A box in a reduced image, in pixels of the image in full."""
     height, width = image.pixels.shape[:2]
-    return _scaled(box, image.width / width, image.height / height)
+    return _scaled(box, (width, height), (image.width, image.height))
 
 
 def in_reduced(box: Box, image: Reduced) -> Box:
     """A box in the image in full, in pixels of the reduced image."""
     height, width = image.pixels.shape[:2]
-    return _scaled(box, width / image.width, height / image.height)
+    return _scaled(box, (image.width, image.height), (width, height))
 
 
-def _scaled(box: Box, across: float, down: float) -> Box:
-    left, top = round(box.x * across), round(box.y * down)
-    return Box(left, top, round((box.x + box.width) * across) - left, round((box.y + box.height) * down) - top)
+def _scaled(box: Box, old: tuple[int, int], new: tuple[int, int]) -> Box:
+    """A box in an image of another width and height, by its edges."""
+    left, right = (round(x * new[0] / old[0]) for x in (box.x, box.x + box.width))
+    top, bottom = (round(y * new[1] / old[1]) for y in (box.y, box.y + box.height))
+    return Box(left, top, right - left, bottom - top)
