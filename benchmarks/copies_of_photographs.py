@@ -136,8 +136,6 @@ def scored(planted: dict[str, Planted], pool: Pool) -> Score:
         names += pool.index(shard, ["path"])["path"].to_pylist()
         screened += read_table(pool.decisions[0], shard).to_pylist()
         decided += read_table(pool.decisions[-1], shard).to_pylist()
-    tests = Pool(str(Path(pool.images).parent / "none"))
-    del tests
     kept_of: dict[str, list[str]] = defaultdict(list)
     wrong, wrongly_near, left = [], [], []
     fates = {}
@@ -147,7 +145,9 @@ def scored(planted: dict[str, Planted], pool: Pool) -> Score:
         if reason.startswith(("exact", "near-dup")):
             kept = names[int(str(screened[row]["kept_row"]))]
         elif reason == "duplicate":
-            kept = names[starts[str(decided[row]["representative_shard"])] + int(str(decided[row]["representative_row"]))]
+            kept = names[
+                starts[str(decided[row]["representative_shard"])] + int(str(decided[row]["representative_row"]))
+            ]
         if kept is not None and planted[kept].original != image.original:
             wrong.append((name, kept))
         if reason == "near an evaluation image" and not image.of_evaluation:

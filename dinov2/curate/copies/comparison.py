@@ -7,6 +7,7 @@ compared cell by cell.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +25,11 @@ INLIERS, MANY_INLIERS = 4, 15
 """Matched points that agree about a shift, turn and scale. Two points are enough to define one, and wrong matches
 seldom give four."""
 FEW_POINTS = 100
-"""Images with fewer points, such as drawings and skies, are also laid on each other as they are."""
+"""An image with fewer points, such as a drawing or a sky, is also looked for as a whole."""
+SCALES = (1.0, 0.92, 0.84, 0.76, 0.69, 0.62)
+"""Sizes at which it is looked for, as parts of the other image's size."""
+COARSER = 2
+"""It is looked for at half the size."""
 ACROSS, SMALLEST_CELL, CELLS = 16, 8, 12
 """The longer side has this many cells; a cell has at least this many pixels; at least this many must have detail."""
 DETAIL = 1.5
@@ -33,9 +38,10 @@ CORRELATION = 0.5
 """Two cells agree above this correlation."""
 OVERLAP = 0.5
 """Share of one of the images that the other must cover. Two views of one scene may share a strip and are no copies."""
-AGREEMENT, AGREEMENT_UNTURNED = 0.6, 0.8
-"""Share of the cells with detail that must agree. A banner over a fifth of the image leaves 0.7. The second number is
-for images that were laid on each other as they are."""
+AGREEMENT = 0.6
+"""Share of the cells with detail that must agree. A banner over a fifth of the image leaves 0.7."""
+CELLS_OF_FEW = 40
+"""Number of cells that must have detail where no points were found again."""
 AGREEMENT_COVERED, WITHIN = 0.3, 0.8
 """A plain picture has little detail, so most cells with detail may be those of a banner. A smaller share is enough if
 many points were found again and one of the images agrees wherever it has detail itself."""
@@ -85,9 +91,33 @@ def compare(first: Sketch, second: Sketch) -> Comparison:
             return best
     if min(len(first.places), len(second.places)) < FEW_POINTS:
         for own in both:
-            across, down = (b / a for a, b in zip(own.detail.shape[::-1], second.detail.shape[::-1], strict=True))
-            best = max(best, _judged(own, second, np.array([[across, 0, 0], [0, down, 0]]), 0))
+            best = max(best, *(_judged(own, second, place, 0) for place in _places(own.detail, second.detail)))
     return best
+
+
+def _places(first: Floats, second: Floats) -> Iterator[Map]:
+    """The likeliest place of the whole first image in the second, and of the whole second in the first."""
+    scale, x, y = _place_of(first, second)
+    yield np.array([[scale, 0, x], [0, scale, y]])
+    scale, x, y = _place_of(second, first)
+    yield np.array([[1, 0, -x], [0, 1, -y]]) / scale
+
+
+def _place_of(whole: Floats, other: Floats) -> tuple[float, float, float]:
+    """The scale at which an image fits best into another, and the x and y of its corner there."""
+    cv2 = require("cv2", extra="curate", purpose="comparing images")
+    best, found = -np.inf, (1.0, 0.0, 0.0)
+    coarse = cv2.resize(other, None, fx=1 / COARSER, fy=1 / COARSER, interpolation=cv2.INTER_AREA)
+    for share in SCALES:
+        scale = share * min(b / a for a, b in zip(whole.shape, other.shape, strict=True))
+        size = [max(1, int(side * scale / COARSER)) for side in whole.shape[::-1]]
+        size = [min(side, limit) for side, limit in zip(size, coarse.shape[::-1], strict=True)]
+        part = cv2.resize(whole, size, interpolation=cv2.INTER_AREA)
+        fits = np.nan_to_num(cv2.matchTemplate(coarse, part, cv2.TM_CCOEFF_NORMED), posinf=0)
+        row, column = np.unravel_index(fits.argmax(), fits.shape)
+        if fits[row, column] > best:
+            best, found = fits[row, column], (scale, float(column * COARSER), float(row * COARSER))
+    return found
 
 
 def _alignment(first: Sketch, second: Sketch) -> tuple[Map, int] | None:
@@ -124,9 +154,13 @@ def _matches(first: Floats, second: Floats) -> npt.NDArray[np.int64]:
 def _judged(first: Sketch, second: Sketch, place: Map, inliers: int) -> Comparison:
     """Lay the first image on the second by a map, and compare them."""
     fit = _fit(first.detail, second.detail, place)
-    same = fit.agreement >= (AGREEMENT if inliers else AGREEMENT_UNTURNED)
-    same |= inliers >= MANY_INLIERS and fit.agreement >= AGREEMENT_COVERED and fit.within >= WITHIN
-    return fit._replace(same=same and fit.cells >= CELLS and fit.overlap >= OVERLAP, inliers=inliers)
+    covered = inliers >= MANY_INLIERS and fit.within >= WITHIN
+    same = (
+        fit.overlap >= OVERLAP
+        and fit.cells >= (CELLS if inliers else CELLS_OF_FEW)
+        and fit.agreement >= (AGREEMENT_COVERED if covered else AGREEMENT)
+    )
+    return fit._replace(same=same, inliers=inliers)
 
 
 def _fit(first: Floats, second: Floats, place: Map) -> Comparison:

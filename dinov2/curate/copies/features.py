@@ -29,9 +29,7 @@ def describe_copies(images: list[Pixels]) -> Floats:
         ImportError: OpenCV is missing (extra ``curate``).
     """
     by_points = np.stack([describe_points(sketch(image)) for image in images])
-    both = np.concatenate([by_points, describe(images)], axis=1)
-    features: Floats = both / np.maximum(np.linalg.norm(both, axis=1, keepdims=True), 1e-9)
-    return features
+    return unit(np.concatenate([by_points, describe(images)], axis=1))
 
 
 def describe_points(of: Sketch) -> Floats:
@@ -39,9 +37,15 @@ def describe_points(of: Sketch) -> Floats:
     if not len(of.descriptors):
         return np.zeros(WIDTH, np.float32)
     words = _words()
-    total = _differences(of.descriptors, words) + _differences(mirror_descriptors(of.descriptors), words)
-    projected: Floats = total.ravel() @ _projection(words.size)
-    return projected / np.float32(max(np.linalg.norm(projected), 1e-9))
+    total: Floats = _differences(of.descriptors, words) + _differences(mirror_descriptors(of.descriptors), words)
+    row: Floats = unit(total.reshape(1, -1) @ _projection(words.size))[0]
+    return row
+
+
+def unit(rows: Floats) -> Floats:
+    """Rows [n, D] scaled to unit length; zeros stay zeros."""
+    scaled: Floats = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-9)
+    return scaled
 
 
 def _differences(descriptors: Floats, words: Floats) -> Floats:
@@ -49,8 +53,7 @@ def _differences(descriptors: Floats, words: Floats) -> Floats:
     nearest = (descriptors @ words.T - (words**2).sum(axis=1) / 2).argmax(axis=1)
     sums = np.zeros_like(words)
     np.add.at(sums, nearest, descriptors - words[nearest])
-    scaled: Floats = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-9)
-    return scaled
+    return unit(sums)
 
 
 @functools.cache

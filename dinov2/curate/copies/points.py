@@ -23,7 +23,10 @@ CONTRAST = 0.015
 """Contrast that a point must have. OpenCV's own 0.04 leaves smooth photographs without points."""
 FINE, COARSE = 1.5, 8.0
 """Sigma of the blurs between which detail is compared, in pixels: noise is finer, light and shade are coarser."""
+QUALITY = 90
+"""Quality of the JPEG of the grey levels that are kept for comparisons."""
 BINS = 8  # directions of gradients in each of the 4 x 4 cells of a descriptor
+WIDTH = 16 * BINS
 
 Floats = npt.NDArray[np.float32]
 
@@ -48,20 +51,35 @@ def sketch(image: Pixels) -> Sketch:
     Raises:
         ImportError: OpenCV is missing (extra ``curate``).
     """
+    return unpacked(packed(image))
+
+
+def packed(image: Pixels) -> bytes:
+    """The points of a uint8 RGB image [H, W, 3] and its grey levels, in some 70 kB: a JPEG, and the numbers as OpenCV
+    gives them."""
     cv2 = require("cv2", extra="curate", purpose="comparing images")
     height, width = image.shape[:2]
     scale = min(SIDE / max(height, width), 1.0)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     small = cv2.resize(image, size, interpolation=cv2.INTER_AREA) if scale < 1 else image
     grey = cv2.cvtColor(np.ascontiguousarray(small), cv2.COLOR_RGB2GRAY)
-    levels = grey.astype(np.float32)
+    found, descriptors = cv2.SIFT_create(POINTS, contrastThreshold=CONTRAST).detectAndCompute(grey, None)
+    places = np.array([point.pt for point in found], "<f4").reshape(-1, 2)
+    raw = np.zeros((0, WIDTH), np.uint8) if descriptors is None else descriptors.astype(np.uint8)
+    picture: bytes = cv2.imencode(".jpg", grey, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()
+    return len(places).to_bytes(4, "little") + places.tobytes() + raw.tobytes() + picture
+
+
+def unpacked(content: bytes) -> Sketch:
+    """The sketch of an image from what :func:`packed` returned."""
+    cv2 = require("cv2", extra="curate", purpose="comparing images")
+    count = int.from_bytes(content[:4], "little")
+    places = np.frombuffer(content, "<f4", 2 * count, 4).reshape(count, 2)
+    raw = np.frombuffer(content, np.uint8, WIDTH * count, 4 + 8 * count).reshape(count, WIDTH).astype(np.float32)
+    picture = np.frombuffer(content, np.uint8, offset=4 + (8 + WIDTH) * count)
+    levels = cv2.imdecode(picture, cv2.IMREAD_GRAYSCALE).astype(np.float32)
     detail = cv2.GaussianBlur(levels, (0, 0), FINE) - cv2.GaussianBlur(levels, (0, 0), COARSE)
-    found, raw = cv2.SIFT_create(POINTS, contrastThreshold=CONTRAST).detectAndCompute(grey, None)
-    if not found:
-        return Sketch(detail, np.zeros((0, 2), np.float32), np.zeros((0, 16 * BINS), np.float32))
-    places = np.array([point.pt for point in found], np.float32)
-    descriptors: Floats = np.sqrt(raw / np.maximum(raw.sum(axis=1, keepdims=True), 1e-9)).astype(np.float32)
-    return Sketch(detail, places, descriptors)
+    return Sketch(detail, places, np.sqrt(raw / np.maximum(raw.sum(axis=1, keepdims=True), 1)))
 
 
 def mirrored(of: Sketch) -> Sketch:

@@ -6,14 +6,22 @@ import numpy as np
 import numpy.typing as npt
 
 from dinov2.curate.dedup.config import DedupConfig
-from dinov2.curate.dedup.links import Sketches
+from dinov2.curate.dedup.sketches import Sketches
 from dinov2.curate.pool import Pool, read_table
 from dinov2.curate.search import Layout, exact_cosines
 from dinov2.curate.search.vectors import CHUNK, PoolVectors, read_layout
 from dinov2.curate.steps import Counts, Output
 
 
-def choose(output: Output, pool: Pool, layout_folder: str, components: str, part: str, config: DedupConfig) -> Counts:
+def choose(
+    output: Output,
+    pool: Pool,
+    layout_folder: str,
+    components: str,
+    part: str,
+    sketches_folder: str | None,
+    config: DedupConfig,
+) -> Counts:
     """Task: choose a representative for each member of a part of all components.
 
     The best image of a component has the largest area; among equals, the lowest position. It represents all members
@@ -27,7 +35,8 @@ def choose(output: Output, pool: Pool, layout_folder: str, components: str, part
     table = read_table(components, f"all.{part}")
     position, component, best = (table[name].to_numpy() for name in ("position", "component", "best"))
     layout = read_layout(layout_folder)
-    vectors, sketches = PoolVectors(pool, layout), Sketches(pool, layout)
+    vectors = PoolVectors(pool, layout)
+    sketches = None if sketches_folder is None else Sketches(sketches_folder, layout)
     members = vectors.gather(position)  # [M, D]
     representative, cosine = position.copy(), np.ones(len(position), np.float32)
     remaining = np.arange(len(position))
@@ -39,7 +48,7 @@ def choose(output: Output, pool: Pool, layout_folder: str, components: str, part
             first = np.searchsorted(component[remaining], component[remaining], side="left")
             stands = position[remaining[first]]
         cosines = _cosines(members, remaining, vectors, stands)
-        if config.checks_pictures:
+        if sketches is not None:
             near = _same(sketches, position[remaining], stands)
         else:
             near = (cosines > np.float32(config.guard_threshold)) | (config.guard_threshold <= -1)

@@ -1,55 +1,52 @@
 """The check of links: of the candidates that features have found, those stay that show the same picture.
 
-The neighbours of all rows become a list of pairs, each once. Tasks compare a portion of it. Then the pairs that show
-the same picture are sorted by shard again, so that they can take the place of the neighbours.
+The neighbours of all rows become a list of pairs, each once. Tasks compare portions of it by the images' sketches. Then
+the pairs that show the same picture are sorted by shard again, and take the place of the neighbours.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import OrderedDict
 
 import numpy as np
 import numpy.typing as npt
 
-from dinov2.curate.copies import Comparison, Sketch, compare, sketch
-from dinov2.curate.copies.points import SIDE
-from dinov2.curate.pool import Pool, ShardBytes, read_table
-from dinov2.curate.search import Layout, Neighbours
+from dinov2.curate.copies import Comparison
+from dinov2.curate.dedup.sketches import Sketches
+from dinov2.curate.pool import read_table
+from dinov2.curate.search import Neighbours
 from dinov2.curate.search.neighbours import Found
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task
-from dinov2.data.decoding import UnreadableImageError, decode_reduced
 
-PORTION = 1000
+PORTION = 2000
 """Pairs that a task compares: a few seconds of work."""
-REMEMBERED = 500
-"""Sketches that a task remembers, of half a megabyte each."""
 
 Positions = npt.NDArray[np.int64]
 
 
-def checked_links(neighbours: Neighbours, pool: Pool, others: Pool, output: str, stage: str) -> Steps[Neighbours]:
+def checked_links(neighbours: Neighbours, own: str, others: str, output: str, stage: str) -> Steps[Neighbours]:
     """Keep those links whose two images show the same picture.
 
     Args:
-        neighbours: neighbours of the pool's rows.
-        pool: pool of the queries.
-        others: pool that was searched; if it is the same, a pair that is linked both ways is compared once.
+        neighbours: neighbours of a pool's rows.
+        own: folder of the sketches of that pool.
+        others: folder of the sketches of the pool that was searched. If it is the same pool, a pair that is linked both
+            ways is compared once.
         output: folder or URL of the whole curation.
         stage: first part of the steps' names.
 
     Returns:
         The neighbours without the other links.
     """
-    inputs = (neighbours.folder, neighbours.queries, neighbours.searched, pool.images, others.images)
+    inputs = (neighbours.folder, neighbours.queries, neighbours.searched)
     listed = Step(output, f"{stage}-pairs-listed", PORTION, inputs, [Task("all", _list, (neighbours,))], "pairs")
     yield listed
     pairs, tasks = listed.counts().rows_out, []
     for number, start in enumerate(range(0, pairs, PORTION)):
         stop = min(start + PORTION, pairs)
-        arguments = (listed.folder, start, stop, pool, others, neighbours)
+        arguments = (listed.folder, start, stop, own, others, neighbours)
         tasks.append(Task(f"part-{number:05d}", _compare, arguments, stop - start))
-    compared = Step(output, f"{stage}-compared", None, (listed.folder, *inputs), tasks, "pairs")
+    compared = Step(output, f"{stage}-compared", None, (listed.folder, own, others), tasks, "pairs")
     yield compared
     task = Task("all", _select, (neighbours, listed.folder, compared.folder, tuple(task.shard for task in tasks)))
     links = Step(output, f"{stage}-links", None, (listed.folder, compared.folder), [task], "links")
@@ -74,15 +71,15 @@ def _pairs(neighbours: Neighbours, shard: str) -> Positions:
 
 
 def _compare(
-    output: Output, folder: str, start: int, stop: int, pool: Pool, others: Pool, neighbours: Neighbours
+    output: Output, folder: str, start: int, stop: int, own: str, others: str, neighbours: Neighbours
 ) -> Counts:
     """Task: compare pairs ``start`` to ``stop`` and write the columns of :class:`Comparison`."""
     table = read_table(folder, "all").slice(start, stop - start)
-    own = Sketches(pool, neighbours.query_layout())
-    other = own if neighbours.queries == neighbours.searched else Sketches(others, neighbours.layout())
+    first_ones = Sketches(own, neighbours.query_layout())
+    second_ones = first_ones if own == others else Sketches(others, neighbours.layout())
     fits = []
     for first, second in zip(table["first"].to_pylist(), table["second"].to_pylist(), strict=True):
-        fits.append(own.compare(first, other, second))
+        fits.append(first_ones.compare(first, second_ones, second))
         output.advance(1)
     columns = [np.array([fit[number] for fit in fits]) for number in range(len(Comparison._fields))]
     output.write_table(dict(zip(Comparison._fields, columns, strict=True)))
@@ -104,42 +101,3 @@ def _select(output: Output, neighbours: Neighbours, listed: str, compared: str, 
         Output(output.folder, shard).write_table(links._asdict())
         counts += Counts(len(stays), int(stays.sum()))
     return counts
-
-
-class Sketches:
-    """Sketches of the images of a pool by position. The last ones are remembered.
-
-    Args:
-        pool: images.
-        layout: positions of the pool's rows.
-    """
-
-    def __init__(self, pool: Pool, layout: Layout) -> None:
-        self._pool = pool
-        self._layout = layout
-        self._files: dict[str, ShardBytes] = {}
-        self._remembered: OrderedDict[int, Sketch | None] = OrderedDict()
-
-    def compare(self, position: int, others: Sketches, other: int) -> Comparison:
-        """Compare an image with an image of another pool. One that cannot be read shows nothing."""
-        first, second = self[position], others[other]
-        return Comparison() if first is None or second is None else compare(first, second)
-
-    def __getitem__(self, position: int) -> Sketch | None:
-        """The sketch of an image; None if it cannot be read."""
-        if position not in self._remembered:
-            self._remembered[position] = self._sketched(position)
-            if len(self._remembered) > REMEMBERED:
-                self._remembered.popitem(last=False)
-        self._remembered.move_to_end(position)
-        return self._remembered[position]
-
-    def _sketched(self, position: int) -> Sketch | None:
-        numbers, rows = self._layout.locate(np.array([position]))
-        shard, row = self._layout.names[int(numbers[0])], int(rows[0])
-        if shard not in self._files:
-            self._files[shard] = self._pool.open_images(shard)
-        try:
-            return sketch(decode_reduced(self._files[shard][row], f"{row} of {shard}", SIDE).pixels)
-        except UnreadableImageError:
-            return None

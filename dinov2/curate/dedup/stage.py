@@ -10,6 +10,7 @@ from dinov2.curate.dedup.config import DedupConfig
 from dinov2.curate.dedup.deciding import decide
 from dinov2.curate.dedup.grouping import Reference, find_components, part_name
 from dinov2.curate.dedup.links import checked_links
+from dinov2.curate.dedup.sketches import sketched
 from dinov2.curate.pool import Pool
 from dinov2.curate.search import Neighbours, search
 from dinov2.curate.search.vectors import read_layout
@@ -45,23 +46,31 @@ def dedup(pool: Pool, references: Mapping[str, Pool], config: DedupConfig, outpu
     neighbours = yield from search(
         pool, pool, config.search, output, stage="dedup", k=config.neighbours, threshold=threshold
     )
+    sketches: str | None = None
     if checks:
-        neighbours = yield from checked_links(neighbours, pool, pool, output, "dedup")
+        sketches = yield from sketched(pool, neighbours.queries, output, "dedup")
+        neighbours = yield from checked_links(neighbours, sketches, sketches, output, "dedup")
     linked = []
     for name, reference in sorted(references.items()):
         stage, k = f"dedup-{name}", config.neighbours if checks else 1
         links = yield from search(
             pool, reference, config.search, output, stage=stage, k=k, threshold=config.reference_threshold
         )
-        if checks:
-            links = yield from checked_links(links, pool, reference, output, stage)
+        if sketches is not None:
+            others = yield from sketched(reference, links.searched, output, stage)
+            links = yield from checked_links(links, sketches, others, output, stage)
         linked.append(Reference(name, reference, links))
-    decisions = yield from _decide(pool, neighbours, tuple(linked), config, output)
+    decisions = yield from _decide(pool, neighbours, tuple(linked), sketches, config, output)
     return pool.after(decisions)
 
 
 def _decide(
-    pool: Pool, neighbours: Neighbours, references: tuple[Reference, ...], config: DedupConfig, output: str
+    pool: Pool,
+    neighbours: Neighbours,
+    references: tuple[Reference, ...],
+    sketches: str | None,
+    config: DedupConfig,
+    output: str,
 ) -> Steps[str]:
     """Steps from links to decisions; the value is the folder of the decisions."""
     layout = neighbours.searched
@@ -74,8 +83,9 @@ def _decide(
     yield components
     parts = tuple(part_name(number) for number in range(components.counts().figures["parts"]))
 
-    tasks = tuple(Task(part, choose, (pool, layout, components.folder, part, config)) for part in parts)
-    choices = Step(output, "dedup-choices", settings, (components.folder,), tasks, "members of components")
+    tasks = tuple(Task(part, choose, (pool, layout, components.folder, part, sketches, config)) for part in parts)
+    inputs = (components.folder, *([] if sketches is None else [sketches]))
+    choices = Step(output, "dedup-choices", settings, inputs, tasks, "members of components")
     yield choices
 
     task = Task("all", assign, (layout, choices.folder, parts))
