@@ -26,10 +26,10 @@ INLIERS, MANY_INLIERS = 4, 15
 seldom give four."""
 FEW_POINTS = 100
 """An image with fewer points, such as a drawing or a sky, is also looked for as a whole."""
-SCALES = (1.0, 0.92, 0.84, 0.76, 0.69, 0.62)
+SCALES = tuple(0.97**power for power in range(17))
 """Sizes at which it is looked for, as parts of the other image's size."""
-COARSER = 2
-"""It is looked for at half the size."""
+COARSER = 4
+"""It is looked for at a quarter of the size."""
 ACROSS, SMALLEST_CELL, CELLS = 16, 8, 12
 """The longer side has this many cells; a cell has at least this many pixels; at least this many must have detail."""
 DETAIL = 1.5
@@ -40,6 +40,9 @@ OVERLAP = 0.5
 """Share of one of the images that the other must cover. Two views of one scene may share a strip and are no copies."""
 AGREEMENT = 0.6
 """Share of the cells with detail that must agree. A banner over a fifth of the image leaves 0.7."""
+CENTRE, AGREEMENT_AT_CENTRE = 0.2, 0.4
+"""What agrees must not be a frame only: share of the cells with detail that must agree in the middle, which begins at
+the first number, as a share of the sides."""
 CELLS_OF_FEW = 40
 """Number of cells that must have detail where no points were found again."""
 AGREEMENT_COVERED, WITHIN = 0.3, 0.8
@@ -58,6 +61,7 @@ class Comparison(NamedTuple):
         overlap: share that is covered by the other image, for the image with the larger share.
         cells: number of covered cells in which an image has detail.
         agreement: share of these cells in which the images agree.
+        centre: the same for the cells in the middle.
         within: the same for the cells where one of the images has detail, for the image with the larger share.
     """
 
@@ -66,6 +70,7 @@ class Comparison(NamedTuple):
     overlap: float = 0.0
     cells: int = 0
     agreement: float = 0.0
+    centre: float = 0.0
     within: float = 0.0
 
 
@@ -84,11 +89,10 @@ def compare(first: Sketch, second: Sketch) -> Comparison:
     best = Comparison()
     both = (first, mirrored(first))
     for own in both:
-        found = _alignment(own, second)
-        if found is not None:
-            best = max(best, _judged(own, second, *found))
-        if best.same:
-            return best
+        for place, inliers in _alignments(own, second):
+            best = max(best, _judged(own, second, place, inliers))
+            if best.same:
+                return best
     if min(len(first.places), len(second.places)) < FEW_POINTS:
         for own in both:
             best = max(best, *(_judged(own, second, place, 0) for place in _places(own.detail, second.detail)))
@@ -107,7 +111,8 @@ def _place_of(whole: Floats, other: Floats) -> tuple[float, float, float]:
     """The scale at which an image fits best into another, and the x and y of its corner there."""
     cv2 = require("cv2", extra="curate", purpose="comparing images")
     best, found = -np.inf, (1.0, 0.0, 0.0)
-    coarse = cv2.resize(other, None, fx=1 / COARSER, fy=1 / COARSER, interpolation=cv2.INTER_AREA)
+    size = [max(1, side // COARSER) for side in other.shape[::-1]]
+    coarse = cv2.resize(other, size, interpolation=cv2.INTER_AREA)
     for share in SCALES:
         scale = share * min(b / a for a, b in zip(whole.shape, other.shape, strict=True))
         size = [max(1, int(side * scale / COARSER)) for side in whole.shape[::-1]]
@@ -120,21 +125,22 @@ def _place_of(whole: Floats, other: Floats) -> tuple[float, float, float]:
     return found
 
 
-def _alignment(first: Sketch, second: Sketch) -> tuple[Map, int] | None:
-    """The shift, turn and scale that most matched points agree about, and their number."""
+def _alignments(first: Sketch, second: Sketch) -> Iterator[tuple[Map, int]]:
+    """Maps that most matched points agree about, and their number: first a shift, turn and scale; then, if many agree,
+    also other changes of the sides."""
     cv2 = require("cv2", extra="curate", purpose="comparing images")
     pairs = _matches(first.descriptors, second.descriptors)
-    if len(pairs) < INLIERS:
-        return None
     places = first.places[pairs[:, 0]], second.places[pairs[:, 1]]
-    found, is_inlier = cv2.estimateAffinePartial2D(
-        *places, method=cv2.RANSAC, ransacReprojThreshold=TOLERANCE, maxIters=TRIALS
-    )
-    if found is None or int(is_inlier.sum()) < INLIERS:
-        return None
-    if not SMALLEST_SCALE <= np.hypot(found[0, 0], found[1, 0]) <= LARGEST_SCALE:
-        return None
-    return found, int(is_inlier.sum())
+    for estimate, enough in ((cv2.estimateAffinePartial2D, INLIERS), (cv2.estimateAffine2D, MANY_INLIERS)):
+        if len(pairs) < enough:
+            return
+        found, is_inlier = estimate(*places, method=cv2.RANSAC, ransacReprojThreshold=TOLERANCE, maxIters=TRIALS)
+        inliers = 0 if found is None else int(is_inlier.sum())
+        if inliers < enough:
+            continue
+        scale = float(np.sqrt(abs(np.linalg.det(found[:, :2]))))
+        if SMALLEST_SCALE <= scale <= LARGEST_SCALE:
+            yield found, inliers
 
 
 def _matches(first: Floats, second: Floats) -> npt.NDArray[np.int64]:
@@ -158,6 +164,7 @@ def _judged(first: Sketch, second: Sketch, place: Map, inliers: int) -> Comparis
     same = (
         fit.overlap >= OVERLAP
         and fit.cells >= (CELLS if inliers else CELLS_OF_FEW)
+        and fit.centre >= AGREEMENT_AT_CENTRE
         and fit.agreement >= (AGREEMENT_COVERED if covered else AGREEMENT)
     )
     return fit._replace(same=same, inliers=inliers)
@@ -187,4 +194,16 @@ def _fit(first: Floats, second: Floats, place: Map) -> Comparison:
     lengths = np.sqrt(np.maximum(variances[0], 1e-3) * np.maximum(variances[1], 1e-3))
     agree = mean(laid * second) - means[0] * means[1] > CORRELATION * lengths
     within = max(float(agree[own].mean()) if own.sum() >= CELLS else 0.0 for own in has_detail)
-    return Comparison(False, 0, overlap, int(either.sum()), float(agree[either].mean()), within)
+    middle = either & _middle(covered)
+    centre = float(agree[middle].mean()) if middle.any() else 1.0
+    return Comparison(False, 0, overlap, int(either.sum()), float(agree[either].mean()), centre, within)
+
+
+def _middle(covered: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """The cells [h, w] in the middle of the box around the covered ones."""
+    middle = np.zeros_like(covered)
+    spans = [np.flatnonzero(covered.any(axis=axis)) for axis in (1, 0)]
+    (top, bottom), (left, right) = ((span[0], span[-1] + 1) for span in spans)
+    margins = round(CENTRE * (bottom - top)), round(CENTRE * (right - left))
+    middle[top + margins[0] : bottom - margins[0], left + margins[1] : right - margins[1]] = True
+    return middle
