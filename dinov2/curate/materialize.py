@@ -24,6 +24,11 @@ OUT = "cannot be read"
 COLUMNS_OF_STAGES = ("component", "cluster", "times", "seed_set")
 """Columns of decisions that go into the final index if they exist."""
 
+
+class NothingLeftError(ValueError):
+    """No image is left for the final set."""
+
+
 Source = tuple[str, Pool, str]
 """Name of a set, its images, and the folder of their layout."""
 
@@ -59,7 +64,8 @@ def materialize(pool: Pool, seeds: Mapping[str, Pool], config: MaterializeConfig
         Folder of the shards, the ``--data.root`` of pretraining.
 
     Raises:
-        ValueError: ``config.as_is`` names an unknown set, or no image is left.
+        ValueError: ``config.as_is`` names an unknown set.
+        NothingLeftError: no image is left (a ValueError).
     """
     names = sorted(seeds) if "*" in config.as_is else list(config.as_is)
     if unknown := set(names) - set(seeds):
@@ -75,7 +81,7 @@ def materialize(pool: Pool, seeds: Mapping[str, Pool], config: MaterializeConfig
     yield plan
     images = plan.counts().rows_out
     if not images:
-        raise ValueError(f"no image is left to write: see under {output} what the stages dropped")
+        raise NothingLeftError(f"no image is left to write: see under {output} what the stages dropped")
     tasks = [
         Task(f"{number:05d}", _write, (sources, plan.folder, start, min(start + config.shard_size, images), config))
         for number, start in enumerate(range(0, images, config.shard_size))
