@@ -21,10 +21,12 @@ from dinov2.curate.steps import Counts, Output, Step, Steps, Task
 from dinov2.data import normalize
 from dinov2.data.cropping import resized
 from dinov2.data.decoding import Pixels, UnreadableImageError, decode_image
+from dinov2.data.remarks import kept_remarks
 from dinov2.evaluate.handmade import colour_histogram, texture_histogram
 from dinov2.evaluate.probe import central_crop
 from dinov2.models import load_pretrained
 from dinov2.train.processes import resolve_device
+from dinov2_kernels._extras import require
 
 UNREADABLE, FEATURELESS = "unreadable", "without features"
 Features = npt.NDArray[np.float32]
@@ -81,7 +83,7 @@ def embed(pool: Pool, config: EmbedConfig, output: str) -> Steps[Pool]:
         raise FileNotFoundError(f"embed.model: expected {', '.join(BUILT_IN)}, MODULE:FUNCTION or a file, got {name!r}")
     settings = dataclasses.replace(config, device="auto", model=name if name in BUILT_IN else identity_of(name))
     tasks = [Task(shard, _embed, (pool, shard, config)) for shard in pool.shards()]
-    features = Step(output, "embed-features", settings, (pool.images, *pool.decisions), tasks, gpu=True)
+    features = Step(output, "embed-features", settings, (pool.images, *pool.decisions), tasks, gpu=True, version=2)
     yield features
     return dataclasses.replace(pool.after(features.folder), features=features.folder)
 
@@ -91,8 +93,9 @@ def _embed(output: Output, pool: Pool, shard: str, config: EmbedConfig) -> Count
     model = open_model(config)
     before = pool.kept(shard)
     reasons: list[str | None] = [None] * len(before)
+    remarks: list[str | None] = [None] * len(before)
     features: npt.NDArray[np.float16] | None = None
-    for rows, images in _batches(pool, shard, before, reasons, config.batch_size):
+    for rows, images in _batches(pool, shard, before, reasons, remarks, config.batch_size):
         found = unit(model(images))
         if features is None:
             features = np.full((len(before), found.shape[1]), np.nan, np.float16)
@@ -102,7 +105,8 @@ def _embed(output: Output, pool: Pool, shard: str, config: EmbedConfig) -> Count
     for row in np.flatnonzero(before & ~np.isfinite(features).all(axis=1)).tolist():
         reasons[row] = reasons[row] or FEATURELESS
     output.write_array(features)
-    return write_decisions(output, reasons, before)
+    arrow = require("pyarrow", extra="curate", purpose="curation")
+    return write_decisions(output, reasons, before, {"remark": arrow.array(remarks, arrow.string())})
 
 
 def unit(features: Features) -> npt.NDArray[np.float16]:
@@ -114,18 +118,25 @@ def unit(features: Features) -> npt.NDArray[np.float16]:
 
 
 def _batches(
-    pool: Pool, shard: str, kept: npt.NDArray[np.bool_], reasons: list[str | None], size: int
+    pool: Pool,
+    shard: str,
+    kept: npt.NDArray[np.bool_],
+    reasons: list[str | None],
+    remarks: list[str | None],
+    size: int,
 ) -> Iterator[tuple[list[int], list[Pixels]]]:
-    """Batches of rows and their images; unreadable rows get their reason."""
+    """Batches of rows and their images; unreadable rows get their reason. The decoder's words become remarks."""
     rows: list[int] = []
     images: list[Pixels] = []
     files = pool.open_images(shard)
     for row in np.flatnonzero(kept).tolist():
-        try:
-            images.append(decode_image(files[row], f"{row} of {shard}"))
-        except UnreadableImageError:
-            reasons[row] = UNREADABLE
-            continue
+        with kept_remarks() as said:
+            try:
+                images.append(decode_image(files[row], f"{row} of {shard}"))
+            except UnreadableImageError as error:
+                reasons[row], remarks[row] = UNREADABLE, error.words
+                continue
+        remarks[row] = "; ".join(said) or None
         rows.append(row)
         if len(rows) == size:
             yield rows, images

@@ -19,6 +19,7 @@ from dinov2.curate.search.vectors import layout_of, read_layout
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task
 from dinov2.data.cropping import resized
 from dinov2.data.decoding import Pixels, UnreadableImageError, decode_image
+from dinov2.data.remarks import kept_remarks
 from dinov2_kernels._extras import require
 
 BATCH = 16
@@ -87,7 +88,7 @@ def screen(pool: Pool, config: ScreenConfig, output: str) -> Steps[Pool]:
     inputs = (pool.images, *pool.decisions)
     tasks = [Task(shard, measure, (pool, shard, config)) for shard in pool.shards()]
     plugged_in = [identity_of(config.faces), identity_of(config.nsfw)]
-    measures = Step(output, "screen-measures", plugged_in, inputs, tasks)
+    measures = Step(output, "screen-measures", plugged_in, inputs, tasks, version=2)
     yield measures
     task = Task("all", _fit, (pool.shards(), measures.folder, config))
     settings = [config.hash_sample, config.seed, pool.fingerprint()]
@@ -127,12 +128,13 @@ def measure(output: Output, pool: Pool, shard: str, config: ScreenConfig) -> Cou
     """Task: write these columns for every row of a shard:
 
     ===============  ========================  ========================================================================
-    ``readable``     bool                      whether it could be decoded; if not, all other columns are null
+    ``readable``     bool                      whether it could be decoded; if not, the measures are null
     ``thumbnail``    1,024 bytes               32 x 32 grey levels, from which the PCA hash is made
     ``entropy``      float32                   entropy of grey levels, in bits
     ``sharpness``    float32                   variance of the Laplacian of the grey image at 256 pixels
     ``nsfw``         float32                   score of the scorer; null without a scorer
     ``faces``        list of structs           x, y, width, height (int32) in pixels of the upright image
+    ``remark``       text                      what the decoder said about the image: why it is unreadable, or a warning
     ===============  ========================  ========================================================================
     """
     detect, score = open_detector(config.faces), open_scorer(config.nsfw)
@@ -149,11 +151,18 @@ def measure(output: Output, pool: Pool, shard: str, config: ScreenConfig) -> Cou
         batch.clear()
 
     for row in np.flatnonzero(before).tolist():
-        try:
-            image = decode_image(files[row], f"{row} of {shard}")
-        except UnreadableImageError:
-            continue
-        rows[row] = {"readable": True, "thumbnail": thumbnail(image).tobytes(), **quality(image)._asdict()}
+        with kept_remarks() as said:
+            try:
+                image = decode_image(files[row], f"{row} of {shard}")
+            except UnreadableImageError as error:
+                rows[row]["remark"] = error.words
+                continue
+        rows[row] = {
+            "readable": True,
+            "remark": "; ".join(said) or None,
+            "thumbnail": thumbnail(image).tobytes(),
+            **quality(image)._asdict(),
+        }
         batch.append((row, image))
         if len(batch) == BATCH or sum(held.shape[0] * held.shape[1] for _, held in batch) >= BATCH_PIXELS:
             settle()
@@ -209,6 +218,7 @@ def _table(rows: list[dict[str, Any]]) -> Any:
         "sharpness": arrow.float32(),
         "nsfw": arrow.float32(),
         "faces": arrow.list_(box),
+        "remark": arrow.string(),
     }
     return arrow.table({name: arrow.array([row.get(name) for row in rows], kind) for name, kind in types.items()})
 

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dinov2.curate import CurateConfig, Pool, curate, run_steps
+from dinov2.curate import Pool, run_steps
 from dinov2.curate.clusters import ClusterConfig
-from dinov2.curate.collect import CollectConfig, collect
 from dinov2.curate.dedup import DedupConfig, dedup
-from dinov2.curate.download import DownloadConfig, download
-from dinov2.curate.embed import EmbedConfig, embed
-from dinov2.curate.engines import EngineConfig, Inline
-from dinov2.curate.materialize import MaterializeConfig, NothingLeftError, materialize
-from dinov2.curate.pipeline import EmptySetWarning
-from dinov2.curate.report import write_report
+from dinov2.curate.engines import Inline
+from dinov2.curate.pool import write_decisions
 from dinov2.curate.retrieve import RetrieveConfig, retrieve
-from dinov2.curate.screen import ScreenConfig, screen
 from dinov2.curate.search import SearchConfig, search
 from dinov2.curate.steps import Output
-from dinov2.curate.pool import write_decisions
-from dinov2.recipes import laptop
-from tests.curate.pictures import encoded, picture, write_pool
-from tests.curate.test_download import write_links
 from tests.curate.vector_pools import vector_pool
 
 VECTORS = np.eye(6, 16, dtype=np.float16)
@@ -86,7 +75,9 @@ def test_search(pool: Pool, tmp_path: Path, index: str) -> None:
 
 def test_dedup(pool: Pool, tmp_path: Path) -> None:
     before, nothing = left(pool), vectors(tmp_path / "none", "all shards")
-    for number, sets in enumerate(({}, {"none": nothing}, {"none": nothing, "all": vector_pool(tmp_path / "all", VECTORS)})):
+    for number, sets in enumerate(
+        ({}, {"none": nothing}, {"none": nothing, "all": vector_pool(tmp_path / "all", VECTORS)})
+    ):
         kept = run_steps(dedup(pool, sets, DedupConfig(), str(tmp_path / f"out{number}")), Inline())
         assert left(kept) == (0 if "all" in sets else before)
 
