@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from dinov2.curate.download import DownloadConfig, Fetched, Fetcher, _retry_after
+from dinov2.curate.download import DownloadConfig
+from dinov2.curate.fetching import Fetched, Fetcher, _retry_after
 from dinov2.curate.web import is_public, normal_url
 from tests.curate.misbehaving import Server, serving
 

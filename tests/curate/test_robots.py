@@ -6,7 +6,8 @@ import asyncio
 
 import pytest
 
-from dinov2.curate.download import DownloadConfig, Fetcher
+from dinov2.curate.download import DownloadConfig
+from dinov2.curate.fetching import Fetcher
 from dinov2.curate.web import Robots, RobotsFile
 
 HOST = "http://site.org"
