@@ -14,7 +14,7 @@ from typing import Any
 from dinov2.configuration import AtLeast0, Config, Count, CountOr0, Positive, Rules
 from dinov2.curate.collect import key_of
 from dinov2.curate.fetching import Fetched, Fetcher
-from dinov2.curate.pool import Pool, read_table
+from dinov2.curate.pool import Pool, Skipped, read_table, write_skipped
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task, digest
 from dinov2.curate.web import RefusedURLError, host_of, normal_url
 from dinov2.data.shards import ShardImage, write_shard
@@ -94,7 +94,7 @@ def download(links: str, config: DownloadConfig, output: str) -> Steps[Pool]:
 
     Returns:
         The pool. Each shard also has a table of all its links: url, host, reason (null if there is an image), tries,
-        bytes.
+        bytes, remark.
 
     Raises:
         ValueError: there are no links, or a file is no table of links.
@@ -107,23 +107,23 @@ def download(links: str, config: DownloadConfig, output: str) -> Steps[Pool]:
         _check_columns(storage, path)
     listing = digest({name: storage.filesystem.size(path) for name, path in tables.items()})
     task = Task("all", _plan, (links, config.links_per_shard))
-    plan = Step(output, "download-plan", [config.links_per_shard, listing], (links,), [task], "links")
+    plan = Step(output, "download-plan", [config.links_per_shard, listing], (links,), [task], "links", version=2)
     yield plan
     shards = plan.counts().figures["shards"]
     tasks = [Task(f"{number:05d}", _download, (plan.folder, config)) for number in range(shards)]
-    images = Step(output, "download-images", config, (plan.folder,), tasks, "links")
+    images = Step(output, "download-images", config, (plan.folder,), tasks, "links", version=2)
     yield images
     return Pool(images.folder)
 
 
 def _plan(output: Output, links: str, links_per_shard: int) -> Counts:
-    """Task: write ``all.SHARD.parquet`` with the links of each shard.
+    """Task: write ``all.SHARD.parquet`` with the links of each shard, and the table of refused links.
 
     All links of a host go into one shard; hosts are sorted by the hashes of their names. A host with more links than a
     shard holds continues in the next shard. Links of a shard are sorted by their hashes, so that hosts take turns.
     """
     by_host: dict[str, dict[str, tuple[str, str]]] = defaultdict(dict)
-    dropped, rows = Counter[str](), 0
+    dropped, skipped, rows = Counter[str](), list[Skipped](), 0
     for shard in Storage(links).files("", ".parquet"):
         table = read_table(links, shard)
         columns = [
@@ -135,6 +135,7 @@ def _plan(output: Output, links: str, links_per_shard: int) -> Counts:
                 url = normal_url(link or "")
             except RefusedURLError as error:
                 dropped[error.reason] += 1
+                skipped.append(Skipped(link or "", error.reason, ""))
                 continue
             if url in by_host[host_of(url)]:
                 dropped["repeated link"] += 1
@@ -153,6 +154,7 @@ def _plan(output: Output, links: str, links_per_shard: int) -> Counts:
     for number, entries in enumerate(shards):
         entries.sort(key=lambda entry: _hash(entry[0]))
         _write_table(output, f".{number:05d}.parquet", entries)
+    write_skipped(output, skipped)
     total = sum(map(len, shards))
     return Counts(rows, total, dict(sorted(dropped.items())), {"hosts": len(by_host), "shards": len(shards)})
 
@@ -195,6 +197,7 @@ def _download(output: Output, plan: str, config: DownloadConfig) -> Counts:
             "reason": arrow.array([result.reason for result in results], arrow.string()),
             "tries": [result.tries for result in results],
             "bytes": sizes,
+            "remark": arrow.array([result.remark or None for result in results], arrow.string()),
         }
     )
     dropped = Counter(result.reason for result in results if result.reason is not None)

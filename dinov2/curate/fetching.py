@@ -35,9 +35,13 @@ REDIRECTS = frozenset({301, 302, 303, 307, 308})
 PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 CHUNK = 65_536
 
-PRIVATE, LOOP, ROBOTS, OPT_OUT = "private address", "too many redirects", "robots.txt", "opted out"
+LOOP, ROBOTS, OPT_OUT = "too many redirects", "robots.txt", "opted out"
 TOO_LARGE, NO_IMAGE, PIXELS, SMALL = "too large", "no image", "too many pixels", "too small"
-TIMEOUT, NO_CONNECTION, TRUNCATED, BLOCKED = "timeout", "no connection", "truncated", "blocked domain"
+MALFORMED, TRUNCATED, ENCODING = "malformed answer", "truncated", "damaged encoding"
+UNKNOWN_HOST, NO_CONNECTION, INSECURE = "unknown host", "no connection", "no secure connection"
+TIMEOUT, PRIVATE, BLOCKED = "timeout", "private address", "blocked domain"
+OF_HOST = frozenset({UNKNOWN_HOST, NO_CONNECTION, INSECURE, TIMEOUT, PRIVATE, BLOCKED})
+"""Reasons for which a host gives nothing at all, be it an image or robots.txt."""
 
 
 class Fetched(NamedTuple):
@@ -47,17 +51,20 @@ class Fetched(NamedTuple):
         content: bytes of the file; None if the link failed.
         reason: why the link failed; None if there is a file.
         tries: number of tries.
+        remark: more words about the failure, such as the system's or the decoder's.
     """
 
     content: bytes | None
     reason: str | None
     tries: int
+    remark: str = ""
 
 
 class _FailedError(Exception):
-    def __init__(self, reason: str, wait: float | None = None) -> None:
+    def __init__(self, reason: str, remark: str = "", wait: float | None = None) -> None:
         super().__init__(reason)
         self.reason = reason
+        self.remark = remark
         self.wait = wait  # seconds until a new try may help; None if no try will help
 
 
@@ -109,27 +116,33 @@ class Fetcher:
                 return Fetched(content, None, tries)
             except _FailedError as failure:
                 if failure.wait is None or tries == self._config.tries:
-                    return Fetched(None, failure.reason, tries)
+                    return Fetched(None, failure.reason, tries, failure.remark)
                 await asyncio.sleep(min(max(wait, failure.wait), self._config.max_wait))
                 wait *= 2
         raise AssertionError
 
-    async def _follow(self, url: str) -> bytes:
+    async def _follow(self, link: str) -> bytes:
         """Fetch the bytes at a URL through redirects. Each redirect is checked like the first URL."""
-        for _ in range(self._config.max_redirects + 1):
-            self._check_url(url)
-            if self._config.robots:
-                if not await self._robots.allows(url):
-                    raise _FailedError(ROBOTS)
-                self._delays[host_of(url)] = min(await self._robots.delay(url), self._config.max_wait)
-            answer = await self._get(url, self._config.max_bytes)
-            if isinstance(answer, bytes):
-                return answer
-            try:
-                url = normal_url(answer.location, url)
-            except RefusedURLError as error:
-                raise _FailedError(f"redirect: {error.reason}") from None
-        raise _FailedError(LOOP)
+        url = link
+        try:
+            for _ in range(self._config.max_redirects + 1):
+                self._check_url(url)
+                if self._config.robots:
+                    if (refusal := await self._robots.refusal(url)) is not None:
+                        raise _FailedError(*refusal)
+                    self._delays[host_of(url)] = min(await self._robots.delay(url), self._config.max_wait)
+                answer = await self._get(url, self._config.max_bytes)
+                if isinstance(answer, bytes):
+                    return answer
+                try:
+                    url = normal_url(answer.location, url)
+                except RefusedURLError as error:
+                    raise _FailedError(f"redirect: {error.reason}", answer.location) from None
+        except _FailedError as failure:
+            if url != link:
+                failure.remark = f"redirected to {url}" + (f"; {failure.remark}" if failure.remark else "")
+            raise
+        raise _FailedError(LOOP, f"the last one leads to {url}")
 
     def _check_url(self, url: str) -> None:
         if is_blocked(url, self._blocked):
@@ -137,8 +150,8 @@ class Fetcher:
         if not self._config.allow_private_addresses:
             try:
                 check_literal(url)
-            except PrivateAddressError:
-                raise _FailedError(PRIVATE) from None
+            except PrivateAddressError as error:
+                raise _FailedError(PRIVATE, str(error)) from None
 
     async def _get(self, url: str, limit: int, is_robots: bool = False) -> bytes | _Redirect:
         """Send one request. A failure says whether a new try may help.
@@ -155,22 +168,36 @@ class Fetcher:
                         return _Redirect(response.headers["Location"])
                     if response.status != 200:
                         wait = _retry_after(response.headers) if response.status in PASSING else None
-                        raise _FailedError(f"HTTP {response.status}", wait)
+                        raise _FailedError(f"HTTP {response.status}", response.reason or "", wait)
                     tags = response.headers.getall("X-Robots-Tag", [])
                     opt_out = self._config.honour_opt_out and not is_robots
                     if opt_out and opts_out(tags, self._config.opt_out, self._config.agent):
-                        raise _FailedError(OPT_OUT)
+                        raise _FailedError(OPT_OUT, f"X-Robots-Tag: {', '.join(tags)}")
                     return await _body(response, limit, cut=is_robots)
-        except asyncio.TimeoutError:
-            raise _FailedError(TIMEOUT, 0) from None
-        except aiohttp.ClientPayloadError:
-            raise _FailedError(TRUNCATED, 0) from None
-        except aiohttp.ClientConnectorError as error:
-            if isinstance(error.os_error, PrivateAddressError):
-                raise _FailedError(PRIVATE) from None
-            raise _FailedError(NO_CONNECTION, 0) from None
-        except (aiohttp.ClientError, OSError, ValueError):
-            raise _FailedError(NO_CONNECTION, 0) from None
+        except asyncio.TimeoutError as error:
+            words = str(error) or f"no whole answer within {self._config.timeout:g} seconds"
+            raise _FailedError(TIMEOUT, words, 0) from None
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            reason, wait = self._reason(error)
+            raise _FailedError(reason, str(error) or type(error).__name__, wait) from None
+
+    def _reason(self, error: Exception) -> tuple[str, float | None]:
+        """The reason for an error of a request, and the seconds until a new try may help."""
+        aiohttp = self._aiohttp
+        cause = error.__cause__
+        if isinstance(error, aiohttp.ClientPayloadError):
+            return TRUNCATED, 0
+        if isinstance(error, aiohttp.ClientSSLError):
+            return INSECURE, None if isinstance(error, aiohttp.ClientConnectorCertificateError) else 0
+        if isinstance(error, PrivateAddressError) or isinstance(cause, PrivateAddressError):
+            return PRIVATE, None
+        if isinstance(error, aiohttp.ClientConnectorDNSError):
+            return UNKNOWN_HOST, 0
+        if isinstance(error, aiohttp.ClientResponseError):
+            return MALFORMED, None
+        if isinstance(error, ValueError) and not isinstance(error, OSError):  # aiohttp's own rules, beyond ours
+            return "malformed URL", None
+        return NO_CONNECTION, 0
 
     async def _wait_for_turn(self, host: str) -> None:
         now = time.monotonic()
@@ -178,7 +205,8 @@ class Fetcher:
         self._next[host] = turn + max(self._config.delay, self._delays.get(host, 0))
         await asyncio.sleep(turn - now)
 
-    async def _robots_file(self, url: str) -> RobotsFile:
+    async def _robots_file(self, first: str) -> RobotsFile:
+        url = first
         try:
             for _ in range(self._config.max_redirects + 1):
                 self._check_url(url)
@@ -188,7 +216,9 @@ class Fetcher:
                 url = normal_url(answer.location, url)
         except _FailedError as failure:
             status = failure.reason.removeprefix("HTTP ")
-            return RobotsFile(int(status) if status.isdigit() else 0, b"")
+            same = failure.reason in OF_HOST and host_of(url) == host_of(first)
+            reason = failure.reason if same else f"{ROBOTS}: {failure.reason}"
+            return RobotsFile(int(status) if status.isdigit() else 0, b"", reason, failure.remark)
         except RefusedURLError:
             pass
         return RobotsFile(404, b"")  # RFC 9309: after five redirects a robots.txt counts as missing
@@ -196,12 +226,13 @@ class Fetcher:
     def _check_image(self, content: bytes) -> None:
         try:
             header = read_header(content, "")
-        except UnreadableImageError:
-            raise _FailedError(NO_IMAGE) from None
+        except UnreadableImageError as error:
+            raise _FailedError(NO_IMAGE, error.words if content else "the answer is empty") from None
+        size = f"{header.width} x {header.height} pixels"
         if header.width * header.height > self._config.max_pixels:
-            raise _FailedError(PIXELS)
+            raise _FailedError(PIXELS, size)
         if min(header.width, header.height) < self._config.min_side:
-            raise _FailedError(SMALL)
+            raise _FailedError(SMALL, size)
 
 
 class _Redirect(NamedTuple):
@@ -221,14 +252,14 @@ async def _body(response: Any, limit: int, cut: bool) -> bytes:
     async for chunk in response.content.iter_chunked(CHUNK):
         try:
             body += chunk if inflate is None else inflate(chunk, limit - len(body) + 1)
-        except zlib.error:
-            raise _FailedError(TRUNCATED, 0) from None
+        except zlib.error as error:
+            raise _FailedError(ENCODING, f"{encoding}: {error}", 0) from None
         if len(body) > limit:
             if cut:
                 return bytes(body[:limit])
-            raise _FailedError(TOO_LARGE)
+            raise _FailedError(TOO_LARGE, f"more than {limit:,} bytes")
     if inflate is not None and not inflate.complete:
-        raise _FailedError(TRUNCATED, 0)
+        raise _FailedError(TRUNCATED, f"{encoding} ends too early", 0)
     return bytes(body)
 
 
