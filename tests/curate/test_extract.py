@@ -7,14 +7,13 @@ import io
 import json
 import os
 import zlib
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from dinov2.curate import run_steps
 from dinov2.curate.engines import Inline, ProcessPool
-from dinov2.curate.extract import ExtractConfig, StorageError, extract, read_html, read_warc
+from dinov2.curate.extract import ExtractConfig, StorageError, Troubles, extract, read_html, read_warc
 from dinov2.curate.pool import read_table
 from dinov2.curate.steps import Counts
 from dinov2.curate.web import read_domains
@@ -299,9 +298,9 @@ def test_storage_that_fails_is_no_damage() -> None:
 
     content = response("http://w.org/", "<img src=1.jpg>") * 2
     with pytest.raises(StorageError, match="ConnectionResetError: gone"):
-        list(read_warc(Failing(content), ExtractConfig(), Counter()))
+        list(read_warc(Failing(content), ExtractConfig(), Troubles()))
     with pytest.raises(ConnectionResetError):
-        list(read_html(Failing(gzip.compress(content)), "a.html.gz", "", ExtractConfig(), Counter()))
+        list(read_html(Failing(gzip.compress(content)), "a.html.gz", "", ExtractConfig(), Troubles()))
 
 
 def test_many_links_meet_in_ranges_of_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
