@@ -82,9 +82,7 @@ def _write(output: Output, images: str, paths: tuple[str, ...], config: CollectC
             try:
                 entry = storage.filesystem.info(full)
                 if entry["type"] != "file":  # a pipe would block the read
-                    skip(
-                        path, UNREADABLE, "it is a link that leads nowhere" if entry.get("islink") else "it is no file"
-                    )
+                    skip(path, UNREADABLE, "it is no regular file")
                     continue
                 if entry["size"] > config.max_bytes:
                     skip(path, TOO_LARGE, f"{entry['size']:,} bytes")

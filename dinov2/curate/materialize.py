@@ -93,6 +93,8 @@ def materialize(pool: Pool, seeds: Mapping[str, Pool], config: MaterializeConfig
     settings = [config.shard_size, config.blur_faces]
     final = Step(output, "materialize-set", settings, (plan.folder, *inputs), tasks, version=2)
     yield final
+    if not final.counts().rows_out:
+        raise NothingLeftError(f"none of {images} images could be written: {final.folder} has the reasons")
     return final.folder
 
 

@@ -142,7 +142,7 @@ def embedded_sets(config: CurateConfig, field: str, settings: EmbedConfig) -> St
         if not any(pools[name].kept(shard).any() for shard in pools[name].shards()):
             effect = "looked for in the pool" if field == "evaluation_sets" else "retrieved for it"
             warnings.warn(
-                f"{field}: {quoted(path)} has no image that can be read, so nothing is {effect}",
+                f"{field}: {quoted(path)} has no image that can be used, so nothing is {effect}",
                 EmptySetWarning,
                 stacklevel=2,
             )

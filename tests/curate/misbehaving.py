@@ -97,6 +97,12 @@ class Server:
                 send(
                     writer, gzip.compress(jpeg())[: len(gzip.compress(jpeg())) // 2], extra={"Content-Encoding": "gzip"}
                 )
+            case "/zipped-not":
+                send(writer, jpeg(), extra={"Content-Encoding": "gzip"})
+            case "/nonsense":
+                writer.write(b"what do you want?\r\n\r\n")
+            case "/moved-away":
+                send(writer, b"", status="302 Found", extra={"Location": "/gone?moved"})
             case "/zipped-twice":
                 halves = jpeg()[:500], jpeg()[500:]
                 send(writer, b"".join(map(gzip.compress, halves)), extra={"Content-Encoding": "gzip"})

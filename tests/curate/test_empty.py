@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dinov2.curate import Pool, run_steps
+from dinov2.curate import Pool, curate, run_steps
 from dinov2.curate.clusters import ClusterConfig
+from dinov2.curate.collect import CollectConfig
 from dinov2.curate.dedup import DedupConfig, dedup
 from dinov2.curate.engines import Inline
+from dinov2.curate.materialize import NothingLeftError
+from dinov2.curate.pipeline import EmptySetWarning
 from dinov2.curate.pool import write_decisions
+from dinov2.curate.report import write_report
 from dinov2.curate.retrieve import RetrieveConfig, retrieve
+from dinov2.curate.screen import ScreenConfig
 from dinov2.curate.search import SearchConfig, search
-from dinov2.curate.steps import Output
+from dinov2.curate.steps import Output, run_task
+from dinov2.recipes import laptop
+from tests.curate.pictures import encoded, picture
+from tests.curate.test_download import write_links
 from tests.curate.vector_pools import vector_pool
 
 VECTORS = np.eye(6, 16, dtype=np.float16)
@@ -105,3 +115,103 @@ def check_retrieval(pool: Pool, tmp_path: Path, method: str, seeds: str) -> None
         assert left(kept) == left(pool) // 2
     else:
         assert left(kept) == (left(pool) if left(own["seeds"]) else 0)
+
+
+PICTURES = {
+    "junk": [b"junk"],
+    "cut": [encoded(picture(1))[:-200], encoded(picture(2))[:-200]],
+    "tiny": [encoded(picture(3, 16, 16)), encoded(picture(4, 16, 16))],
+    "good": [encoded(picture(5)), encoded(picture(6))],
+    "seeds": [encoded(picture(7)), encoded(picture(8))],
+    "test": [encoded(picture(9)), encoded(picture(10))],
+}
+
+
+def folder_of(root: Path, kinds: tuple[str, ...]) -> str:
+    """A folder with the pictures of each kind, in this order."""
+    root.mkdir()
+    for number, content in enumerate(content for kind in kinds for content in PICTURES[kind]):
+        (root / f"{number:02d}.png").write_bytes(content)
+    return str(root)
+
+
+@pytest.mark.parametrize(
+    ("pool", "tests", "seeds", "method", "images"),
+    [
+        (("junk", "junk", "good"), None, None, "auto", 2),
+        (("good", "junk", "junk"), ("junk",), None, "hierarchical", 1),
+        (("cut", "good", "tiny"), ("cut",), ("seeds",), "sample", 2),
+        (("tiny", "good"), ("test",), ("seeds", "junk"), "cluster", 2),
+        (("good",), None, ("cut",), "cluster", 0),
+        (("good",), ("good",), ("seeds",), "cluster", 0),
+        (("junk", "junk"), ("test",), ("seeds",), "cluster", 0),
+        (("cut", "tiny"), ("junk",), ("cut",), "hierarchical", 0),
+        (("tiny",), None, None, "auto", 0),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, tuple) else str(value),
+)
+def test_every_stage(
+    pool: tuple[str, ...],
+    tests: tuple[str, ...] | None,
+    seeds: tuple[str, ...] | None,
+    method: str,
+    images: int,
+    tmp_path: Path,
+) -> None:
+    """Shards of two files: some without an image, some whose images all go in the first stages, and sets like these."""
+    recipe = laptop()
+    config = dataclasses.replace(
+        recipe,
+        output=str(tmp_path / "out"),
+        images=folder_of(tmp_path / "pool", pool),
+        evaluation_sets=() if tests is None else (folder_of(tmp_path / "tests", tests),),
+        seeds=() if seeds is None else (folder_of(tmp_path / "seeds", seeds),),
+        collect=CollectConfig(shard_size=2),
+        screen=ScreenConfig(faces="none"),
+        retrieve=dataclasses.replace(recipe.retrieve, method=method, min_seeds=1, clusters=ClusterConfig(clusters=2)),
+    )
+    unusable = [
+        name for name, kinds in (("evaluation_sets", tests), ("seeds", seeds)) if kinds in (("junk",), ("cut",))
+    ]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if images:
+            kept = run_steps(curate(config), Inline(), tries=1).chosen
+            assert left(kept) == images
+        else:
+            with pytest.raises(NothingLeftError, match="no image is left to write"):
+                run_steps(curate(config), Inline(), tries=1)
+        said = [str(entry.message) for entry in caught if entry.category is EmptySetWarning]
+        text = Path(write_report(config)).read_text()
+    assert [line.partition(":")[0] for line in said] == unusable
+    assert all(line.partition(":")[0] in text for line in said)
+
+
+def test_no_link_can_be_fetched(tmp_path: Path) -> None:
+    links = write_links(tmp_path / "links", ["data:image/png;base64,xx", "ftp://x/y"])
+    config = dataclasses.replace(laptop(), output=str(tmp_path / "out"), links=links, screen=ScreenConfig(faces="none"))
+    with pytest.raises(NothingLeftError):
+        run_steps(curate(config), Inline(), tries=1)
+    assert "other scheme" in Path(write_report(config)).read_text()
+
+
+def test_what_an_interrupted_task_left(tmp_path: Path) -> None:
+    """Half-written files and an empty folder of a step: the report takes them, and the next run goes on."""
+    config = dataclasses.replace(
+        laptop(),
+        output=str(tmp_path / "out"),
+        images=folder_of(tmp_path / "pool", ("junk", "good")),
+        collect=CollectConfig(shard_size=2),
+        screen=ScreenConfig(faces="none"),
+    )
+    for step in curate(config):
+        folder = Path(step.folder)
+        for place in (".", "images", "index"):
+            (folder / place).mkdir(parents=True, exist_ok=True)
+            (folder / place / f"{step.tasks[-1].shard}.tar.12345678.partial").write_bytes(b"half")
+        if step.name == "screen-hashes":
+            break
+        for task in step.tasks:
+            run_task(step.folder, task)
+    assert "screen-measures" in Path(write_report(config)).read_text()
+    assert left(run_steps(curate(config), Inline()).chosen) == 2

@@ -15,6 +15,8 @@ from dinov2.curate.materialize import LOST
 from dinov2.curate.pipeline import CurateConfig
 from dinov2.curate.pool import Pool, read_skipped, read_table
 from dinov2.curate.report.finished import pool_of, sets_of
+from dinov2.curate.screen import EXACT, NEAR
+from dinov2.curate.search.vectors import read_layout
 from dinov2.curate.steps import Step
 from dinov2.data.shards.storage import Storage
 from dinov2_kernels._extras import require
@@ -22,6 +24,7 @@ from dinov2_kernels._extras import require
 FATES, DROPPED = "fates.parquet", "dropped.csv"
 POOL = "pool"
 KEPT, USED = "kept", "used"
+REPEATS = (EXACT, NEAR)
 EXAMPLES = 5
 COLUMNS = {
     "set": "string",  # pool, or evaluation_sets/NAME or seeds/NAME
@@ -33,6 +36,7 @@ COLUMNS = {
     "fate": "string",  # kept, or used in a set, or the stage that dropped it
     "reason": "string",  # why it was dropped
     "remark": "string",  # the decoder's or the system's words, also about kept images
+    "instead": "string",  # SHARD/ROW of the image that is kept instead; for an evaluation image, SET/SHARD/ROW
 }
 
 
@@ -130,22 +134,21 @@ def _of_pool(
     start = 0
     for shard in pool.shards():
         index = pool.index(shard)
-        fate, reason, remark = _judged(pool, shard, len(index), in_use, by_folder)
+        judged = _judged(pool, shard, len(index), in_use, by_folder)
         for row in range(len(index)) if lost else ():
-            if start + row in lost and reason[row] is None:
-                fate[row], (reason[row], remark[row]) = "materialize", lost[start + row]
+            if start + row in lost and judged["reason"][row] is None:
+                judged["fate"][row] = "materialize"
+                judged["reason"][row], judged["remark"][row] = lost[start + row]
         start += len(index)
         yield _table(
             {
                 "set": [name] * len(index),
-                "name": _names(index, shard),
+                "name": names_of(index, shard),
                 "shard": [shard] * len(index),
                 "row": range(len(index)),
                 "width": index["width"],
                 "height": index["height"],
-                "fate": fate,
-                "reason": reason,
-                "remark": remark,
+                **judged,
             }
         )
         if own is not None and own.name == "collect-images":
@@ -156,24 +159,52 @@ def _of_pool(
             yield _of_skipped(name, own, failed.rename_columns(["name", "reason", "remark"]))
 
 
-Words = npt.NDArray[np.object_]  # [n] texts or None
+Texts = npt.NDArray[np.object_]  # [n] texts or None
 
 
-def _judged(pool: Pool, shard: str, rows: int, in_use: str, by_folder: dict[str, Step]) -> tuple[Words, Words, Words]:
-    """Fate, reason and remark of each row of a shard."""
-    fate, reason, remark = np.full(rows, in_use, object), np.full(rows, None, object), np.full(rows, None, object)
+def _judged(pool: Pool, shard: str, rows: int, in_use: str, by_folder: dict[str, Step]) -> dict[str, Texts]:
+    """The columns fate, reason, remark and instead of a shard."""
+    columns = {name: np.full(rows, None, object) for name in ("fate", "reason", "remark", "instead")}
+    columns["fate"][:] = in_use
     for folder in pool.decisions:
         table = read_table(folder, shard)
         here = table["reason"].is_valid().to_numpy()  # rows that were out before have no reason
-        fate[here] = by_folder[folder].stage
-        reason[here] = np.array(table["reason"].to_pylist(), object)[here]
-        if "remark" in table.column_names:
-            said = table["remark"].is_valid().to_numpy()
-            remark[said] = np.array(table["remark"].to_pylist(), object)[said]
-    return fate, reason, remark
+        columns["fate"][here] = by_folder[folder].stage
+        for name, values in (
+            ("reason", _texts(table, "reason")),
+            ("instead", _instead(table, by_folder)),
+            ("remark", _texts(table, "remark")),
+        ):
+            known = np.array([value is not None for value in values], dtype=bool)
+            known &= here | (name == "remark")
+            columns[name][known] = values[known]
+    return columns
 
 
-def _names(index: Any, shard: str) -> list[str]:
+def _texts(table: Any, name: str) -> Texts:
+    texts = np.full(len(table), None, object)
+    if name in table.column_names:
+        texts[:] = table[name].to_pylist()
+    return texts
+
+
+def _instead(table: Any, by_folder: dict[str, Step]) -> Texts:
+    """Where the image is that is kept instead of each row, by the columns of screening and deduplication."""
+    places = np.full(len(table), None, object)
+    if "kept_row" in table.column_names:  # a number among all rows
+        layout = next(read_layout(folder) for folder, step in by_folder.items() if step.name == "screen-rows")
+        numbers, rows = layout.locate(table["kept_row"].to_numpy())
+        places[:] = [f"{layout.names[number]}/{row}" for number, row in zip(numbers, rows, strict=True)]
+        places[[reason not in REPEATS for reason in table["reason"].to_pylist()]] = None
+    for columns in (("representative_shard", "representative_row"), ("reference", "reference_shard", "reference_row")):
+        if set(columns) <= set(table.column_names):
+            for number, place in enumerate(zip(*(table[name].to_pylist() for name in columns), strict=True)):
+                if None not in place:
+                    places[number] = "/".join(map(str, place))
+    return places
+
+
+def names_of(index: Any, shard: str) -> list[str]:
     """The best name that the index has for each row."""
     columns = [index[name].to_pylist() for name in ("path", "url") if name in index.column_names]
     keys = index["key"].to_pylist() if "key" in index.column_names else range(len(index))

@@ -12,10 +12,10 @@ import numpy as np
 
 from dinov2.configuration import to_json
 from dinov2.curate.faces import Box
-from dinov2.curate.pipeline import CurateConfig
+from dinov2.curate.pipeline import STAGES, CurateConfig
 from dinov2.curate.pool import Pool, read_table
 from dinov2.curate.report import page, sections
-from dinov2.curate.report.fates import DROPPED, FATES, Fates, write_fates
+from dinov2.curate.report.fates import DROPPED, FATES, Cause, Fates, names_of, write_fates
 from dinov2.curate.report.finished import finished_steps, pool_of, sets_of
 from dinov2.curate.report.page import Pictures, histogram
 from dinov2.curate.runner import summarize
@@ -107,12 +107,16 @@ def names(sets: Sequence[str], fates: Fates) -> Iterator[str]:
             f"{number:,}",
             _examples(fates.examples[cause]),
         ]
-        for cause, number in fates.dropped.items()
+        for cause, number in sorted(fates.dropped.items(), key=lambda entry: _order(entry[0], sets))
     ]
     if fates.remarks:
-        rows.append(["", "", "used in spite of a remark", f"{fates.remarked:,}", _examples(fates.remarks)])
+        rows.append(["", "", "in use, with a remark", f"{fates.remarked:,}", _examples(fates.remarks)])
     if rows:
         yield page.table(["set", "stage", "reason", "images", "for example"], rows, frozenset({3}))
+
+
+def _order(cause: Cause, sets: Sequence[str]) -> tuple[int, int, str]:
+    return sets.index(cause.set) if cause.set in sets else -1, STAGES.index(cause.stage), cause.reason
 
 
 def _examples(named: Sequence[tuple[str, str]]) -> str:
@@ -147,7 +151,7 @@ def screened(step: Step, pool: Pool) -> Iterator[str]:
     pictures, by_reason, faces = Pictures(pool), defaultdict[str, list[str]](list), list[str]()
     values: dict[str, list[Any]] = defaultdict(list)
     for task in step.tasks:
-        table, index = read_table(step.folder, task.shard), pool.index(task.shard, ["width", "height"])
+        table, index = read_table(step.folder, task.shard), pool.index(task.shard)
         for name in MEASURES[:2]:
             values[name].append(table[name].drop_null().to_numpy())
         width, height = index["width"].to_numpy(), index["height"].to_numpy()
@@ -155,9 +159,9 @@ def screened(step: Step, pool: Pool) -> Iterator[str]:
         values["aspect"].append(np.maximum(width, height) / np.maximum(np.minimum(width, height), 1))
         for row, reason in enumerate(table["reason"].to_pylist()):
             if reason is not None and len(by_reason[reason]) < PER_REASON:
-                by_reason[reason].append(
-                    page.figure(pictures.at(task.shard, row), f"{width[row]} x {height[row]}", "gone")
-                )
+                (name,) = names_of(index.slice(row, 1), task.shard)
+                caption = f"{name}, {width[row]} x {height[row]}"
+                by_reason[reason].append(page.figure(pictures.at(task.shard, row), caption, "gone"))
         for row, boxes in enumerate(table["faces"].to_pylist()):
             if boxes and table["keep"][row].as_py() and len(faces) < PER_REASON:
                 found = [Box(**box) for box in boxes]
