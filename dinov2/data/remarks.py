@@ -14,8 +14,8 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TextIO
+from contextlib import ExitStack, contextmanager
+from typing import IO, TextIO
 
 LINES, LENGTH = 3, 300  # of what is kept about one image; a damaged fax has a line for each row of pixels
 SHOWN = 20  # images of a process whose remarks are shown
@@ -129,27 +129,36 @@ def overheard() -> Iterator[list[str]]:
 
 @contextmanager
 def native_overheard() -> Iterator[None]:
-    """Within :func:`overheard`, also catch what C libraries write to the standard error. Other threads wait.
+    """Within :func:`overheard`, also catch what C libraries write to the standard error.
 
-    It costs about 50 microseconds, so only decoders that write there are run in it.
+    This takes the standard error of the whole process, so other threads wait for their turn. It costs about 70
+    microseconds. So only decoders that write there are run in it.
     """
     if _listener.heard is None:
         yield
         return
-    with _native, tempfile.TemporaryFile() as file:
+    with _native, ExitStack() as stack:
         try:
-            error = os.dup(2)
-        except OSError:  # the process has none
+            before = os.dup(2)
+            stack.callback(os.close, before)
+            file = stack.enter_context(_scratch())
+        except OSError:  # the process has no standard error, or may open no more files
             yield
             return
         os.dup2(file.fileno(), 2)
         try:
             yield
         finally:
-            os.dup2(error, 2)
-            os.close(error)
+            os.dup2(before, 2)
             file.seek(0)
             _listener.heard.append(file.read(LENGTH * LENGTH).decode("utf-8", "replace"))
+
+
+def _scratch() -> IO[bytes]:
+    """A file for some lines. In memory it needs neither a folder nor space on a disk."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("words"), "w+b")
+    return tempfile.TemporaryFile()
 
 
 @contextmanager
