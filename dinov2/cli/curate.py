@@ -71,14 +71,14 @@ def run(arguments: Sequence[str]) -> None:
     nothing: NothingLeftError | None = None
     tries, patience = config.engine.tries, config.engine.patience
     with Progress(console) as progress:
-        if what != "run":
-            steps = only(curate(config), what)
-            run_steps(steps, engine, tries=tries, part=part, patience=patience, watcher=progress)
-        else:
-            try:
+        try:
+            if what != "run":
+                steps = only(curate(config), what)
+                run_steps(steps, engine, tries=tries, part=part, patience=patience, watcher=progress)
+            else:
                 made = run_steps(curate(config), engine, tries=tries, part=part, patience=patience, watcher=progress)
-            except NothingLeftError as error:
-                nothing = error
+        except NothingLeftError as error:  # the report says why
+            nothing = error
     console.print(table(progress.steps))
     if part.number == 0:
         report(console, config)

@@ -26,6 +26,7 @@ from dinov2.curate.web import (
     read_domains,
 )
 from dinov2.data.decoding import UnreadableImageError, read_header
+from dinov2.data.remarks import LENGTH, plain
 from dinov2_kernels._extras import require
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ class Fetcher:
                 return Fetched(content, None, tries)
             except _FailedError as failure:
                 if failure.wait is None or tries == self._config.tries:
-                    return Fetched(None, failure.reason, tries, failure.remark)
+                    return Fetched(None, plain(failure.reason), tries, plain(failure.remark)[:LENGTH])
                 await asyncio.sleep(min(max(wait, failure.wait), self._config.max_wait))
                 wait *= 2
         raise AssertionError

@@ -16,6 +16,7 @@ from dinov2.curate.faces import Box, blurred_file
 from dinov2.curate.pool import Pool, read_array, read_table
 from dinov2.curate.search.vectors import layout_of, read_layout
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task
+from dinov2.data.remarks import plain
 from dinov2.data.shards import ShardImage, write_shard
 from dinov2.data.shards.storage import RangeReader, Storage
 from dinov2.data.shards.writing import COLUMNS
@@ -127,7 +128,7 @@ def _write(
                 try:
                     content = blurred_file(content, faces)
                 except (OSError, ValueError) as error:
-                    lost.append((place, OUT, str(error)))  # an image is not written with visible faces
+                    lost.append((place, OUT, plain(str(error))))  # an image is not written with visible faces
                     continue
                 blurred += 1
             yield ShardImage(f"{place:09d}", content, columns)

@@ -39,7 +39,7 @@ from dinov2.data.layouts import (
     refuse_bomb,
     tiff_sizes,
 )
-from dinov2.data.remarks import native_overheard, overheard, remark
+from dinov2.data.remarks import native_overheard, overheard, plain, remark
 
 IMAGE_EXTENSIONS = (
     ".avif",
@@ -164,7 +164,7 @@ def _as_unreadable(name: str, remarks: bool = True) -> Iterator[None]:
         except Exception as error:
             failure = error
     if failure is not None:
-        words = "; ".join([_in_words(failure), *said])
+        words = "; ".join([plain(_in_words(failure)), *said])
         raise UnreadableImageError(f"cannot read image {name}: {words}", words) from failure
     if said and remarks:
         remark(name, said)

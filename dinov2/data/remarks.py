@@ -28,6 +28,18 @@ class ImageRemarkWarning(UserWarning):
     """A library said something about an image that it decoded nevertheless; some of its pixels may be wrong."""
 
 
+def plain(text: str) -> str:
+    r"""Words of others as one line that every table and terminal takes. Signs that cannot be shown are escaped.
+
+    Example:
+        >>> from dinov2.data.remarks import plain
+        >>> print(plain("Not\udce9 Found\n\x1b[0m"))
+        Not\udce9 Found \x1b[0m
+    """
+    line = " ".join(text.split())
+    return line if line.isprintable() else "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in line)
+
+
 class _Listener(threading.local):
     """What the current thread has heard, and where it keeps its remarks; None if nobody asks."""
 
@@ -102,7 +114,8 @@ def _start_again() -> None:
 def overheard() -> Iterator[list[str]]:
     """Catch what libraries say in this thread. At the end of the context the list has their words, one entry a line.
 
-    Entries are few and short. They hold no addresses of memory, so they are the same in every run.
+    Entries are few and short. They hold no addresses of memory, so they are the same in every run. If several threads
+    decode, Python may drop a warning that another thread has at the same moment.
 
     Example:
         >>> import warnings
@@ -120,7 +133,7 @@ def overheard() -> Iterator[list[str]]:
             yield words
     finally:
         _listener.heard = before
-        lines = [" ".join(_ADDRESS.sub("", line).split())[:LENGTH] for text in heard for line in text.splitlines()]
+        lines = [_ADDRESS.sub("", plain(line))[:LENGTH] for text in heard for line in text.splitlines()]
         distinct = list(dict.fromkeys(filter(None, lines)))
         words += distinct[:LINES]
         if more := len(distinct) - LINES:

@@ -59,6 +59,7 @@ def fetch(url: str, config: DownloadConfig = QUICK, resolver: Any = None) -> Fet
         ("/zipped-cut", "truncated", 3),
         ("/zipped-not", "damaged encoding", 3),
         ("/nonsense", "malformed answer", 1),
+        ("/encoded", r"encoding \udce9\udcff", 1),
         ("/moved-away", "HTTP 404", 1),
         ("/endless", "too large", 1),
         ("/html", "no image", 1),
@@ -112,6 +113,7 @@ def test_nobody_answers() -> None:
     ("path", "remark"),
     [
         ("/gone", "Not Found"),
+        ("/no-utf8", r"^Not\\udce9 Found\\x1b\[1m$"),
         ("/moved-away", "redirected to http://.*/gone.moved; Not Found"),
         ("/to-file", "file:///etc/passwd"),
         ("/loop", "redirected to|the last one leads to http://.*/loop"),
