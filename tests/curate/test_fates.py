@@ -191,6 +191,23 @@ def test_images_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
         run_steps(curate(alone), Inline(), tries=1)
 
 
+def test_sets_of_tars_with_the_least_index(tmp_path: Path) -> None:
+    """Offsets and sizes are all that an index must have; the name is then that of the shard and the row."""
+    pool = write_pool(tmp_path / "pool", [{"a": encoded(picture(0))}])
+    tests = write_pool(tmp_path / "tests", [{"b": encoded(picture(1))}, {"c": encoded(picture(2))[:-300]}])
+    for file in (tmp_path / "tests" / "index").iterdir():
+        index = pyarrow.parquet.read_table(file, columns=["offset", "size"])
+        pyarrow.parquet.write_table(index, file)
+    config = of_tests(tmp_path / "out", images=pool.images, evaluation_sets=(tests.images,))
+    run_steps(curate(config), Inline(), tries=1)
+    write_report(config)
+    assert brief(tmp_path / "out") == {
+        ("pool", "00000/a"): ("kept", None),
+        ("evaluation_sets/tests", "00000/0"): ("used", None),
+        ("evaluation_sets/tests", "00001/0"): ("embed", "unreadable"),
+    }
+
+
 def test_shards_after_one_another(tmp_path: Path) -> None:
     """Rows come in the order of shards, whatever is skipped between them, and a report of a part says what is known."""
     images = tmp_path / "images"

@@ -25,6 +25,7 @@ FATES, DROPPED = "fates.parquet", "dropped.csv"
 POOL = "pool"
 KEPT, USED = "kept", "used"
 REPEATS = (EXACT, NEAR)
+SIDES = ("width", "height")
 EXAMPLES = 5
 COLUMNS = {
     "set": "string",  # pool, or evaluation_sets/NAME or seeds/NAME
@@ -146,8 +147,7 @@ def _of_pool(
                 "name": names_of(index, shard),
                 "shard": [shard] * len(index),
                 "row": range(len(index)),
-                "width": index["width"],
-                "height": index["height"],
+                **{side: index[side] if side in index.column_names else [None] * len(index) for side in SIDES},
                 **judged,
             }
         )
