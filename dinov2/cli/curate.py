@@ -16,8 +16,9 @@ from dinov2.cli.curation_progress import Progress, table
 from dinov2.cli.run_options import check_output, device_of, read_options
 from dinov2.configuration import read_json
 from dinov2.curate import STAGES, CurateConfig, Part, curate, only, run_steps
+from dinov2.curate.materialize import NothingLeftError
 from dinov2.curate.pipeline import save_config
-from dinov2.curate.report import write_report
+from dinov2.curate.report import DROPPED, FATES, write_report
 from dinov2.data.files import shown
 from dinov2.recipes import CURATIONS, curation
 
@@ -58,7 +59,7 @@ def run(arguments: Sequence[str]) -> None:
     parsed = parse(what, name, options)
     config, part, console = parsed.config, share(parsed.shard), Console()
     if what == "report":
-        say(console, f"report: {shown(write_report(config))}")
+        report(console, config)
         return
     for stage in ("embed_copies", "embed"):
         device, is_elsewhere = getattr(config, stage).device, config.engine.kind == "ray"
@@ -67,18 +68,32 @@ def run(arguments: Sequence[str]) -> None:
         check_output(Path(config.output))
     save_config(config)
     engine = config.engine.open()
+    nothing: NothingLeftError | None = None
     tries, patience = config.engine.tries, config.engine.patience
     with Progress(console) as progress:
-        if what != "run":
-            steps = only(curate(config), what)
-            run_steps(steps, engine, tries=tries, part=part, patience=patience, watcher=progress)
-        else:
-            made = run_steps(curate(config), engine, tries=tries, part=part, patience=patience, watcher=progress)
+        try:
+            if what != "run":
+                steps = only(curate(config), what)
+                run_steps(steps, engine, tries=tries, part=part, patience=patience, watcher=progress)
+            else:
+                made = run_steps(curate(config), engine, tries=tries, part=part, patience=patience, watcher=progress)
+        except NothingLeftError as error:  # the report says why
+            nothing = error
     console.print(table(progress.steps))
     if part.number == 0:
-        say(console, f"report: {shown(write_report(config))}")
+        report(console, config)
+    if nothing is not None:
+        raise nothing
     if what == "run":
         say(console, f"train on it: dinov2 pretrain vits14_small_data --data.root {shown(str(made.root))}")
+
+
+def report(console: Console, config: CurateConfig) -> None:
+    """Write the report and the tables beside it, and print where they are."""
+    page = write_report(config)
+    say(console, f"report: {shown(page)}")
+    for what, name in (("every image and its fate", FATES), ("names and reasons of dropped images", DROPPED)):
+        say(console, f"{what}: {shown(f'{config.output}/{name}')}")
 
 
 def parse(what: str, name: str, options: Sequence[str]) -> Arguments:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from dinov2.configuration import Config, Count, CountOr0, Rules
 from dinov2.curate.lloyd import k_means_in_memory, means_of, nearest_centroids, resampled, sums_of
 from dinov2.curate.pool import Pool, read_array, read_table
-from dinov2.curate.search.vectors import PoolVectors, read_layout
+from dinov2.curate.search.vectors import PoolVectors, read_layout, width_of
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task
 
 ROWS_PER_CLUSTER = 7_440  # DINOv2: 744 million images in 100,000 clusters
@@ -141,8 +141,9 @@ def _start(output: Output, pool: Pool, layout: str, config: ClusterConfig) -> Co
     rows = np.concatenate(
         [np.zeros(0, np.int64), *(_present(pool, shard, places.range_of(shard)[0]) for shard in places.names)]
     )
-    if not len(rows):
-        raise ValueError("pool: expected images with features to cluster, got none")
+    if not len(rows):  # one cluster without images, so that no later step needs a rule for empty pools
+        output.write_array(np.zeros((1, width_of(pool, places)), np.float32))
+        return Counts(0, 0, {}, {"clusters": 1})
     k = config.number(len(rows))
     rng = np.random.default_rng(config.seed)
     chosen = np.sort(rng.choice(rows, min(len(rows), k * config.sample), replace=False))

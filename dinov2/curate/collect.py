@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dinov2.configuration import Config, Count
-from dinov2.curate.pool import Pool
+from dinov2.curate.pool import Pool, Skipped, write_skipped
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task, digest
 from dinov2.data.decoding import IMAGE_EXTENSIONS
 from dinov2.data.files import escaped
@@ -62,7 +62,7 @@ def collect(images: str, config: CollectConfig, output: str) -> Steps[Pool]:
         Task(f"{number:05d}", _write, (images, tuple(piece), config), len(piece)) for number, piece in enumerate(pieces)
     ]
     listing = digest([[f"{storage.root}/{path}", sizes[path]] for path in paths])
-    step = Step(output, "collect-images", [config, listing], (images,), tasks, "files")
+    step = Step(output, "collect-images", [config, listing], (images,), tasks, "files", version=2)
     yield step
     return Pool(step.folder)
 
@@ -72,8 +72,11 @@ def _is_image(path: str) -> bool:
 
 
 def _write(output: Output, images: str, paths: tuple[str, ...], config: CollectConfig) -> Counts:
-    """Task: write one shard."""
-    storage, dropped = Storage(images), Counter[str]()
+    """Task: write one shard, and the table of the files that are in none."""
+    storage, skipped = Storage(images), list[Skipped]()
+
+    def skip(path: str, reason: str, remark: str) -> None:
+        skipped.append(Skipped(escaped(path), reason, remark))
 
     def files() -> Iterator[ShardImage]:
         for path in paths:
@@ -82,19 +85,26 @@ def _write(output: Output, images: str, paths: tuple[str, ...], config: CollectC
             try:
                 entry = storage.filesystem.info(full)
                 if entry["type"] != "file":  # a pipe would block the read
-                    dropped[UNREADABLE] += 1
+                    skip(path, UNREADABLE, "it is no regular file")
                     continue
                 if entry["size"] > config.max_bytes:
-                    dropped[TOO_LARGE] += 1
+                    skip(path, TOO_LARGE, f"{entry['size']:,} bytes")
                     continue
                 content = storage.filesystem.cat_file(full)
-            except OSError:
-                dropped[UNREADABLE] += 1
+            except OSError as error:
+                skip(path, UNREADABLE, error.strerror or str(error))
                 continue
             yield ShardImage(key_of(path), content, {"path": escaped(path)})
 
-    report = write_shard(files(), output.folder, int(output.shard))
-    return Counts(len(paths), report.images, dict(sorted((dropped + report.skipped).items())))
+    report = write_shard(
+        files(),
+        output.folder,
+        int(output.shard),
+        lambda image, reason, remark: skipped.append(Skipped(image.columns["path"], reason, remark)),
+    )
+    write_skipped(output, skipped)
+    dropped = Counter(entry.reason for entry in skipped)
+    return Counts(len(paths), report.images, dict(sorted(dropped.items())))
 
 
 def key_of(name: str) -> str:

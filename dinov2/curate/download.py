@@ -5,49 +5,24 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import tempfile
-import time
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
-from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dinov2.configuration import AtLeast0, Config, Count, CountOr0, Positive, Rules
-from dinov2.curate.bodies import Inflater
 from dinov2.curate.collect import key_of
-from dinov2.curate.pool import Pool, read_table
+from dinov2.curate.fetching import Fetched, Fetcher
+from dinov2.curate.pool import Pool, Skipped, read_table, write_skipped
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task, digest
-from dinov2.curate.web import (
-    ROBOTS_BYTES,
-    PrivateAddressError,
-    RefusedURLError,
-    Robots,
-    RobotsFile,
-    check_literal,
-    host_of,
-    is_blocked,
-    normal_url,
-    opts_out,
-    public_resolver,
-    read_domains,
-)
-from dinov2.data.decoding import UnreadableImageError, read_header
+from dinov2.curate.web import RefusedURLError, host_of, normal_url
 from dinov2.data.shards import ShardImage, write_shard
 from dinov2.data.shards.storage import Storage
 from dinov2_kernels._extras import require
 from dinov2_kernels._version import __version__
 
 UNDER_WAY = 4  # a task has this many times its concurrency of links in memory
-REDIRECTS = frozenset({301, 302, 303, 307, 308})
-PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
-CHUNK = 65_536
-
-PRIVATE, LOOP, ROBOTS, OPT_OUT = "private address", "too many redirects", "robots.txt", "opted out"
-TOO_LARGE, NO_IMAGE, PIXELS, SMALL = "too large", "no image", "too many pixels", "too small"
-TIMEOUT, NO_CONNECTION, TRUNCATED, BLOCKED = "timeout", "no connection", "truncated", "blocked domain"
 
 
 @dataclass(frozen=True)
@@ -119,7 +94,7 @@ def download(links: str, config: DownloadConfig, output: str) -> Steps[Pool]:
 
     Returns:
         The pool. Each shard also has a table of all its links: url, host, reason (null if there is an image), tries,
-        bytes.
+        bytes, remark.
 
     Raises:
         ValueError: there are no links, or a file is no table of links.
@@ -132,23 +107,23 @@ def download(links: str, config: DownloadConfig, output: str) -> Steps[Pool]:
         _check_columns(storage, path)
     listing = digest({name: storage.filesystem.size(path) for name, path in tables.items()})
     task = Task("all", _plan, (links, config.links_per_shard))
-    plan = Step(output, "download-plan", [config.links_per_shard, listing], (links,), [task], "links")
+    plan = Step(output, "download-plan", [config.links_per_shard, listing], (links,), [task], "links", version=2)
     yield plan
     shards = plan.counts().figures["shards"]
     tasks = [Task(f"{number:05d}", _download, (plan.folder, config)) for number in range(shards)]
-    images = Step(output, "download-images", config, (plan.folder,), tasks, "links")
+    images = Step(output, "download-images", config, (plan.folder,), tasks, "links", version=2)
     yield images
     return Pool(images.folder)
 
 
 def _plan(output: Output, links: str, links_per_shard: int) -> Counts:
-    """Task: write ``all.SHARD.parquet`` with the links of each shard.
+    """Task: write ``all.SHARD.parquet`` with the links of each shard, and the table of refused links.
 
     All links of a host go into one shard; hosts are sorted by the hashes of their names. A host with more links than a
     shard holds continues in the next shard. Links of a shard are sorted by their hashes, so that hosts take turns.
     """
     by_host: dict[str, dict[str, tuple[str, str]]] = defaultdict(dict)
-    dropped, rows = Counter[str](), 0
+    dropped, skipped, rows = Counter[str](), list[Skipped](), 0
     for shard in Storage(links).files("", ".parquet"):
         table = read_table(links, shard)
         columns = [
@@ -160,6 +135,7 @@ def _plan(output: Output, links: str, links_per_shard: int) -> Counts:
                 url = normal_url(link or "")
             except RefusedURLError as error:
                 dropped[error.reason] += 1
+                skipped.append(Skipped(link or "", error.reason, ""))
                 continue
             if url in by_host[host_of(url)]:
                 dropped["repeated link"] += 1
@@ -178,6 +154,7 @@ def _plan(output: Output, links: str, links_per_shard: int) -> Counts:
     for number, entries in enumerate(shards):
         entries.sort(key=lambda entry: _hash(entry[0]))
         _write_table(output, f".{number:05d}.parquet", entries)
+    write_skipped(output, skipped)
     total = sum(map(len, shards))
     return Counts(rows, total, dict(sorted(dropped.items())), {"hosts": len(by_host), "shards": len(shards)})
 
@@ -220,6 +197,7 @@ def _download(output: Output, plan: str, config: DownloadConfig) -> Counts:
             "reason": arrow.array([result.reason for result in results], arrow.string()),
             "tries": [result.tries for result in results],
             "bytes": sizes,
+            "remark": arrow.array([result.remark or None for result in results], arrow.string()),
         }
     )
     dropped = Counter(result.reason for result in results if result.reason is not None)
@@ -254,208 +232,3 @@ def _write_table(output: Output, suffix: str, rows: list[tuple[str, str, str]]) 
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-class Fetched(NamedTuple):
-    """The result of a link.
-
-    Attributes:
-        content: bytes of the file; None if the link failed.
-        reason: why the link failed; None if there is a file.
-        tries: number of tries.
-    """
-
-    content: bytes | None
-    reason: str | None
-    tries: int
-
-
-class _FailedError(Exception):
-    def __init__(self, reason: str, wait: float | None = None) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.wait = wait  # seconds until a new try may help; None if no try will help
-
-
-class Fetcher:
-    """A client for one task; used as an asynchronous context manager.
-
-    Args:
-        config: limits, and how politely links are fetched.
-        resolver: an aiohttp resolver of names; the system's by default. Its answers are checked.
-    """
-
-    def __init__(self, config: DownloadConfig, resolver: Any = None) -> None:
-        self._aiohttp = require("aiohttp", extra="curate", purpose="downloading")
-        self._config = config
-        self._resolver = resolver
-        self._blocked = read_domains(config.blocked_domains)
-        self._robots = Robots(self._robots_file, config.agent)
-        self._slots = asyncio.Semaphore(config.concurrency)
-        self._hosts: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(config.per_host))
-        self._next: dict[str, float] = defaultdict(float)
-        self._delays: dict[str, float] = {}
-
-    async def __aenter__(self) -> Fetcher:
-        aiohttp, config = self._aiohttp, self._config
-        resolver = self._resolver or aiohttp.ThreadedResolver()
-        connector = aiohttp.TCPConnector(
-            limit=0, resolver=resolver if config.allow_private_addresses else public_resolver(resolver)
-        )
-        self._session = aiohttp.ClientSession(
-            connector=connector,
-            headers={"User-Agent": config.user_agent, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"},
-            timeout=aiohttp.ClientTimeout(total=config.timeout, sock_connect=config.connect_timeout),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            auto_decompress=False,
-            trust_env=False,
-        )
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._session.close()
-
-    async def fetch(self, url: str) -> Fetched:
-        """Fetch the image at a normal URL."""
-        wait = self._config.backoff
-        for tries in range(1, self._config.tries + 1):
-            try:
-                content = await self._follow(url)
-                self._check_image(content)
-                return Fetched(content, None, tries)
-            except _FailedError as failure:
-                if failure.wait is None or tries == self._config.tries:
-                    return Fetched(None, failure.reason, tries)
-                await asyncio.sleep(min(max(wait, failure.wait), self._config.max_wait))
-                wait *= 2
-        raise AssertionError
-
-    async def _follow(self, url: str) -> bytes:
-        """Fetch the bytes at a URL through redirects. Each redirect is checked like the first URL."""
-        for _ in range(self._config.max_redirects + 1):
-            self._check_url(url)
-            if self._config.robots:
-                if not await self._robots.allows(url):
-                    raise _FailedError(ROBOTS)
-                self._delays[host_of(url)] = min(await self._robots.delay(url), self._config.max_wait)
-            answer = await self._get(url, self._config.max_bytes)
-            if isinstance(answer, bytes):
-                return answer
-            try:
-                url = normal_url(answer.location, url)
-            except RefusedURLError as error:
-                raise _FailedError(f"redirect: {error.reason}") from None
-        raise _FailedError(LOOP)
-
-    def _check_url(self, url: str) -> None:
-        if is_blocked(url, self._blocked):
-            raise _FailedError(BLOCKED)
-        if not self._config.allow_private_addresses:
-            try:
-                check_literal(url)
-            except PrivateAddressError:
-                raise _FailedError(PRIVATE) from None
-
-    async def _get(self, url: str, limit: int, is_robots: bool = False) -> bytes | _Redirect:
-        """Send one request. A failure says whether a new try may help.
-
-        If a robots.txt is too large, its beginning counts (RFC 9309). Its own X-Robots-Tag does not count.
-        """
-        aiohttp = self._aiohttp
-        host = host_of(url)
-        try:
-            async with self._hosts[host]:
-                await self._wait_for_turn(host)
-                async with self._slots, self._session.get(url, allow_redirects=False) as response:
-                    if response.status in REDIRECTS and "Location" in response.headers:
-                        return _Redirect(response.headers["Location"])
-                    if response.status != 200:
-                        wait = _retry_after(response.headers) if response.status in PASSING else None
-                        raise _FailedError(f"HTTP {response.status}", wait)
-                    tags = response.headers.getall("X-Robots-Tag", [])
-                    opt_out = self._config.honour_opt_out and not is_robots
-                    if opt_out and opts_out(tags, self._config.opt_out, self._config.agent):
-                        raise _FailedError(OPT_OUT)
-                    return await _body(response, limit, cut=is_robots)
-        except asyncio.TimeoutError:
-            raise _FailedError(TIMEOUT, 0) from None
-        except aiohttp.ClientPayloadError:
-            raise _FailedError(TRUNCATED, 0) from None
-        except aiohttp.ClientConnectorError as error:
-            if isinstance(error.os_error, PrivateAddressError):
-                raise _FailedError(PRIVATE) from None
-            raise _FailedError(NO_CONNECTION, 0) from None
-        except (aiohttp.ClientError, OSError, ValueError):
-            raise _FailedError(NO_CONNECTION, 0) from None
-
-    async def _wait_for_turn(self, host: str) -> None:
-        now = time.monotonic()
-        turn = max(self._next[host], now)
-        self._next[host] = turn + max(self._config.delay, self._delays.get(host, 0))
-        await asyncio.sleep(turn - now)
-
-    async def _robots_file(self, url: str) -> RobotsFile:
-        try:
-            for _ in range(self._config.max_redirects + 1):
-                self._check_url(url)
-                answer = await self._get(url, ROBOTS_BYTES, is_robots=True)
-                if isinstance(answer, bytes):
-                    return RobotsFile(200, answer)
-                url = normal_url(answer.location, url)
-        except _FailedError as failure:
-            status = failure.reason.removeprefix("HTTP ")
-            return RobotsFile(int(status) if status.isdigit() else 0, b"")
-        except RefusedURLError:
-            pass
-        return RobotsFile(404, b"")  # RFC 9309: after five redirects a robots.txt counts as missing
-
-    def _check_image(self, content: bytes) -> None:
-        try:
-            header = read_header(content, "")
-        except UnreadableImageError:
-            raise _FailedError(NO_IMAGE) from None
-        if header.width * header.height > self._config.max_pixels:
-            raise _FailedError(PIXELS)
-        if min(header.width, header.height) < self._config.min_side:
-            raise _FailedError(SMALL)
-
-
-class _Redirect(NamedTuple):
-    location: str
-
-
-async def _body(response: Any, limit: int, cut: bool) -> bytes:
-    """Read the body of a response, and decompress it if the server compressed it without being asked.
-
-    At most ``limit`` bytes are read. A longer body fails, or is cut off if ``cut``.
-    """
-    encoding = response.headers.get("Content-Encoding", "").strip().lower()
-    if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
-        raise _FailedError(f"encoding {encoding[:20]}")
-    inflate = None if encoding in ("", "identity") else Inflater()
-    body = bytearray()
-    async for chunk in response.content.iter_chunked(CHUNK):
-        try:
-            body += chunk if inflate is None else inflate(chunk, limit - len(body) + 1)
-        except zlib.error:
-            raise _FailedError(TRUNCATED, 0) from None
-        if len(body) > limit:
-            if cut:
-                return bytes(body[:limit])
-            raise _FailedError(TOO_LARGE)
-    if inflate is not None and not inflate.complete:
-        raise _FailedError(TRUNCATED, 0)
-    return bytes(body)
-
-
-def _retry_after(headers: Any) -> float:
-    """The seconds that Retry-After asks to wait. The header holds a number or a date."""
-    value = headers.get("Retry-After", "")
-    if value.isdecimal():
-        return float(value)
-    try:
-        at = parsedate_to_datetime(value)
-    except ValueError:
-        return 0.0
-    now = datetime.now(timezone.utc)
-    return max((at.replace(tzinfo=at.tzinfo or timezone.utc) - now).total_seconds(), 0.0)

@@ -36,10 +36,12 @@ from dinov2.curate.views import (
 from dinov2.data import normalize
 from dinov2.data.cropping import resized
 from dinov2.data.decoding import Pixels, UnreadableImageError, decode_reduced
+from dinov2.data.remarks import kept_remarks
 from dinov2.evaluate.handmade import colour_histogram, texture_histogram
 from dinov2.evaluate.probe import central_crop
 from dinov2.models import load_pretrained
 from dinov2.train.processes import resolve_device
+from dinov2_kernels._extras import require
 
 UNREADABLE, FEATURELESS = "unreadable", "without features"
 Features = npt.NDArray[np.float32]
@@ -120,8 +122,9 @@ def _embed(output: Output, pool: Pool, piece: Piece, config: EmbedConfig, identi
     kept = piece.start + np.flatnonzero(before)
     first = originals(pool, piece.shard, kept)
     reasons: list[str | None] = [None] * piece.rows
+    remarks: list[str | None] = [None] * piece.rows
     features: npt.NDArray[np.float16] | None = None
-    for rows, images in _batches(pool, piece, kept[first == kept], reasons, model, config.batch_size):
+    for rows, images in _batches(pool, piece, kept[first == kept], reasons, remarks, model, config.batch_size):
         found = unit(model(images))
         if features is None:
             features = np.full((piece.rows, found.shape[1]), np.nan, np.float16)
@@ -130,11 +133,12 @@ def _embed(output: Output, pool: Pool, piece: Piece, config: EmbedConfig, identi
     if features is None:
         features = np.full((piece.rows, _width(model)), np.nan, np.float16)
     for row, original in zip((kept - piece.start).tolist(), (first - piece.start).tolist(), strict=True):
-        features[row], reasons[row] = features[original], reasons[original]
+        features[row], reasons[row], remarks[row] = features[original], reasons[original], remarks[original]
     for row in np.flatnonzero(before & ~np.isfinite(features).all(axis=1)).tolist():
         reasons[row] = reasons[row] or FEATURELESS
     output.write_array(features)
-    return write_decisions(output, reasons, before)
+    arrow = require("pyarrow", extra="curate", purpose="curation")
+    return write_decisions(output, reasons, before, {"remark": arrow.array(remarks, arrow.string())})
 
 
 def unit(features: Features) -> npt.NDArray[np.float16]:
@@ -146,9 +150,16 @@ def unit(features: Features) -> npt.NDArray[np.float16]:
 
 
 def _batches(
-    pool: Pool, piece: Piece, rows: npt.NDArray[np.int64], reasons: list[str | None], model: Opened, size: int
+    pool: Pool,
+    piece: Piece,
+    rows: npt.NDArray[np.int64],
+    reasons: list[str | None],
+    remarks: list[str | None],
+    model: Opened,
+    size: int,
 ) -> Iterator[tuple[list[int], list[Pixels]]]:
-    """Batches of rows of a piece and their images; unreadable rows get their reason."""
+    """Batches of rows of a piece and their images; unreadable rows get their reason. The decoder's words become
+    remarks."""
     batch: list[int] = []
     images: list[Pixels] = []
     files = pool.open_images(piece.shard)
@@ -157,11 +168,15 @@ def _batches(
     for row in rows.tolist():
         place = row - piece.start
         image = small_from(kept.slice(place, 1).to_pylist()[0]) if kept else None
-        try:
-            images.append(model.decode(files[row], f"{row} of {piece.shard}") if image is None else image)
-        except UnreadableImageError:
-            reasons[place] = UNREADABLE
-            continue
+        if image is None:
+            with kept_remarks() as said:
+                try:
+                    image = model.decode(files[row], f"{row} of {piece.shard}")
+                except UnreadableImageError as error:
+                    reasons[place], remarks[place] = UNREADABLE, error.words
+                    continue
+            remarks[place] = "; ".join(said) or None
+        images.append(image)
         batch.append(place)
         if len(batch) == size or sum(image.size for image in images) >= 3 * BATCH_PIXELS:
             yield batch, images

@@ -16,6 +16,7 @@ from dinov2.configuration import Config, Count
 from dinov2.curate.bodies import UnknownEncodingError, plain_body
 from dinov2.curate.charsets import charset_in
 from dinov2.curate.html import MAX_ALT, Link, Page, parse_page
+from dinov2.curate.pool import Skipped, write_skipped
 from dinov2.curate.sorted_tables import key_of_text, key_ranges, read_range, text_table, write_sorted
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task, digest
 from dinov2.curate.web import RefusedURLError, is_blocked, normal_url, opts_out, read_domains
@@ -86,7 +87,7 @@ def extract(pages: str, config: ExtractConfig, output: str) -> Steps[str]:
     tasks = [Task(f"{number:05d}", _extract, (pages, piece, config)) for number, piece in enumerate(pieces)]
     lists = [sorted(read_domains(path)) for path in (config.blocked_domains, config.allowed_domains)]
     settings = [config, digest(lists), digest([[escaped(path), size] for path, size in sizes.items()])]
-    links = Step(output, "extract-links", settings, (pages,), tasks, "links")
+    links = Step(output, "extract-links", settings, (pages,), tasks, "links", version=2)
     yield links
     buckets = max(1, links.counts().rows_out // PER_BUCKET)
     shards = tuple(task.shard for task in links.tasks)
@@ -100,9 +101,12 @@ def extract(pages: str, config: ExtractConfig, output: str) -> Steps[str]:
 
 
 def _extract(output: Output, pages: str, paths: tuple[str, ...], config: ExtractConfig) -> Counts:
-    """Task: write the links in some files, sorted by key. Each link keeps only its first occurrence."""
+    """Task: write the links in some files, sorted by key, and the table of files and pages with trouble.
+
+    Each link keeps only its first occurrence.
+    """
     links: dict[str, tuple[str, str, str, str]] = {}
-    dropped, troubles, number_of_pages, seen = Counter[str](), Counter[str](), 0, 0
+    dropped, troubles, number_of_pages, seen = Counter[str](), Troubles(), 0, 0
     domains = read_domains(config.blocked_domains), read_domains(config.allowed_domains)
     for found in _pages(pages, paths, config, troubles):
         number_of_pages += 1
@@ -130,19 +134,43 @@ def _extract(output: Output, pages: str, paths: tuple[str, ...], config: Extract
                 links[url] = (url, page, link.alt, link.attribute)
     rows = sorted((key_of_text(url), row) for url, row in links.items())
     write_sorted(output, [key for key, _ in rows], text_table(COLUMNS, [row for _, row in rows]))
-    figures = {"pages": number_of_pages, **+troubles}
+    write_skipped(output, troubles.named)
+    figures = {"pages": number_of_pages, **troubles.counts}
     return Counts(seen, len(rows), dict(sorted(dropped.items())), dict(sorted(figures.items())))
 
 
-def _pages(pages: str, paths: tuple[str, ...], config: ExtractConfig, troubles: Counter[str]) -> Iterator[Found]:
+class Troubles:
+    """Files and pages that could not be read as a whole.
+
+    Attributes:
+        file: path of the file that is being read.
+        counts: number of troubles by reason.
+        named: the file or page of each trouble. Records of an archive that are no pages are only counted.
+    """
+
+    def __init__(self) -> None:
+        self.file = ""
+        self.counts = Counter[str]()
+        self.named: list[Skipped] = []
+
+    def note(self, reason: str, page: str = "", remark: str = "") -> None:
+        """Note trouble with a page, or with the file if the page is not known."""
+        self.counts[reason] += 1
+        if reason != NO_HTML:
+            place = [f"in {escaped(self.file)}"] if page else []
+            self.named.append(Skipped(page or escaped(self.file), reason, "; ".join([*place, *filter(None, [remark])])))
+
+
+def _pages(pages: str, paths: tuple[str, ...], config: ExtractConfig, troubles: Troubles) -> Iterator[Found]:
     storage = Storage(pages)
     for path in paths:
+        troubles.file = path
         try:
             if storage.filesystem.info(f"{storage.root}/{path}")["type"] != "file":  # a pipe would block the read
-                raise FileNotFoundError
+                raise FileNotFoundError("it is no regular file")
             file = storage.filesystem.open(f"{storage.root}/{path}", "rb")
-        except (FileNotFoundError, PermissionError):  # such as a broken link; other errors may be temporary
-            troubles[NO_FILE] += 1
+        except (FileNotFoundError, PermissionError) as error:  # such as a broken link; other errors may be temporary
+            troubles.note(NO_FILE, remark=error.strerror or str(error))
             continue
         with file:
             kind = kind_of(path)
@@ -193,28 +221,30 @@ def kind_of(path: str) -> tuple[str, ...] | None:
     return next((kind for kind in (WAT, WARC, HTML) if name.endswith(kind) or f"{kind[0]}." in name), None)
 
 
-def read_html(file: IO[bytes], path: str, url: str, config: ExtractConfig, troubles: Counter[str]) -> Iterator[Found]:
+def read_html(file: IO[bytes], path: str, url: str, config: ExtractConfig, troubles: Troubles) -> Iterator[Found]:
     """Read the page of an HTML file, which may be compressed."""
     limit = config.max_page_bytes
     with gzip.GzipFile(fileobj=file) if path.lower().endswith(COMPRESSED) else file as opened:
         content, damaged = _read(opened.read, limit + 1, (gzip.BadGzipFile, EOFError, zlib.error))
-    troubles[DAMAGED] += damaged
-    troubles[TRUNCATED_PAGE] += len(content) > limit
+    if damaged:
+        troubles.note(DAMAGED)
+    if len(content) > limit:
+        troubles.note(TRUNCATED_PAGE)
     if page := _parsed(content[:limit], url, None, config, troubles):
         yield Found(url or page.base, page, page.robots)
 
 
-def read_warc(file: IO[bytes], config: ExtractConfig, troubles: Counter[str]) -> Iterator[Found]:
+def read_warc(file: IO[bytes], config: ExtractConfig, troubles: Troubles) -> Iterator[Found]:
     """Read the HTML pages among the responses of a WARC file. Damage counts once and ends the file."""
     limit = config.max_page_bytes
     for record in _records(file, "response", troubles):
         headers = record.http_headers
         kind = (record.http_content_type or "").lower() if headers is not None else ""
-        if not kind and record.content_length == 0:  # the file was cut off here
-            troubles[DAMAGED] += 1
+        if "Content-Length" not in record.headers:  # the file was cut off here
+            troubles.note(DAMAGED)
             continue
-        if "html" not in kind:
-            troubles[NO_HTML] += 1
+        if "html" not in kind:  # such as a redirect, whose answer may have neither a type nor a body
+            troubles.note(NO_HTML)
             continue
         body, damaged = _read(record.reader.read, limit + 1, (OSError,))
         damaged = damaged or len(body) < min(record.content_length, limit)  # the body was cut off
@@ -222,21 +252,23 @@ def read_warc(file: IO[bytes], config: ExtractConfig, troubles: Counter[str]) ->
         for name, value in headers.astuples():
             named.setdefault(name.lower(), []).append(value)
         transfer, encoding = (",".join(named.get(name, [])) for name in ("transfer-encoding", "content-encoding"))
+        url = record.headers.get("WARC-Target-URI", "").strip("<>")  # some versions of Wget write <URL>
         try:
             content = plain_body(body, transfer, encoding, limit + 1)
-        except UnknownEncodingError:
-            troubles[UNKNOWN_ENCODING] += 1
+        except UnknownEncodingError as error:
+            troubles.note(UNKNOWN_ENCODING, url, str(error)[:20])
             content = b""
-        troubles[TRUNCATED_PAGE] += max(len(content), len(body)) > limit
-        troubles[DAMAGED] += damaged
-        url = record.headers.get("WARC-Target-URI", "").strip("<>")  # some versions of Wget write <URL>
+        if max(len(content), len(body)) > limit:
+            troubles.note(TRUNCATED_PAGE, url)
+        if damaged:
+            troubles.note(DAMAGED)
         if page := _parsed(content[:limit], url, charset_in(",".join(named.get("content-type", []))), config, troubles):
             yield Found(url, page, [*page.robots, *named.get("x-robots-tag", [])])
         if damaged:
             return
 
 
-def read_wat(file: IO[bytes], config: ExtractConfig, troubles: Counter[str]) -> Iterator[Found]:
+def read_wat(file: IO[bytes], config: ExtractConfig, troubles: Troubles) -> Iterator[Found]:
     """Read the pages that a WAT file of Common Crawl describes. Their links are listed in JSON, as ``IMG@/src``."""
     for record in _records(file, "metadata", troubles):
         text, damaged = _read(record.reader.read, MAX_METADATA, (OSError,))
@@ -244,11 +276,12 @@ def read_wat(file: IO[bytes], config: ExtractConfig, troubles: Counter[str]) -> 
             found = _page_of_wat(json.loads(text)["Envelope"], config.agent)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # JSON of any other shape
             found = None
-            troubles[NO_HTML] += not damaged
+            if not damaged:
+                troubles.note(NO_HTML)
         if found is not None:
             yield found
         if damaged:
-            troubles[DAMAGED] += 1
+            troubles.note(DAMAGED)
             return
 
 
@@ -271,15 +304,13 @@ def _page_of_wat(envelope: dict[str, Any], agent: str) -> Found:
     return Found(url, Page(str(head.get("Base") or url), robots, list(links.values())), robots)
 
 
-def _parsed(
-    content: bytes, url: str, charset: str | None, config: ExtractConfig, troubles: Counter[str]
-) -> Page | None:
+def _parsed(content: bytes, url: str, charset: str | None, config: ExtractConfig, troubles: Troubles) -> Page | None:
     try:
         return parse_page(content, url, charset, config.agent)
     except (ImportError, MemoryError):
         raise
-    except Exception:  # any error of the parser on foreign bytes costs only this page
-        troubles[UNREADABLE] += 1
+    except Exception as error:  # any error of the parser on foreign bytes costs only this page
+        troubles.note(UNREADABLE, url, str(error))
         return None
 
 
@@ -295,7 +326,7 @@ def _read(read: Callable[[int], bytes], size: int, damages: tuple[type[Exception
     return b"".join(parts), False
 
 
-def _records(file: IO[bytes], kind: str, troubles: Counter[str]) -> Iterator[Any]:
+def _records(file: IO[bytes], kind: str, troubles: Troubles) -> Iterator[Any]:
     """Records up to the first unreadable one. Its length is unknown, so the next record cannot be found."""
     warc = require("fastwarc.warc", extra="curate", purpose="reading WARC files")
     types = getattr(warc.WarcRecordType, kind)
@@ -306,7 +337,7 @@ def _records(file: IO[bytes], kind: str, troubles: Counter[str]) -> Iterator[Any
     except (ImportError, MemoryError, StorageError):
         raise
     except Exception:  # the parser raises any error on a damaged file
-        troubles[DAMAGED] += 1
+        troubles.note(DAMAGED)
 
 
 class StorageError(Exception):

@@ -16,13 +16,23 @@ from dinov2.curate.faces import Box, blurred_file
 from dinov2.curate.pool import Pool, read_array, read_table
 from dinov2.curate.search.vectors import layout_of, read_layout
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task
+from dinov2.data.remarks import plain
 from dinov2.data.shards import ShardImage, write_shard
 from dinov2.data.shards.storage import RangeReader, Storage
 from dinov2.data.shards.writing import COLUMNS
+from dinov2_kernels._extras import require
 
 OUT = "cannot be read"
+LOST = ".lost"
+"""End of the name of a table of images that are not written."""
+
 COLUMNS_OF_STAGES = ("component", "cluster", "times", "seed_set")
 """Columns of decisions that go into the final index if they exist."""
+
+
+class NothingLeftError(ValueError):
+    """No image is left for the final set."""
+
 
 Source = tuple[str, Pool, str]
 """Name of a set, its images, and the folder of their layout."""
@@ -59,7 +69,8 @@ def materialize(pool: Pool, seeds: Mapping[str, Pool], config: MaterializeConfig
         Folder of the shards, the ``--data.root`` of pretraining.
 
     Raises:
-        ValueError: ``config.as_is`` names an unknown set, or no image is left.
+        ValueError: ``config.as_is`` names an unknown set.
+        NothingLeftError: no image is left (a ValueError).
     """
     names = sorted(seeds) if "*" in config.as_is else list(config.as_is)
     if unknown := set(names) - set(seeds):
@@ -75,14 +86,17 @@ def materialize(pool: Pool, seeds: Mapping[str, Pool], config: MaterializeConfig
     yield plan
     images = plan.counts().rows_out
     if not images:
-        raise ValueError(f"no image is left to write: see under {output} what the stages dropped")
+        raise NothingLeftError(f"no image is left to write: see under {output} what the stages dropped")
     tasks = [
         Task(f"{number:05d}", _write, (sources, plan.folder, start, stop, config), stop - start)
         for number, start in enumerate(range(0, images, config.shard_size))
         for stop in [min(start + config.shard_size, images)]
     ]
-    final = Step(output, "materialize-set", [config.shard_size, config.blur_faces], (plan.folder, *inputs), tasks)
+    settings = [config.shard_size, config.blur_faces]
+    final = Step(output, "materialize-set", settings, (plan.folder, *inputs), tasks, version=2)
     yield final
+    if not final.counts().rows_out:
+        raise NothingLeftError(f"none of {images} images could be written: {final.folder} has the reasons")
     return final.folder
 
 
@@ -104,9 +118,9 @@ def _plan(output: Output, sources: tuple[Source, ...], seed: int) -> Counts:
 def _write(
     output: Output, sources: tuple[Source, ...], plan: str, start: int, stop: int, config: MaterializeConfig
 ) -> Counts:
-    """Task: write one shard."""
+    """Task: write one shard, and the table of the images that cannot be written, with their source and position."""
     entries = np.array(read_array(plan, "all")[start:stop])
-    dropped, blurred = Counter[str](), 0
+    lost, blurred = list[tuple[int, str, str]](), 0  # number in the plan, reason, remark
 
     def images() -> Iterator[ShardImage]:
         nonlocal blurred
@@ -115,14 +129,34 @@ def _write(
             if faces and config.blur_faces:
                 try:
                     content = blurred_file(content, faces)
-                except (OSError, ValueError):
-                    dropped[OUT] += 1  # an image is not written with visible faces
+                except (OSError, ValueError) as error:
+                    lost.append((place, OUT, plain(str(error))))  # an image is not written with visible faces
                     continue
                 blurred += 1
             yield ShardImage(f"{place:09d}", content, columns)
 
-    report = write_shard(images(), output.folder, int(output.shard))
-    return Counts(len(entries), report.images, dict(sorted((dropped + report.skipped).items())), {"blurred": blurred})
+    report = write_shard(
+        images(),
+        output.folder,
+        int(output.shard),
+        lambda image, reason, remark: lost.append((int(image.key), reason, remark)),
+    )
+    _write_lost(output, entries, start, lost)
+    dropped = Counter(reason for _, reason, _ in lost)
+    return Counts(len(entries), report.images, dict(sorted(dropped.items())), {"blurred": blurred})
+
+
+def _write_lost(output: Output, entries: npt.NDArray[np.int64], start: int, lost: list[tuple[int, str, str]]) -> None:
+    """Write ``SHARD.lost.parquet``: source (its number), position, reason and remark of images that are not written."""
+    arrow = require("pyarrow", extra="curate", purpose="curation")
+    places = entries[[number - start for number, _, _ in lost]].reshape(-1, 2)
+    table = {
+        "source": places[:, 0],
+        "position": places[:, 1],
+        "reason": arrow.array([reason for _, reason, _ in lost], arrow.string()),
+        "remark": arrow.array([remark for _, _, remark in lost], arrow.string()),
+    }
+    Output(output.folder, f"{output.shard}{LOST}").write_table(table)
 
 
 class Planned(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -20,9 +21,14 @@ from dinov2.curate.pool import Pool
 from dinov2.curate.retrieve import RetrieveConfig, needs_features, retrieve
 from dinov2.curate.screen import ScreenConfig, screen
 from dinov2.curate.steps import Steps
+from dinov2.data.files import quoted
 from dinov2.data.shards.storage import Storage
 
 STAGES = ("extract", "download", "collect", "screen", "embed", "dedup", "retrieve", "materialize")
+
+
+class EmptySetWarning(UserWarning):
+    """A set of seeds or evaluation images has no image that can be used."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,13 @@ def embedded_sets(config: CurateConfig, field: str, settings: EmbedConfig) -> St
         except ValueError as error:
             raise ValueError(f"{field}: {str(error).removeprefix('images: ')}") from error
         pools[name] = yield from embed(images, settings, config.output)
+        if not any(pools[name].kept(shard).any() for shard in pools[name].shards()):
+            effect = "looked for in the pool" if field == "evaluation_sets" else "retrieved for it"
+            warnings.warn(
+                f"{field}: {quoted(path)} has no image that can be used, so nothing is {effect}",
+                EmptySetWarning,
+                stacklevel=2,
+            )
     return pools
 
 

@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,9 @@ import numpy.typing as npt
 from dinov2.curate.steps import Counts, Output, digest
 from dinov2.data.shards.storage import RangeReader, Storage
 from dinov2_kernels._extras import require
+
+SKIPPED = ".skipped"
+"""End of the name of a table of files that are in no shard."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,39 @@ def read_array(folder: str, shard: str) -> npt.NDArray[Any]:
         return mapped
     loaded: npt.NDArray[Any] = np.load(io.BytesIO(storage.filesystem.cat_file(path)), allow_pickle=False)
     return loaded
+
+
+class Skipped(NamedTuple):
+    """A file or link that is in no shard.
+
+    Attributes:
+        name: path of the file or URL of the link, as a table can hold it.
+        reason: one of a few texts that are counted.
+        remark: more words about it, such as the decoder's or the system's.
+    """
+
+    name: str
+    reason: str
+    remark: str
+
+
+def write_skipped(output: Output, skipped: Sequence[Skipped]) -> None:
+    """Write ``SHARD.skipped.parquet``, which :func:`read_skipped` reads."""
+    arrow = require("pyarrow", extra="curate", purpose="curation")
+    columns = {
+        name: arrow.array([_text(entry[place]) for entry in skipped], arrow.string())
+        for place, name in enumerate(Skipped._fields)
+    }
+    Output(output.folder, f"{output.shard}{SKIPPED}").write_table(columns)
+
+
+def read_skipped(folder: str, shard: str) -> Any:
+    """The table of a shard's skipped files, with the columns of :class:`Skipped`."""
+    return read_table(folder, f"{shard}{SKIPPED}")
+
+
+def _text(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def write_decisions(

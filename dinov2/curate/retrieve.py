@@ -182,13 +182,13 @@ def quotas_by_seeds(output: Output, clusters: Clusters, seeds: Pool, layout: str
     If the sum exceeds ``cap``, all quotas are cut at one level, so that the sum is ``cap``.
     """
     centroids, places = clusters.read_centroids(), read_layout(layout)
-    held = np.zeros(len(centroids), np.int64)
+    sizes, held = sizes_of(clusters, len(centroids)), np.zeros(len(centroids), np.int64)
     vectors = PoolVectors(seeds, places)
-    for start in range(0, places.rows, PORTION):
+    for start in range(0, places.rows if sizes.any() else 0, PORTION):  # centroids of an empty pool are none
         block, _ = vectors.block(start, min(start + PORTION, places.rows))
         if len(block):
             held += np.bincount(nearest_centroids(block, centroids).cluster, minlength=len(centroids))
-    wanted = np.where(held >= config.min_seeds, np.minimum(sizes_of(clusters, len(held)), config.per_cluster), 0)
+    wanted = np.where(held >= config.min_seeds, np.minimum(sizes, config.per_cluster), 0)
     quotas = water_fill(wanted, config.cap)
     output.write_array(quotas)
     return Counts(len(held), int((quotas > 0).sum()), {}, {"images": int(quotas.sum()), "seeds": int(held.sum())})

@@ -31,6 +31,7 @@ from dinov2.curate.views import (
 )
 from dinov2.data.cropping import resized
 from dinov2.data.decoding import Pixels, Reduced, UnreadableImageError
+from dinov2.data.remarks import kept_remarks
 from dinov2_kernels._extras import require
 
 BATCH = 16
@@ -141,13 +142,14 @@ def measure(output: Output, pool: Pool, piece: Piece, config: ScreenConfig) -> C
     """Task: write these columns for every row of a piece of a shard:
 
     ===============  ========================  ========================================================================
-    ``readable``     bool                      whether it could be decoded; if not, all other columns are null
+    ``readable``     bool                      whether it could be decoded; if not, the measures are null
     ``thumbnail``    1,024 bytes               32 x 32 grey levels, from which the PCA hash is made
     ``entropy``      float32                   entropy of grey levels, in bits
     ``sharpness``    float32                   variance of the Laplacian of the grey image at 256 pixels
     ``nsfw``         float32                   score of the scorer; null without a scorer
     ``faces``        list of structs           x, y, width, height (int32) in pixels of the upright image
     ``small``        bytes                     pixels of the small image of a large file; not in the table of a shard
+    ``remark``       text                      what the decoder said about the image: why it is unreadable, or a warning
     ===============  ========================  ========================================================================
 
     Files with the same bytes are measured once.
@@ -169,13 +171,21 @@ def measure(output: Output, pool: Pool, piece: Piece, config: ScreenConfig) -> C
     rows = piece.start + np.flatnonzero(before)
     first = originals(pool, piece.shard, rows)
     for row in rows[first == rows].tolist():
-        try:
-            image = decode_view(files[row], f"{row} of {piece.shard}")
-        except UnreadableImageError:
-            output.advance()
-            continue
+        with kept_remarks() as said:
+            try:
+                image = decode_view(files[row], f"{row} of {piece.shard}")
+            except UnreadableImageError as error:
+                measures[row] = {"readable": False, "remark": error.words}
+                output.advance()
+                continue
         pixels = image.pixels
-        measures[row] = {"thumbnail": thumbnail(pixels).tobytes(), **quality(pixels)._asdict(), **small_columns(image)}
+        measures[row] = {
+            "readable": True,
+            "remark": "; ".join(said) or None,
+            "thumbnail": thumbnail(pixels).tobytes(),
+            **quality(pixels)._asdict(),
+            **small_columns(image),
+        }
         batch.append((row, image))
         if len(batch) == BATCH or sum(held.pixels.size for _, held in batch) >= 3 * BATCH_PIXELS:
             settle()
@@ -185,7 +195,8 @@ def measure(output: Output, pool: Pool, piece: Piece, config: ScreenConfig) -> C
     table = [measures.get(same.get(row, row), {}) for row in range(piece.start, piece.stop)]
     output.write_table(_table(table, small=output.shard != piece.shard))
     found = sum(len(row.get("faces", [])) for row in table)
-    return Counts(len(rows), sum(map(bool, table)), {}, {"faces": found})
+    readable = sum(row.get("readable", False) for row in table)
+    return Counts(len(rows), readable, {}, {"faces": found})
 
 
 def quality(image: Pixels) -> Quality:
@@ -232,11 +243,12 @@ def _table(rows: list[dict[str, Any]], small: bool) -> Any:
         "sharpness": arrow.float32(),
         "nsfw": arrow.float32(),
         "faces": arrow.list_(box),
+        "remark": arrow.string(),
     }
     if small:
         types |= dict(zip(SMALL_COLUMNS, (arrow.binary(), arrow.int32(), arrow.int32()), strict=True))
     columns = {name: arrow.array([row.get(name) for row in rows], kind) for name, kind in types.items()}
-    return arrow.table({"readable": arrow.array(map(bool, rows), arrow.bool_())} | columns)
+    return arrow.table({"readable": arrow.array([row.get("readable", False) for row in rows], arrow.bool_())} | columns)
 
 
 def _fit(output: Output, shards: list[str], measures: str, config: ScreenConfig) -> Counts:

@@ -19,6 +19,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dinov2.configuration import to_json
+from dinov2.data.remarks import kept_remarks
 from dinov2.data.shards.storage import Storage
 from dinov2_kernels._extras import require
 
@@ -105,6 +107,7 @@ class Step:
         tasks: one task for each shard.
         unit: what a row is, in the plural.
         gpu: whether a task wants a GPU if there is one.
+        version: raised when the step's code changes its results, so that old results are not taken for new ones.
     """
 
     output: str
@@ -114,12 +117,14 @@ class Step:
     tasks: Sequence[Task]
     unit: str = "images"
     gpu: bool = False
+    version: int = 1
 
     @property
     def folder(self) -> str:
         """Folder of the results, ``OUTPUT/NAME-DIGEST``. The digest takes inputs within the output by their name."""
         inputs = [folder.removeprefix(f"{self.output}/") for folder in self.inputs]
-        return f"{self.output}/{self.name}-{digest([to_json(self.settings), inputs])}"
+        version = [self.version] if self.version > 1 else []
+        return f"{self.output}/{self.name}-{digest([to_json(self.settings), inputs, *version])}"
 
     @property
     def stage(self) -> str:
@@ -214,10 +219,15 @@ class Output:
 
 
 def run_task(folder: str, task: Task, report: Report | None = None) -> None:
-    """Make one shard, and report the rows that are done. Every engine calls this function."""
+    """Make one shard, and report the rows that are done. Every engine calls this function.
+
+    Remarks on images are not shown: the stages that judge images keep them in their tables.
+    """
     output = Output(folder, task.shard, report)
     output.clear()
-    output.finish(task.function(output, *task.arguments))
+    with warnings.catch_warnings(), kept_remarks():  # what earlier tasks of this process heard is heard again
+        counts = task.function(output, *task.arguments)
+    output.finish(counts)
 
 
 def check_names(argument: str, names: Iterable[str]) -> None:

@@ -147,7 +147,7 @@ def is_blocked(url: str, domains: frozenset[str]) -> bool:
 
 
 class PrivateAddressError(OSError):
-    """A name has an address that is not public, or none."""
+    """A host has no address but ones that are not public."""
 
 
 def is_public(address: str) -> bool:
@@ -202,8 +202,10 @@ def public_resolver(inner: Any = None) -> Any:
         ) -> list[dict[str, Any]]:
             found = await asked.resolve(host, port, family)
             public = [entry for entry in found if is_public(entry["host"])]
+            if found and not public:
+                raise PrivateAddressError(f"{host} is {', '.join(entry['host'] for entry in found)}")
             if not public:
-                raise PrivateAddressError(host)
+                raise OSError(f"{host} has no address")
             return public
 
         async def close(self) -> None:
@@ -240,10 +242,19 @@ def opts_out(headers: Iterable[str], words: Iterable[str], agent: str) -> bool:
 
 
 class RobotsFile(NamedTuple):
-    """The answer of a server."""
+    """The answer of a server.
 
-    status: int  # 0 for no answer
+    Attributes:
+        status: status of HTTP, 0 for no answer.
+        content: the file.
+        failure: why there is no file, as one of the reasons that are counted.
+        remark: more words about the failure.
+    """
+
+    status: int
     content: bytes
+    failure: str = ""
+    remark: str = ""
 
 
 class Robots:
@@ -261,13 +272,23 @@ class Robots:
 
     async def allows(self, url: str) -> bool:
         """Whether the host allows us to fetch a URL."""
+        return await self.refusal(url) is None
+
+    async def refusal(self, url: str) -> tuple[str, str] | None:
+        """Why we may not fetch a URL, as a reason and a remark; None if we may.
+
+        The reason is ``robots.txt`` only if the file says so. A host that does not answer for its robots.txt has the
+        reason of its failure.
+        """
         rules = await self._rules_for(url)
-        return rules if isinstance(rules, bool) else bool(rules.can_fetch(url, self._agent))
+        if isinstance(rules, RobotsFile):
+            return rules.failure or f"robots.txt: HTTP {rules.status}", rules.remark
+        return None if rules is None or rules.can_fetch(url, self._agent) else ("robots.txt", "")
 
     async def delay(self, url: str) -> float:
         """The seconds that the host of a URL asks us to wait between two requests (Crawl-delay)."""
         rules = await self._rules_for(url)
-        return 0.0 if isinstance(rules, bool) else float(rules.crawl_delay(self._agent) or 0)
+        return 0.0 if rules is None or isinstance(rules, RobotsFile) else float(rules.crawl_delay(self._agent) or 0)
 
     async def _rules_for(self, url: str) -> Any:
         parts = urlsplit(url)
@@ -277,13 +298,13 @@ class Robots:
         return await asyncio.shield(self._rules[root])
 
     async def _read(self, url: str) -> Any:
-        """The rules of a host; True if it has none, False if the server does not answer for them."""
+        """The rules of a host; None if it has none, its answer if the server does not answer for them."""
         protego = require("protego", extra="curate", purpose="reading robots.txt")
         answer = await self._fetch(url)
         if 200 < answer.status < 300 or (400 <= answer.status < 500 and answer.status != 429):
-            return True  # there are no rules, such as with 204 and 404
+            return None  # there are no rules, such as with 204 and 404
         if answer.status != 200:
-            return False
+            return answer
         return protego.Protego.parse(robots_text(answer.content))
 
 

@@ -42,6 +42,7 @@ from dinov2.data.layouts import (
     tiff_sizes,
 )
 from dinov2.data.reducing import read_smaller, reduced, refuse_large, target_size
+from dinov2.data.remarks import native_overheard, overheard, plain, remark
 
 IMAGE_EXTENSIONS = (
     ".avif",
@@ -80,7 +81,15 @@ _NPY = b"\x93NUMPY"
 
 
 class UnreadableImageError(ValueError):
-    """An image file is damaged, too large to be safe, or in an unsupported format."""
+    """An image file is damaged, too large to be safe, or in an unsupported format.
+
+    Attributes:
+        words: the reason without the name of the image.
+    """
+
+    def __init__(self, message: str, words: str = "") -> None:
+        super().__init__(message)
+        self.words = words or message
 
 
 @dataclass(frozen=True)
@@ -173,7 +182,7 @@ def read_header(content: bytes, name: str) -> ImageHeader:
     The size is that of the stored pixels, before the orientation is applied.
     """
     file = io.BytesIO(content)
-    with _as_unreadable(name):
+    with _as_unreadable(name, remarks=False):
         if content.startswith(_NPY):
             height, width = _npy_header(file)[0][:2]
             return ImageHeader(width, height, ".npy")
@@ -194,21 +203,32 @@ def read_header(content: bytes, name: str) -> ImageHeader:
 
 
 @contextlib.contextmanager
-def _as_unreadable(name: str) -> Iterator[None]:
-    """Turn any error of a decoder into an UnreadableImageError, except a missing package."""
-    try:
-        yield
-    except ImportError:
-        raise
-    except UnidentifiedImageError as error:
-        raise UnreadableImageError(
-            f"cannot read image {name}: its format is unknown, or it is damaged; expected one of"
-            f" {', '.join(sorted(_known_formats()))} or NPY{error}"
-        ) from error
-    except OSError as error:
-        raise UnreadableImageError(f"cannot read image {name}: {error.strerror or error}") from error
-    except Exception as error:
-        raise UnreadableImageError(f"cannot read image {name}: {error}") from error
+def _as_unreadable(name: str, remarks: bool = True) -> Iterator[None]:
+    """Turn any error of a decoder into an UnreadableImageError, except a missing package.
+
+    What libraries said meanwhile is part of the error. Without an error it is a remark on the image; a header is read
+    without ``remarks``, because the same is said again when the pixels are decoded.
+    """
+    failure: Exception | None = None
+    with overheard() as said:
+        try:
+            yield
+        except ImportError:
+            raise
+        except Exception as error:
+            failure = error
+    if failure is not None:
+        words = "; ".join([plain(_in_words(failure)), *said])
+        raise UnreadableImageError(f"cannot read image {name}: {words}", words) from failure
+    if said and remarks:
+        remark(name, said)
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        known = ", ".join(sorted(_known_formats()))
+        return f"its format is unknown, or it is damaged; expected one of {known} or NPY{error}"
+    return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
 
 
 def _open(file: BinaryIO) -> Image.Image:
@@ -265,7 +285,8 @@ def _decode_tiff(file: BinaryIO, magic: bytes, channels: int) -> Pixels:
     if magic.startswith(TIFF_OF_PILLOW):
         with contextlib.suppress(UnidentifiedImageError), _open(file) as image:
             if pillow_reads(image):
-                return _of_pillow(image, channels)
+                with native_overheard():  # libtiff writes to the standard error
+                    return _of_pillow(image, channels)
     return _of_colours(read_tiff_colours(file), channels)
 
 
@@ -293,7 +314,8 @@ def _read_reduced(content: bytes, side: int, least: int) -> tuple[Image.Image, i
 def _reduced_by_pillow(image: Image.Image, content: bytes, side: int, least: int) -> tuple[Image.Image, int, int]:
     full = image.size
     read_smaller(image, target_size(*full, side, least), content)
-    image.load()
+    with native_overheard() if image.format == "TIFF" else contextlib.nullcontext():  # libtiff uses the standard error
+        image.load()
     if image.format == "TIFF":
         full = image.size  # Pillow turns TIFF upright while it loads
     elif image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):  # those that swap width and height

@@ -97,6 +97,16 @@ class Server:
                 send(
                     writer, gzip.compress(jpeg())[: len(gzip.compress(jpeg())) // 2], extra={"Content-Encoding": "gzip"}
                 )
+            case "/zipped-not":
+                send(writer, jpeg(), extra={"Content-Encoding": "gzip"})
+            case "/no-utf8":
+                writer.write(b"HTTP/1.1 404 Not\xe9 Found\x1b[1m\r\nContent-Length: 0\r\n\r\n")
+            case "/encoded":
+                send(writer, jpeg(), extra={"Content-Encoding": "\udce9\udcff"})
+            case "/nonsense":
+                writer.write(b"what do you want?\r\n\r\n")
+            case "/moved-away":
+                send(writer, b"", status="302 Found", extra={"Location": "/gone?moved"})
             case "/zipped-twice":
                 halves = jpeg()[:500], jpeg()[500:]
                 send(writer, b"".join(map(gzip.compress, halves)), extra={"Content-Encoding": "gzip"})
@@ -135,7 +145,7 @@ def send(
     """A well-formed answer."""
     headers = {"Content-Type": kind, "Content-Length": str(len(body)), "Connection": "close", **(extra or {})}
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-    writer.write(f"HTTP/1.1 {status}\r\n{lines}\r\n".encode() + body)
+    writer.write(f"HTTP/1.1 {status}\r\n{lines}\r\n".encode("utf-8", "surrogateescape") + body)
 
 
 @contextmanager

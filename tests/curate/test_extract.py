@@ -7,17 +7,17 @@ import io
 import json
 import os
 import zlib
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from dinov2.curate import run_steps
 from dinov2.curate.engines import Inline, ProcessPool
-from dinov2.curate.extract import ExtractConfig, StorageError, extract, read_html, read_warc
-from dinov2.curate.pool import read_table
+from dinov2.curate.extract import ExtractConfig, StorageError, Troubles, extract, read_html, read_warc
+from dinov2.curate.pool import read_skipped, read_table
 from dinov2.curate.steps import Counts
 from dinov2.curate.web import read_domains
+from dinov2.data import BrokenLinkWarning
 from dinov2.data.shards.storage import Storage
 from tests.curate.test_runner import contents
 
@@ -184,6 +184,46 @@ def test_damage_is_counted_and_the_rest_is_read(tmp_path: Path) -> None:
     assert figures["no HTML"] == 3  # one of them is cut off before it could say what it is
 
 
+@pytest.mark.parametrize(
+    ("http", "reason"),
+    [
+        (b"HTTP/1.1 301 Moved\r\nLocation: /x\r\n\r\n", "no HTML"),
+        (b"HTTP/1.1 204 No Content\r\n\r\n", "no HTML"),
+        (b"HTTP/1.1 304 Not Modified\r\n", "no HTML"),
+        (b"", "no HTML"),
+        (None, "damaged archive"),
+    ],
+    ids=["redirect", "no content", "not modified", "empty", "cut off"],
+)
+def test_answers_without_a_body_are_no_damage(tmp_path: Path, http: bytes | None, reason: str) -> None:
+    (tmp_path / "pages").mkdir()
+    page = response("http://w.org/", "<img src=1.jpg>")
+    odd = page[:60] if http is None else record("response", "http://w.org/", http, "application/http; msgtype=response")
+    (tmp_path / "pages" / "a.warc").write_bytes(page + odd)
+    assert [url for url, *_ in run(tmp_path / "pages", tmp_path / "out")] == ["http://w.org/1.jpg"]
+    assert counts(tmp_path / "out", "extract-links").figures == {"pages": 1, reason: 1}
+
+
+def test_files_and_pages_with_trouble_are_named(tmp_path: Path) -> None:
+    pages = tmp_path / "pages"
+    pages.mkdir()
+    brotli = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Encoding: br\r\n\r\nxx"
+    long = response("http://w.org/long", "<p>" * 1000)
+    (pages / "a.warc").write_bytes(record("response", "http://w.org/br", brotli, "application/http") + long)
+    (pages / "b.warc.gz").write_bytes(b"\x1f\x8bnot gzip at all")
+    (pages / "c.html").symlink_to("nowhere")
+    with pytest.warns(BrokenLinkWarning):
+        run(pages, tmp_path / "out", max_page_bytes=1000)
+    (folder,) = (tmp_path / "out").glob("extract-links-*")
+    named = [row for number in range(3) for row in read_skipped(str(folder), f"{number:05d}").to_pylist()]
+    assert sorted(tuple(row.values()) for row in named) == [
+        ("b.warc.gz", "damaged archive", ""),
+        ("c.html", "cannot be opened", "No such file or directory"),
+        ("http://w.org/br", "unknown encoding", "in a.warc; br"),
+        ("http://w.org/long", "page too large", "in a.warc"),
+    ]
+
+
 def test_a_bomb_is_read_no_further_than_the_limit(tmp_path: Path) -> None:
     pages = tmp_path / "pages"
     pages.mkdir()
@@ -299,9 +339,9 @@ def test_storage_that_fails_is_no_damage() -> None:
 
     content = response("http://w.org/", "<img src=1.jpg>") * 2
     with pytest.raises(StorageError, match="ConnectionResetError: gone"):
-        list(read_warc(Failing(content), ExtractConfig(), Counter()))
+        list(read_warc(Failing(content), ExtractConfig(), Troubles()))
     with pytest.raises(ConnectionResetError):
-        list(read_html(Failing(gzip.compress(content)), "a.html.gz", "", ExtractConfig(), Counter()))
+        list(read_html(Failing(gzip.compress(content)), "a.html.gz", "", ExtractConfig(), Troubles()))
 
 
 def test_many_links_meet_in_ranges_of_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import re
 import socket
+import ssl
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 from typing import Any
 
+import aiohttp
 import pytest
 
-from dinov2.curate.download import DownloadConfig, Fetched, Fetcher, _retry_after
+from dinov2.curate.download import DownloadConfig
+from dinov2.curate.fetching import Fetched, Fetcher, _retry_after
 from dinov2.curate.web import is_public, normal_url
 from tests.curate.misbehaving import Server, serving
 
@@ -32,12 +37,16 @@ def server() -> Iterator[Server]:
         yield running
 
 
-def fetch(url: str, config: DownloadConfig = QUICK, resolver: Any = None) -> Fetched:
+def fetch_with_remark(url: str, config: DownloadConfig = QUICK, resolver: Any = None) -> Fetched:
     async def one() -> Fetched:
         async with Fetcher(config, resolver) as fetcher:
             return await fetcher.fetch(url)
 
     return asyncio.run(one())
+
+
+def fetch(url: str, config: DownloadConfig = QUICK, resolver: Any = None) -> Fetched:
+    return fetch_with_remark(url, config, resolver)._replace(remark="")
 
 
 @pytest.mark.parametrize(
@@ -48,6 +57,10 @@ def fetch(url: str, config: DownloadConfig = QUICK, resolver: Any = None) -> Fet
         ("/truncated", "truncated", 3),
         ("/reset", "no connection", 3),
         ("/zipped-cut", "truncated", 3),
+        ("/zipped-not", "damaged encoding", 3),
+        ("/nonsense", "malformed answer", 1),
+        ("/encoded", r"encoding \udce9\udcff", 1),
+        ("/moved-away", "HTTP 404", 1),
         ("/endless", "too large", 1),
         ("/html", "no image", 1),
         ("/empty", "no image", 1),
@@ -71,7 +84,7 @@ def test_what_is_no_image_is_named(server: Server, path: str, reason: str, tries
     [("/fine", 1), ("/zipped", 1), ("/zipped-twice", 1), ("/moved", 1), ("/busy", 3), ("/opt-out", 1)],
 )
 def test_images_are_fetched(server: Server, path: str, tries: int) -> None:
-    content, reason, needed = fetch(server.address + path)
+    content, reason, needed, _ = fetch(server.address + path)
     assert (reason, needed) == (None, tries)
     assert content is not None
     assert content.startswith(b"\xff\xd8\xff")
@@ -91,7 +104,69 @@ def test_nobody_answers() -> None:
     config = DownloadConfig(robots=False, tries=1, allow_private_addresses=True)
     assert fetch(f"http://127.0.0.1:{port}/x", config) == Fetched(None, "no connection", 1)
     # What robots.txt says of a host that does not answer is not known: nothing is asked for (RFC 9309).
-    assert fetch(f"http://127.0.0.1:{port}/x", QUICK) == Fetched(None, "robots.txt", 1)
+    content, reason, tries, remark = fetch_with_remark(f"http://127.0.0.1:{port}/x", QUICK)
+    assert (content, reason, tries) == (None, "no connection", 1)
+    assert "Connect call failed" in remark
+
+
+@pytest.mark.parametrize(
+    ("path", "remark"),
+    [
+        ("/gone", "Not Found"),
+        ("/no-utf8", r"^Not\\udce9 Found\\x1b\[1m$"),
+        ("/moved-away", "redirected to http://.*/gone.moved; Not Found"),
+        ("/to-file", "file:///etc/passwd"),
+        ("/loop", "redirected to|the last one leads to http://.*/loop"),
+        ("/empty", "the answer is empty"),
+        ("/html", "its format is unknown"),
+        ("/icon", "16 x 16 pixels"),
+        ("/endless", "more than 1,000,000 bytes"),
+        ("/never", "no whole answer within 1 seconds"),
+        ("/reset", "disconnected|reset"),
+        ("/zipped-cut", "gzip ends too early"),
+        ("/opt-out-all", "X-Robots-Tag: noimageai"),
+    ],
+)
+def test_remarks_say_more(server: Server, path: str, remark: str) -> None:
+    config = dataclasses.replace(QUICK, tries=1, timeout=2.0 if path != "/never" else 1.0)
+    assert re.search(remark, fetch_with_remark(server.address + path, config).remark)
+
+
+def test_hosts_that_cannot_be_reached() -> None:
+    """Each has its own reason, whether it is asked for robots.txt first or not."""
+
+    class Unknown(Liar):
+        async def resolve(self, host: str, port: int = 0, family: int = socket.AF_INET) -> list[dict[str, Any]]:
+            if self.addresses:
+                return []
+            raise OSError("Name or service not known")
+
+    async def no_tls(config: DownloadConfig) -> Fetched:
+        def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(b"HTTP/1.1 400 Speak TLS\r\n\r\n")
+
+        listening = await asyncio.start_server(answer, "127.0.0.1", 0)
+        async with listening, Fetcher(config) as fetcher:
+            return await fetcher.fetch(f"https://127.0.0.1:{listening.sockets[0].getsockname()[1]}/x")
+
+    for robots in (True, False):
+        config = dataclasses.replace(QUICK, robots=robots, tries=1, allow_private_addresses=False, timeout=5.0)
+        for resolver in (Unknown(), Unknown("none")):
+            assert fetch("http://example.org/x", config, resolver).reason == "unknown host"
+        assert fetch("http://example.org/x", config, Liar("127.0.0.1")).reason == "private address"
+        secure = asyncio.run(no_tls(dataclasses.replace(config, allow_private_addresses=True)))
+        assert secure.reason == "no secure connection"
+        assert "SSL" in secure.remark
+
+
+def test_a_certificate_that_is_not_trusted() -> None:
+    """It is a reason like others, and no new try helps."""
+
+    async def one() -> tuple[str, float | None]:
+        async with Fetcher(QUICK) as fetcher:
+            return fetcher._reason(aiohttp.ClientConnectorCertificateError(None, ssl.CertificateError("expired")))  # type: ignore[arg-type]
+
+    assert asyncio.run(one()) == ("no secure connection", None)
 
 
 class Liar:

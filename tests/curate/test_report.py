@@ -16,8 +16,8 @@ from dinov2.curate import CurateConfig, curate, run_steps
 from dinov2.curate.collect import CollectConfig
 from dinov2.curate.engines import EngineConfig, Inline
 from dinov2.curate.report import page, write_report
+from dinov2.curate.report.finished import finished_steps
 from dinov2.curate.report.page import histogram
-from dinov2.curate.report.sections import finished_steps
 from dinov2.curate.screen import ScreenConfig
 from dinov2.data import TarShards
 from dinov2.demo.planted import planted_images

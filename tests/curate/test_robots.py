@@ -6,7 +6,8 @@ import asyncio
 
 import pytest
 
-from dinov2.curate.download import DownloadConfig, Fetcher
+from dinov2.curate.download import DownloadConfig
+from dinov2.curate.fetching import Fetched, Fetcher, _FailedError, _Redirect
 from dinov2.curate.web import Robots, RobotsFile
 
 HOST = "http://site.org"
@@ -99,6 +100,37 @@ def test_paths_in_another_encoding() -> None:
 def test_answers(status: int, allowed: bool) -> None:
     """Whoever has no rules allows all; whoever does not answer for them allows nothing (RFC 9309, 2.3.1)."""
     assert allows(RULES.encode() if status == 200 else b"", "/private/", status) == allowed
+
+
+@pytest.mark.parametrize(
+    ("failure", "location", "reason"),
+    [
+        ("no connection", "", "no connection"),
+        ("unknown host", "", "unknown host"),
+        ("timeout", "", "timeout"),
+        ("HTTP 503", "", "robots.txt: HTTP 503"),
+        ("HTTP 429", "", "robots.txt: HTTP 429"),
+        ("truncated", "", "robots.txt: truncated"),
+        ("timeout", "/other", "timeout"),
+        ("timeout", "http://other.org/robots.txt", "robots.txt: timeout"),
+    ],
+)
+def test_why_rules_are_not_known(failure: str, location: str, reason: str) -> None:
+    """Only a file that disallows is "robots.txt"; a host that does not answer has the reason of its own failure."""
+
+    async def ask() -> object:
+        async with Fetcher(DownloadConfig(tries=1, allow_private_addresses=True)) as fetcher:
+
+            async def get(url: str, limit: int, is_robots: bool = False) -> object:
+                assert is_robots
+                if location and url == f"{HOST}/robots.txt":
+                    return _Redirect(location)
+                raise _FailedError(failure, "its words")
+
+            fetcher._get = get  # type: ignore[assignment, method-assign]
+            return await fetcher.fetch(f"{HOST}/x.jpg")
+
+    assert asyncio.run(ask()) == Fetched(None, reason, 1, "its words")
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ body { margin: 0 auto; padding: 1.5rem; max-width: 72rem; color: var(--ink); bac
   font: 15px/1.5 system-ui, sans-serif }
 h1 { font-size: 1.6rem; margin: 0 0 .25rem } h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem }
 h3 { font-size: 1rem; margin: 1.25rem 0 .4rem } p { margin: .3rem 0 .8rem; max-width: 50rem }
-.quiet { color: var(--quiet) } .wide { overflow-x: auto }
+.quiet { color: var(--quiet) } .names { min-width: 16rem; overflow-wrap: anywhere } .wide { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100% }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
 th { font-weight: 600; color: var(--quiet) } .number { text-align: right; white-space: nowrap }

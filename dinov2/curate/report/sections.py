@@ -12,13 +12,16 @@ import numpy as np
 
 from dinov2.configuration import to_json
 from dinov2.curate.faces import Box
-from dinov2.curate.pipeline import CurateConfig, curate, set_names
+from dinov2.curate.pipeline import STAGES, CurateConfig
 from dinov2.curate.pool import Pool, read_table
 from dinov2.curate.report import page, sections
+from dinov2.curate.report.fates import DROPPED, FATES, Cause, Fates, names_of, write_fates
+from dinov2.curate.report.finished import finished_steps, pool_of, sets_of
 from dinov2.curate.report.page import Pictures, histogram
 from dinov2.curate.runner import summarize
 from dinov2.curate.steps import Step
 from dinov2.data.files import escaped
+from dinov2.data.remarks import kept_remarks
 from dinov2.data.shards.storage import Storage
 
 REPORT = "report.html"
@@ -26,65 +29,44 @@ PER_REASON = 8
 GROUPS, PER_GROUP = 12, 8
 SEEDS, PER_SEED = 8, 7
 HOSTS = 10
+MEASURES = ("entropy", "sharpness", "shorter side", "aspect")
 
 
 def write_report(config: CurateConfig) -> str:
     """Write ``report.html`` into the output of a curation, about all steps that are done, and return its path.
 
-    The page loads nothing from elsewhere: pictures, charts and style are in it.
+    The page loads nothing from elsewhere: pictures, charts and style are in it. Beside it, :func:`write_fates` writes
+    the table of all images.
     """
     steps = list(finished_steps(config))
     storage = Storage(config.output)
-    with storage.replace(f"{storage.root}/{REPORT}") as file:
-        file.write(page.document(f"Curation: {escaped(config.output)}", _parts(config, steps)).encode())
+    with kept_remarks():  # the table has them
+        fates = write_fates(config, steps)
+        with storage.replace(f"{storage.root}/{REPORT}") as file:
+            file.write(page.document(f"Curation: {escaped(config.output)}", _parts(config, steps, fates)).encode())
     return f"{config.output}/{REPORT}"
 
 
-def finished_steps(config: CurateConfig) -> Iterator[Step]:
-    """The finished steps of a curation in order, without repeats, up to the first unfinished step."""
-    seen = set[str]()
-    for step in curate(config):
-        if {task.shard for task in step.tasks} - step.finished():
-            return
-        if step.folder not in seen:
-            seen.add(step.folder)
-            yield step
-
-
-def _parts(config: CurateConfig, steps: list[Step]) -> Iterator[str]:
+def _parts(config: CurateConfig, steps: list[Step], fates: Fates) -> Iterator[str]:
     by_name = {step.name: step for step in steps}
     yield f"<h1>Curation</h1><p class=quiet>{escape(escaped(config.output))}</p>"
     yield from sections.funnel(steps)
+    tests, seeds = (sets_of(config, field, steps) for field in ("evaluation_sets", "seeds"))
+    yield from sections.names(
+        [f"evaluation_sets/{name}" for name in tests] + [f"seeds/{name}" for name in seeds], fates
+    )
     if "download-images" in by_name:
         yield from sections.downloads(by_name["download-images"])
-    pool = Pool(_root(config, steps))
+    pool = pool_of(config, steps)
     if "screen-decisions" in by_name:
         yield from sections.screened(by_name["screen-decisions"], pool)
-    tests = _sets(set_names(config.evaluation_sets), steps)
     if "dedup-decisions" in by_name:
         yield from sections.deduplicated(by_name["dedup-decisions"], pool, tests)
-    seeds = _sets(set_names(config.seeds), steps)
     if "retrieve-decisions" in by_name:
         yield from sections.retrieved(by_name["retrieve-decisions"], pool, seeds)
     if not config.screen.nsfw:
         yield page.heading("Not done", "No scorer of unsafe images was given (screen.nsfw), so none were looked for.")
     yield page.heading("Settings") + f"<pre>{escape(json.dumps(to_json(config), indent=1))}</pre>"
-
-
-def _root(config: CurateConfig, steps: list[Step]) -> str:
-    """The folder of the pool's images."""
-    if config.images is not None:
-        return _collected(config.images, steps)
-    return next((step.folder for step in steps if step.name == "download-images"), config.output)
-
-
-def _sets(paths: dict[str, str], steps: list[Step]) -> dict[str, Pool]:
-    return {name: Pool(_collected(path, steps)) for name, path in paths.items()}
-
-
-def _collected(path: str, steps: list[Step]) -> str:
-    """The folder of shards that ``path`` has, or that its files were collected into."""
-    return next((step.folder for step in steps if step.name == "collect-images" and step.inputs == (path,)), path)
 
 
 def funnel(steps: Sequence[Step]) -> Iterator[str]:
@@ -105,6 +87,43 @@ def funnel(steps: Sequence[Step]) -> Iterator[str]:
         rows.append([escape(step.name), f"{counts.rows_in:,}", f"{counts.rows_out:,}", ", ".join(figures), seconds])
     every = page.table(["step", "in", "out", "figures", "seconds"], rows, frozenset({1, 2, 4}))
     yield f"<details><summary>All {len(steps)} steps</summary>{every}</details>"
+
+
+def names(sets: Sequence[str], fates: Fates) -> Iterator[str]:
+    """Names of dropped images by reason, and of images that were kept although a library complained."""
+    yield page.heading(
+        "Names and reasons",
+        f"Some of the images that were dropped. The folder of this page has the name and the fate of every image in"
+        f" {FATES}, and those of all dropped images in {DROPPED}.",
+    )
+    for name in sets:
+        if not fates.kept[name]:
+            yield f"<p>{escape(name)} has no image that can be used.</p>"
+    rows = [
+        [
+            escape(cause.set),
+            escape(cause.stage),
+            escape(cause.reason),
+            f"{number:,}",
+            _examples(fates.examples[cause]),
+        ]
+        for cause, number in sorted(fates.dropped.items(), key=lambda entry: _order(entry[0], sets))
+    ]
+    if fates.remarks:
+        rows.append(["", "", "in use, with a remark", f"{fates.remarked:,}", _examples(fates.remarks)])
+    if rows:
+        yield page.table(["set", "stage", "reason", "images", "for example"], rows, frozenset({3}))
+
+
+def _order(cause: Cause, sets: Sequence[str]) -> tuple[int, int, str]:
+    return sets.index(cause.set) if cause.set in sets else -1, STAGES.index(cause.stage), cause.reason
+
+
+def _examples(named: Sequence[tuple[str, str]]) -> str:
+    lines = [
+        escape(name) + (f' <span class="quiet">{escape(remark)}</span>' if remark else "") for name, remark in named
+    ]
+    return f'<div class="names">{"<br>".join(lines)}</div>'
 
 
 def downloads(step: Step) -> Iterator[str]:
@@ -132,17 +151,17 @@ def screened(step: Step, pool: Pool) -> Iterator[str]:
     pictures, by_reason, faces = Pictures(pool), defaultdict[str, list[str]](list), list[str]()
     values: dict[str, list[Any]] = defaultdict(list)
     for task in step.tasks:
-        table, index = read_table(step.folder, task.shard), pool.index(task.shard, ["width", "height"])
-        for name in ("entropy", "sharpness"):
+        table, index = read_table(step.folder, task.shard), pool.index(task.shard)
+        for name in MEASURES[:2]:
             values[name].append(table[name].drop_null().to_numpy())
         width, height = index["width"].to_numpy(), index["height"].to_numpy()
         values["shorter side"].append(np.minimum(width, height))
         values["aspect"].append(np.maximum(width, height) / np.maximum(np.minimum(width, height), 1))
         for row, reason in enumerate(table["reason"].to_pylist()):
             if reason is not None and len(by_reason[reason]) < PER_REASON:
-                by_reason[reason].append(
-                    page.figure(pictures.at(task.shard, row), f"{width[row]} x {height[row]}", "gone")
-                )
+                (name,) = names_of(index.slice(row, 1), task.shard)
+                caption = f"{name}, {width[row]} x {height[row]}"
+                by_reason[reason].append(page.figure(pictures.at(task.shard, row), caption, "gone"))
         for row, boxes in enumerate(table["faces"].to_pylist()):
             if boxes and table["keep"][row].as_py() and len(faces) < PER_REASON:
                 found = [Box(**box) for box in boxes]
@@ -153,7 +172,7 @@ def screened(step: Step, pool: Pool) -> Iterator[str]:
         yield page.subheading(f"{reason}: {step.counts().dropped[reason]:,}") + page.row(figures)
     if faces:
         yield page.subheading("Faces, blurred in the final set") + page.row(faces)
-    joined = {name: np.concatenate(parts) for name, parts in values.items()}
+    joined = {name: np.concatenate([np.zeros(0), *values[name]]) for name in MEASURES}
     yield (
         '<div class="charts">'
         + "".join(

@@ -12,7 +12,15 @@ import numpy.typing as npt
 from dinov2.curate.engines import single_thread
 from dinov2.curate.pool import Pool
 from dinov2.curate.search.flat import Pairs, best
-from dinov2.curate.search.vectors import PoolVectors, Positions, SearchConfig, Vectors, pair_cosines, read_layout
+from dinov2.curate.search.vectors import (
+    PoolVectors,
+    Positions,
+    SearchConfig,
+    Vectors,
+    pair_cosines,
+    read_layout,
+    width_of,
+)
 from dinov2.curate.steps import Counts, Output
 from dinov2.data.shards.storage import RangeReader, Storage
 from dinov2_kernels._extras import require
@@ -21,6 +29,7 @@ SUFFIX = ".faiss"
 QUERIES = 4096  # queries searched at once
 LEAST = 256  # fewest candidates of a query, because codes may not rank the nearest one first
 PER_LIST = 48  # training vectors for each list; Faiss asks for at least 39
+VALUES = 256  # of a byte
 FOR_CODES = 12_288  # training vectors for codes: 48 for each of the 256 values of a byte
 
 
@@ -56,15 +65,18 @@ def train(output: Output, pool: Pool, layout_folder: str, config: SearchConfig, 
     size = min(layout.rows, 2 * wanted)  # twice as many as wanted, because some may be out
     drawn = np.random.default_rng(config.seed).choice(layout.rows, size, replace=False, shuffle=False)
     sample = _sample(PoolVectors(pool, layout), np.sort(drawn), wanted)  # [S, D]
-    if not len(sample):
-        raise ValueError("pool: expected rows with features to search, got none")
+    counts = Counts(len(drawn), len(sample), {}, {"more than needed, or without features": len(drawn) - len(sample)})
+    if not len(sample):  # an index of nothing is trained on anything
+        sample = np.zeros((1, width_of(pool, layout)), np.float32)
+    if kind == "ivf_pq" and len(sample) < VALUES:  # Faiss refuses to train these codes on fewer vectors
+        sample = np.resize(sample, (VALUES, sample.shape[1]))
     with faiss_module() as faiss:
-        index = _empty(faiss, kind, sample.shape[1], min(lists, max(len(sample) // PER_LIST, 1)))
+        index = _empty(faiss, kind, sample.shape[1], min(lists, max(counts.rows_out // PER_LIST, 1)))
         for clustering in [index.cp, *([index.pq.cp] if kind == "ivf_pq" else [])]:
             clustering.min_points_per_centroid = 1  # without this Faiss warns about small pools
         index.train(sample)
         _write(faiss, index, output)
-    return Counts(len(drawn), len(sample), {"more than needed, or without features": len(drawn) - len(sample)})
+    return counts
 
 
 def build(output: Output, pool: Pool, layout_folder: str, trained: str, start: int, stop: int) -> Counts:

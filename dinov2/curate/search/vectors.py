@@ -220,6 +220,11 @@ class PoolVectors:
         return part, finite & self.pool.kept(shard)[rows]
 
 
+def width_of(pool: Pool, layout: Layout) -> int:
+    """The dimension of a pool's features; 1 for a pool without shards."""
+    return int(pool.read_features(layout.names[0]).shape[1]) if layout.names else 1
+
+
 def pair_cosines(
     vectors: Vectors, rows: Positions, others: PoolVectors, positions: Positions
 ) -> npt.NDArray[np.float32]:

@@ -9,7 +9,7 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -28,6 +28,7 @@ COLUMNS = {
     "sha256": "string",  # digest of the image's bytes, 64 hexadecimal digits
 }
 MAX_SIZE = 2**31 - 1
+NO_IMAGE, TOO_LARGE = "no image by its content", "larger than 2 GiB"
 
 Row = dict[str, Any]
 KEY = re.compile(r"[\w-]+", re.ASCII)
@@ -105,6 +106,10 @@ class ShardImage:
             )
 
 
+Skipped = Callable[[ShardImage, str, str], None]
+"""Is told about an image that is in no shard: the image, the reason, and a remark."""
+
+
 def write_shards(
     images: Iterable[ShardImage], root: str | os.PathLike[str], *, shard_size: int = 10_000
 ) -> ShardReport:
@@ -137,10 +142,21 @@ def write_shards(
     raise AssertionError
 
 
-def write_shard(images: Iterable[ShardImage], root: str | os.PathLike[str], number: int) -> ShardReport:
+def write_shard(
+    images: Iterable[ShardImage], root: str | os.PathLike[str], number: int, skipped: Skipped = lambda *_: None
+) -> ShardReport:
     """Write one shard; it replaces an earlier shard of the same number. Several processes may write one shard each.
 
     Tar and index are written under other names and then renamed, the index last. So a shard with an index is complete.
+
+    Args:
+        images: images to write; one at a time is held in memory.
+        root: folder of the shards, or a URL of fsspec.
+        number: number of the shard.
+        skipped: called with each image that is skipped, the reason, and a remark, such as the decoder's words.
+
+    Raises:
+        ValueError: two images have the same key.
     """
     storage, report = Storage(root), ShardReport(shards=1)
     rows: dict[str, Row] = {}
@@ -153,11 +169,13 @@ def write_shard(images: Iterable[ShardImage], root: str | os.PathLike[str], numb
                 raise ValueError(f"key: expected a key of its own for each image of a shard, got {image.key!r} twice")
             try:
                 header = read_header(image.content, image.key)
-            except UnreadableImageError:
-                report.skipped["no image by its content"] += 1
+            except UnreadableImageError as error:
+                report.skipped[NO_IMAGE] += 1
+                skipped(image, NO_IMAGE, error.words)
                 continue
             if len(image.content) > MAX_SIZE:
-                report.skipped["larger than 2 GiB"] += 1
+                report.skipped[TOO_LARGE] += 1
+                skipped(image, TOO_LARGE, f"{len(image.content):,} bytes")
                 continue
             member = tarfile.TarInfo(image.key + header.extension)
             member.size = len(image.content)

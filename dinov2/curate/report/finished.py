@@ -1,0 +1,61 @@
+"""The finished steps of a curation, and the folders of its images and decisions."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+
+from dinov2.curate.materialize import NothingLeftError
+from dinov2.curate.pipeline import CurateConfig, EmptySetWarning, curate, set_names
+from dinov2.curate.pool import Pool
+from dinov2.curate.steps import Step
+from dinov2.data import BrokenLinkWarning
+
+
+def finished_steps(config: CurateConfig) -> Iterator[Step]:
+    """The finished steps of a curation in order, without repeats, up to the first unfinished step."""
+    seen, steps = set[str](), curate(config)
+    while True:
+        try:
+            with warnings.catch_warnings():
+                for known in (EmptySetWarning, BrokenLinkWarning):  # of which the run has warned already
+                    warnings.simplefilter("ignore", known)
+                step = next(steps)
+        except (StopIteration, NothingLeftError):
+            return
+        if {task.shard for task in step.tasks} - step.finished():
+            return
+        if step.folder not in seen:
+            seen.add(step.folder)
+            yield step
+
+
+def pool_of(config: CurateConfig, steps: Sequence[Step]) -> Pool:
+    """The pool after all finished decisions."""
+    if config.images is not None:
+        root = folder_of(config.images, steps)
+    else:
+        root = next((step.folder for step in steps if step.name == "download-images"), config.output)
+    decisions = [step.folder for step in steps if step.name.endswith("-decisions") or _embeds(step, root)]
+    return Pool(root, tuple(decisions))
+
+
+def sets_of(config: CurateConfig, field: str, steps: Sequence[Step]) -> dict[str, Pool]:
+    """The pools of ``evaluation_sets`` or ``seeds`` by name, without their images that could not be embedded."""
+    pools = {}
+    for name, path in set_names(getattr(config, field)).items():
+        root = folder_of(path, steps)
+        embedded = [step.folder for step in steps if step.name == "embed-features" and step.inputs == (root,)]
+        of_field = embedded[:1] if field == "evaluation_sets" else embedded[-1:]  # a set may be both
+        pools[name] = Pool(root, tuple(of_field))
+    return pools
+
+
+def folder_of(path: str, steps: Sequence[Step]) -> str:
+    """The folder of shards that ``path`` has, or that its files were collected into."""
+    return next((step.folder for step in steps if step.name == "collect-images" and step.inputs == (path,)), path)
+
+
+def _embeds(step: Step, root: str) -> bool:
+    """Whether a step embeds the curated pool. Pools of other sets have no decisions yet when they are embedded."""
+    return step.name == "embed-features" and step.inputs[0] == root and len(step.inputs) > 1
