@@ -66,6 +66,8 @@ def table(report: ShardReport) -> Table:
     result.add_row("shards indexed", f"{report.shards:,}")
     if report.finished_before:
         result.add_row("shards that had an index", f"{report.finished_before:,}")
+    if report.shared_names:
+        result.add_row("images whose names are equal up to the first dot", f"{report.shared_names:,}")
     for reason, number in report.skipped.most_common():
         result.add_row(f"files skipped: {reason}", f"{number:,}")
     return result

@@ -15,10 +15,12 @@ from dinov2.curate.embed import EmbedConfig, embed
 from dinov2.curate.engines import EngineConfig
 from dinov2.curate.extract import ExtractConfig, extract
 from dinov2.curate.materialize import MaterializeConfig, materialize
+from dinov2.curate.overlaps import check_overlaps
 from dinov2.curate.pool import Pool
 from dinov2.curate.retrieve import RetrieveConfig, retrieve
 from dinov2.curate.screen import ScreenConfig, screen
 from dinov2.curate.steps import Steps
+from dinov2.data.outputs import CONFIG, forget_final_set, save_final_set
 from dinov2.data.shards.storage import Storage
 
 STAGES = ("extract", "download", "collect", "screen", "embed", "dedup", "retrieve", "materialize")
@@ -96,6 +98,7 @@ class Curated:
 def curate(config: CurateConfig) -> Steps[Curated]:
     """All steps from the source to the final shards."""
     output = config.output
+    check_overlaps(config.images, config.evaluation_sets, config.seeds, config.materialize.as_is)
     pool = yield from source(config)
     pool = yield from screen(pool, config.screen, output)
 
@@ -107,6 +110,7 @@ def curate(config: CurateConfig) -> Steps[Curated]:
     seeds = yield from embedded_sets(config, "seeds", config.embed)
     pool = yield from retrieve(pool, seeds, config.retrieve, output)
     root = yield from materialize(pool, seeds, config.materialize, output)
+    save_final_set(output, to_json(config), PurePosixPath(root).name)
     return Curated(root, pool)
 
 
@@ -157,7 +161,9 @@ def only(steps: Steps[Curated], stage: str) -> Steps[None]:
 
 
 def save_config(config: CurateConfig) -> None:
-    """Write ``config.json`` into the output. A later curation with the same output replaces it."""
+    """Write ``config.json`` into the output. A later curation with the same output replaces it. The output has no final
+    set until the curation ends."""
     storage = Storage(config.output)
-    with storage.replace(f"{storage.root}/config.json") as file:
+    forget_final_set(config.output)
+    with storage.replace(f"{storage.root}/{CONFIG}") as file:
         file.write(json.dumps(to_json(config), indent=1).encode())

@@ -4,6 +4,7 @@ from dinov2.data.augmentation import AugmentationConfig, MultiCropAugmentation
 from dinov2.data.batch import Batch, RawBatch, RawCrops, finish, finishes_crops
 from dinov2.data.decoding import UnreadableImageError, decode_image, read_image
 from dinov2.data.files import BrokenLinkWarning, escaped, unescaped
+from dinov2.data.folders import SourceWarning
 from dinov2.data.loader import DataConfig, ImageDataset, UnreadableDatasetError, UnreadableImageWarning, batches
 from dinov2.data.masking import MaskConfig, batch_masks, mask_counts, sample_block_masks
 from dinov2.data.multichannel import normalize
@@ -39,6 +40,7 @@ __all__ = [
     "RawCrops",
     "ShardImage",
     "ShardReport",
+    "SourceWarning",
     "TarShards",
     "UnreadableDatasetError",
     "UnreadableImageError",

@@ -13,7 +13,6 @@ The content decides the format, not the file name.
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import math
 import os
@@ -27,6 +26,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dinov2.data.files import quoted
+from dinov2.data.formats import ARRAY, NPY, extension_of, known_formats, refusal
 from dinov2.data.layouts import (
     TIFF,
     TIFF_OF_PILLOW,
@@ -40,40 +40,10 @@ from dinov2.data.layouts import (
     tiff_sizes,
 )
 
-IMAGE_EXTENSIONS = (
-    ".avif",
-    ".bmp",
-    ".gif",
-    ".jp2",
-    ".jpeg",
-    ".jpg",
-    ".npy",
-    ".pgm",
-    ".png",
-    ".ppm",
-    ".tif",
-    ".tiff",
-    ".webp",
-)
-# Pillow reads more formats, but starts other programs for some of them, which is unsafe for files from the web.
-_PILLOW_FORMATS = {
-    "AVIF": ".avif",
-    "BMP": ".bmp",
-    "GIF": ".gif",
-    "JPEG": ".jpg",
-    "JPEG2000": ".jp2",
-    "MPO": ".jpg",
-    "PNG": ".png",
-    "PPM": ".ppm",
-    "TIFF": ".tif",
-    "WEBP": ".webp",
-}
 LEVELS: dict[np.dtype[Any], float] = {np.dtype(np.uint8): 255, np.dtype(np.uint16): 65535, np.dtype(np.float32): 1}
 """Each dtype of pixels, and its level that counts as 1: mean and std are on this scale."""
 
 Pixels = npt.NDArray[Any]  # [H, W, C] in a dtype of LEVELS
-
-_NPY = b"\x93NUMPY"
 
 
 class UnreadableImageError(ValueError):
@@ -86,7 +56,7 @@ class ImageHeader:
 
     width: int
     height: int
-    extension: str  # extension of its format in lower case, with the dot: one of IMAGE_EXTENSIONS
+    extension: str  # extension of its format in lower case, with the dot: such as .jpg
 
 
 def read_image(path: str | os.PathLike[str], channels: int = 3) -> Pixels:
@@ -118,25 +88,40 @@ def read_header(content: bytes, name: str) -> ImageHeader:
 
     The size is that of the stored pixels, before the orientation is applied.
     """
-    file = io.BytesIO(content)
     with _as_unreadable(name):
-        if content.startswith(_NPY):
-            height, width = _npy_shape(file)[:2]
-            return ImageHeader(width, height, ".npy")
-        try:
-            if content.startswith(TIFF) and not content.startswith(TIFF_OF_PILLOW):
-                raise UnidentifiedImageError
-            with _open(file) as image:
-                size, extension = image.size, _PILLOW_FORMATS[image.format or ""]
-        except UnidentifiedImageError:
-            if not content.startswith(TIFF):
-                raise
-            with open_tiff(file) as tiff:  # a kind of TIFF that Pillow does not read
-                height, width = tiff_sizes(tiff)
-            size, extension = (width, height), ".tif"
-        if 0 in size:
-            raise ValueError(f"size: expected at least one pixel, got {size[0]} x {size[1]}")
-        return ImageHeader(*size, extension)
+        return _header(io.BytesIO(content))
+
+
+def holds_image(file: BinaryIO) -> bool:
+    """Whether the header of an image can be read from a file."""
+    try:
+        file.seek(0)
+        _header(file)
+    except Exception:  # readers raise errors of many types
+        return False
+    return True
+
+
+def _header(file: BinaryIO) -> ImageHeader:
+    magic = file.read(len(NPY))
+    file.seek(0)
+    if magic == NPY:
+        height, width = _npy_shape(file)[:2]
+        return ImageHeader(width, height, ARRAY)
+    try:
+        if magic.startswith(TIFF) and not magic.startswith(TIFF_OF_PILLOW):
+            raise UnidentifiedImageError
+        with _open(file) as image:
+            size, extension = image.size, extension_of(image)
+    except UnidentifiedImageError:
+        if not magic.startswith(TIFF):
+            raise
+        with open_tiff(file) as tiff:  # a kind of TIFF that Pillow does not read
+            height, width = tiff_sizes(tiff)
+        size, extension = (width, height), ".tif"
+    if 0 in size:
+        raise ValueError(f"size: expected at least one pixel, got {size[0]} x {size[1]}")
+    return ImageHeader(*size, extension)
 
 
 @contextlib.contextmanager
@@ -149,7 +134,7 @@ def _as_unreadable(name: str) -> Iterator[None]:
     except UnidentifiedImageError as error:
         raise UnreadableImageError(
             f"cannot read image {name}: its format is unknown, or it is damaged; expected one of"
-            f" {', '.join(sorted(_known_formats()))} or NPY{error}"
+            f" {', '.join(sorted(known_formats()))} or NPY{error}"
         ) from error
     except OSError as error:
         raise UnreadableImageError(f"cannot read image {name}: {error.strerror or error}") from error
@@ -165,37 +150,15 @@ def _open(file: BinaryIO) -> Image.Image:
             the file begins like.
     """
     try:
-        return Image.open(file, formats=_known_formats())
+        return Image.open(file, formats=known_formats())
     except UnidentifiedImageError:
-        raise UnidentifiedImageError(_refusal(file)) from None
-
-
-def _refusal(file: BinaryIO) -> str:
-    """The reader's words about a file that begins like its format, such as ``; JPEG: cannot handle 12-bit layers``."""
-    file.seek(0)
-    beginning = file.read(16)
-    for name in _known_formats():
-        reader, accept = Image.OPEN[name]
-        if accept is not None and accept(beginning) is True:
-            file.seek(0)
-            try:
-                reader(file, "")
-            except Exception as error:  # readers raise errors of many types
-                return f"; {name}: {error}"
-    return ""
-
-
-@functools.cache
-def _known_formats() -> tuple[str, ...]:
-    """The formats that this version of Pillow can open; MPO is opened as JPEG."""
-    Image.init()
-    return tuple(name for name in _PILLOW_FORMATS if name in Image.OPEN)
+        raise UnidentifiedImageError(refusal(file)) from None
 
 
 def _decode(file: BinaryIO, channels: int) -> Pixels:
-    magic = file.read(len(_NPY))
+    magic = file.read(len(NPY))
     file.seek(0)
-    if magic == _NPY:
+    if magic == NPY:
         return _of_channels(_read_npy(file), channels)
     if magic.startswith(TIFF):
         return _decode_tiff(file, magic, channels)

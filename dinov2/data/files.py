@@ -9,6 +9,10 @@ import warnings
 from collections import deque
 from typing import NamedTuple
 
+HIDDEN, SYSTEM = "hidden", "of the system"
+_SYSTEM_FOLDERS = frozenset({"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information"})
+"""Folders of storage devices and systems; some hold small copies of every image."""
+
 _LOOKS_ESCAPED = re.compile(r"\\(?=x[0-9a-f]{2})")
 _ESCAPE = re.compile(rb"\\x([0-9a-f]{2})")
 _SPELLED_SURROGATE = re.compile(r"\\udc([89a-f][0-9a-f])")  # Python's spelling of a byte that is not UTF-8
@@ -87,6 +91,14 @@ def warn_of_broken_links(root: str | os.PathLike[str], broken: list[str]) -> Non
             BrokenLinkWarning,
             stacklevel=3,
         )
+
+
+def reason_of_place(path: str) -> str | None:
+    """Why a file is left out for the place where it is, whatever it is: hidden, or in a folder of a system."""
+    parts = path.split("/")
+    if any(part.startswith(".") and part.strip(".") for part in parts):
+        return HIDDEN
+    return SYSTEM if not _SYSTEM_FOLDERS.isdisjoint(parts[:-1]) else None
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:

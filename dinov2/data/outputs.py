@@ -1,0 +1,126 @@
+"""Folders that this library wrote: it does not read them as images, and finds the final set of a curation in them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from dinov2.data.files import quoted
+from dinov2.data.shards.storage import Storage
+
+CONFIG, FINAL, REPORT = "config.json", "final_set.json", "report.html"
+MAX_CONFIG = 10_000_000  # bytes; a larger file is no configuration
+FEATURES = ("features.npy", "images.csv")
+"""The files of ``dinov2 embed``."""
+
+_STEP = re.compile(r"[a-z]+-[\w-]+-[0-9a-f]{10}", re.ASCII)
+_NOTE = "/about/step.json"
+_KINDS = {"a curation": {"output", "collect", "screen", "materialize"}, "a run": {"output", "optim"}}
+"""The fields by which configurations are known."""
+_NO_RESULT = ("output", "engine")
+"""Fields of a curation on which its results do not depend."""
+
+
+def of_outputs(storage: Storage, sizes: Mapping[str, int] | Collection[str]) -> dict[str, str]:
+    """Files that belong to an output of this library under a root, with words that say to which.
+
+    Outputs are curations, runs of training and features. The root itself may be a curation with images beside its
+    results; then only the results belong to it.
+
+    Args:
+        storage: the root.
+        sizes: paths of all files under the root, relative to it.
+
+    Returns:
+        Words such as ``in curated (a curation)`` by path.
+    """
+    folders: dict[str, str] = {}
+    own: set[str] = set()
+    for path in sizes:
+        folder, _, name = path.rpartition("/")
+        if name == CONFIG and (kind := _kind_of(_read_json(storage, path))):
+            if folder:
+                folders[folder] = kind
+            else:
+                own |= {CONFIG, FINAL, REPORT} if kind == "a curation" else {CONFIG}
+        elif path.endswith(_NOTE) and _STEP.fullmatch(_name(step := path.removesuffix(_NOTE))):
+            folders[step] = "a step of a curation"
+        elif folder and name == FEATURES[0] and f"{folder}/{FEATURES[1]}" in sizes:
+            folders[folder] = "features"
+    found = {path: "of the curation itself" for path in own if path in sizes}
+    for path in sizes if folders else ():
+        parts = path.split("/")
+        for depth in range(1, len(parts)):
+            if (folder := "/".join(parts[:depth])) in folders:
+                found[path] = f"in {folder} ({folders[folder]})"
+                break
+    return found
+
+
+def final_set(root: str) -> str | None:
+    """Folder of the final set of a curation; None if the root is no curation.
+
+    Raises:
+        ValueError: the curation that its ``config.json`` describes has not ended.
+    """
+    storage = Storage(root)
+    config = _read_json(storage, CONFIG)
+    if _kind_of(config) != "a curation":
+        return None
+    final = _read_json(storage, FINAL)
+    if isinstance(final, dict) and final.get("config") == digest_of(config):
+        found = f"{root.rstrip('/')}/{final.get('set')}"
+        if Storage(found).indices():
+            return found
+    raise ValueError(
+        f"root: expected images, got {quoted(root)}, a curation without the final set of its {CONFIG}; finish it with:"
+        f" dinov2 curate run {root.rstrip('/')}/{CONFIG}"
+    )
+
+
+def save_final_set(root: str, config: Any, name: str) -> None:
+    """Note the final set of a curation, by its name within the root."""
+    storage = Storage(root)
+    with storage.replace(f"{storage.root}/{FINAL}") as file:
+        file.write(json.dumps({"set": name, "config": digest_of(config)}).encode())
+
+
+def forget_final_set(root: str) -> None:
+    """Remove the note of :func:`save_final_set`, because the curation begins anew."""
+    storage = Storage(root)
+    path = f"{storage.root}/{FINAL}"
+    if storage.filesystem.exists(path):
+        storage.filesystem.rm(path)
+
+
+def digest_of(config: Mapping[str, Any]) -> str:
+    """A digest of the fields of a curation, a JSON object, on which its results depend."""
+    fields = {name: value for name, value in config.items() if name not in _NO_RESULT}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _name(folder: str) -> str:
+    return folder.rpartition("/")[2]
+
+
+def _kind_of(config: Any) -> str | None:
+    """What a configuration describes."""
+    if isinstance(config, dict):
+        for kind, fields in _KINDS.items():
+            if fields <= config.keys():
+                return kind
+    return None
+
+
+def _read_json(storage: Storage, path: str) -> Any:
+    """The value in a small JSON file; None if there is none."""
+    full = f"{storage.root}/{path}"
+    try:
+        if storage.filesystem.size(full) > MAX_CONFIG:
+            return None
+        return json.loads(storage.filesystem.cat_file(full))
+    except (OSError, ValueError, RecursionError):
+        return None
