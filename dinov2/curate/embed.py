@@ -20,7 +20,7 @@ from dinov2.curate.pool import Pool, write_decisions
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task
 from dinov2.data import normalize
 from dinov2.data.cropping import resized
-from dinov2.data.decoding import Pixels, UnreadableImageError, decode_image
+from dinov2.data.decoding import MEASURED, Pixels, UnreadableImageError, decode_to_measure
 from dinov2.evaluate.handmade import colour_histogram, texture_histogram
 from dinov2.evaluate.probe import central_crop
 from dinov2.models import load_pretrained
@@ -81,7 +81,7 @@ def embed(pool: Pool, config: EmbedConfig, output: str) -> Steps[Pool]:
         raise FileNotFoundError(f"embed.model: expected {', '.join(BUILT_IN)}, MODULE:FUNCTION or a file, got {name!r}")
     settings = dataclasses.replace(config, device="auto", model=name if name in BUILT_IN else identity_of(name))
     tasks = [Task(shard, _embed, (pool, shard, config)) for shard in pool.shards()]
-    features = Step(output, "embed-features", settings, (pool.images, *pool.decisions), tasks, gpu=True)
+    features = Step(output, "embed-features", [settings, MEASURED], (pool.images, *pool.decisions), tasks, gpu=True)
     yield features
     return dataclasses.replace(pool.after(features.folder), features=features.folder)
 
@@ -122,7 +122,7 @@ def _batches(
     files = pool.open_images(shard)
     for row in np.flatnonzero(kept).tolist():
         try:
-            images.append(decode_image(files[row], f"{row} of {shard}"))
+            images.append(decode_to_measure(files[row], f"{row} of {shard}"))
         except UnreadableImageError:
             reasons[row] = UNREADABLE
             continue

@@ -39,8 +39,8 @@ def check_overlaps(
             )
         if _is_within(tests, str(images)):
             _warn(
-                f"evaluation_sets: {quoted(tests)} lies in the folder of the images, so the pool has its images, too; they"
-                " are dropped there, like all that look like them"
+                f"evaluation_sets: {quoted(tests)} lies in the folder of the images: its images are in the pool, too,"
+                " and are dropped there like all that look like them"
             )
     for path in seeds if images is not None else ():
         if _overlap(path, str(images)):
@@ -74,8 +74,8 @@ def _place(path: str) -> str:
     """One spelling of a folder or URL, without a slash at the end."""
     storage = Storage(path)
     if is_local(storage.filesystem):
-        return os.path.realpath(storage.root).rstrip("/")
-    return f"{storage.filesystem.protocol}:{storage.root.rstrip('/')}"
+        return str(os.path.realpath(storage.root)).rstrip("/")
+    return str(storage.filesystem.unstrip_protocol(storage.root)).rstrip("/")
 
 
 def _warn(text: str) -> None:

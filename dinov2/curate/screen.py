@@ -18,7 +18,7 @@ from dinov2.curate.pool import Pool, read_array, read_table, write_decisions
 from dinov2.curate.search.vectors import layout_of, read_layout
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task
 from dinov2.data.cropping import resized
-from dinov2.data.decoding import Pixels, UnreadableImageError, decode_image
+from dinov2.data.decoding import MEASURED, Pixels, UnreadableImageError, decode_to_measure
 from dinov2_kernels._extras import require
 
 BATCH = 16
@@ -87,7 +87,7 @@ def screen(pool: Pool, config: ScreenConfig, output: str) -> Steps[Pool]:
     inputs = (pool.images, *pool.decisions)
     tasks = [Task(shard, measure, (pool, shard, config)) for shard in pool.shards()]
     plugged_in = [identity_of(config.faces), identity_of(config.nsfw)]
-    measures = Step(output, "screen-measures", plugged_in, inputs, tasks)
+    measures = Step(output, "screen-measures", [*plugged_in, MEASURED], inputs, tasks)
     yield measures
     task = Task("all", _fit, (pool.shards(), measures.folder, config))
     settings = [config.hash_sample, config.seed, pool.fingerprint()]
@@ -150,7 +150,7 @@ def measure(output: Output, pool: Pool, shard: str, config: ScreenConfig) -> Cou
 
     for row in np.flatnonzero(before).tolist():
         try:
-            image = decode_image(files[row], f"{row} of {shard}")
+            image = decode_to_measure(files[row], f"{row} of {shard}")
         except UnreadableImageError:
             continue
         rows[row] = {"readable": True, "thumbnail": thumbnail(image).tobytes(), **quality(image)._asdict()}

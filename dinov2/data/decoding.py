@@ -2,7 +2,8 @@
 
 Training asks for a number of channels:
 
-- 3: 8-bit RGB from any file; grey is repeated, transparency is dropped, 16 bits are reduced to their upper 8.
+- 3: 8-bit RGB from any file; grey is repeated, transparency is dropped, 16 bits are reduced to their upper 8; before
+  that they are stretched, if the file says that it uses fewer.
 - 1: grey, in the file's own depth; colour is reduced to luma, of 8 bits.
 - any other number: the file must have this number of channels and keeps its depth: arrays (``.npy``), TIFF with any
   number of bands, or images that Pillow reads with four channels (RGBA, CMYK).
@@ -17,6 +18,7 @@ import io
 import math
 import os
 import stat
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -30,6 +32,7 @@ from dinov2.data.formats import ARRAY, NPY, extension_of, known_formats, refusal
 from dinov2.data.layouts import (
     TIFF,
     TIFF_OF_PILLOW,
+    bits_of_png,
     corrected,
     open_tiff,
     pillow_reads,
@@ -37,6 +40,7 @@ from dinov2.data.layouts import (
     read_tiff_bands,
     read_tiff_colours,
     refuse_bomb,
+    stretched_png,
     tiff_sizes,
 )
 
@@ -44,6 +48,18 @@ LEVELS: dict[np.dtype[Any], float] = {np.dtype(np.uint8): 255, np.dtype(np.uint1
 """Each dtype of pixels, and its level that counts as 1: mean and std are on this scale."""
 
 Pixels = npt.NDArray[Any]  # [H, W, C] in a dtype of LEVELS
+
+
+FEW_BITS = 12
+"""If no level of 16 bits uses more than so many, the upper 8 bits are almost black."""
+MIN_USED, MAX_USED = 10, 14
+"""Between so many bits, measures take the bits that an image uses."""
+MEASURED = "the bits that are used"
+"""The name of this rule. Results depend on it."""
+
+
+class DarkImageWarning(UserWarning):
+    """An image of 16 bits has only small levels, perhaps because they have fewer bits. Its upper 8 bits are black."""
 
 
 class UnreadableImageError(ValueError):
@@ -81,6 +97,17 @@ def decode_image(content: bytes, name: str, channels: int = 3) -> Pixels:
     """Decode a file's bytes like :func:`read_image`; errors call the image ``name``."""
     with _as_unreadable(name):
         return _decode(io.BytesIO(content), channels)
+
+
+def decode_to_measure(content: bytes, name: str) -> Pixels:
+    """Decode a file like :func:`decode_image` to RGB, for measures and for people rather than for training.
+
+    It differs for images of 16 bits whose levels use up to 14 of them. Their upper 8 bits are dark, and those of 12
+    bits look like a plain black image. Here the upper 8 of the bits that they use count, of at least 10, so that the
+    noise of a black image stays black. PNG in colour has no such rule.
+    """
+    with _as_unreadable(name):
+        return _decode(io.BytesIO(content), 3, measuring=True)
 
 
 def read_header(content: bytes, name: str) -> ImageHeader:
@@ -134,7 +161,7 @@ def _as_unreadable(name: str) -> Iterator[None]:
     except UnidentifiedImageError as error:
         raise UnreadableImageError(
             f"cannot read image {name}: its format is unknown, or it is damaged; expected one of"
-            f" {', '.join(sorted(known_formats()))} or NPY{error}"
+            f" {', '.join(sorted({*known_formats()} - {'DIB'}))} or NPY{error}"
         ) from error
     except OSError as error:
         raise UnreadableImageError(f"cannot read image {name}: {error.strerror or error}") from error
@@ -155,64 +182,76 @@ def _open(file: BinaryIO) -> Image.Image:
         raise UnidentifiedImageError(refusal(file)) from None
 
 
-def _decode(file: BinaryIO, channels: int) -> Pixels:
+def _decode(file: BinaryIO, channels: int, measuring: bool = False) -> Pixels:
     magic = file.read(len(NPY))
     file.seek(0)
     if magic == NPY:
-        return _of_channels(_read_npy(file), channels)
+        return _of_channels(_read_npy(file), channels, measuring)
     if magic.startswith(TIFF):
-        return _decode_tiff(file, magic, channels)
+        return _decode_tiff(file, magic, channels, measuring)
+    bits = bits_of_png(file)
     with _open(file) as image:
         if image.format == "PPM" and (levels := read_deep_netpbm(file)) is not None:
-            return _of_colours(levels, channels)
-        return _of_pillow(image, channels)
+            return _of_colours(levels, channels, measuring)
+        return _of_pillow(image, channels, measuring, bits)
 
 
-def _decode_tiff(file: BinaryIO, magic: bytes, channels: int) -> Pixels:
+def _decode_tiff(file: BinaryIO, magic: bytes, channels: int, measuring: bool) -> Pixels:
     if channels not in (1, 3):
         return _of_channels(read_tiff_bands(file, channels), channels)
     if magic.startswith(TIFF_OF_PILLOW):
         with contextlib.suppress(UnidentifiedImageError), _open(file) as image:
-            if pillow_reads(image):
-                return _of_pillow(image, channels)
-    return _of_colours(read_tiff_colours(file), channels)
+            if pillow_reads(image) and not (measuring and _is_reduced(image)):
+                return _of_pillow(image, channels, measuring)
+    return _of_colours(read_tiff_colours(file), channels, measuring)
 
 
-def _of_pillow(image: Image.Image, channels: int) -> Pixels:
+def _of_pillow(image: Image.Image, channels: int, measuring: bool, bits_of_png: int = 16) -> Pixels:
     """Decode an opened image."""
+    reduced = _is_reduced(image)
     ImageOps.exif_transpose(image, in_place=True)  # in place: a copy takes a tenth of the decoding time
     image = corrected(image)
     if image.mode == "I" and image.format == "PNG":  # Pillow before 11: 16 bits of grey
         image = Image.fromarray(np.asarray(image).astype(np.uint16))
+    if bits_of_png < 16:
+        image = Image.fromarray(stretched_png(np.asarray(image), bits_of_png))
     if image.mode == "I" or (image.mode == "F" and channels == 3):
         raise ValueError(f"32 bits per channel (Pillow mode {image.mode}) have no defined range")
     if image.mode == "La":
         image = image.convert("LA")  # colours that are multiplied by their opacity convert to nothing else
     if channels == 3:
-        return np.asarray(_as_rgb(image))
+        pixels = np.asarray(_as_rgb(image, measuring))
+        if reduced and pixels.max() < 2**FEW_BITS >> 8:
+            _warn_of_darkness()
+        return pixels
     if channels == 1 and not image.mode.startswith(("I;16", "F")):
         return _of_channels(np.asarray(_without_transparency(image).convert("L")), channels)
     return _of_channels(np.asarray(image), channels)
 
 
-def _of_colours(levels: npt.NDArray[Any], channels: int) -> Pixels:
+def _is_reduced(image: Image.Image) -> bool:
+    """Whether Pillow reduces colours of 16 bits in an opened image: it has no such colours."""
+    return not image.mode.startswith("I") and ";16" in str(getattr(image, "tile", ""))
+
+
+def _of_colours(levels: npt.NDArray[Any], channels: int, measuring: bool) -> Pixels:
     """Levels of grey ``[H, W, 1]`` or RGB ``[H, W, 3]``, uint8 or uint16, as the channels that are asked for."""
     if levels.dtype == np.float32 and channels == 3:
         raise ValueError("32 bits per channel (float32) have no defined range")
     if levels.shape[2] == channels or channels not in (1, 3):
-        return _of_channels(levels, channels)
+        return _of_channels(levels, channels, measuring)
     if levels.dtype == np.uint16 and not (channels == 1 and levels.shape[2] == 1):
-        levels = _upper_8_bits(levels)
+        levels = _upper_8_bits(levels, measuring)
     if channels == 3:
         return _of_channels(np.repeat(levels, 3, axis=2), channels)
     return _of_channels(np.asarray(Image.fromarray(np.ascontiguousarray(levels)).convert("L")), channels)
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
+def _as_rgb(image: Image.Image, measuring: bool) -> Image.Image:
     if image.mode == "RGB":
         return image  # convert would copy the image
     if image.mode.startswith("I;16"):
-        image = Image.fromarray(_upper_8_bits(np.asarray(image)))
+        image = Image.fromarray(_upper_8_bits(np.asarray(image), measuring))
     return _without_transparency(image).convert("RGB")
 
 
@@ -222,7 +261,7 @@ def _without_transparency(image: Image.Image) -> Image.Image:
     return image
 
 
-def _of_channels(pixels: npt.NDArray[Any], channels: int) -> Pixels:
+def _of_channels(pixels: npt.NDArray[Any], channels: int, measuring: bool = False) -> Pixels:
     """Check an array from a file and return it as ``[H, W, channels]`` in this machine's byte order."""
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     if pixels.ndim != 3 or pixels.shape[2] != channels or pixels.size == 0:
@@ -231,7 +270,7 @@ def _of_channels(pixels: npt.NDArray[Any], channels: int) -> Pixels:
     if native not in LEVELS:
         raise ValueError(f"pixels: expected {', '.join(map(str, LEVELS))}, got {native}")
     if channels == 3 and native == np.uint16:
-        return _upper_8_bits(pixels)
+        return _upper_8_bits(pixels, measuring)
     if channels == 3 and native != np.uint8:
         raise ValueError(f"RGB: expected 8 or 16 bits per channel, got {native}")
     if native == np.float32 and not np.isfinite(pixels).all():
@@ -239,8 +278,23 @@ def _of_channels(pixels: npt.NDArray[Any], channels: int) -> Pixels:
     return np.ascontiguousarray(pixels, dtype=native)
 
 
-def _upper_8_bits(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    return (pixels >> 8).astype(np.uint8)
+def _upper_8_bits(levels: npt.NDArray[Any], measuring: bool) -> npt.NDArray[np.uint8]:
+    """The upper 8 of 16 bits; to measure, of the bits that are used, see :func:`decode_to_measure`."""
+    used = max(MIN_USED, int(levels.max(initial=0)).bit_length())
+    if measuring and used <= MAX_USED:
+        return (levels >> (used - 8)).astype(np.uint8)
+    if used <= FEW_BITS:
+        _warn_of_darkness()
+    return (levels >> 8).astype(np.uint8)
+
+
+def _warn_of_darkness() -> None:
+    warnings.warn(
+        f"an image of 16 bits has no level above {2**FEW_BITS - 1} of 65535, so it becomes almost black; if its levels"
+        " have fewer bits, its file has to say so, or they have to be stretched (docs/data.md, Depths and layouts)",
+        DarkImageWarning,
+        stacklevel=3,
+    )
 
 
 def _npy_shape(file: BinaryIO) -> tuple[int, ...]:

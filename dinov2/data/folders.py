@@ -63,8 +63,9 @@ def warn_of_left_out(root: str, contents: Contents) -> None:
 def images_among(paths: Collection[str], storage: Storage, *, by_content: bool = True) -> Contents:
     """Tell images from other files.
 
-    The ending of a name decides for images, for texts, tables, archives and camera raws, and the content for all other
-    files: they are images if they begin like one and their header can be read. Hidden files and folders, folders of systems, and outputs of this library are left out.
+    The ending of a name decides for images, texts, tables, archives and raw data of cameras. All other files are images
+    if they begin like one and their header can be read. Hidden files and folders, folders of systems, and outputs of
+    this library are left out.
 
     Args:
         paths: all files under a root, relative to it, in sorted order.
@@ -117,10 +118,10 @@ def is_of_tars(storage: Storage, root: str, paths: Collection[str]) -> bool:
         left_out = summary(Counter(map(ending, beside)))
         _warn(f"left out {left_out} under {quoted(root)}; all tars there have an index, so only they are read")
     elif beside and tars:
-        names = ", ".join(quoted(name) for name in list(tars)[:3]) + (", ..." if len(tars) > 3 else "")
+        names = ", ".join(quoted(f"{name}.tar") for name in list(tars)[:3]) + (", ..." if len(tars) > 3 else "")
         _warn(
-            f"left out {len(tars)} tars under {quoted(root)} ({names}), because images lie beside them; to read a tar,"
-            " put it into a folder of its own and index it: dinov2 index FOLDER"
+            f"left out {len(tars)} {'tar' if len(tars) == 1 else 'tars'} under {quoted(root)} ({names}), because images"
+            " lie beside; to read a tar, put it into a folder of its own and index it: dinov2 index FOLDER"
         )
         return False
     return not beside or bool(tars)

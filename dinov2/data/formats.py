@@ -18,7 +18,8 @@ ARRAY = ".npy"
 # first ending is the one that we write.
 _FORMATS = {
     "AVIF": (".avif", ".avifs"),
-    "BMP": (".bmp", ".dib"),
+    "BMP": (".bmp",),
+    "DIB": (".dib",),
     "GIF": (".gif",),
     "HEIF": (".heic", ".heics", ".heif", ".heifs", ".hif"),
     "JPEG": (".jpg", ".jfif", ".jif", ".jpe", ".jpeg"),

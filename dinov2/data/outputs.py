@@ -81,11 +81,14 @@ def final_set(root: str) -> str | None:
     )
 
 
-def save_final_set(root: str, config: Any, name: str) -> None:
-    """Note the final set of a curation, by its name within the root."""
+def save_final_set(root: str, config: Mapping[str, Any], name: str) -> None:
+    """Note the final set of a curation, by its name within the root, if the ``config.json`` there is that of the
+    curation. A report of other settings changes nothing."""
     storage = Storage(root)
-    with storage.replace(f"{storage.root}/{FINAL}") as file:
-        file.write(json.dumps({"set": name, "config": digest_of(config)}).encode())
+    current = _read_json(storage, CONFIG)
+    if isinstance(current, dict) and digest_of(current) == digest_of(config):
+        with storage.replace(f"{storage.root}/{FINAL}") as file:
+            file.write(json.dumps({"set": name, "config": digest_of(config)}).encode())
 
 
 def forget_final_set(root: str) -> None:

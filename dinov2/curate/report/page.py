@@ -13,7 +13,7 @@ from PIL import Image
 
 from dinov2.curate.faces import Box, blur_faces
 from dinov2.curate.pool import Pool, ShardBytes
-from dinov2.data.decoding import Pixels, UnreadableImageError, decode_image
+from dinov2.data.decoding import Pixels, UnreadableImageError, decode_to_measure
 from dinov2.data.shards.storage import Storage
 from dinov2_kernels._extras import require
 
@@ -160,7 +160,7 @@ class Pictures:
         if shard not in self._files:
             self._files[shard] = self.pool.open_images(shard)
         try:
-            pixels = decode_image(self._files[shard][row], "")
+            pixels = decode_to_measure(self._files[shard][row], "")
         except UnreadableImageError:
             return EMPTY
         return data_url(blur_faces(pixels, faces) if faces else pixels)

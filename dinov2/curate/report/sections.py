@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
@@ -12,16 +13,18 @@ import numpy as np
 
 from dinov2.configuration import to_json
 from dinov2.curate.faces import Box
+from dinov2.curate.overlaps import OverlapWarning
 from dinov2.curate.pipeline import CurateConfig, curate, set_names
 from dinov2.curate.pool import Pool, read_table
 from dinov2.curate.report import page, sections
 from dinov2.curate.report.page import Pictures, histogram
 from dinov2.curate.runner import summarize
 from dinov2.curate.steps import Step
-from dinov2.data.files import escaped
+from dinov2.data.files import BrokenLinkWarning, escaped
+from dinov2.data.folders import SourceWarning
+from dinov2.data.outputs import REPORT, final_set
 from dinov2.data.shards.storage import Storage
 
-REPORT = "report.html"
 PER_REASON = 8
 GROUPS, PER_GROUP = 12, 8
 SEEDS, PER_SEED = 8, 7
@@ -33,7 +36,11 @@ def write_report(config: CurateConfig) -> str:
 
     The page loads nothing from elsewhere: pictures, charts and style are in it.
     """
-    steps = list(finished_steps(config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SourceWarning)  # the run has said it
+        warnings.simplefilter("ignore", OverlapWarning)
+        warnings.simplefilter("ignore", BrokenLinkWarning)
+        steps = list(finished_steps(config))
     storage = Storage(config.output)
     with storage.replace(f"{storage.root}/{REPORT}") as file:
         file.write(page.document(f"Curation: {escaped(config.output)}", _parts(config, steps)).encode())
@@ -84,7 +91,10 @@ def _sets(paths: dict[str, str], steps: list[Step]) -> dict[str, Pool]:
 
 def _collected(path: str, steps: list[Step]) -> str:
     """The folder of shards that ``path`` has, or that its files were collected into."""
-    return next((step.folder for step in steps if step.name == "collect-images" and step.inputs == (path,)), path)
+    for step in steps:
+        if step.name == "collect-images" and step.inputs == (path,):
+            return step.folder
+    return final_set(path) or path
 
 
 def funnel(steps: Sequence[Step]) -> Iterator[str]:
