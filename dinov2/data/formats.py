@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -67,9 +68,10 @@ def known_formats() -> tuple[str, ...]:
     for name, (_, modules) in _PLUG_INS.items():
         for module, function in modules.items():
             if name not in Image.OPEN and importlib.util.find_spec(module):
-                plug_in = importlib.import_module(module)
-                if function is not None:
-                    getattr(plug_in, function)()
+                with contextlib.suppress(ImportError):  # a library that it needs is missing
+                    plug_in = importlib.import_module(module)
+                    if function is not None:
+                        getattr(plug_in, function)()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
