@@ -17,7 +17,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from dinov2.curate.plugins import load_function
-from dinov2.data.decoding import Pixels, decode_image, read_header
+from dinov2.data.decoding import Pixels, decode_to_measure, read_header
 from dinov2_kernels._extras import require
 
 DETECTION_SIDE = 320  # pixels of the longer side that the bundled detector looks at
@@ -127,7 +127,7 @@ def blurred_file(content: bytes, boxes: Sequence[Box]) -> bytes:
         UnreadableImageError: the file cannot be decoded.
     """
     kind = "JPEG" if read_header(content, "file").extension == ".jpg" else "PNG"
-    pixels = decode_image(content, "file")
+    pixels = decode_to_measure(content, "file")
     file = io.BytesIO()
     Image.fromarray(blur_faces(pixels, boxes)).save(file, kind, **({"quality": 95} if kind == "JPEG" else {}))
     return file.getvalue()

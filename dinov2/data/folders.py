@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import stat
 import warnings
@@ -16,6 +17,7 @@ from dinov2.data.files import quoted, reason_of_place
 from dinov2.data.formats import BEGINNING, ending, image_extensions, is_other, label_of, may_be_image
 from dinov2.data.outputs import final_set, of_outputs
 from dinov2.data.shards.storage import Storage, is_local
+from dinov2_kernels._extras import require
 
 CLOSED = "that cannot be opened"
 _AT_ONCE = 1000  # beginnings of remote files that are asked for together
@@ -99,8 +101,9 @@ def images_among(paths: Collection[str], storage: Storage, *, by_content: bool =
 def is_of_tars(storage: Storage, root: str, paths: Collection[str]) -> bool:
     """Whether a folder or URL is a place of tar shards rather than of image files.
 
-    It is one if it has tars or indices, and no images beside them. With images beside them, the tars count if all of
-    them have an index, otherwise the images.
+    It is one if it has tars or indices, and no images beside them. With images beside them, the tars are read if all of
+    them have an index, and if they hold more images than lie beside. Otherwise the images are read. Tars count if they
+    are in the folder ``images``, or in the root itself if that folder has none.
 
     Args:
         storage: the root.
@@ -113,18 +116,43 @@ def is_of_tars(storage: Storage, root: str, paths: Collection[str]) -> bool:
     tars, indices = storage.shards(), storage.indices()
     if not (tars or indices):
         return False
-    beside = images_among(paths, storage, by_content=False).images
-    if beside and tars and tars.keys() <= indices.keys():
-        left_out = summary(Counter(map(ending, beside)))
-        _warn(f"left out {left_out} under {quoted(root)}; all tars there have an index, so only they are read")
-    elif beside and tars:
-        names = ", ".join(quoted(f"{name}.tar") for name in list(tars)[:3]) + (", ..." if len(tars) > 3 else "")
+    contents = images_among(paths, storage, by_content=False)
+    beside = contents.images
+    known = {path.removeprefix(f"{storage.root}/") for path in tars.values()}
+    if others := [path for path, label in contents.left_out.items() if label == ".tar" and path not in known]:
         _warn(
-            f"left out {len(tars)} {'tar' if len(tars) == 1 else 'tars'} under {quoted(root)} ({names}), because images"
-            " lie beside; to read a tar, put it into a folder of its own and index it: dinov2 index FOLDER"
+            f"left out {_tars(others)} under {quoted(root)}: tars are read from one folder, images or the root itself"
         )
-        return False
-    return not beside or bool(tars)
+    if not (tars and beside):
+        return not beside
+    if tars.keys() <= indices.keys() and _rows(storage, indices) > len(beside):
+        left_out = summary(Counter(map(ending, beside)))
+        _warn(f"left out {left_out} under {quoted(root)}, because the tars there hold more images; they are read")
+        return True
+    _warn(
+        f"left out {_tars(known)} under {quoted(root)}, because {len(beside):,} images lie beside; to read a tar, put it"
+        " into a folder of its own and index it: dinov2 index FOLDER"
+    )
+    return False
+
+
+def _tars(paths: Collection[str]) -> str:
+    names = sorted(path.rpartition("/")[2] for path in paths)
+    listed = ", ".join(map(quoted, names[:3])) + (", ..." if len(names) > 3 else "")
+    return f"{len(names)} {'tar' if len(names) == 1 else 'tars'} ({listed})"
+
+
+def _rows(storage: Storage, indices: Mapping[str, str]) -> float:
+    """The number of images in tars, by their indices. If it cannot be read, there are many, and their reader says why
+    not."""
+    parquet, rows = require("pyarrow.parquet", extra="data", purpose="tar shards"), 0
+    for path in indices.values():
+        try:
+            with storage.filesystem.open(path, "rb") as file:
+                rows += parquet.ParquetFile(file).metadata.num_rows
+        except Exception:  # file systems and Arrow raise errors of many types
+            return math.inf
+    return rows
 
 
 def located(root: str, argument: str) -> str:

@@ -290,22 +290,46 @@ def test_results_do_not_depend_on_engine_and_place(tmp_path: Path) -> None:
 def test_a_tar_beside_images_is_left_out_and_named(tmp_path: Path) -> None:
     write(tmp_path, {f"{i}.png": encode(noise(i)) for i in range(3)})
     write_tar(tmp_path / "old.tar", [("9.png", encode(noise(9)))])
-    with pytest.warns(SourceWarning, match=r"left out 1 tar under .* \('old\.tar'\), because images lie beside"):
+    with pytest.warns(SourceWarning, match=r"left out 1 tar \('old\.tar'\) under .*, because 3 images lie beside"):
         images = open_dataset(DataConfig(root=tmp_path))
     assert isinstance(images, ImageFolder)
     assert images.paths == ["0.png", "1.png", "2.png"]
 
 
-def test_images_beside_indexed_tars_are_left_out_and_counted(tmp_path: Path) -> None:
-    write_tar(tmp_path / "pool.tar", [("9.png", encode(noise(9)))])
+@pytest.mark.parametrize("beside", [1, 2, 3])
+def test_of_indexed_tars_and_images_the_larger_part_is_read(tmp_path: Path, beside: int) -> None:
+    write_tar(tmp_path / "pool.tar", [(f"{i}.png", encode(noise(i))) for i in range(2)])
     index_shards(tmp_path)
-    write(tmp_path, {"a/1.png": encode(noise(1)), "2.JPG": encode(noise(2), "JPEG"), "notes.txt": b""})
-    with pytest.warns(SourceWarning, match=r"left out 2 files: 1 \.jpg, 1 \.png under .*all tars there have an index"):
+    write(tmp_path, {f"a/{i}.JPG": encode(noise(i), "JPEG") for i in range(beside)} | {"notes.txt": b""})
+    if beside < 2:
+        said, kind = r"left out 1 file: 1 \.jpg under .*, because the tars there hold more images; they", TarShards
+    else:
+        said, kind = rf"left out 1 tar \('pool\.tar'\) under .*, because {beside} images lie beside; ", ImageFolder
+    with pytest.warns(SourceWarning, match=said):
         images = open_dataset(DataConfig(root=tmp_path))
-    assert isinstance(images, TarShards)
+    assert isinstance(images, kind)
+    assert len(images) == max(2, beside)
     write_tar(tmp_path / "new.tar", [("8.png", encode(noise(8)))])
-    with pytest.warns(SourceWarning, match=r"left out 2 tars under"):
+    with pytest.warns(SourceWarning, match=r"left out 2 tars \("):
         assert isinstance(open_dataset(DataConfig(root=tmp_path)), ImageFolder)
+
+
+def test_tars_elsewhere_are_left_out_and_named(tmp_path: Path) -> None:
+    write_shards(shard_images(2), tmp_path)
+    for name in ("top.tar", "images/deep/er.tar", ".hidden.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_tar(tmp_path / name, [("9.png", encode(noise(9)))])
+    with pytest.warns(
+        SourceWarning, match=r"left out 2 tars \('er\.tar', 'top\.tar'\) under .*from one folder, images"
+    ):
+        assert len(open_dataset(DataConfig(root=tmp_path))) == 2
+
+
+def test_a_damaged_index_beside_an_image(tmp_path: Path) -> None:
+    write_shards(shard_images(2), tmp_path)
+    write(tmp_path, {"index/00000.parquet": b"", "1.png": encode(noise(1))})
+    with pytest.warns(SourceWarning, match="hold more"), pytest.raises(ValueError, match="cannot be read; write it ag"):
+        open_dataset(DataConfig(root=tmp_path))
 
 
 def test_tars_alone_say_nothing(tmp_path: Path) -> None:
