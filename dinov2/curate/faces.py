@@ -120,8 +120,8 @@ def _blur(image: npt.NDArray[np.float32], sigma: float) -> npt.NDArray[np.float3
 
 
 def blurred_file(content: bytes, boxes: Sequence[Box]) -> bytes:
-    """Blur the faces of an image file. The result is upright 8-bit RGB, as training reads it: a JPEG of quality 95 if
-    the file was a JPEG, else a PNG.
+    """Blur the faces of an image file. The result is upright 8-bit RGB, as the faces were found in: a JPEG of quality
+    95 if the file was a JPEG, else a PNG.
 
     Raises:
         UnreadableImageError: the file cannot be decoded.

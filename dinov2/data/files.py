@@ -95,10 +95,12 @@ def warn_of_broken_links(root: str | os.PathLike[str], broken: list[str]) -> Non
 
 def reason_of_place(path: str) -> str | None:
     """Why a file is left out for the place where it is, whatever it is: hidden, or in a folder of a system."""
-    parts = path.split("/")
-    if any(part.startswith(".") and part.strip(".") for part in parts):
-        return HIDDEN
-    return SYSTEM if not _SYSTEM_FOLDERS.isdisjoint(parts[:-1]) else None
+    if path.startswith(".") or "/." in path:  # in few paths, so that a million take no time
+        if any(part.startswith(".") and part.strip(".") for part in path.split("/")):
+            return HIDDEN
+    elif any(folder in path for folder in _SYSTEM_FOLDERS) and not _SYSTEM_FOLDERS.isdisjoint(path.split("/")[:-1]):
+        return SYSTEM
+    return None
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:

@@ -75,13 +75,13 @@ def images_among(paths: Collection[str], storage: Storage, *, by_content: bool =
         by_content: open the files whose names do not tell; without it, they are left out.
     """
     left_out = of_outputs(storage, paths)
-    named, unknown = list[str](), list[str]()
+    named, unknown, extensions = list[str](), list[str](), image_extensions()
     for path in paths:
         if path in left_out:
             continue
         if reason := reason_of_place(path):
             left_out[path] = reason
-        elif ending(path) in image_extensions():
+        elif ending(path) in extensions:
             named.append(path)
         elif is_other(path) or not by_content:
             left_out[path] = label_of(path)
@@ -130,8 +130,8 @@ def is_of_tars(storage: Storage, root: str, paths: Collection[str]) -> bool:
         _warn(f"left out {left_out} under {quoted(root)}, because the tars there hold more images; they are read")
         return True
     _warn(
-        f"left out {_tars(known)} under {quoted(root)}, because {len(beside):,} images lie beside; to read a tar, put it"
-        " into a folder of its own and index it: dinov2 index FOLDER"
+        f"left out {_tars(known)} under {quoted(root)}, because {len(beside):,} images lie beside; to read a tar, put"
+        " it into a folder of its own and index it: dinov2 index FOLDER"
     )
     return False
 

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import importlib
 import importlib.util
-import os
 import re
 from typing import BinaryIO
 
@@ -82,9 +81,9 @@ def plug_ins() -> tuple[str, ...]:
 
 
 @functools.cache
-def image_extensions() -> tuple[str, ...]:
+def image_extensions() -> frozenset[str]:
     """The endings of image files, in lower case with the dot, of all formats that can be read."""
-    return tuple(sorted({ARRAY, *(ending for name in known_formats() for ending in _FORMATS[name])}))
+    return frozenset({ARRAY, *(ending for name in known_formats() for ending in _FORMATS[name])})
 
 
 def extension_of(image: Image.Image) -> str:
@@ -94,7 +93,9 @@ def extension_of(image: Image.Image) -> str:
 
 def ending(path: str) -> str:
     """The ending of a file's name, in lower case with the dot; empty if it has none."""
-    return os.path.splitext(path)[1].lower()
+    name = path[path.rfind("/") + 1 :]
+    dot = name.rfind(".")
+    return name[dot:].lower() if dot > 0 else ""
 
 
 def is_other(path: str) -> bool:

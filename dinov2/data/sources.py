@@ -112,7 +112,7 @@ class ImageFolder:
         if not self.paths:
             left_out = f"; left out {contents}" if self.left_out else ""
             raise ValueError(
-                f"root: expected a folder with images ({', '.join(image_extensions())}) at any depth, got"
+                f"root: expected a folder with images ({', '.join(sorted(image_extensions()))}) at any depth, got"
                 f" {quoted(root)}, which has none{left_out}"
             )
         warn_of_left_out(quoted(root), contents)
