@@ -37,7 +37,8 @@ class CurateConfig(Config):
     links: str | None = None
     """Download the links in this folder: Parquet tables with a column url."""
     images: str | None = None
-    """Take the image files in this folder, nested in any way, or its tar shards with their index."""
+    """Take the image files in this folder, nested in any way, or its tar shards with their index, or the final set of
+    the curation in it."""
     evaluation_sets: tuple[str, ...] = ()
     """Models will be tested on the images in these folders: nothing that looks like them stays in the pool."""
     seeds: tuple[str, ...] = ()

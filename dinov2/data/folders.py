@@ -156,7 +156,7 @@ def _rows(storage: Storage, indices: Mapping[str, str]) -> float:
 
 
 def located(root: str, argument: str) -> str:
-    """The root itself, or the final set if it is a curation.
+    """The root itself, or the final set if it is a curation; ``argument`` is its name in errors.
 
     Raises:
         ValueError: the curation has not ended.
@@ -170,7 +170,7 @@ def located(root: str, argument: str) -> str:
         raise ValueError(f"{argument}{str(error).removeprefix('root')}") from None
     if found is None:
         return root
-    _warn(f"{argument}: {quoted(root)} is a curation; its final set is read: {quoted(found)}")
+    _warn(f"{quoted(root)} is a curation; its final set is read: {quoted(found)}")
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -17,47 +18,54 @@ FEATURES = ("features.npy", "images.csv")
 """The files of ``dinov2 embed``."""
 
 _STEP = re.compile(r"[a-z]+-[\w-]+-[0-9a-f]{10}", re.ASCII)
-_NOTE = "/about/step.json"
-_KINDS = {"a curation": {"output", "collect", "screen", "materialize"}, "a run": {"output", "optim"}}
+_NOTE = ("/about", "step.json")
+_OWN = (CONFIG, FINAL, REPORT)
+CURATION = "a curation"
+_KINDS = {CURATION: {"output", "collect", "screen", "materialize"}, "a run": {"output", "optim"}}
 """The fields by which configurations are known."""
 _NO_RESULT = ("output", "engine")
 """Fields of a curation on which its results do not depend."""
 
 
-def of_outputs(storage: Storage, sizes: Mapping[str, int] | Collection[str]) -> dict[str, str]:
+def of_outputs(storage: Storage, paths: Collection[str]) -> dict[str, str]:
     """Files that belong to an output of this library under a root, with words that say to which.
 
-    Outputs are curations, runs of training and features. The root itself may be a curation with images beside its
-    results; then only the results belong to it.
+    Outputs are curations, runs of training and features. A curation may write beside images, also into the root. So
+    only its results belong to it, and other files in its folder do not.
 
     Args:
         storage: the root.
-        sizes: paths of all files under the root, relative to it.
+        paths: all files under the root, relative to it.
 
     Returns:
         Words such as ``in curated (a curation)`` by path.
     """
-    folders: dict[str, str] = {}
-    own: set[str] = set()
-    for path in sizes:
+    folders, found = dict[str, str](), dict[str, str]()
+    for path in paths:
         folder, _, name = path.rpartition("/")
         if name == CONFIG and (kind := _kind_of(_read_json(storage, path))):
-            if folder:
-                folders[folder] = kind
-            else:
-                own |= {CONFIG, FINAL, REPORT} if kind == "a curation" else {CONFIG}
-        elif path.endswith(_NOTE) and _STEP.fullmatch(_name(step := path.removesuffix(_NOTE))):
-            folders[step] = "a step of a curation"
-        elif folder and name == FEATURES[0] and f"{folder}/{FEATURES[1]}" in sizes:
-            folders[folder] = "features"
-    found = {path: "of the curation itself" for path in own if path in sizes}
-    for path in sizes if folders else ():
+            if kind == CURATION:
+                found |= dict.fromkeys((f"{folder}/{own}".lstrip("/") for own in _OWN), _words(folder, kind))
+            elif folder:
+                folders[folder] = _words(folder, kind)
+        elif name == _NOTE[1] and folder.endswith(_NOTE[0]):
+            parent, _, step = folder.removesuffix(_NOTE[0]).rpartition("/")
+            if _STEP.fullmatch(step):
+                folders[f"{parent}/{step}".lstrip("/")] = _words(parent, CURATION)
+        elif folder and name == FEATURES[0] and f"{folder}/{FEATURES[1]}" in paths:
+            folders[folder] = _words(folder, "features")
+    found = {path: words for path, words in found.items() if path in paths}
+    for path in paths if folders else ():
         parts = path.split("/")
         for depth in range(1, len(parts)):
-            if (folder := "/".join(parts[:depth])) in folders:
-                found[path] = f"in {folder} ({folders[folder]})"
+            if words := folders.get("/".join(parts[:depth])):
+                found[path] = words
                 break
     return found
+
+
+def _words(folder: str, kind: str) -> str:
+    return f"in {folder} ({kind})" if folder else f"of {kind} itself"
 
 
 def final_set(root: str) -> str | None:
@@ -68,7 +76,7 @@ def final_set(root: str) -> str | None:
     """
     storage = Storage(root)
     config = _read_json(storage, CONFIG)
-    if _kind_of(config) != "a curation":
+    if _kind_of(config) != CURATION:
         return None
     final = _read_json(storage, FINAL)
     if isinstance(final, dict) and final.get("config") == digest_of(config):
@@ -96,17 +104,14 @@ def forget_final_set(root: str) -> None:
     storage = Storage(root)
     path = f"{storage.root}/{FINAL}"
     if storage.filesystem.exists(path):
-        storage.filesystem.rm(path)
+        with contextlib.suppress(FileNotFoundError):  # another process of the curation was faster
+            storage.filesystem.rm(path)
 
 
 def digest_of(config: Mapping[str, Any]) -> str:
     """A digest of the fields of a curation, a JSON object, on which its results depend."""
     fields = {name: value for name, value in config.items() if name not in _NO_RESULT}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
-def _name(folder: str) -> str:
-    return folder.rpartition("/")[2]
 
 
 def _kind_of(config: Any) -> str | None:

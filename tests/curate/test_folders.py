@@ -97,7 +97,7 @@ def test_an_output_within_its_input(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         run_steps(only(curate(config), "materialize"), Inline())  # one stage alone ends it, too
         with pytest.warns(SourceWarning, match="its final set is read"):
             assert len(open_dataset(DataConfig(root="curated"))) == 6
-        with pytest.warns(SourceWarning, match="images: 'curated' is a curation; its final set is read"):
+        with pytest.warns(SourceWarning, match="^'curated' is a curation; its final set is read"):
             pool = run_steps(collect("curated", CollectConfig(), "elsewhere"), Inline())
         assert pool.images == root
         second_hand = dataclasses.replace(config, images="curated", output="second")

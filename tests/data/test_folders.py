@@ -197,8 +197,8 @@ def test_outputs_are_not_images(tmp_path: Path) -> None:
         tmp_path,
         {
             "1.png": encode(noise(0)),
-            "deep/curated/config.json": json.dumps(CURATION).encode(),  # of a run that was stopped at once
-            "deep/curated/plot.png": encode(noise(1)),
+            "deep/curated/config.json": json.dumps(CURATION).encode(),  # it was stopped at once
+            "deep/curated/mine.png": encode(noise(1)),  # it lies beside the results of the curation
             "runs/first/config.json": b'{"output": "runs/first", "optim": {}}',
             "runs/first/plots/loss.png": encode(noise(2)),
             "features/features.npy": encode_array(np.zeros((4, 5), np.float32)),
@@ -213,10 +213,10 @@ def test_outputs_are_not_images(tmp_path: Path) -> None:
     )
     with pytest.warns(SourceWarning, match=r"4 in curated \(a curation\).*in runs/first \(a run\)"):
         folder = ImageFolder(tmp_path)
-    assert folder.paths == ["1.png", "collect-images-0123456789/4.png", "mine/2.png"]
-    assert folder.left_out["step/embed-features-0123456789/0.npy"] == (
-        "in step/embed-features-0123456789 (a step of a curation)"
-    )
+    assert folder.paths == ["1.png", "collect-images-0123456789/4.png", "deep/curated/mine.png", "mine/2.png"]
+    assert folder.left_out["step/embed-features-0123456789/0.npy"] == "in step (a curation)"
+    assert folder.left_out["deep/curated/config.json"] == "in deep/curated (a curation)"
+    assert folder.left_out["features/mine/3.npy"] == "in features (features)"
 
 
 def test_a_curation_that_is_the_folder_itself(tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_a_curation_stands_for_its_final_set(tmp_path: Path) -> None:
     root = tmp_path / "curated"
     ended(root)
     ended(root, 7)  # the older set is still there
-    with pytest.warns(SourceWarning, match=r"data\.root: '.*curated' is a curation; its final set is read: '.*0007'$"):
+    with pytest.warns(SourceWarning, match=r"^'.*curated' is a curation; its final set is read: '.*0007'$"):
         images = open_dataset(DataConfig(root=root))
     assert isinstance(images, TarShards)
     np.testing.assert_array_equal(images[0], noise(7))
