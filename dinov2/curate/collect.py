@@ -12,7 +12,7 @@ from dinov2.curate.pool import Pool
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task, digest
 from dinov2.data.files import escaped, quoted
 from dinov2.data.folders import images_among, is_of_tars, located, warn_of_left_out
-from dinov2.data.formats import plug_ins
+from dinov2.data.formats import known_formats
 from dinov2.data.shards import ShardImage, write_shard
 from dinov2.data.shards.storage import Storage
 
@@ -76,7 +76,7 @@ def collect(images: str, config: CollectConfig, output: str) -> Steps[Pool]:
     pieces = [paths[start : start + config.shard_size] for start in range(0, len(paths), config.shard_size)]
     tasks = [Task(f"{number:05d}", _write, (images, tuple(piece), config)) for number, piece in enumerate(pieces)]
     listing = digest([[f"{storage.root}/{path}", sizes[path]] for path in paths])
-    step = Step(output, "collect-images", [config, listing, *plug_ins()], (images,), tasks, "files")
+    step = Step(output, "collect-images", [config, listing, known_formats()], (images,), tasks, "files")
     yield step
     return Pool(step.folder)
 

@@ -130,8 +130,8 @@ def is_of_tars(storage: Storage, root: str, paths: Collection[str]) -> bool:
         _warn(f"left out {left_out} under {quoted(root)}, because the tars there hold more images; they are read")
         return True
     _warn(
-        f"left out {_tars(known)} under {quoted(root)}, because {len(beside):,} images lie beside; to read a tar, put"
-        " it into a folder of its own and index it: dinov2 index FOLDER"
+        f"left out {_tars(known)} under {quoted(root)}, because images lie beside; to read a tar, put it into a"
+        " folder of its own and index it: dinov2 index FOLDER"
     )
     return False
 

@@ -75,12 +75,6 @@ def known_formats() -> tuple[str, ...]:
 
 
 @functools.cache
-def plug_ins() -> tuple[str, ...]:
-    """The formats that only a plug-in reads, as far as they are there: results depend on them."""
-    return tuple(name for name in known_formats() if name in ("HEIF", "JXL"))
-
-
-@functools.cache
 def image_extensions() -> frozenset[str]:
     """The endings of image files, in lower case with the dot, of all formats that can be read."""
     return frozenset({ARRAY, *(ending for name in known_formats() for ending in _FORMATS[name])})

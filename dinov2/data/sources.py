@@ -52,15 +52,13 @@ def open_dataset(config: DataConfig) -> ImageDataset:
         if not SAVED_DATASET.isdisjoint(storage.files("", ".json")):
             datasets = require("datasets", extra="hf", purpose=PURPOSE)
             return HuggingFaceImages(datasets.load_from_disk(root), channels=channels)
-        if is_url:
-            paths = storage.paths()
-            if not is_of_tars(storage, root, paths) and (images := images_among(paths, storage).images):
-                raise ValueError(
-                    f"root: expected tar shards in a URL, got {quoted(root)}, which has {len(images)} image files"
-                )
-            return TarShards(root, channels)
-        if (storage.shards() or storage.indices()) and is_of_tars(storage, root, storage.paths()):
-            return TarShards(root, channels)
+        has_tars = bool(storage.shards() or storage.indices())
+        if is_url and not has_tars and (images := images_among(storage.paths(), storage).images):
+            raise ValueError(
+                f"root: expected tar shards in a URL, got {quoted(root)}, which has {len(images)} image files"
+            )
+        if is_url or (has_tars and is_of_tars(storage, root, storage.paths())):
+            return TarShards(root, channels)  # a URL is not searched for images beside tars: that may take minutes
     return ImageFolder(root, channels)
 
 

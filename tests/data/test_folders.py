@@ -29,7 +29,7 @@ from dinov2.data import (
 )
 from dinov2.data import formats as formats_module
 from dinov2.data.folders import images_among, is_of_tars
-from dinov2.data.formats import image_extensions, known_formats, plug_ins
+from dinov2.data.formats import image_extensions, known_formats
 from dinov2.data.outputs import final_set, forget_final_set, save_final_set
 from dinov2.data.shards.storage import Storage
 from tests.data.files import encode, encode_array, noise, shard_images, write_tar
@@ -163,7 +163,7 @@ def plug_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     module.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
     module.register_heif_opener = register  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pillow_heif", module)
-    caches = (known_formats, image_extensions, plug_ins)
+    caches = (known_formats, image_extensions)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -178,7 +178,7 @@ def test_a_plug_in_is_used_if_it_is_there(tmp_path: Path, plug_in: None) -> None
     assert folder.paths == ["1.HEIC", "2.hif", "3.jpg", "4"]
     for image in folder:
         np.testing.assert_array_equal(image, noise(4))
-    assert plug_ins() == ("HEIF",)
+    assert "HEIF" in known_formats()
     assert formats_module.missing_plug_in(HEIC) is None
 
 
@@ -290,7 +290,7 @@ def test_results_do_not_depend_on_engine_and_place(tmp_path: Path) -> None:
 def test_a_tar_beside_images_is_left_out_and_named(tmp_path: Path) -> None:
     write(tmp_path, {f"{i}.png": encode(noise(i)) for i in range(3)})
     write_tar(tmp_path / "old.tar", [("9.png", encode(noise(9)))])
-    with pytest.warns(SourceWarning, match=r"left out 1 tar \('old\.tar'\) under .*, because 3 images lie beside"):
+    with pytest.warns(SourceWarning, match=r"left out 1 tar \('old\.tar'\) under .*, because images lie beside"):
         images = open_dataset(DataConfig(root=tmp_path))
     assert isinstance(images, ImageFolder)
     assert images.paths == ["0.png", "1.png", "2.png"]
@@ -304,7 +304,7 @@ def test_of_indexed_tars_and_images_the_larger_part_is_read(tmp_path: Path, besi
     if beside < 2:
         said, kind = r"left out 1 file: 1 \.jpg under .*, because the tars there hold more images; they", TarShards
     else:
-        said, kind = rf"left out 1 tar \('pool\.tar'\) under .*, because {beside} images lie beside; ", ImageFolder
+        said, kind = r"left out 1 tar \('pool\.tar'\) under .*, because images lie beside; ", ImageFolder
     with pytest.warns(SourceWarning, match=said):
         images = open_dataset(DataConfig(root=tmp_path))
     assert isinstance(images, kind)
