@@ -47,8 +47,8 @@ class Contents:
 
 
 def summary(counts: Mapping[str, int]) -> str:
-    """Counts of files by label in a line, largest first; empty if there is none."""
-    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    """Counts of files by label in a line: labels with a remark first, then by size; empty if there is none."""
+    ordered = sorted(counts.items(), key=lambda item: ("(" not in item[0], -item[1], item[0]))
     number = sum(counts.values())
     parts = [f"{count:,} {label}" for label, count in ordered[:_LABELS]]
     if len(ordered) > _LABELS:
