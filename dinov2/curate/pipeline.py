@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -15,7 +16,7 @@ from dinov2.curate.embed import EmbedConfig, embed
 from dinov2.curate.engines import EngineConfig
 from dinov2.curate.extract import ExtractConfig, extract
 from dinov2.curate.materialize import MaterializeConfig, materialize
-from dinov2.curate.overlaps import check_overlaps
+from dinov2.curate.overlaps import OverlapWarning, check_overlaps
 from dinov2.curate.pool import Pool
 from dinov2.curate.retrieve import RetrieveConfig, retrieve
 from dinov2.curate.screen import ScreenConfig, screen
@@ -99,7 +100,7 @@ class Curated:
 def curate(config: CurateConfig) -> Steps[Curated]:
     """All steps from the source to the final shards."""
     output = config.output
-    check_overlaps(config.images, config.evaluation_sets, config.seeds, config.materialize.as_is)
+    _check_folders(config)
     pool = yield from source(config)
     pool = yield from screen(pool, config.screen, output)
 
@@ -113,6 +114,10 @@ def curate(config: CurateConfig) -> Steps[Curated]:
     root = yield from materialize(pool, seeds, config.materialize, output)
     save_final_set(output, to_json(config), PurePosixPath(root).name)
     return Curated(root, pool)
+
+
+def _check_folders(config: CurateConfig) -> None:
+    check_overlaps(config.images, config.evaluation_sets, config.seeds, config.materialize.as_is)
 
 
 def source(config: CurateConfig) -> Steps[Pool]:
@@ -163,7 +168,14 @@ def only(steps: Steps[Curated], stage: str) -> Steps[None]:
 
 def save_config(config: CurateConfig) -> None:
     """Write ``config.json`` into the output. A later curation with the same output replaces it. The output has no final
-    set until the curation ends."""
+    set until the curation ends.
+
+    Raises:
+        ValueError: the folders cannot be used together; nothing is written.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OverlapWarning)  # the curation says it
+        _check_folders(config)
     storage = Storage(config.output)
     forget_final_set(config.output)
     with storage.replace(f"{storage.root}/{CONFIG}") as file:

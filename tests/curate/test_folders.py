@@ -209,3 +209,6 @@ def test_a_curation_begins_with_the_check(here: Path) -> None:
     config = dataclasses.replace(laptop(), images="photos", evaluation_sets=("photos",), output="out")
     with pytest.raises(ValueError, match="every image would be an evaluation image"):
         next(curate(config))
+    with pytest.raises(ValueError, match="every image would be an evaluation image"):
+        save_config(config)
+    assert not (here / "out").exists()  # an earlier curation there stays
