@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dinov2.configuration import Config, Count
+from dinov2.curate.overlaps import place_of
 from dinov2.curate.pool import Pool
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task, digest
 from dinov2.data.files import escaped, quoted
@@ -52,7 +53,7 @@ def collect(images: str, config: CollectConfig, output: str) -> Steps[Pool]:
         SourceWarning: something is left out, or the final set of a curation is read.
         BrokenLinkWarning: links lead nowhere.
     """
-    if Storage(images).root != Storage(output).root:  # a curation may write beside its images
+    if place_of(images) != place_of(output):  # a curation may write beside its images
         images = located(images, "images")
     storage = Storage(images)
     sizes = storage.find()

@@ -67,10 +67,10 @@ def _overlap(first: str, second: str) -> bool:
 
 def _is_within(inner: str, outer: str) -> bool:
     """Whether a folder or URL is another one, or lies in it."""
-    return f"{_place(inner)}/".startswith(f"{_place(outer)}/")
+    return f"{place_of(inner)}/".startswith(f"{place_of(outer)}/")
 
 
-def _place(path: str) -> str:
+def place_of(path: str) -> str:
     """One spelling of a folder or URL, without a slash at the end."""
     storage = Storage(path)
     if is_local(storage.filesystem):

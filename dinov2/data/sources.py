@@ -86,10 +86,6 @@ class ImageFolder:
     out, by ending. Links to folders are followed, and each folder counts once, however many links lead to it. Links to
     files count as images. A :class:`~dinov2.data.BrokenLinkWarning` names links that lead nowhere.
 
-    Attributes:
-        paths: the images, relative to the root.
-        left_out: why each other file is left out, by path.
-
     Args:
         root: the folder.
         channels: number of channels of every image.
@@ -106,9 +102,9 @@ class ImageFolder:
             raise ValueError(f"root: expected a folder of images, got {quoted(root)}, which is not a folder")
         storage = Storage(self.root)
         contents = images_among(storage.paths(), storage)
-        self.paths, self.left_out = contents.images, contents.left_out
+        self.paths = contents.images
         if not self.paths:
-            left_out = f"; left out {contents}" if self.left_out else ""
+            left_out = f"; left out {contents}" if contents.left_out else ""
             raise ValueError(
                 f"root: expected a folder with images ({', '.join(sorted(image_extensions()))}) at any depth, got"
                 f" {quoted(root)}, which has none{left_out}"
