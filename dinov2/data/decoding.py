@@ -104,7 +104,7 @@ def decode_to_measure(content: bytes, name: str) -> Pixels:
 
     It differs for images of 16 bits whose levels use up to 14 of them. Their upper 8 bits are dark, and those of 12
     bits look like a plain black image. Here the upper 8 of the bits that they use count, of at least 10, so that the
-    noise of a black image stays black. PNG in colour has no such rule.
+    noise of a black image stays black.
     """
     with _as_unreadable(name):
         return _decode(io.BytesIO(content), 3, measuring=True)
@@ -193,7 +193,9 @@ def _decode(file: BinaryIO, channels: int, measuring: bool = False) -> Pixels:
     with _open(file) as image:
         if image.format == "PPM" and (levels := read_deep_netpbm(file)) is not None:
             return _of_colours(levels, channels, measuring)
-        return _of_pillow(image, channels, measuring, bits)
+        if not (measuring and image.format == "PNG" and image.mode == "RGB" and _is_reduced(image)):
+            return _of_pillow(image, channels, measuring, bits)
+    return _of_colours(_colours_of_png(file), channels, measuring)
 
 
 def _decode_tiff(file: BinaryIO, magic: bytes, channels: int, measuring: bool) -> Pixels:
@@ -227,6 +229,20 @@ def _of_pillow(image: Image.Image, channels: int, measuring: bool, bits_of_png: 
     if channels == 1 and not image.mode.startswith(("I;16", "F")):
         return _of_channels(np.asarray(_without_transparency(image).convert("L")), channels)
     return _of_channels(np.asarray(image), channels)
+
+
+def _colours_of_png(file: BinaryIO) -> npt.NDArray[np.uint16]:
+    """Colours of 16 bits [H, W, 3]. Pillow has no such images, but it takes either byte of a level."""
+    upper, lower = (_bytes_of_png(file, order) for order in ("RGB;16B", "RGB;16L"))
+    return np.bitwise_or(upper << np.uint16(8), lower)
+
+
+def _bytes_of_png(file: BinaryIO, order: str) -> npt.NDArray[np.uint16]:
+    file.seek(0)
+    with _open(file) as image:
+        image.tile = [(*tile[:3], order) for tile in image.tile]  # type: ignore[attr-defined]
+        ImageOps.exif_transpose(image, in_place=True)
+        return np.asarray(image).astype(np.uint16)
 
 
 def _is_reduced(image: Image.Image) -> bool:

@@ -8,6 +8,7 @@ import warnings
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import tifffile
@@ -130,17 +131,20 @@ def texture(bits: int, *, colour: bool = False) -> np.ndarray:
     return np.repeat(found[..., None], 3, axis=2) if colour else found
 
 
-@pytest.mark.parametrize("kind", ["tiff", "tiff in colour", "big-endian tiff", "png", "pgm", "npy", "jp2"])
+@pytest.mark.parametrize(
+    "kind", ["tiff", "tiff in colour", "big-endian tiff", "png", "png in colour", "pgm", "npy", "jp2"]
+)
 @pytest.mark.parametrize("bits", [10, 12, 14])
 def test_few_bits_are_measured_as_their_picture(bits: int, kind: str) -> None:
     """12 bits in 16 counted as plain."""
-    array = texture(bits, colour=kind in ("tiff in colour", "npy"))
+    array = texture(bits, colour="colour" in kind or kind == "npy")
     pgm = b"P5 128 96 65535\n" + array.astype(">u2").tobytes()
     content = {
         "tiff": lambda: tiff(array),
         "tiff in colour": lambda: tiff(array, photometric="rgb"),
         "big-endian tiff": lambda: tiff(array, byteorder=">"),
         "png": lambda: png(array),
+        "png in colour": lambda: cv2.imencode(".png", array)[1].tobytes(),
         "pgm": lambda: pgm,
         "npy": lambda: encode_array(array),
         "jp2": lambda: encode(array, "JPEG2000"),
@@ -166,7 +170,14 @@ def test_all_other_images_are_measured_as_they_are_trained_on(kind: str) -> None
     content = encode_array(colours) if kind == "NPY" else encode(colours, kind)
     np.testing.assert_array_equal(decode_to_measure(content, "it"), decode_image(content, "it"))
     full = levels(16, 24, 32, 3)
-    for content in (tiff(full, photometric="rgb"), tiff(full[..., 0]), png(full[..., 0]), encode_array(full)):
+    in_colour = cv2.imencode(".png", full)[1].tobytes()
+    for content in (
+        tiff(full, photometric="rgb"),
+        tiff(full[..., 0]),
+        png(full[..., 0]),
+        encode_array(full),
+        in_colour,
+    ):
         np.testing.assert_array_equal(decode_to_measure(content, "it"), decode_image(content, "it"))
 
 
@@ -175,7 +186,8 @@ def test_training_is_told_of_images_that_become_black(tmp_path: Path) -> None:
         "1.tif": tiff(levels(12)),
         "2.tif": tiff(levels(12, 24, 32, 3), photometric="rgb"),
         "3.png": png(levels(12)),
-        "4.npy": encode_array(levels(12, 24, 32, 3)),
+        "4.png": cv2.imencode(".png", levels(12, 24, 32, 3))[1].tobytes(),
+        "5.npy": encode_array(levels(12, 24, 32, 3)),
     }.items():
         (tmp_path / name).write_bytes(content)
         with pytest.warns(DarkImageWarning, match="no level above 4095 of 65535, so it becomes almost black"):
