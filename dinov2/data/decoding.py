@@ -234,10 +234,11 @@ def _of_pillow(image: Image.Image, channels: int, measuring: bool, bits_of_png: 
 def _colours_of_png(file: BinaryIO) -> npt.NDArray[np.uint16]:
     """Colours of 16 bits [H, W, 3]. Pillow has no such images, but it takes either byte of a level."""
     upper, lower = (_bytes_of_png(file, order) for order in ("RGB;16B", "RGB;16L"))
-    return np.bitwise_or(upper << np.uint16(8), lower)
+    levels: npt.NDArray[np.uint16] = (upper << 8) | lower
+    return levels
 
 
-def _bytes_of_png(file: BinaryIO, order: str) -> npt.NDArray[np.uint16]:
+def _bytes_of_png(file: BinaryIO, order: str) -> npt.NDArray[Any]:
     file.seek(0)
     with _open(file) as image:
         image.tile = [(*tile[:3], order) for tile in image.tile]  # type: ignore[attr-defined]
