@@ -2,7 +2,7 @@
 
 from dinov2.data.augmentation import AugmentationConfig, MultiCropAugmentation
 from dinov2.data.batch import Batch, RawBatch, RawCrops, finish, finishes_crops
-from dinov2.data.decoding import UnreadableImageError, decode_image, read_image
+from dinov2.data.decoding import DarkImageWarning, UnreadableImageError, decode_image, read_image
 from dinov2.data.files import BrokenLinkWarning, escaped, unescaped
 from dinov2.data.folders import SourceWarning
 from dinov2.data.loader import DataConfig, ImageDataset, UnreadableDatasetError, UnreadableImageWarning, batches
@@ -29,6 +29,7 @@ __all__ = [
     "BundledPhotographs",
     "DamagedTarWarning",
     "DamagedTarsError",
+    "DarkImageWarning",
     "DataConfig",
     "HuggingFaceImages",
     "ImageDataset",

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import tifffile
 
-from dinov2.curate import CurateConfig, Pool, curate, only, run_steps
+from dinov2.curate import CurateConfig, OverlapWarning, Pool, curate, only, run_steps
 from dinov2.curate.collect import CollectConfig, collect
 from dinov2.curate.engines import Inline
 from dinov2.curate.extract import ExtractConfig, extract
-from dinov2.curate.overlaps import OverlapWarning, check_overlaps
+from dinov2.curate.overlaps import check_overlaps
 from dinov2.curate.pipeline import save_config
 from dinov2.curate.report import write_report
 from dinov2.curate.runner import Watcher

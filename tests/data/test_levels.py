@@ -15,8 +15,8 @@ import tifffile
 from PIL import Image
 
 from dinov2.curate.screen import quality
-from dinov2.data import decode_image, read_image
-from dinov2.data.decoding import DarkImageWarning, decode_to_measure
+from dinov2.data import DarkImageWarning, decode_image, read_image
+from dinov2.data.decoding import decode_to_measure
 from tests.data.files import encode, encode_array
 
 OME = '<OME><Image><Pixels SignificantBits="{}"/></Image></OME>'
