@@ -18,8 +18,9 @@ from dinov2.configuration import read_json
 from dinov2.curate import STAGES, CurateConfig, Part, curate, only, run_steps
 from dinov2.curate.materialize import NothingLeftError
 from dinov2.curate.pipeline import save_config
-from dinov2.curate.report import DROPPED, FATES, write_report
+from dinov2.curate.report import write_report
 from dinov2.data.files import shown
+from dinov2.data.outputs import DROPPED, FATES
 from dinov2.recipes import CURATIONS, curation
 
 EXAMPLES = """examples:

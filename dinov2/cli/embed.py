@@ -89,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "images",
         metavar="IMAGES",
-        help="read the images from here: a folder of images, or a folder or URL of tar shards",
+        help="read the images from here: a folder of images, or a folder or URL of tar shards or of a curation",
     )
     result.add_argument(
         "output", metavar="OUTPUT", type=Path, help="write into this folder, which must be new or empty"

@@ -33,6 +33,8 @@ def run(arguments: Sequence[str]) -> None:
     options = parser().parse_args(arguments or ["--help"])
     with uninterrupted():  # after the help, which needs no PyTorch
         from dinov2.data import DamagedTarsError, index_shards
+        from dinov2.data.folders import is_of_tars
+        from dinov2.data.shards.storage import Storage
 
     console = Console()
     try:
@@ -43,6 +45,8 @@ def run(arguments: Sequence[str]) -> None:
         console.print(table(error.report))
         raise
     console.print(table(report))
+    storage = Storage(options.root)
+    is_of_tars(storage, options.root, storage.paths())  # says if images lie beside the tars
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,6 +70,8 @@ def table(report: ShardReport) -> Table:
     result.add_row("shards indexed", f"{report.shards:,}")
     if report.finished_before:
         result.add_row("shards that had an index", f"{report.finished_before:,}")
+    if report.shared_names:
+        result.add_row("images whose names are equal up to the first dot", f"{report.shared_names:,}")
     for reason, number in report.skipped.most_common():
         result.add_row(f"files skipped: {reason}", f"{number:,}")
     return result

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dinov2.configuration import Config, Count
+from dinov2.curate.overlaps import place_of
 from dinov2.curate.pool import Pool, Skipped, write_skipped
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task, digest
-from dinov2.data.decoding import IMAGE_EXTENSIONS
-from dinov2.data.files import escaped
+from dinov2.data.files import escaped, quoted
+from dinov2.data.folders import images_among, is_of_tars, located, warn_of_left_out
+from dinov2.data.formats import known_formats
 from dinov2.data.shards import ShardImage, write_shard
 from dinov2.data.shards.storage import Storage
 
@@ -31,11 +33,13 @@ class CollectConfig(Config, at="collect"):
 def collect(images: str, config: CollectConfig, output: str) -> Steps[Pool]:
     r"""Make a pool of the images in a folder or under a URL.
 
-    Tar shards with their index (``dinov2 index`` writes one) are used where they are, without any step. In other
-    folders, of any nesting, all files with the name of an image go into shards in the order of their paths. Hidden
-    files and folders are left out. Files that are no images, or that cannot be read (broken links, pipes), are counted
-    and left out. Links to folders are followed, and each folder counts once. If a name is not UTF-8, the column
-    ``path`` has its other bytes as ``\xNN``; :func:`~dinov2.data.unescaped` returns the name.
+    Tar shards with their index (``dinov2 index`` writes one) are used where they are, without any step. The final set
+    of a curation is taken in the same way. In other folders, of any nesting, all images go into shards in the order of
+    their paths. A file is an image by the ending of its name, or else by its content. Hidden files and folders, folders
+    of systems, tars beside images and outputs of this library are left out; a warning counts what is left out. Files
+    that are no images, or that cannot be read (broken links, pipes), are counted and left out. Links to folders are
+    followed, and each folder counts once. If a name is not UTF-8, the column ``path`` has its other bytes as ``\xNN``;
+    :func:`~dinov2.data.unescaped` returns the name.
 
     Args:
         images: folder or URL.
@@ -43,32 +47,41 @@ def collect(images: str, config: CollectConfig, output: str) -> Steps[Pool]:
         output: folder or URL of the whole curation.
 
     Raises:
-        ValueError: there are no images.
+        ValueError: there are no images, or tars have no index.
+
+    Warns:
+        SourceWarning: something is left out, or the final set of a curation is read.
+        BrokenLinkWarning: links lead nowhere.
     """
+    if place_of(images) != place_of(output):  # a curation may write beside its images
+        images = located(images, "images")
     storage = Storage(images)
-    if storage.shards():
+    sizes = storage.find()
+    if is_of_tars(storage, images, sizes):
+        if not storage.shards():
+            raise ValueError(f"images: expected a tar for each index, got {images!r}, which has no tars")
         if missing := storage.shards().keys() - storage.indices().keys():
             raise ValueError(
                 f"images: expected an index for each tar, got {len(missing)} tars without one under {images!r}:"
                 f" write them with dinov2 index {images}"
             )
         return Pool(images)
-    sizes = {path: size for path, size in storage.find().items() if _is_image(path)}
-    paths = sorted(sizes)
+    contents = images_among(sizes, storage)
+    paths = contents.images
     if not paths:
-        raise ValueError(f"images: expected a folder of images or of tar shards, got {images!r}, which has neither")
+        left_out = f"; left out {contents}" if contents.left_out else ""
+        raise ValueError(
+            f"images: expected a folder of images or of tar shards, got {images!r}, which has neither{left_out}"
+        )
+    warn_of_left_out(quoted(images), contents)
     pieces = [paths[start : start + config.shard_size] for start in range(0, len(paths), config.shard_size)]
     tasks = [
         Task(f"{number:05d}", _write, (images, tuple(piece), config), len(piece)) for number, piece in enumerate(pieces)
     ]
     listing = digest([[f"{storage.root}/{path}", sizes[path]] for path in paths])
-    step = Step(output, "collect-images", [config, listing], (images,), tasks, "files", version=2)
+    step = Step(output, "collect-images", [config, listing, known_formats()], (images,), tasks, "files", version=2)
     yield step
     return Pool(step.folder)
-
-
-def _is_image(path: str) -> bool:
-    return path.lower().endswith(IMAGE_EXTENSIONS) and not any(part.startswith(".") for part in path.split("/"))
 
 
 def _write(output: Output, images: str, paths: tuple[str, ...], config: CollectConfig) -> Counts:

@@ -35,7 +35,8 @@ from dinov2.curate.views import (
 )
 from dinov2.data import normalize
 from dinov2.data.cropping import resized
-from dinov2.data.decoding import Pixels, UnreadableImageError, decode_reduced
+from dinov2.data.decoding import Pixels, UnreadableImageError
+from dinov2.data.decoding_reduced import decode_reduced
 from dinov2.data.remarks import kept_remarks
 from dinov2.evaluate.handmade import colour_histogram, texture_histogram
 from dinov2.evaluate.probe import central_crop

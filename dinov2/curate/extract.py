@@ -21,6 +21,7 @@ from dinov2.curate.sorted_tables import key_of_text, key_ranges, read_range, tex
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task, digest
 from dinov2.curate.web import RefusedURLError, is_blocked, normal_url, opts_out, read_domains
 from dinov2.data.files import escaped
+from dinov2.data.outputs import of_outputs
 from dinov2.data.shards.storage import Storage
 from dinov2_kernels._extras import require
 
@@ -66,6 +67,7 @@ def extract(pages: str, config: ExtractConfig, output: str) -> Steps[str]:
 
     Args:
         pages: folder or URL, of any nesting, with files ``.html``, ``.warc`` and ``.wat``, each also with ``.gz``.
+            Reports of curations are not pages.
         config: which links are taken.
         output: folder or URL of the whole curation.
 
@@ -76,7 +78,9 @@ def extract(pages: str, config: ExtractConfig, output: str) -> Steps[str]:
         ValueError: the folder has no such files.
     """
     storage = Storage(pages)
-    sizes = {path: size for path, size in storage.find().items() if kind_of(path)}
+    found = storage.find()
+    own = of_outputs(storage, found)
+    sizes = {path: size for path, size in found.items() if kind_of(path) and path not in own}
     if not sizes:
         raise ValueError(f"pages: expected a folder of HTML, WARC or WAT files, got {pages!r}, which has none")
     documents = [path for path in sizes if kind_of(path) == HTML]

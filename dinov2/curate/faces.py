@@ -17,7 +17,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from dinov2.curate.plugins import load_function
-from dinov2.data.decoding import Pixels, decode_picture, read_header
+from dinov2.data.decoding import Pixels, read_header
+from dinov2.data.decoding_reduced import decode_picture
 from dinov2_kernels._extras import require
 
 DETECTION_SIDE = 320  # pixels of the longer side that the bundled detector looks at
@@ -164,8 +165,8 @@ class _Extent:
 
 
 def blurred_file(content: bytes, boxes: Sequence[Box]) -> bytes:
-    """Blur the faces of an image file. The result is upright 8-bit RGB, as training reads it: a JPEG of quality 95 if
-    the file was a JPEG, else a PNG.
+    """Blur the faces of an image file. The result is upright 8-bit RGB, as the faces were found in: a JPEG of quality
+    95 if the file was a JPEG, else a PNG.
 
     Raises:
         UnreadableImageError: the file cannot be decoded.

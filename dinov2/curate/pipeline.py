@@ -17,11 +17,13 @@ from dinov2.curate.embed import BUILT_IN, EmbedConfig, embed
 from dinov2.curate.engines import EngineConfig
 from dinov2.curate.extract import ExtractConfig, extract
 from dinov2.curate.materialize import MaterializeConfig, materialize
+from dinov2.curate.overlaps import OverlapWarning, check_overlaps
 from dinov2.curate.pool import Pool
 from dinov2.curate.retrieve import RetrieveConfig, needs_features, retrieve
 from dinov2.curate.screen import ScreenConfig, screen
 from dinov2.curate.steps import Steps
 from dinov2.data.files import quoted
+from dinov2.data.outputs import CONFIG, forget_final_set, save_final_set
 from dinov2.data.shards.storage import Storage
 
 STAGES = ("extract", "download", "collect", "screen", "embed", "dedup", "retrieve", "materialize")
@@ -42,7 +44,8 @@ class CurateConfig(Config):
     links: str | None = None
     """Download the links in this folder: Parquet tables with a column url."""
     images: str | None = None
-    """Take the image files in this folder, nested in any way, or its tar shards with their index."""
+    """Take the image files in this folder, nested in any way, or its tar shards with their index, or the final set of
+    the curation in it."""
     evaluation_sets: tuple[str, ...] = ()
     """Models will be tested on the images in these folders: nothing that looks like them stays in the pool."""
     seeds: tuple[str, ...] = ()
@@ -104,6 +107,7 @@ class Curated:
 def curate(config: CurateConfig) -> Steps[Curated]:
     """All steps from the source to the final shards."""
     output = config.output
+    _check_folders(config)
     pool = yield from source(config)
     pool = yield from screen(pool, config.screen, output)
 
@@ -116,6 +120,7 @@ def curate(config: CurateConfig) -> Steps[Curated]:
     seeds = yield from embedded_sets(config, "seeds", config.embed)
     pool = yield from retrieve(pool, seeds, config.retrieve, output)
     root = yield from materialize(pool, seeds, config.materialize, output)
+    save_final_set(output, to_json(config), PurePosixPath(root).name)
     return Curated(root, pool)
 
 
@@ -125,6 +130,10 @@ def resolved(config: CurateConfig) -> CurateConfig:
         return config
     checked = dataclasses.replace(config.dedup, check="pictures" if config.embed_copies.model in BUILT_IN else "none")
     return dataclasses.replace(config, dedup=checked)
+
+
+def _check_folders(config: CurateConfig) -> None:
+    check_overlaps(config.images, config.evaluation_sets, config.seeds, config.materialize.as_is)
 
 
 def source(config: CurateConfig) -> Steps[Pool]:
@@ -181,7 +190,16 @@ def only(steps: Steps[Curated], stage: str) -> Steps[None]:
 
 
 def save_config(config: CurateConfig) -> None:
-    """Write ``config.json`` into the output. A later curation with the same output replaces it."""
+    """Write ``config.json`` into the output. A later curation with the same output replaces it. The output has no final
+    set until the curation ends.
+
+    Raises:
+        ValueError: the folders cannot be used together; nothing is written.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OverlapWarning)  # the curation says it
+        _check_folders(config)
     storage = Storage(config.output)
-    with storage.replace(f"{storage.root}/config.json") as file:
+    forget_final_set(config.output)
+    with storage.replace(f"{storage.root}/{CONFIG}") as file:
         file.write(json.dumps(to_json(config), indent=1).encode())

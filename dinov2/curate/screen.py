@@ -30,7 +30,8 @@ from dinov2.curate.views import (
     small_columns,
 )
 from dinov2.data.cropping import resized
-from dinov2.data.decoding import Pixels, Reduced, UnreadableImageError
+from dinov2.data.decoding import Pixels, UnreadableImageError
+from dinov2.data.decoding_reduced import Reduced
 from dinov2.data.remarks import kept_remarks
 from dinov2_kernels._extras import require
 

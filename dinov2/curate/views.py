@@ -10,7 +10,8 @@ from PIL import Image
 
 from dinov2.curate.faces import Box
 from dinov2.curate.pool import Pool
-from dinov2.data.decoding import Pixels, Reduced, decode_reduced
+from dinov2.data.decoding import Pixels
+from dinov2.data.decoding_reduced import Reduced, decode_reduced
 from dinov2.data.reducing import reduced, target_size
 
 VIEW_SIDE = 768

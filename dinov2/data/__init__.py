@@ -2,8 +2,10 @@
 
 from dinov2.data.augmentation import AugmentationConfig, MultiCropAugmentation
 from dinov2.data.batch import Batch, RawBatch, RawCrops, finish, finishes_crops
-from dinov2.data.decoding import Reduced, UnreadableImageError, decode_image, decode_reduced, read_image
+from dinov2.data.decoding import UnreadableImageError, decode_image, read_image
+from dinov2.data.decoding_reduced import Reduced, decode_reduced
 from dinov2.data.files import BrokenLinkWarning, escaped, unescaped
+from dinov2.data.folders import SourceWarning
 from dinov2.data.loader import DataConfig, ImageDataset, UnreadableDatasetError, UnreadableImageWarning, batches
 from dinov2.data.masking import MaskConfig, batch_masks, mask_counts, sample_block_masks
 from dinov2.data.multichannel import normalize
@@ -40,6 +42,7 @@ __all__ = [
     "Reduced",
     "ShardImage",
     "ShardReport",
+    "SourceWarning",
     "TarShards",
     "UnreadableDatasetError",
     "UnreadableImageError",

@@ -9,6 +9,10 @@ import warnings
 from collections import deque
 from typing import NamedTuple
 
+HIDDEN, SYSTEM = "hidden", "of the system"
+_SYSTEM_FOLDERS = frozenset({"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information"})
+"""Folders of storage devices and systems; some hold small copies of every image."""
+
 _LOOKS_ESCAPED = re.compile(r"\\(?=x[0-9a-f]{2})")
 _ESCAPE = re.compile(rb"\\x([0-9a-f]{2})")
 _SPELLED_SURROGATE = re.compile(r"\\udc([89a-f][0-9a-f])")  # Python's spelling of a byte that is not UTF-8
@@ -87,6 +91,16 @@ def warn_of_broken_links(root: str | os.PathLike[str], broken: list[str]) -> Non
             BrokenLinkWarning,
             stacklevel=3,
         )
+
+
+def reason_of_place(path: str) -> str | None:
+    """Why a file is left out for the place where it is, whatever it is: hidden, or in a folder of a system."""
+    if path.startswith(".") or "/." in path:  # in few paths, so that a million take no time
+        if any(part.startswith(".") and part.strip(".") for part in path.split("/")):
+            return HIDDEN
+    elif any(folder in path for folder in _SYSTEM_FOLDERS) and not _SYSTEM_FOLDERS.isdisjoint(path.split("/")[:-1]):
+        return SYSTEM
+    return None
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:

@@ -1,7 +1,7 @@
 """Layouts of pixels that Pillow does not read, or reads wrongly: Netpbm of more than 8 bits, and many kinds of TIFF.
 
 Levels of fewer bits than their type are stretched to its range. For example 12 bits become 16, so that 4095 becomes
-65535.
+65535. So are levels that are stored in 16 bits, if the file says that only the lower ones are used.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -33,11 +33,15 @@ _HEADER_BYTES = 65_536  # a header has some 20 bytes, and comments
 
 # Tags of TIFF, and their values.
 _BITS, _COMPRESSION, _PHOTOMETRIC, _ORIENTATION, _SAMPLES = 258, 259, 262, 274, 277
+_DESCRIPTION, _MAXIMA = 270, (281, 341)
 _PLANES, _EXTRA_SAMPLES, _FORMAT, _SUBSAMPLING = 284, 338, 339, 530
 _MIN_IS_WHITE, _MIN_IS_BLACK, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
 _UNSIGNED, _FLOAT = 1, 3
 _UNCOMPRESSED, _BY_PLANE = 1, 2
 _ASSOCIATED_ALPHA = 1  # colours are multiplied by this channel
+
+_OME_BITS = re.compile(r'SignificantBits="(\d+)"')
+PNG = b"\x89PNG\r\n\x1a\n"
 
 # How to turn an image upright, by the orientation in its tags.
 _TURNS: dict[int, Any] = {
@@ -103,6 +107,60 @@ def _text_levels(file: BinaryIO) -> Iterator[npt.NDArray[np.int64]]:
     yield np.array([int(word) for word in rest.partition(b"#")[0].split()], np.int64)
 
 
+def bits_of_png(file: BinaryIO) -> int:
+    """The bits of 16 that a grey PNG file says are significant (chunk sBIT), 9 to 16."""
+    file.seek(0)
+    header = file.read(33)  # the signature and the first chunk, IHDR
+    bits = 16
+    if header.startswith(PNG) and header[24:26] == b"\x10\0":
+        while (chunk := file.read(8))[4:] not in (b"IDAT", b"IEND", b""):
+            size = int.from_bytes(chunk[:4], "big")
+            if chunk[4:] == b"sBIT" and size == 1:
+                bits = file.read(1)[0]
+                break
+            file.seek(size + 4, os.SEEK_CUR)  # a checksum follows
+    file.seek(0)
+    return bits if 8 < bits < 16 else 16
+
+
+def stretched_png(levels: Array, bits: int) -> Array:
+    """Grey levels uint16 of a PNG of which so many bits are significant.
+
+    The standard of PNG has the writer stretch them to 16 bits. Then the lower bits repeat the upper ones, so in a dark
+    image they are 0 or 1. Other writers store levels as they came; these are stretched here.
+    """
+    return levels if (levels & (2 ** (16 - bits) - 1)).max(initial=0) <= 1 else stretched_to_16(levels, bits)
+
+
+def stretched_to_16(levels: Array, bits: int) -> Array:
+    """Levels uint16 of so many bits, stretched to 16. Levels that are larger prove that they have 16 bits."""
+    if bits == 16 or levels.max(initial=0) >= 2**bits:
+        return levels
+    stretched: Array = np.rint(levels * (65535.0 / (2**bits - 1))).astype(np.uint16)
+    return stretched
+
+
+def bits_of_tiff(value: Callable[[int], Any]) -> int:
+    """The bits of 16 that a TIFF says are significant, 9 to 16.
+
+    OME-TIFF says it as SignificantBits. A tag with the largest sample value says it if this is the largest level of so
+    many bits, such as 4095. Any other value is a statistic of the image, and no reason to change its levels.
+
+    Args:
+        value: gives the value of a tag by its number, or None.
+    """
+    if found := _OME_BITS.search(str(value(_DESCRIPTION) or "")):
+        bits = int(found[1])
+        return bits if 8 < bits < 16 else 16
+    for tag in _MAXIMA:
+        largest = value(tag)
+        if isinstance(largest, tuple):
+            largest = max(largest, default=0)
+        if isinstance(largest, int | float) and largest in [2**bits - 1 for bits in range(9, 16)]:
+            return int(largest).bit_length()
+    return 16
+
+
 def pillow_reads(image: Image.Image) -> bool:
     """Whether Pillow decodes an opened TIFF rightly, up to :func:`corrected`.
 
@@ -117,6 +175,8 @@ def pillow_reads(image: Image.Image) -> bool:
         photometric in (_MIN_IS_WHITE, _MIN_IS_BLACK) or (raw and (bits != {8} or _ASSOCIATED_ALPHA in _extras(tags)))
     ):
         return False
+    if bits == {16} and tags.get(_SAMPLES, 1) > 1 and bits_of_tiff(tags.get) < 16:
+        return False
     if photometric == _YCBCR and raw and (planes or tags.get(_SUBSAMPLING, (2, 2)) != (1, 1)):
         return False
     if formats == {_FLOAT}:
@@ -127,12 +187,11 @@ def pillow_reads(image: Image.Image) -> bool:
 def corrected(image: Image.Image, tags: Any) -> Image.Image:
     """The grey levels of a TIFF with these tags that Pillow has decoded. Pillow neither stretches 12 bits nor inverts
     16 bits of which the lowest is white."""
-    packed, negative = tags.get(_BITS) == (12,), tags.get(_PHOTOMETRIC) == _MIN_IS_WHITE
-    if not image.mode.startswith("I;16") or not (packed or negative):
+    negative = tags.get(_PHOTOMETRIC) == _MIN_IS_WHITE
+    bits = 12 if tags.get(_BITS) == (12,) else bits_of_tiff(tags.get)
+    if not image.mode.startswith("I;16") or (bits == 16 and not negative):
         return image
-    levels = np.asarray(image).astype(np.uint16)
-    if packed:
-        levels = np.rint(levels * 65535.0 / 4095).astype(np.uint16)
+    levels = stretched_to_16(np.asarray(image).astype(np.uint16), bits)
     return Image.fromarray(65535 - levels if negative else levels)
 
 
@@ -266,8 +325,11 @@ def _stretched(pixels: Array, page: Any) -> Array:
     if not isinstance(bits, int) or bits > 16:
         raise ValueError(f"pixels: expected levels of 1 to 16 bits, got {_kind_of(page)}")
     full, dtype = (255, np.uint8) if bits <= 8 else (65535, np.uint16)
-    if bits in (8, 16):
+    if bits == 8:
         return pixels.astype(dtype)
+    if bits == 16:
+        tags = page.tags
+        return stretched_to_16(pixels.astype(dtype), bits_of_tiff(lambda tag: tags[tag].value if tag in tags else None))
     if pixels.size and pixels.max() >= 2**bits:
         raise ValueError(f"levels: expected {bits} bits, as the file says, got {pixels.max()}")
     levels: Array = np.rint(pixels * float(full) / (2**bits - 1))

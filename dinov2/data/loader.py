@@ -54,8 +54,8 @@ class DataConfig(Config, at="data"):
     """These fields describe the images, their augmentation and their masks."""
 
     root: str | Path | None = None
-    """Images come from this folder, nested in any way, or from this folder or URL of tar shards or of a saved Hugging
-    Face dataset. None takes the bundled photographs."""
+    """Images come from this folder, nested in any way, or from this folder or URL of tar shards, of a curation, or of a
+    saved Hugging Face dataset. None takes the bundled photographs."""
     num_workers: CountOr0 = 2
     """This many processes prepare batches; 0 prepares them in the training process. Results do not depend on it."""
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)

@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dinov2.data.decoding import IMAGE_EXTENSIONS, Pixels, UnreadableImageError, decode_image, read_image
-from dinov2.data.files import escaped, list_files, quoted, warn_of_broken_links
+from dinov2.data.decoding import Pixels, UnreadableImageError, decode_image, read_image
+from dinov2.data.files import escaped, quoted
+from dinov2.data.folders import images_among, is_of_tars, located, warn_of_left_out
+from dinov2.data.formats import image_extensions
 from dinov2.data.loader import DataConfig, ImageDataset
 from dinov2.data.photographs import BundledPhotographs
 from dinov2.data.shards import TarShards
@@ -24,12 +26,16 @@ def open_dataset(config: DataConfig) -> ImageDataset:
 
     - None: :class:`BundledPhotographs`.
     - A folder or URL that ``save_to_disk`` of Hugging Face's ``datasets`` has written: :class:`HuggingFaceImages`.
-    - A folder with tars, directly or in ``images``, or any other URL: :class:`TarShards`.
-    - Any other folder: :class:`ImageFolder`.
+    - A folder or URL that a curation has written: the :class:`TarShards` of its final set.
+    - A folder or URL of tars, directly or in ``images``: :class:`TarShards`.
+    - Any other folder: :class:`ImageFolder`, also if tars without an index lie beside the images.
 
     Raises:
-        ValueError: the root holds no such images.
+        ValueError: the root holds no such images, or a curation that has not ended.
         ImportError: the source needs an extra that is not installed; the message names it.
+
+    Warns:
+        SourceWarning: the final set of a curation is read, or something under the root is left out.
     """
     root, channels = config.root, config.augmentation.channels
     if root is None:
@@ -41,12 +47,18 @@ def open_dataset(config: DataConfig) -> ImageDataset:
         return BundledPhotographs()
     is_url = "://" in os.fspath(root)
     if is_url or Path(root).is_dir():
+        root = located(os.fspath(root), "data.root")
         storage = Storage(root)
         if not SAVED_DATASET.isdisjoint(storage.files("", ".json")):
             datasets = require("datasets", extra="hf", purpose=PURPOSE)
-            return HuggingFaceImages(datasets.load_from_disk(os.fspath(root)), channels=channels)
-        if is_url or storage.shards() or storage.indices():
-            return TarShards(root, channels)
+            return HuggingFaceImages(datasets.load_from_disk(root), channels=channels)
+        has_tars = bool(storage.shards() or storage.indices())
+        if is_url and not has_tars and (images := images_among(storage.paths(), storage).images):
+            raise ValueError(
+                f"root: expected tar shards in a URL, got {quoted(root)}, which has {len(images)} image files"
+            )
+        if is_url or (has_tars and is_of_tars(storage, root, storage.paths())):
+            return TarShards(root, channels)  # a URL is not searched for images beside tars: that may take minutes
     return ImageFolder(root, channels)
 
 
@@ -68,10 +80,11 @@ class ImageFolder:
     """All images under a folder, in sorted order of their relative paths.
 
     A map-style dataset: ``len(folder)``, ``folder[i]`` -> uint8 RGB ``[H, W, 3]``, or as
-    :func:`read_image` says for other numbers of channels; ``folder.paths[i]``. Names that start with a dot (hidden
-    files, macOS companions) are not images. Links to folders are followed, and each folder counts once, however many
-    links lead to it. Links to files count as images. A :class:`~dinov2.data.BrokenLinkWarning` names links that lead
-    nowhere.
+    :func:`read_image` says for other numbers of channels; ``folder.paths[i]``. Files count by the ending of an image,
+    or else by their content. Hidden files and folders (a name with a dot in front), folders of systems such as
+    ``@eaDir``, and outputs of this library are left out. A :class:`~dinov2.data.SourceWarning` counts all that is left
+    out, by ending. Links to folders are followed, and each folder counts once, however many links lead to it. Links to
+    files count as images. A :class:`~dinov2.data.BrokenLinkWarning` names links that lead nowhere.
 
     Args:
         root: the folder.
@@ -87,14 +100,16 @@ class ImageFolder:
         self.channels = channels
         if not self.root.is_dir():
             raise ValueError(f"root: expected a folder of images, got {quoted(root)}, which is not a folder")
-        listing = list_files(self.root)
-        warn_of_broken_links(self.root, listing.broken)
-        self.paths = [path for path in listing.files if _is_image(os.path.basename(path))]
+        storage = Storage(self.root)
+        contents = images_among(storage.paths(), storage)
+        self.paths = contents.images
         if not self.paths:
+            left_out = f"; left out {contents}" if contents.left_out else ""
             raise ValueError(
-                f"root: expected a folder with images ({', '.join(IMAGE_EXTENSIONS)}) at any depth, got"
-                f" {quoted(root)}, which has none"
+                f"root: expected a folder with images ({', '.join(sorted(image_extensions()))}) at any depth, got"
+                f" {quoted(root)}, which has none{left_out}"
             )
+        warn_of_left_out(quoted(root), contents)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -106,10 +121,6 @@ class ImageFolder:
             UnreadableImageError: the file cannot be decoded; the message names it.
         """
         return read_image(self.root / self.paths[index], self.channels)
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
 
 
 class HuggingFaceImages:

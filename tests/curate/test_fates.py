@@ -21,9 +21,10 @@ from dinov2.curate.engines import Inline
 from dinov2.curate.extract import ExtractConfig
 from dinov2.curate.materialize import NothingLeftError
 from dinov2.curate.pipeline import EmptySetWarning
-from dinov2.curate.report import DROPPED, FATES, write_report
+from dinov2.curate.report import write_report
 from dinov2.curate.screen import ScreenConfig
 from dinov2.data import BrokenLinkWarning
+from dinov2.data.outputs import DROPPED, FATES
 from dinov2.recipes import laptop
 from tests.curate.misbehaving import serving
 from tests.curate.pictures import encoded, picture, write_pool

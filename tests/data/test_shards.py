@@ -105,7 +105,7 @@ def test_a_shard_can_be_written_again(root: str) -> None:
 
 
 def foreign_tar(path: Path) -> Path:
-    """All that a tar from elsewhere may hold; images 0, 1, 2 and 3 count."""
+    """All that a tar from elsewhere may hold; images 0, 9, 1, 2 and 3 count."""
     link, device = tarfile.TarInfo("c.png"), tarfile.TarInfo("d.png")
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
     device.type = tarfile.CHRTYPE
@@ -141,20 +141,23 @@ def test_foreign_tars_get_an_index(tmp_path: Path) -> None:
     foreign_tar(root / "shard-7.tar")
     (root / "notes.txt").write_text("no tar")
     report = index_shards(root)
-    assert (report.shards, report.images, report.finished_before) == (1, 4, 0)
+    assert (report.shards, report.images, report.finished_before) == (1, 5, 0)
     assert dict(report.skipped) == {
         "no plain file": 3,
-        "no image by its name": 3,
+        ".txt": 1,
+        ".cls": 1,
+        "hidden": 1,
         "no image by its content": 2,
-        "second image of a key": 1,
     }
+    assert report.shared_names == 2
     table = table_of(str(root), "shard-7")
-    assert table["key"] == ["a", "../../up", "sub/b", "b"]
-    assert table["url"] == ["https://x.org/a", None, None, None]
+    assert table["key"] == ["a", "a.seg", "../../up", "sub/b", "b"]
+    assert table["url"] == ["https://x.org/a", "https://x.org/a", None, None, None]
     shards = TarShards(root)
     np.testing.assert_array_equal(shards[0], noise(0))
-    np.testing.assert_array_equal(shards[3], noise(3))
-    assert shards[1].shape == (32, 32, 3)
+    np.testing.assert_array_equal(shards[1], noise(9))
+    np.testing.assert_array_equal(shards[4], noise(3))
+    assert shards[2].shape == (32, 32, 3)
     assert not list(tmp_path.rglob("up.*"))  # nothing was unpacked
 
 

@@ -13,7 +13,8 @@ from dinov2.curate.pool import Pool, read_array, read_table
 from dinov2.curate.search import Layout
 from dinov2.curate.search.vectors import read_layout
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task
-from dinov2.data.decoding import UnreadableImageError, decode_reduced
+from dinov2.data.decoding import UnreadableImageError
+from dinov2.data.decoding_reduced import decode_reduced
 
 ROWS = 128
 """Rows of a file of sketches."""

@@ -18,10 +18,10 @@ from dinov2.curate.report.finished import pool_of, sets_of
 from dinov2.curate.screen import EXACT, NEAR
 from dinov2.curate.search.vectors import read_layout
 from dinov2.curate.steps import Step
+from dinov2.data.outputs import DROPPED, FATES
 from dinov2.data.shards.storage import Storage
 from dinov2_kernels._extras import require
 
-FATES, DROPPED = "fates.parquet", "dropped.csv"
 POOL = "pool"
 KEPT, USED = "kept", "used"
 REPEATS = (EXACT, NEAR)

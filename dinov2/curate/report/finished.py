@@ -10,6 +10,7 @@ from dinov2.curate.pipeline import CurateConfig, EmptySetWarning, curate, set_na
 from dinov2.curate.pool import Pool
 from dinov2.curate.steps import Step
 from dinov2.data import BrokenLinkWarning
+from dinov2.data.outputs import final_set
 
 
 def finished_steps(config: CurateConfig) -> Iterator[Step]:
@@ -36,7 +37,8 @@ def pool_of(config: CurateConfig, steps: Sequence[Step]) -> Pool:
         root = folder_of(config.images, steps)
     else:
         root = next((step.folder for step in steps if step.name == "download-images"), config.output)
-    decisions = [step.folder for step in steps if step.name.endswith("-decisions") or _embeds(step, root)]
+    embedded = [step.folder for step, inputs in _embedding(steps) if inputs[0] == root and len(inputs) > 1]
+    decisions = [step.folder for step in steps if step.name.endswith("-decisions") or step.folder in embedded]
     return Pool(root, tuple(decisions))
 
 
@@ -45,7 +47,7 @@ def sets_of(config: CurateConfig, field: str, steps: Sequence[Step]) -> dict[str
     pools = {}
     for name, path in set_names(getattr(config, field)).items():
         root = folder_of(path, steps)
-        embedded = [step.folder for step in steps if step.name == "embed-features" and step.inputs == (root,)]
+        embedded = [step.folder for step, inputs in _embedding(steps) if inputs == (root,)]
         of_field = embedded[:1] if field == "evaluation_sets" else embedded[-1:]  # a set may be both
         pools[name] = Pool(root, tuple(of_field))
     return pools
@@ -53,9 +55,14 @@ def sets_of(config: CurateConfig, field: str, steps: Sequence[Step]) -> dict[str
 
 def folder_of(path: str, steps: Sequence[Step]) -> str:
     """The folder of shards that ``path`` has, or that its files were collected into."""
-    return next((step.folder for step in steps if step.name == "collect-images" and step.inputs == (path,)), path)
+    collected = (step.folder for step in steps if step.name == "collect-images" and step.inputs[0] == path)
+    return next(collected, final_set(path) or path)
 
 
-def _embeds(step: Step, root: str) -> bool:
-    """Whether a step embeds the curated pool. Pools of other sets have no decisions yet when they are embedded."""
-    return step.name == "embed-features" and step.inputs[0] == root and len(step.inputs) > 1
+def _embedding(steps: Sequence[Step]) -> Iterator[tuple[Step, tuple[str, ...]]]:
+    """The steps that wrote features, with the folders of the images and decisions that they read: the pool that is
+    curated has decisions, and other sets have none yet. Features may be joined from those of pieces."""
+    inputs = {step.folder: step.inputs for step in steps}
+    for step in steps:
+        if step.name == "embed-features":
+            yield step, inputs.get(step.inputs[0], step.inputs)

@@ -14,7 +14,8 @@ from PIL import Image
 from dinov2.curate.faces import Box, blur_faces
 from dinov2.curate.pool import Pool, ShardBytes
 from dinov2.curate.views import in_reduced
-from dinov2.data.decoding import Pixels, UnreadableImageError, decode_reduced
+from dinov2.data.decoding import Pixels, UnreadableImageError
+from dinov2.data.decoding_reduced import decode_reduced
 from dinov2.data.shards.storage import Storage
 from dinov2_kernels._extras import require
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
@@ -12,19 +13,21 @@ import numpy as np
 
 from dinov2.configuration import to_json
 from dinov2.curate.faces import Box
+from dinov2.curate.overlaps import OverlapWarning
 from dinov2.curate.pipeline import STAGES, CurateConfig
 from dinov2.curate.pool import Pool, read_table
 from dinov2.curate.report import page, sections
-from dinov2.curate.report.fates import DROPPED, FATES, Cause, Fates, names_of, write_fates
+from dinov2.curate.report.fates import Cause, Fates, names_of, write_fates
 from dinov2.curate.report.finished import finished_steps, pool_of, sets_of
 from dinov2.curate.report.page import Pictures, histogram
 from dinov2.curate.runner import summarize
 from dinov2.curate.steps import Step
-from dinov2.data.files import escaped
+from dinov2.data.files import BrokenLinkWarning, escaped
+from dinov2.data.folders import SourceWarning
+from dinov2.data.outputs import DROPPED, FATES, REPORT
 from dinov2.data.remarks import kept_remarks
 from dinov2.data.shards.storage import Storage
 
-REPORT = "report.html"
 PER_REASON = 8
 GROUPS, PER_GROUP = 12, 8
 SEEDS, PER_SEED = 8, 7
@@ -38,7 +41,11 @@ def write_report(config: CurateConfig) -> str:
     The page loads nothing from elsewhere: pictures, charts and style are in it. Beside it, :func:`write_fates` writes
     the table of all images.
     """
-    steps = list(finished_steps(config))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SourceWarning)  # the run has said it
+        warnings.simplefilter("ignore", OverlapWarning)
+        warnings.simplefilter("ignore", BrokenLinkWarning)
+        steps = list(finished_steps(config))
     storage = Storage(config.output)
     with kept_remarks():  # the table has them
         fates = write_fates(config, steps)

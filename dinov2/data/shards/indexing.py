@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import errno
+import io
+import itertools
 import json
 import os
 import tarfile
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import IO
 
-from dinov2.data.decoding import IMAGE_EXTENSIONS, UnreadableImageError, read_header
-from dinov2.data.files import escaped, quoted, shown
+from dinov2.data.decoding import UnreadableImageError, holds_image, read_header
+from dinov2.data.files import escaped, quoted, reason_of_place, shown
+from dinov2.data.formats import BEGINNING, ending, image_extensions, is_other, label_of, may_be_image
 from dinov2.data.shards.members import Findings, members
 from dinov2.data.shards.storage import Storage
 from dinov2.data.shards.writing import MAX_SIZE, Row, ShardReport, make_row, write_rows
@@ -43,12 +46,14 @@ class FullStorageError(OSError):
 def index_shards(root: str | os.PathLike[str], progress: Progress = lambda done, of: None) -> ShardReport:
     r"""Write ``root/index/NAME.parquet`` for every ``root/images/NAME.tar`` (or ``root/NAME.tar``) without an index.
 
-    Files of a tar with the same name up to the first dot belong together. The index has the first of them that is an
-    image, and the ``url`` in their ``.json`` file. Only plain files are read: links and devices are skipped, and
-    nothing is unpacked. A file whose header in the tar is damaged is skipped, counted and warned of, if other files
-    follow. In names that are not UTF-8, other bytes become ``\xNN`` (see :func:`~dinov2.data.escaped`). Shards with an
-    index are skipped, so a second call finishes an interrupted one. To index a tar that has changed, delete its index
-    first.
+    The index has every image. A file is one by the ending of its name, or else by its content. Its key is its name
+    without the ending, or its whole name if another image has that key. An image has the ``url`` in the ``.json`` file
+    with its name, or with its name up to the first dot. Other files are counted by ending. Of several files with one
+    name, the last counts, as in every program that unpacks tars. Only plain files are read: links and devices are
+    skipped, and nothing is unpacked. So are hidden files and folders of systems such as ``__MACOSX``. A file whose
+    header in the tar is damaged is skipped, counted and warned of, if other files follow. In names that are not UTF-8,
+    other bytes become ``\xNN`` (see :func:`~dinov2.data.escaped`). Shards with an index are skipped, so a second call
+    finishes an interrupted one. To index a tar that has changed, delete its index first.
 
     Args:
         root: a folder, or a URL of fsspec.
@@ -100,6 +105,7 @@ def _index(storage: Storage, path: str, name: str, report: ShardReport) -> int:
     findings = Findings()
     with storage.filesystem.open(path, "rb") as file:
         rows, skipped = _read_rows(file, findings)
+    report.shared_names += _sharing(row["key"] for row in rows)
     try:
         with storage.replace(f"{storage.root}/index/{name}.parquet") as file:
             write_rows(rows, file)
@@ -117,44 +123,86 @@ def _index(storage: Storage, path: str, name: str, report: ShardReport) -> int:
 
 def _read_rows(file: IO[bytes], findings: Findings) -> tuple[list[Row], Counter[str]]:
     """The rows of one tar, and counts of its skipped files by reason."""
-    rows: dict[str, Row] = {}
-    urls: dict[str, str] = {}
+    rows: dict[str, Row] = {}  # by the whole name of the image
+    urls: dict[str, str] = {}  # by the name of their file without .json
     skipped: Counter[str] = Counter()
     for member in members(file, findings):
-        folder, _, name = escaped(member.name).rpartition("/")
-        stem, _, extension = name.partition(".")
-        key = f"{folder}/{stem}" if folder else stem
         if member.isdir():
             continue
+        name = escaped(member.name).removeprefix("./")
         if not member.isreg() or member.issparse():
             skipped["no plain file"] += 1
         elif member.size > MAX_SIZE:
             skipped["larger than 2 GiB"] += 1
-        elif extension == "json" and stem:
-            urls |= _url(key, _content(file, member))
-        elif not stem or not name.lower().endswith(IMAGE_EXTENSIONS):  # no stem: a hidden file
-            skipped["no image by its name"] += 1
-        elif key in rows:
-            skipped["second image of a key"] += 1
+        elif reason := reason_of_place(name):
+            skipped[reason] += 1
+        elif ending(name) == ".json":
+            urls |= _url(name[: -len(".json")], _content(file, member))
+        elif (label := _label_of_other(file, member, name)) is not None:
+            skipped[label] += 1
         else:
             content = _content(file, member)
             try:
-                rows[key] = make_row(key, member.offset_data, content, read_header(content, quoted(member.name)))
+                row = make_row(name, member.offset_data, content, read_header(content, quoted(member.name)))
             except UnreadableImageError:
                 skipped["no image by its content"] += 1
-    for key, url in urls.items():
-        if key in rows:
-            rows[key]["url"] = url
+                continue
+            if rows.pop(name, None):
+                skipped["replaced by a later file of its name"] += 1
+            rows[name] = row
+    for name, key in keys_of(rows).items():
+        rows[name] |= {"key": key, "url": urls.get(_stem(name)) or urls.get(_up_to_a_dot(name))}
     return list(rows.values()), skipped
 
 
-def _content(file: IO[bytes], member: tarfile.TarInfo) -> bytes:
-    """The bytes of a plain file in a tar."""
-    position = file.tell()
+def _label_of_other(file: IO[bytes], member: tarfile.TarInfo, name: str) -> str | None:
+    """What a file counts as that is no image; None if it could be one."""
+    if ending(name) in image_extensions():
+        return None
+    if is_other(name):
+        return label_of(name)
+    beginning = _content(file, member, BEGINNING)
+    if may_be_image(beginning) and holds_image(io.BytesIO(_content(file, member))):
+        return None
+    return label_of(name, beginning)
+
+
+def keys_of(names: Iterable[str]) -> dict[str, str]:
+    """A key for each of several different names of images: the name without its ending, or all of it if another image
+    has that key."""
+    keys, taken = dict[str, str](), set[str]()
+    for name in names:
+        numbered = (f"{name}~{number}" for number in itertools.count(2))
+        key = next(key for key in itertools.chain((_stem(name), name), numbered) if key not in taken)
+        taken.add(key)
+        keys[name] = key
+    return keys
+
+
+def _stem(name: str) -> str:
+    """A name without the ending of an image."""
+    return name[: -len(ending(name))] if ending(name) in image_extensions() else name
+
+
+def _up_to_a_dot(name: str) -> str:
+    """A name up to its first dot, which WebDataset takes for the key of all files of a sample."""
+    folder, slash, base = name.rpartition("/")
+    return folder + slash + base.partition(".")[0]
+
+
+def _sharing(keys: Iterable[str]) -> int:
+    """The number of images that WebDataset would take for one sample with another image."""
+    counts = Counter(map(_up_to_a_dot, keys))
+    return sum(count for count in counts.values() if count > 1)
+
+
+def _content(file: IO[bytes], member: tarfile.TarInfo, most: int = MAX_SIZE) -> bytes:
+    """The bytes of a plain file in a tar, or its first ones."""
+    position, size = file.tell(), min(member.size, most)
     file.seek(member.offset_data)
-    content = file.read(member.size)
+    content = file.read(size)
     file.seek(position)
-    if len(content) < member.size:
+    if len(content) < size:
         raise EOFError(f"it ends within {quoted(member.name)}")
     return content
 

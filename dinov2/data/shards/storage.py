@@ -64,11 +64,17 @@ class Storage:
             BrokenLinkWarning: there are links that lead nowhere.
         """
         if is_local(self.filesystem):
-            listing = list_files(self.root) if os.path.isdir(self.root) else Listing([], [])
-            warn_of_broken_links(self.root, listing.broken)
-            return {path: _size(os.path.join(self.root, path)) for path in listing.files}
+            return {path: _size(os.path.join(self.root, path)) for path in self.paths()}
         found = self.filesystem.find(self.root, detail=True)
         return {path[len(self.root) + 1 :]: found[path]["size"] for path in sorted(found)}
+
+    def paths(self) -> list[str]:
+        """The paths of :meth:`find`, without their sizes, which a disk has to look up one by one."""
+        if not is_local(self.filesystem):
+            return list(self.find())
+        listing = list_files(self.root) if os.path.isdir(self.root) else Listing([], [])
+        warn_of_broken_links(self.root, listing.broken)
+        return listing.files
 
     def check_writable(self, folder: str) -> None:
         """Create a folder if necessary and check that files can be written into it. Only local folders are checked.

@@ -44,16 +44,21 @@ class ShardReport:
         images: number of rows in their indices.
         skipped: number of other files, by reason.
         finished_before: number of shards that already had an index.
+        shared_names: number of indexed images whose names are equal up to the first dot. WebDataset would take them for
+            parts of one sample, such as an image and its mask; here each is an image.
     """
 
     shards: int = 0
     images: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     finished_before: int = 0
+    shared_names: int = 0
 
     def __str__(self) -> str:
         lines = [f"{self.images:,} images in {self.shards:,} shards"]
         lines += [f"  skipped {number:,}: {reason}" for reason, number in self.skipped.most_common()]
+        if self.shared_names:
+            lines.append(f"  {self.shared_names:,} images have names that are equal up to the first dot; each counts")
         if self.finished_before:
             lines.append(f"  {self.finished_before:,} more shards had an index already")
         return "\n".join(lines)
