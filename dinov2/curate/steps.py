@@ -98,6 +98,7 @@ class Step:
         tasks: one task for each shard.
         unit: what a row is, in the plural.
         gpu: whether a task wants a GPU if there is one.
+        note: a line for people about a choice that was made for them; the terminal and the report show it.
     """
 
     output: str
@@ -107,6 +108,7 @@ class Step:
     tasks: Sequence[Task]
     unit: str = "images"
     gpu: bool = False
+    note: str = ""
 
     @property
     def folder(self) -> str:
@@ -125,10 +127,7 @@ class Step:
 
     def counts(self) -> Counts:
         """The sum over all shards that are done."""
-        storage, total = Storage(self.folder), Counts()
-        for path in storage.files("", COUNTS).values():
-            total += Counts(**json.loads(storage.filesystem.cat_file(path)))
-        return total
+        return counts_of(self.folder)
 
     def timing(self) -> Timing:
         """The time that the step took, over all runs that ended normally."""
@@ -197,6 +196,14 @@ def run_task(folder: str, task: Task) -> None:
     output = Output(folder, task.shard)
     output.clear()
     output.finish(task.function(output, *task.arguments))
+
+
+def counts_of(folder: str) -> Counts:
+    """The sum over all shards of a step's folder that are done."""
+    storage, total = Storage(folder), Counts()
+    for path in storage.files("", COUNTS).values():
+        total += Counts(**json.loads(storage.filesystem.cat_file(path)))
+    return total
 
 
 def check_names(argument: str, names: Iterable[str]) -> None:

@@ -17,6 +17,7 @@ from dinov2.curate.pool import Pool, read_table
 from dinov2.curate.report import page, sections
 from dinov2.curate.report.page import Pictures, histogram
 from dinov2.curate.runner import summarize
+from dinov2.curate.screen import with_models
 from dinov2.curate.steps import Step
 from dinov2.data.files import escaped
 from dinov2.data.shards.storage import Storage
@@ -66,7 +67,7 @@ def _parts(config: CurateConfig, steps: list[Step]) -> Iterator[str]:
     seeds = _sets(set_names(config.seeds), steps)
     if "retrieve-decisions" in by_name:
         yield from sections.retrieved(by_name["retrieve-decisions"], pool, seeds)
-    if not config.screen.nsfw:
+    if not with_models(config.screen).nsfw:
         yield page.heading("Not done", "No scorer of unsafe images was given (screen.nsfw), so none were looked for.")
     yield page.heading("Settings") + f"<pre>{escape(json.dumps(to_json(config), indent=1))}</pre>"
 
@@ -97,6 +98,9 @@ def funnel(steps: Sequence[Step]) -> Iterator[str]:
         share = page.share_bar(stage.rows_out / stage.rows_in if stage.rows_in else 0.0)
         rows.append([stage.name, f"{stage.rows_in:,}", f"{stage.rows_out:,}", share, "<br>".join(reasons), rate])
     yield page.table(["stage", "in", "out", "", "dropped", "speed"], rows, frozenset({1, 2, 5}))
+    for step in steps:
+        if step.note:
+            yield f"<p>{escape(step.name)}: {escape(step.note)}</p>"
     rows = []
     for step in steps:
         counts = step.counts()
