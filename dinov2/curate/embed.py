@@ -62,13 +62,14 @@ class EmbedConfig(Config, at="embed"):
             yield name, len(getattr(self, name)) == 3, "3 values"
 
 
-def embed(pool: Pool, config: EmbedConfig, output: str) -> Steps[Pool]:
+def embed(pool: Pool, config: EmbedConfig, output: str, at: str = "embed") -> Steps[Pool]:
     """Write the features of a pool's images: float16 [n, D] a shard, of unit length, NaN in rows without a feature.
 
     Args:
         pool: images to embed.
         config: the model, and what it sees.
         output: folder or URL of the whole curation.
+        at: where the configuration stands in the whole, for errors.
 
     Returns:
         The pool with its features, without the images that have none.
@@ -76,19 +77,26 @@ def embed(pool: Pool, config: EmbedConfig, output: str) -> Steps[Pool]:
     Raises:
         ValueError, FileNotFoundError: the model does not exist.
     """
+    check_model_name(config, at)
     name = config.model
-    if not (name in BUILT_IN or is_function(name) or Path(name).exists()):
-        raise FileNotFoundError(f"embed.model: expected {', '.join(BUILT_IN)}, MODULE:FUNCTION or a file, got {name!r}")
     settings = dataclasses.replace(config, device="auto", model=name if name in BUILT_IN else identity_of(name))
-    tasks = [Task(shard, _embed, (pool, shard, config)) for shard in pool.shards()]
+    tasks = [Task(shard, _embed, (pool, shard, config, at)) for shard in pool.shards()]
     features = Step(output, "embed-features", settings, (pool.images, *pool.decisions), tasks, gpu=True)
     yield features
     return dataclasses.replace(pool.after(features.folder), features=features.folder)
 
 
-def _embed(output: Output, pool: Pool, shard: str, config: EmbedConfig) -> Counts:
+def check_model_name(config: EmbedConfig, at: str) -> None:
+    """Raise a FileNotFoundError if no model has the name in a configuration, which stands ``at`` a place in the
+    whole."""
+    name = config.model
+    if not (name in BUILT_IN or is_function(name) or Path(name).exists()):
+        raise FileNotFoundError(f"{at}.model: expected {', '.join(BUILT_IN)}, MODULE:FUNCTION or a file, got {name!r}")
+
+
+def _embed(output: Output, pool: Pool, shard: str, config: EmbedConfig, at: str) -> Counts:
     """Task: write the features of a shard."""
-    model = open_model(config)
+    model = open_model(config, at)
     before = pool.kept(shard)
     reasons: list[str | None] = [None] * len(before)
     features: npt.NDArray[np.float16] | None = None
@@ -140,8 +148,8 @@ def _width(model: Model) -> int:
     return width
 
 
-def open_model(config: EmbedConfig) -> Model:
-    """The model that a configuration names.
+def open_model(config: EmbedConfig, at: str = "embed") -> Model:
+    """The model that a configuration names; ``at`` is where the configuration stands in the whole, for errors.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -163,7 +171,7 @@ def open_model(config: EmbedConfig) -> Model:
     size = config.size or network.config.img_size
     if size % network.config.patch_size:
         raise ValueError(
-            f"embed.size: expected a multiple of {network.config.patch_size}, the model's patch, got {size}"
+            f"{at}.size: expected a multiple of {network.config.patch_size}, the model's patch, got {size}"
         )
     return _seen(lambda views: network(views.to(device)).float().cpu(), config, size)
 

@@ -223,8 +223,10 @@ def open_scorer(name: str) -> Scorer | None:
 
     def score(images: list[Pixels]) -> npt.NDArray[np.float32]:
         views = np.stack([resized(image, NSFW_SIDE, NSFW_SIDE).transpose(2, 0, 1) for image in images])
-        scores: npt.NDArray[np.float32] = run(views.astype(np.float32) / np.float32(255)).reshape(len(images))
-        return scores
+        scores: npt.NDArray[np.float32] = run(views.astype(np.float32) / np.float32(255))
+        if scores.size != len(images):
+            raise ValueError(f"{name}: expected one score for each of {len(images)} images, got {list(scores.shape)}")
+        return scores.reshape(len(images))
 
     return score
 

@@ -16,7 +16,7 @@ from dinov2.curate import Pool, run_steps
 from dinov2.curate.engines import Inline
 from dinov2.curate.faces import Box, open_detector
 from dinov2.curate.pool import read_table
-from dinov2.curate.published import CENTERFACE, OPEN_NSFW, PublishedModel, boxes_of, nsfw_view, open_centerface
+from dinov2.curate.published import OPEN_NSFW, PublishedModel, boxes_of, nsfw_view, open_centerface
 from dinov2.curate.screen import ScreenConfig, models_in_words, open_scorer, screen, with_models
 from dinov2.data import BundledPhotographs
 from tests.curate.pictures import encoded, picture, write_pool

@@ -44,7 +44,7 @@ def write_report(config: CurateConfig) -> str:
 def finished_steps(config: CurateConfig) -> Iterator[Step]:
     """The finished steps of a curation in order, without repeats, up to the first unfinished step."""
     seen = set[str]()
-    for step in curate(config):
+    for step in curate(config, check=()):
         if {task.shard for task in step.tasks} - step.finished():
             return
         if step.folder not in seen:
