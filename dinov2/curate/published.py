@@ -5,6 +5,7 @@ The packages are never imported. Their files are read as data, so what else they
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import math
@@ -91,6 +92,7 @@ FACE_SIDE = 640  # pixels of the longer side that CenterFace looks at
 GRID = 32  # sides of its input are multiples of this
 STRIDE = 4  # pixels of the input for each cell of its output
 LEAST_SCORE = 0.5
+NETWORKS = 2  # OpenCV 4 computes nonsense when the shape of the input changes, so each shape has a network of 90 MB
 OVERLAP = 0.3  # of two boxes that overlap by more of their union, the one with the lower score is dropped
 
 NSFW_SQUARE, NSFW_CROP = 256, 224
@@ -112,10 +114,24 @@ def open_centerface(path: str) -> Callable[[Pixels], Floats]:
     """
     cv2 = require("cv2", extra="curate", purpose="finding faces")
     expected = f"{path}: expected the ONNX file of CenterFace, with outputs of 1, 2, 2 and 10 channels"
+    content = np.frombuffer(Path(path).read_bytes(), np.uint8)
+
+    @functools.lru_cache(maxsize=NETWORKS)
+    def network(height: int, width: int) -> Any:
+        return cv2.dnn.readNetFromONNX(content)
+
+    def maps(image: Floats) -> list[Floats]:
+        threads = cv2.getNumThreads()
+        cv2.setNumThreads(1)  # like everything in a task
+        try:
+            net = network(*image.shape[:2])
+            net.setInput(np.ascontiguousarray(image.transpose(2, 0, 1)[None]))
+            return list(net.forward(net.getUnconnectedOutLayersNames()))
+        finally:
+            cv2.setNumThreads(threads)
+
     try:
-        network = cv2.dnn.readNetFromONNX(path)
-        names = network.getUnconnectedOutLayersNames()
-        shapes = [output.shape for output in _run(network, names, np.zeros((GRID, GRID, 3), np.float32))]
+        shapes = [output.shape for output in maps(np.zeros((GRID, GRID, 3), np.float32))]
     except cv2.error as error:
         raise ValueError(f"{expected}, got an error: {str(error).splitlines()[0]}") from error
     cells = GRID // STRIDE
@@ -127,24 +143,12 @@ def open_centerface(path: str) -> Callable[[Pixels], Floats]:
         height, width = (max(1, round(side * scale)) for side in image.shape[:2])
         padded = np.zeros((*(math.ceil(side / GRID) * GRID for side in (height, width)), 3), np.float32)
         padded[:height, :width] = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-        heat, sizes, offsets, _ = _run(network, names, padded)
+        heat, sizes, offsets, _ = maps(padded)
         boxes = boxes_of(heat[0, 0], sizes[0], offsets[0], LEAST_SCORE) / np.float32(scale)
         inside: Floats = np.clip(boxes, 0, np.tile(image.shape[1::-1], 2)).astype(np.float32)
         return inside
 
     return find
-
-
-def _run(network: Any, names: Any, image: Floats) -> list[Floats]:
-    """The outputs of a network for an image float32 [H, W, 3], on one thread like everything in a task."""
-    cv2 = require("cv2", extra="curate", purpose="finding faces")
-    threads = cv2.getNumThreads()
-    cv2.setNumThreads(1)
-    try:
-        network.setInput(np.ascontiguousarray(image.transpose(2, 0, 1)[None]))
-        return list(network.forward(names))
-    finally:
-        cv2.setNumThreads(threads)
 
 
 def boxes_of(heat: Floats, sizes: Floats, offsets: Floats, least: float) -> Floats:
