@@ -15,7 +15,7 @@ from dinov2.curate.lloyd import nearest_centroids
 from dinov2.curate.pool import Pool, read_array, read_table, write_decisions
 from dinov2.curate.search import Neighbours, SearchConfig, search
 from dinov2.curate.search.vectors import PoolVectors, layout_of, read_layout
-from dinov2.curate.steps import Counts, Output, Step, Steps, Task, check_names, counts_of
+from dinov2.curate.steps import Counts, Output, Step, Steps, Task, check_names, read_counts
 from dinov2_kernels._extras import require
 
 OWN_NUMBER = re.compile(r".+=0*[1-9][0-9]*", re.ASCII)
@@ -137,7 +137,10 @@ class Chosen(NamedTuple):
 
 def _images_of(pool: Pool, layout: str) -> int:
     """The number of images that are still in."""
-    return counts_of(pool.decisions[-1]).rows_out if pool.decisions else read_layout(layout).rows
+    places = read_layout(layout)
+    if not pool.decisions:
+        return places.rows
+    return sum(read_counts(pool.decisions[-1], shard).rows_out for shard in places.names)
 
 
 def _method(config: RetrieveConfig, seeds: int, images: int) -> tuple[str, str]:

@@ -34,6 +34,8 @@ TOO_SMALL, TOO_LONG = "too small", "too long"
 PLAIN, BLURRED = "plain", "blurred"
 NSFW = "NSFW"
 AUTO, BUNDLED, NONE = "auto", "bundled", "none"
+KNOWN = (BUNDLED, NONE, "", CENTERFACE.name, OPEN_NSFW.name)
+"""Names of models, whatever files of these names there may be."""
 EXACT, NEAR = "exact duplicate", "near-duplicate (PCA hash)"
 
 
@@ -92,7 +94,7 @@ def screen(pool: Pool, config: ScreenConfig, output: str) -> Steps[Pool]:
     layout = yield from layout_of(pool, "screen", output)
     inputs = (pool.images, *pool.decisions)
     tasks = [Task(shard, measure, (pool, shard, config)) for shard in pool.shards()]
-    plugged_in = [identity_of(config.faces), identity_of(config.nsfw)]
+    plugged_in = [name if name in KNOWN else identity_of(name) for name in (config.faces, config.nsfw)]
     measures = Step(output, "screen-measures", plugged_in, inputs, tasks, note=note)
     yield measures
     task = Task("all", _fit, (pool.shards(), measures.folder, config))

@@ -127,7 +127,10 @@ class Step:
 
     def counts(self) -> Counts:
         """The sum over all shards that are done."""
-        return counts_of(self.folder)
+        storage, total = Storage(self.folder), Counts()
+        for path in storage.files("", COUNTS).values():
+            total += Counts(**json.loads(storage.filesystem.cat_file(path)))
+        return total
 
     def timing(self) -> Timing:
         """The time that the step took, over all runs that ended normally."""
@@ -198,12 +201,10 @@ def run_task(folder: str, task: Task) -> None:
     output.finish(task.function(output, *task.arguments))
 
 
-def counts_of(folder: str) -> Counts:
-    """The sum over all shards of a step's folder that are done."""
-    storage, total = Storage(folder), Counts()
-    for path in storage.files("", COUNTS).values():
-        total += Counts(**json.loads(storage.filesystem.cat_file(path)))
-    return total
+def read_counts(folder: str, shard: str) -> Counts:
+    """The counts of a task that is done."""
+    storage = Storage(folder)
+    return Counts(**json.loads(storage.filesystem.cat_file(f"{storage.root}/{shard}{COUNTS}")))
 
 
 def check_names(argument: str, names: Iterable[str]) -> None:

@@ -132,6 +132,8 @@ def test_the_default_is_what_is_installed_and_folders_carry_it(
     replace_models(monkeypatch, package, nsfw)
     assert models_in_words(default).startswith("faces are found by centerface; unsafe images are not looked for (pip")
     assert len(screened(default)) == 1
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "centerface").write_text("a file of this name is not the model")
     assert not screened(ScreenConfig(faces="centerface", nsfw="none"))
     assert with_models(default) == ScreenConfig(faces="centerface", nsfw="")
     found = dataclasses.replace(package, name="open_nsfw")

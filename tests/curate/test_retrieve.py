@@ -14,7 +14,7 @@ from dinov2.curate.engines import Inline, ProcessPool
 from dinov2.curate.pool import read_table, write_decisions
 from dinov2.curate.retrieve import RetrieveConfig, retrieve
 from dinov2.curate.runner import Watcher
-from dinov2.curate.steps import Output, Step
+from dinov2.curate.steps import Counts, Output, Step
 from tests.curate.test_runner import contents
 from tests.curate.vector_pools import clustered_vectors, unit_vectors, vector_pool
 
@@ -174,6 +174,7 @@ def test_a_set_without_one_readable_image_asks_for_nothing_and_says_so(tmp_path:
     junk = vector_pool(tmp_path / "junk", np.full((5, 24), np.nan, np.float16))
     gone = Output(str(tmp_path / "gone"), "00000")
     gone.finish(write_decisions(gone, ["unreadable"] * 5, np.ones(5, dtype=bool)))
+    Output(gone.folder, "00001").finish(Counts(5, 5))  # of a shard that the set no longer has
     own = {"junk": junk.after(gone.folder), "s": vector_pool(tmp_path / "s", vectors[:2])}
     number, said = kept_and_noted(pool, own, RetrieveConfig(neighbours=3), tmp_path / "out")
     assert 3 <= number <= 6
