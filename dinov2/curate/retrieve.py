@@ -160,6 +160,10 @@ def _counted(seeds: int) -> str:
     return f"{seeds:,} seed{'s' if seeds != 1 else ''}"
 
 
+def _part(chosen: int, images: int) -> str:
+    return ", which are all images" if chosen == images > 0 else f": {chosen:,} of {images:,} images"
+
+
 def _sample(
     pool: Pool, name: str, seeds: Pool, sizes: tuple[int, int], why: str, config: RetrieveConfig, output: str
 ) -> Steps[Chosen]:
@@ -171,9 +175,7 @@ def _sample(
     number, images = sizes
     note = f"{why}, so " if why else ""
     note += f"the {k:,} nearest images of each of {_counted(number)} were taken"
-    got = hits.counts().rows_out
-    note += ", which are all images" if got == images else f": {got:,} of {images:,} images"
-    return Chosen(name, hits.folder, note)
+    return Chosen(name, hits.folder, note + _part(hits.counts().rows_out, images))
 
 
 def _cluster(
@@ -193,7 +195,7 @@ def _cluster(
     if not counts.rows_out:
         return Chosen(name, None, note)
     got = counts.figures["images"]
-    note += ", which are all images" if got == images else f": {got:,} of {images:,} images"
+    note += _part(got, images) + (", as many as retrieve.cap allows" if got == config.cap < images else "")
     return Chosen(name, (yield from _draw(f"retrieve-{name}", clusters, quotas.folder, config, output)), note)
 
 
