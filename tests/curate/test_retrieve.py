@@ -138,6 +138,7 @@ SCATTERED = ClusterConfig(clusters=40, passes=0)
         ),
         (28, RetrieveConfig(method="cluster"), range(15, 120), " of 13 clusters hold at least 4 of its 28 seeds: "),
         (28, RetrieveConfig(small_pool=181), range(15, 120), " of 13 clusters hold at least 4 of its 28 seeds: "),
+        (28, RetrieveConfig(method="cluster", cap=7), range(7, 8), "7 of 181 images, as many as retrieve.cap allows"),
         (
             3,
             RetrieveConfig(),
@@ -154,7 +155,7 @@ SCATTERED = ClusterConfig(clusters=40, passes=0)
         ),
         (2, RetrieveConfig(neighbours=500), range(181, 182), "the 500 nearest images of each of 2 seeds were taken,"),
     ],
-    ids=["small pool", "cluster", "given", "few seeds", "one seed", "few seeds, cluster", "scattered", "k > N"],
+    ids=["small pool", "cluster", "given", "cap", "few seeds", "one seed", "few seeds, cluster", "scattered", "k > N"],
 )
 def test_small_pools_and_few_seeds_get_what_is_like_them_and_a_line_says_how(
     tmp_path: Path, seeds: int, config: RetrieveConfig, kept: range, note: str
