@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dinov2.curate.collect import collect
-from dinov2.curate.embed import EmbedConfig, check_model_name, open_model
+from dinov2.curate.embed import DEFAULT_SIZE, EmbedConfig, check_model_name, open_model
 from dinov2.curate.faces import open_detector
 from dinov2.curate.plugins import is_function
 from dinov2.curate.published import CENTERFACE, OPEN_NSFW
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 NO_SOURCE = "pages, links, images: expected one of them, got none"
 PROGRAMS = (".onnx", ".pt", ".torchscript")
 """Files whose input and output nobody knows before they are run."""
+
+BLANK = [np.zeros((64, 64, 3), np.uint8)] * 2
+"""Images to try a model on: two, because the last batch may have any length."""
 
 
 def check_early(config: CurateConfig, stages: Collection[str]) -> None:
@@ -107,7 +110,6 @@ def _check_screen(config: ScreenConfig, here: bool) -> None:
     chosen = with_models(config)
     _check_name("screen.faces", chosen.faces, ("auto", CENTERFACE.name, BUNDLED, NONE))
     _check_name("screen.nsfw", chosen.nsfw, ("auto", OPEN_NSFW.name, NONE, ""))
-    blank = np.zeros((64, 64, 3), np.uint8)
     with _named("screen.faces"):
         if chosen.faces == CENTERFACE.name:
             CENTERFACE.file()
@@ -118,7 +120,7 @@ def _check_screen(config: ScreenConfig, here: bool) -> None:
             OPEN_NSFW.file()
         score = open_scorer(chosen.nsfw) if here else None
         if score is not None and chosen.nsfw.endswith(".onnx"):
-            score([blank])
+            score(BLANK)
 
 
 def _check_name(field: str, name: str, known: tuple[str, ...]) -> None:
@@ -134,8 +136,8 @@ def _check_name(field: str, name: str, known: tuple[str, ...]) -> None:
 def check_model(config: EmbedConfig, at: str, here: bool) -> None:
     """Check that a model of features can be opened, and that it takes images of the size in the configuration.
 
-    A function is imported, but not called. Weights are opened on the CPU. A program in a file is tried on one blank
-    image, unless it is for a GPU.
+    A function is imported, but not called. Weights are opened on the CPU. A program in a file is tried on blank images,
+    unless it is for a GPU.
 
     Args:
         config: the model, and what it sees.
@@ -153,10 +155,17 @@ def check_model(config: EmbedConfig, at: str, here: bool) -> None:
         model = open_model(dataclasses.replace(config, device="cpu"), at)
         if not config.model.endswith(PROGRAMS) or device.type != "cpu":
             return
-        shape = model([np.zeros((64, 64, 3), np.uint8)]).shape
-        if len(shape) != 2 or shape[0] != 1:
+        try:
+            shape = model(BLANK).shape
+        except Exception as error:
+            side = config.size or DEFAULT_SIZE
             raise ValueError(
-                f"{at}.model: expected features [b, D] for b images, got {list(shape)} for one image: {config.model}"
+                f"{at}.size: expected a size that the model takes in batches of any length, got {side}, which"
+                f" {config.model} refuses: {str(error).splitlines()[-1]}"
+            ) from error
+        if len(shape) != 2 or shape[0] != len(BLANK):
+            raise ValueError(
+                f"{at}.model: expected features [b, D] for b images, got {list(shape)} for {len(BLANK)}: {config.model}"
             )
 
 

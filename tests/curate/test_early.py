@@ -105,6 +105,10 @@ SEEDS = {"seeds": lambda place: (str(place / "seeds"),)}
         ({"embed_copies.model": lambda place: str(place / "flat.pt")}, r"embed_copies.model: expected features \[b, D"),
         ({"embed_copies.model": "nowhere:f"}, "embed_copies.model: nowhere:f: expected MODULE:FUNCTION that can be"),
         (
+            {"embed_copies.model": lambda place: str(place / "one.onnx"), "embed_copies.size": 320},
+            "embed_copies.size: expected a size that the model takes in batches of any length, got 320, which .*one",
+        ),
+        (
             {"embed_copies.model": lambda place: str(place / "vit"), "embed_copies.size": 30},
             "embed_copies.size: expected a multiple of 14, the model's patch, got 30",
         ),
@@ -117,7 +121,7 @@ SEEDS = {"seeds": lambda place: (str(place / "seeds"),)}
         ({"screen.nsfw": "broken_plugin:score"}, "screen.nsfw: expected something that can be opened, got ZeroDivisi"),
         (
             {"screen.nsfw": lambda place: str(place / "three.onnx")},
-            "screen.nsfw: .*three.onnx: expected one score for each of 1 images, got",
+            "screen.nsfw: .*three.onnx: expected one score for each of 2 images, got",
         ),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else value[-20:],
