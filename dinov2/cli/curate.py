@@ -16,6 +16,7 @@ from dinov2.cli.curation_progress import Progress, table
 from dinov2.cli.run_options import check_output, device_of, read_options
 from dinov2.configuration import read_json
 from dinov2.curate import STAGES, CurateConfig, Part, curate, only, run_steps
+from dinov2.curate.early import check_early
 from dinov2.curate.materialize import NothingLeftError
 from dinov2.curate.pipeline import save_config
 from dinov2.curate.report import write_report
@@ -65,6 +66,7 @@ def run(arguments: Sequence[str]) -> None:
     for stage in ("embed_copies", "embed"):
         device, is_elsewhere = getattr(config, stage).device, config.engine.kind == "ray"
         device_of(device, field=f"{stage}.device", here=not is_elsewhere)
+    check_early(config, STAGES if what == "run" else (what,))
     if "://" not in config.output:
         check_output(Path(config.output))
     save_config(config)
@@ -74,10 +76,11 @@ def run(arguments: Sequence[str]) -> None:
     with Progress(console) as progress:
         try:
             if what != "run":
-                steps = only(curate(config), what)
-                run_steps(steps, engine, tries=tries, part=part, patience=patience, watcher=progress)
+                stages = only(curate(config, check=()), what)
+                run_steps(stages, engine, tries=tries, part=part, patience=patience, watcher=progress)
             else:
-                made = run_steps(curate(config), engine, tries=tries, part=part, patience=patience, watcher=progress)
+                steps = curate(config, check=())
+                made = run_steps(steps, engine, tries=tries, part=part, patience=patience, watcher=progress)
         except NothingLeftError as error:  # the report says why
             nothing = error
     console.print(table(progress.steps))

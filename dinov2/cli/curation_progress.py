@@ -52,11 +52,13 @@ class Progress(Watcher):
         self._say(f"{step.name}: shard {shard} failed and will be tried again: {error}")
 
     def ended(self, step: Step) -> None:
-        """Replace the progress bar by one line."""
+        """Replace the progress bar by one line, and say what the step notes."""
         self._stop()
         self.steps.append(step)
         counts = step.counts()
         self._say(f"{step.name}: {counts.rows_out:,} of {counts.rows_in:,} {step.unit}")
+        if step.note:
+            self._say(f"{step.name}: {step.note}")
 
     def _stop(self) -> None:
         if self._bars is not None:

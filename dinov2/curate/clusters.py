@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,7 +32,8 @@ class ClusterConfig(Config, at="clusters"):
     """k-means of a pool's features, and of its own centroids."""
 
     clusters: CountOr0 = 0
-    """The pool is split into this many clusters. 0 makes one for each 7,440 images, the average of DINOv2."""
+    """The pool is split into this many clusters. 0 takes the square root of the number of images. From 55 million
+    images on, it makes one for each 7,440 images, the average of DINOv2."""
     levels: tuple[int, ...] = ()
     """Clusters are clustered again for balanced sampling. Give the number of clusters on each higher level, from below;
     each must be smaller than the one before."""
@@ -56,7 +58,7 @@ class ClusterConfig(Config, at="clusters"):
 
     def number(self, rows: int) -> int:
         """The number of clusters of a pool of ``rows`` images."""
-        return min(self.clusters or max(rows // ROWS_PER_CLUSTER, 1), max(rows, 1))
+        return min(self.clusters or max(rows // ROWS_PER_CLUSTER, math.isqrt(rows), 1), max(rows, 1))
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,8 @@ def k_means(pool: Pool, layout: str, config: ClusterConfig, output: str, stage: 
     if pool.features is None:
         raise ValueError("pool: expected features, got none: embed it first")
     inputs = (layout, pool.features, *pool.decisions)
-    first = Step(output, f"{stage}-start", config, inputs, [Task("all", _start, (pool, layout, config))], gpu=True)
+    settings = config if config.clusters else [config, "as many as the square root"]  # 0 meant fewer in older folders
+    first = Step(output, f"{stage}-start", settings, inputs, [Task("all", _start, (pool, layout, config))], gpu=True)
     yield first
     centroids = first.folder
     names = read_layout(layout).names

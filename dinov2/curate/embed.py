@@ -81,13 +81,14 @@ class EmbedConfig(Config, at="embed"):
             yield name, len(getattr(self, name)) == 3, "3 values"
 
 
-def embed(pool: Pool, config: EmbedConfig, output: str) -> Steps[Pool]:
+def embed(pool: Pool, config: EmbedConfig, output: str, at: str = "embed") -> Steps[Pool]:
     """Write the features of a pool's images: float16 [n, D] a shard, of unit length, NaN in rows without a feature.
 
     Args:
         pool: images to embed.
         config: the model, and what it sees.
         output: folder or URL of the whole curation.
+        at: where the configuration stands in the whole, for errors.
 
     Returns:
         The pool with its features, without the images that have none.
@@ -95,14 +96,13 @@ def embed(pool: Pool, config: EmbedConfig, output: str) -> Steps[Pool]:
     Raises:
         ValueError, FileNotFoundError: the model does not exist.
     """
+    check_model_name(config, at)
     name = config.model
-    if not (name in BUILT_IN or is_function(name) or Path(name).exists()):
-        raise FileNotFoundError(f"embed.model: expected {', '.join(BUILT_IN)}, MODULE:FUNCTION or a file, got {name!r}")
     settings = dataclasses.replace(config, device="auto", model=name if name in BUILT_IN else identity_of(name))
     layout = yield from layout_of(pool, "embed", output)
 
     def embedded(piece: Piece) -> Task:
-        return Task(piece.name, _embed, (pool, piece, config, settings.model), piece.rows)
+        return Task(piece.name, _embed, (pool, piece, config, settings.model, at), piece.rows)
 
     seen = [settings, FUNCTION_SIDE, VIEW_SIDE, SMALL_SIDE]
     inputs = (pool.images, *pool.decisions)
@@ -110,15 +110,23 @@ def embed(pool: Pool, config: EmbedConfig, output: str) -> Steps[Pool]:
     return dataclasses.replace(pool.after(features.folder), features=features.folder)
 
 
+def check_model_name(config: EmbedConfig, at: str) -> None:
+    """Raise a FileNotFoundError if no model has the name in a configuration, which stands ``at`` a place in the
+    whole."""
+    name = config.model
+    if not (name in BUILT_IN or is_function(name) or Path(name).exists()):
+        raise FileNotFoundError(f"{at}.model: expected {', '.join(BUILT_IN)}, MODULE:FUNCTION or a file, got {name!r}")
+
+
 @functools.lru_cache(maxsize=1)
-def _opened(config: EmbedConfig, identity: str) -> Opened:
+def _opened(config: EmbedConfig, identity: str, at: str) -> Opened:
     """The model of a configuration, opened once in a process for all its tasks; ``identity`` is that of its file."""
-    return open_model(config)
+    return open_model(config, at)
 
 
-def _embed(output: Output, pool: Pool, piece: Piece, config: EmbedConfig, identity: str) -> Counts:
+def _embed(output: Output, pool: Pool, piece: Piece, config: EmbedConfig, identity: str, at: str) -> Counts:
     """Task: write the features of a piece of a shard. Files with the same bytes are embedded once."""
-    model = _opened(config, identity)
+    model = _opened(config, identity, at)
     before = pool.kept(piece.shard)[piece.start : piece.stop]
     kept = piece.start + np.flatnonzero(before)
     first = originals(pool, piece.shard, kept)
@@ -223,8 +231,8 @@ class Opened:
         return decode_reduced(content, name, self.side, self.least).pixels
 
 
-def open_model(config: EmbedConfig) -> Opened:
-    """The model that a configuration names.
+def open_model(config: EmbedConfig, at: str = "embed") -> Opened:
+    """The model that a configuration names; ``at`` is where the configuration stands in the whole, for errors.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -246,7 +254,7 @@ def open_model(config: EmbedConfig) -> Opened:
     size = config.size or network.config.img_size
     if size % network.config.patch_size:
         raise ValueError(
-            f"embed.size: expected a multiple of {network.config.patch_size}, the model's patch, got {size}"
+            f"{at}.size: expected a multiple of {network.config.patch_size}, the model's patch, got {size}"
         )
     return _seen(lambda views: network(views.to(device)).float().cpu(), config, size)
 

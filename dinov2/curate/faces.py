@@ -17,6 +17,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from dinov2.curate.plugins import load_function
+from dinov2.curate.published import CENTERFACE, open_centerface
 from dinov2.data.decoding import Pixels, read_header
 from dinov2.data.decoding_reduced import decode_picture
 from dinov2_kernels._extras import require
@@ -46,16 +47,25 @@ def open_detector(name: str) -> Detector | None:
     """The detector that a configuration names; None for ``none``.
 
     Raises:
-        ValueError: the detector cannot be imported.
-        ImportError: scikit-image is missing (extra ``curate``).
+        ValueError: the detector cannot be imported, or the file is not CenterFace.
+        ImportError: a package is missing; the message says how to install it.
     """
     if name in ("none", ""):
         return None
     if name == "bundled":
         require("skimage.feature", extra="curate", purpose="finding faces")
         return bundled_detector
+    if name == CENTERFACE.name or name.endswith(".onnx"):
+        find = open_centerface(str(CENTERFACE.file()) if name == CENTERFACE.name else name)
+        return lambda images: [[_around(face) for face in find(image).tolist()] for image in images]
     function = load_function(name)
     return lambda images: [[Box(*map(int, box)) for box in boxes] for boxes in function(images)]
+
+
+def _around(face: list[float]) -> Box:
+    """The box of whole pixels around left, top, right and bottom."""
+    left, top = math.floor(face[0]), math.floor(face[1])
+    return Box(left, top, math.ceil(face[2]) - left, math.ceil(face[3]) - top)
 
 
 def bundled_detector(images: list[Pixels]) -> list[list[Box]]:

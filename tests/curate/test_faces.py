@@ -11,6 +11,7 @@ from PIL import Image
 from skimage import data
 
 from dinov2.curate.faces import FINEST_SIGMA, Box, blur_faces, blurred_file, bundled_detector, open_detector
+from dinov2.curate.published import CENTERFACE
 from dinov2.data import BundledPhotographs
 from dinov2.data.decoding import decode_image
 from tests.curate.pictures import encoded, picture
@@ -33,6 +34,25 @@ def test_photographs_without_people_have_none() -> None:
         if name in ("cat", "coffee", "china", "flower", "rocket", "hubble", "brick", "grass")
     }
     assert sum(found.values()) <= 1, found
+
+
+@pytest.mark.skipif(CENTERFACE.find() is None, reason=f"CenterFace is not installed: {CENTERFACE.command}")
+def test_centerface_counts_the_faces_of_photographs() -> None:
+    """The cascade sees a face in the flower and none beside the camera."""
+    detect, photographs = open_detector("centerface"), BundledPhotographs()
+    assert detect is not None
+    names = ("astronaut", "camera", "cat", "china", "coffee", "flower", "rocket", "motorcycle")
+    found = dict(zip(names, detect([photographs[photographs.names.index(name)] for name in names]), strict=True))
+    assert {name: len(boxes) for name, boxes in found.items()} == dict.fromkeys(names, 0) | {
+        "astronaut": 1,
+        "camera": 1,
+    }
+    x, y, width, height = found["astronaut"][0]
+    assert (abs(x + width / 2 - 226), abs(y + height / 2 - 118)) < (15, 15)
+    assert 70 < width < 110 < height < 140
+    (narrow,) = detect([np.ascontiguousarray(data.astronaut()[40:200, 170:290])])[0]
+    assert narrow.x + narrow.width <= 120
+    assert narrow.y + narrow.height <= 160
 
 
 def test_blurring_changes_the_face_and_nothing_else() -> None:

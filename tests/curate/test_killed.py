@@ -72,7 +72,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CurateConfig]:
         seeds=(str(root / "seeds"),),
         extract=ExtractConfig(base_url=f"{address}/pages", files_per_shard=2),
         download=DownloadConfig(links_per_shard=30, delay=0, per_host=8, allow_private_addresses=True),
-        screen=ScreenConfig(faces="none", max_distance=0),
+        screen=ScreenConfig(faces="none", nsfw="none", max_distance=0),
         dedup=DedupConfig(threshold=0.8, guard_threshold=0.8, reference_threshold=0.9, search=search),
         retrieve=RetrieveConfig(min_seeds=1, clusters=ClusterConfig(clusters=4, passes=2)),
         materialize=MaterializeConfig(shard_size=10),

@@ -68,7 +68,7 @@ def curation(tmp_path_factory: pytest.TempPathFactory) -> CurateConfig:
         evaluation_sets=(str(root / "evaluation"),),
         seeds=(str(root / "seeds"),),
         collect=CollectConfig(shard_size=40),
-        screen=ScreenConfig(faces="none"),
+        screen=ScreenConfig(faces="none", nsfw="none"),
         retrieve=dataclasses.replace(recipe.retrieve, method="sample", neighbours=2),
         engine=EngineConfig("inline"),
     )
@@ -90,6 +90,8 @@ def test_the_page_says_what_the_tables_say(curation: CurateConfig) -> None:
         for reason, number in counts.dropped.items():
             assert f"{number:,} {reason}" in shown.text
     assert "No scorer of unsafe images was given" in shown.text
+    assert "screen-measures: faces are not looked for; unsafe images are not looked for" in shown.text
+    assert "retrieve-decisions: seeds: the 2 nearest images of each of 6 seeds were taken: " in shown.text
     assert {path.name for path in Path(curation.output).glob("report*")} == {"report.html"}
     assert Path(write_report(curation)).read_text() == text
 
@@ -150,6 +152,8 @@ def test_commands(curation: CurateConfig, tmp_path: Path, capsys: pytest.Capture
         output,
         "--screen.faces",
         "none",
+        "--screen.nsfw",
+        "none",
         "--engine.kind",
         "inline",
     ]
@@ -164,6 +168,8 @@ def test_commands(curation: CurateConfig, tmp_path: Path, capsys: pytest.Capture
     shown = capsys.readouterr().out.replace("\n", " ")
     assert "train on it: dinov2 pretrain vits14_small_data --data.root" in shown
     assert f"report: {output}/report.html" in shown
+    assert "screen-measures: faces are not looked for; unsafe images are not looked for" in shown
+    before = Path(output, "config.json").read_text()
     for arguments, message in (
         (["fly", "laptop"], "expected run, report or a stage"),
         (["run", "labtop"], "unknown curation 'labtop': did you mean 'laptop'?"),
@@ -171,9 +177,11 @@ def test_commands(curation: CurateConfig, tmp_path: Path, capsys: pytest.Capture
         (["run", "laptop", "--shard", "2/2", "--images", "x"], "shard: expected i/n"),
         (["run", "laptop", "--output", output], "pages, links, images: expected one of them, got none"),
         (["run", "laptop", "--images", str(tmp_path / "no"), "--output", output], "images: expected a folder"),
+        (["run", "laptop", *settings, "--seeds", str(tmp_path / "no")], "dinov2 curate: seeds: expected a folder"),
     ):
         assert main(["curate", *arguments]) == 1
         assert message in capsys.readouterr().err
+    assert Path(output, "config.json").read_text() == before
 
 
 def test_any_storage_of_fsspec(curation: CurateConfig) -> None:

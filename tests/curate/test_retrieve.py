@@ -11,8 +11,10 @@ import pytest
 from dinov2.curate import Pool, run_steps
 from dinov2.curate.clusters import ClusterConfig
 from dinov2.curate.engines import Inline, ProcessPool
-from dinov2.curate.pool import read_table
+from dinov2.curate.pool import read_table, write_decisions
 from dinov2.curate.retrieve import RetrieveConfig, retrieve
+from dinov2.curate.runner import Watcher
+from dinov2.curate.steps import Counts, Output, Step
 from tests.curate.test_runner import contents
 from tests.curate.vector_pools import clustered_vectors, unit_vectors, vector_pool
 
@@ -104,6 +106,91 @@ def test_sets_choose_their_method_by_size(tmp_path: Path, vectors: np.ndarray) -
     assert {"retrieve-large-neighbours", "retrieve-small-drawn"} <= names
     assert not {"retrieve-small-neighbours", "retrieve-large-drawn"} & names
     assert [found["seed_set"][row] for row in range(40)] == ["large"] * 40
+
+
+class Notes(Watcher):
+    """What the terminal and the report say about the choice."""
+
+    def __init__(self) -> None:
+        self.of_step: dict[str, str] = {}
+
+    def ended(self, step: Step) -> None:
+        self.of_step[step.name.rpartition("-")[2]] = step.note
+
+
+def kept_and_noted(pool: Pool, seeds: dict[str, Pool], config: RetrieveConfig, output: Path) -> tuple[int, str]:
+    notes = Notes()
+    after: Pool = run_steps(retrieve(pool, seeds, config, str(output)), Inline(), watcher=notes)
+    return sum(int(after.kept(shard).sum()) for shard in pool.shards()), notes.of_step["decisions"]
+
+
+SCATTERED = ClusterConfig(clusters=40, passes=0)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "config", "kept", "note"),
+    [
+        (
+            28,
+            RetrieveConfig(),
+            range(30, 100),
+            "clusters of 181 images are too coarse (retrieve.small_pool 1,000), so the 4 nearest images of each of 28",
+        ),
+        (28, RetrieveConfig(method="cluster"), range(15, 120), " of 13 clusters hold at least 4 of its 28 seeds: "),
+        (28, RetrieveConfig(small_pool=181), range(15, 120), " of 13 clusters hold at least 4 of its 28 seeds: "),
+        (28, RetrieveConfig(method="cluster", cap=7), range(7, 8), "7 of 181 images, as many as retrieve.cap allows"),
+        (
+            3,
+            RetrieveConfig(),
+            range(5, 13),
+            "no cluster can hold retrieve.min_seeds 4 of its 3 seeds, so the 4 nearest",
+        ),
+        (1, RetrieveConfig(), range(4, 5), "no cluster can hold retrieve.min_seeds 4 of its 1 seed, so the 4 nearest"),
+        (3, RetrieveConfig(method="cluster"), range(1), "none of 13 clusters hold at least 4 of its 3 seeds"),
+        (
+            9,
+            RetrieveConfig(clusters=SCATTERED, min_seeds=9),
+            range(9, 37),
+            "none of 40 clusters hold at least 9 of its 9 seeds, so the 4 nearest images of each of 9 seeds were taken",
+        ),
+        (2, RetrieveConfig(neighbours=500), range(181, 182), "the 500 nearest images of each of 2 seeds were taken,"),
+    ],
+    ids=["small pool", "cluster", "given", "cap", "few seeds", "one seed", "few seeds, cluster", "scattered", "k > N"],
+)
+def test_small_pools_and_few_seeds_get_what_is_like_them_and_a_line_says_how(
+    tmp_path: Path, seeds: int, config: RetrieveConfig, kept: range, note: str
+) -> None:
+    """28 seeds of one kind in 181 images of ten kinds once kept all 181, and 3 seeds none, without a word."""
+    pool = vector_pool(tmp_path / "pool", clustered_vectors(181, 24, 10, 0.8, seed=0), [100])
+    own = {"fish": vector_pool(tmp_path / "fish", clustered_vectors(400, 24, 10, 0.8, seed=0)[181 : 181 + seeds])}
+    number, said = kept_and_noted(pool, own, config, tmp_path / "out")
+    assert number in kept
+    assert said.startswith("fish: ")
+    assert note in said
+    assert f"{number:,} of 181 images" in said or number in (0, 181)
+
+
+def test_a_set_without_one_readable_image_asks_for_nothing_and_says_so(tmp_path: Path, vectors: np.ndarray) -> None:
+    pool = vector_pool(tmp_path / "pool", vectors)
+    junk = vector_pool(tmp_path / "junk", np.full((5, 24), np.nan, np.float16))
+    gone = Output(str(tmp_path / "gone"), "00000")
+    gone.finish(write_decisions(gone, ["unreadable"] * 5, np.ones(5, dtype=bool)))
+    Output(gone.folder, "00001").finish(Counts(5, 5))  # of a shard that the set no longer has
+    own = {"junk": junk.after(gone.folder), "s": vector_pool(tmp_path / "s", vectors[:2])}
+    number, said = kept_and_noted(pool, own, RetrieveConfig(neighbours=3), tmp_path / "out")
+    assert 3 <= number <= 6
+    assert said.startswith("junk: it has no image with features, so it asks for nothing; s: no cluster")
+
+
+def test_a_balanced_sample_of_a_small_pool_says_what_it_cannot_do(tmp_path: Path) -> None:
+    pool = vector_pool(tmp_path / "pool", clustered_vectors(120, 8, 4, 0.3, seed=0))
+    config = RetrieveConfig(method="hierarchical", total=1000, clusters=ClusterConfig(levels=(50, 3), passes=0))
+    number, said = kept_and_noted(pool, {}, config, tmp_path / "out")
+    assert number == 120
+    assert said == (
+        "120 of 120 images, shared out over 10 clusters; retrieve.total 1,000 is more than there are; levels of 50"
+        " clusters change nothing above so few"
+    )
 
 
 def test_without_seeds_everything_stays(tmp_path: Path, vectors: np.ndarray) -> None:

@@ -22,7 +22,7 @@ from tests.curate.pictures import encoded, picture, write_pool
 from tests.curate.plugged_in import redness
 from tests.curate.test_runner import contents
 
-NO_FACES = ScreenConfig(faces="none")
+NO_FACES = ScreenConfig(faces="none", nsfw="none")
 
 
 def odd_files() -> dict[str, bytes]:
@@ -74,7 +74,7 @@ def test_every_reason(tmp_path: Path) -> None:
         "blurred": encoded(np.asarray(Image.fromarray(picture(30)).resize((8, 8)).resize((300, 300)))),
         **odd_files(),
     }
-    reasons = screened(tmp_path, [first, second], ScreenConfig(faces="none", min_sharpness=5.0))
+    reasons = screened(tmp_path, [first, second], ScreenConfig(faces="none", nsfw="none", min_sharpness=5.0))
     assert reasons == {
         **dict.fromkeys(good),
         "good5": "near-duplicate (PCA hash)",
@@ -96,13 +96,13 @@ def test_settings_turn_reasons_off(tmp_path: Path) -> None:
         "b": encoded(picture(0), "JPEG"),
         "flat": encoded(np.zeros((70, 70, 3), np.uint8)),
     }
-    config = ScreenConfig(faces="none", max_distance=-1, min_entropy=0.0)
+    config = ScreenConfig(faces="none", nsfw="none", max_distance=-1, min_entropy=0.0)
     assert screened(tmp_path, [files], config) == dict.fromkeys(files)
 
 
 def test_flat_images_do_not_repeat_one_another(tmp_path: Path) -> None:
     flat = {f"flat{level}": encoded(np.full((80, 80, 3), level, np.uint8)) for level in (0, 90, 91, 255)}
-    assert screened(tmp_path, [flat], ScreenConfig(faces="none", min_entropy=0.0)) == dict.fromkeys(flat)
+    assert screened(tmp_path, [flat], ScreenConfig(faces="none", nsfw="none", min_entropy=0.0)) == dict.fromkeys(flat)
 
 
 def test_a_scorer_by_its_name_or_as_onnx(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_large_images_are_not_held_together(tmp_path: Path, monkeypatch: pytest.
 def test_the_hash_is_fitted_to_a_sample_of_what_is_in(tmp_path: Path) -> None:
     shards = [{f"{n}-{seed}": encoded(picture(10 * n + seed)) for seed in range(4)} for n in range(3)]
     pool, out = write_pool(tmp_path / "pool", list(shards)), str(tmp_path / "out")
-    drops_all = ScreenConfig(faces="none", hash_sample=5, min_side=97)
+    drops_all = ScreenConfig(faces="none", nsfw="none", hash_sample=5, min_side=97)
     empty: Pool = run_steps(screen(pool, drops_all, out), Inline())
     run_steps(screen(empty, NO_FACES, out), Inline())
     fits = [json.loads(path.read_text()) for path in Path(out).glob("screen-fit-*/all.json")]

@@ -21,6 +21,7 @@ from dinov2.curate.report.fates import Cause, Fates, names_of, write_fates
 from dinov2.curate.report.finished import finished_steps, pool_of, sets_of
 from dinov2.curate.report.page import Pictures, histogram
 from dinov2.curate.runner import summarize
+from dinov2.curate.screen import with_models
 from dinov2.curate.steps import Step
 from dinov2.data.files import BrokenLinkWarning, escaped
 from dinov2.data.folders import SourceWarning
@@ -71,7 +72,7 @@ def _parts(config: CurateConfig, steps: list[Step], fates: Fates) -> Iterator[st
         yield from sections.deduplicated(by_name["dedup-decisions"], pool, tests)
     if "retrieve-decisions" in by_name:
         yield from sections.retrieved(by_name["retrieve-decisions"], pool, seeds)
-    if not config.screen.nsfw:
+    if not with_models(config.screen).nsfw:
         yield page.heading("Not done", "No scorer of unsafe images was given (screen.nsfw), so none were looked for.")
     yield page.heading("Settings") + f"<pre>{escape(json.dumps(to_json(config), indent=1))}</pre>"
 
@@ -86,6 +87,9 @@ def funnel(steps: Sequence[Step]) -> Iterator[str]:
         share = page.share_bar(stage.rows_out / stage.rows_in if stage.rows_in else 0.0)
         rows.append([stage.name, f"{stage.rows_in:,}", f"{stage.rows_out:,}", share, "<br>".join(reasons), rate])
     yield page.table(["stage", "in", "out", "", "dropped", "speed"], rows, frozenset({1, 2, 5}))
+    for step in steps:
+        if step.note:
+            yield f"<p>{escape(step.name)}: {escape(step.note)}</p>"
     rows = []
     for step in steps:
         counts = step.counts()
