@@ -163,16 +163,15 @@ def measure(output: Output, pool: Pool, piece: Piece, config: ScreenConfig) -> C
         scores = score(images).tolist() if score else [None] * len(images)
         for (row, image), boxes, nsfw in zip(batch, faces, scores, strict=True):
             measures[row] |= {"faces": [in_full(box, image)._asdict() for box in boxes], "nsfw": nsfw}
-        output.advance(len(batch))
         batch.clear()
 
     rows = piece.start + np.flatnonzero(before)
     first = originals(pool, piece.shard, rows)
     for row in rows[first == rows].tolist():
+        output.advance()
         try:
             image = decode_view(files[row], f"{row} of {piece.shard}")
         except UnreadableImageError:
-            output.advance()
             continue
         pixels = image.pixels
         measures[row] = {"thumbnail": thumbnail(pixels).tobytes(), **quality(pixels)._asdict(), **small_columns(image)}
