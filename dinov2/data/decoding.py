@@ -41,7 +41,7 @@ from dinov2.data.layouts import (
     tiff_bytes,
     tiff_sizes,
 )
-from dinov2.data.reducing import read_smaller, reduced, refuse_large, target_size
+from dinov2.data.reducing import read_smaller, reduced, refuse_large, stored_bytes, target_size
 
 IMAGE_EXTENSIONS = (
     ".avif",
@@ -296,8 +296,9 @@ def _reduced_by_pillow(image: Image.Image, content: bytes, side: int, least: int
     image.load()
     if image.format == "TIFF":
         full = image.size  # Pillow turns TIFF upright while it loads
-    elif image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):  # those that swap width and height
-        full = full[::-1]
+    elif (orientation := image.getexif().get(ExifTags.Base.Orientation, 1)) != 1:
+        refuse_large(2 * stored_bytes(image) * image.width * image.height, content)
+        full = full[::-1] if orientation in (5, 6, 7, 8) else full
     ImageOps.exif_transpose(image, in_place=True)
 
     def part(top: int, bottom: int) -> Image.Image:
