@@ -71,7 +71,7 @@ class EmbedConfig(Config, at="embed"):
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     """Each channel is divided by this after the subtraction."""
     batch_size: Count = 32
-    """A forward pass takes this many images."""
+    """A forward pass takes this many images; at most 64 if the pool has few shards."""
     device: str = "auto"
     """The model runs here: cpu, cuda, ...; auto takes a GPU if there is one."""
 

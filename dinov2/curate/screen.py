@@ -197,18 +197,17 @@ def measure(output: Output, pool: Pool, piece: Piece, config: ScreenConfig) -> C
         scores = score(images).tolist() if score else [None] * len(images)
         for (row, image), boxes, nsfw in zip(batch, faces, scores, strict=True):
             measures[row] |= {"faces": [in_full(box, image)._asdict() for box in boxes], "nsfw": nsfw}
-        output.advance(len(batch))
         batch.clear()
 
     rows = piece.start + np.flatnonzero(before)
     first = originals(pool, piece.shard, rows)
     for row in rows[first == rows].tolist():
+        output.advance()
         with kept_remarks() as said:
             try:
                 image = decode_view(files[row], f"{row} of {piece.shard}")
             except UnreadableImageError as error:
                 measures[row] = {"readable": False, "remark": error.words}
-                output.advance()
                 continue
         pixels = image.pixels
         measures[row] = {

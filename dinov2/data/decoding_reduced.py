@@ -35,7 +35,7 @@ from dinov2.data.layouts import (
     read_tiff_colours,
     tiff_bytes,
 )
-from dinov2.data.reducing import read_smaller, reduced, refuse_large, target_size
+from dinov2.data.reducing import read_smaller, reduced, refuse_large, stored_bytes, target_size
 from dinov2.data.remarks import native_overheard
 
 MIN_USED, MAX_USED = 10, 14
@@ -129,8 +129,9 @@ def _reduced_by_pillow(image: Image.Image, content: bytes, side: int, least: int
         image.load()
     if image.format == "TIFF":
         full = image.size  # Pillow turns TIFF upright while it loads
-    elif image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):  # those that swap width and height
-        full = full[::-1]
+    elif (orientation := image.getexif().get(ExifTags.Base.Orientation, 1)) != 1:
+        refuse_large(2 * stored_bytes(image) * image.width * image.height, content)
+        full = full[::-1] if orientation in (5, 6, 7, 8) else full
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         levels = np.asarray(convertible(image, image, 3, bits_of_png(io.BytesIO(content))))

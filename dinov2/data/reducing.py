@@ -46,15 +46,22 @@ def read_smaller(image: Image.Image, target: tuple[int, int], content: bytes) ->
         image.reduce = steps  # type: ignore[method-assign, assignment]
         refuse_large((6 * bands + 4) * pixels // 4**steps + 2 * len(content), content)
     else:
-        stored = 4 if bands > 1 else {"1": 1, "L": 1, "P": 1}.get(image.mode, 2 if ";16" in image.mode else 4)
-        strip = 0
+        stored, strip = stored_bytes(image), 0
         if image.format == "TIFF":
             tags: Any = image.tag_v2  # type: ignore[attr-defined]
             bits = sum(tags.get(258, (8,)))
             rows = min(tags.get(278, image.height), image.height) if 322 not in tags else min(tags.get(323, 1), 2**12)
             strip = rows * image.width * bits // 8
+            stored *= 1 if tags.get(274, 1) == 1 else 2  # Pillow turns it upright while it loads
         converted = 4 if target == image.size and image.mode != "RGB" else 0  # as a whole
         refuse_large((stored + converted + _OF_DECODER.get(image.format or "", 0)) * pixels + strip, content)
+
+
+def stored_bytes(image: Image.Image) -> int:
+    """Bytes of memory in which Pillow holds a pixel."""
+    if len(image.getbands()) > 1:
+        return 4
+    return {"1": 1, "L": 1, "P": 1}.get(image.mode, 2 if ";16" in image.mode else 4)
 
 
 def refuse_large(size: int, content: bytes) -> None:

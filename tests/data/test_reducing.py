@@ -130,3 +130,14 @@ def test_an_image_that_takes_too_much_memory_is_refused(
     with pytest.raises(UnreadableImageError, match=r"decoding it takes about \d MB of memory; at most 0 are allowed"):
         decode_reduced(content, "x", 64)
     assert decode_reduced(encode(PHOTOGRAPH, "JPEG"), "x", 64).pixels.shape == (45, 64, 3)  # read at an eighth
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_turning_an_image_takes_memory_too(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    turned = encode(PHOTOGRAPH, kind, exif=exif)
+    monkeypatch.setattr(reducing, "DECODING_BYTES", len(turned) + 7 * 512 * 360)
+    assert decode_reduced(encode(PHOTOGRAPH, kind), "x", 64).pixels.shape == (45, 64, 3)
+    with pytest.raises(UnreadableImageError, match="decoding it takes about"):
+        decode_reduced(turned, "x", 64)
