@@ -38,13 +38,14 @@ CORRELATION = 0.5
 """Two cells agree above this correlation."""
 OVERLAP = 0.5
 """Share of one of the images that the other must cover. Two views of one scene may share a strip and are no copies."""
-AGREEMENT = 0.6
-"""Share of the cells with detail that must agree. A banner over a fifth of the image leaves 0.7."""
+AGREEMENT, AGREEMENT_OF_FEW, AGREEMENT_OF_NONE = 0.6, 0.8, 0.9
+"""Share of the cells with detail that must agree: where many points were found again, where few were, and where none
+were. A banner over a fifth of the image leaves 0.7. Photographs of round plates on white agree in 0.6 by chance."""
+CELLS_OF_NONE = 40
+"""Number of cells that must have detail where no points were found again."""
 CENTRE, AGREEMENT_AT_CENTRE = 0.2, 0.4
 """What agrees must not be a frame only: share of the cells with detail that must agree in the middle, which begins at
 the first number, as a share of the sides."""
-CELLS_OF_FEW = 40
-"""Number of cells that must have detail where no points were found again."""
 AGREEMENT_COVERED, WITHIN = 0.3, 0.8
 """A plain picture has little detail, so most cells with detail may be those of a banner. A smaller share is enough if
 many points were found again and one of the images agrees wherever it has detail itself."""
@@ -160,12 +161,14 @@ def _matches(first: Floats, second: Floats) -> npt.NDArray[np.int64]:
 def _judged(first: Sketch, second: Sketch, place: Map, inliers: int) -> Comparison:
     """Lay the first image on the second by a map, and compare them."""
     fit = _fit(first.detail, second.detail, place)
-    covered = inliers >= MANY_INLIERS and fit.within >= WITHIN
+    agreement = AGREEMENT if inliers >= MANY_INLIERS else AGREEMENT_OF_FEW if inliers else AGREEMENT_OF_NONE
+    if inliers >= MANY_INLIERS and fit.within >= WITHIN:
+        agreement = AGREEMENT_COVERED
     same = (
         fit.overlap >= OVERLAP
-        and fit.cells >= (CELLS if inliers else CELLS_OF_FEW)
+        and fit.cells >= (CELLS if inliers else CELLS_OF_NONE)
         and fit.centre >= AGREEMENT_AT_CENTRE
-        and fit.agreement >= (AGREEMENT_COVERED if covered else AGREEMENT)
+        and fit.agreement >= agreement
     )
     return fit._replace(same=same, inliers=inliers)
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from dinov2.data.decoding import Pixels
 from dinov2_kernels._extras import require
 
-SIDE = 320
+SIDE = 256
 """Pixels of the longer side at which points are found; no image is enlarged."""
 POINTS = 400
 """Largest number of points of an image: those of most contrast."""
