@@ -15,7 +15,7 @@ from dinov2.curate.pool import Pool, read_table, write_decisions
 from dinov2.curate.search import Layout, Neighbours, SearchConfig, exact_cosines, pair_cosines, search
 from dinov2.curate.search.vectors import CHUNK, PoolVectors, Positions, Vectors, read_layout
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task, check_names
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 PART = 50_000  # members whose vectors are compared by one task
 DUPLICATE = "duplicate"

@@ -37,7 +37,7 @@ from dinov2.curate.web import (
 from dinov2.data.decoding import UnreadableImageError, read_header
 from dinov2.data.shards import ShardImage, write_shard
 from dinov2.data.shards.storage import Storage
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 from dinov2_kernels._version import __version__
 
 UNDER_WAY = 4  # a task has this many times its concurrency of links in memory

@@ -21,8 +21,8 @@ import torch
 
 from dinov2.configuration import AtLeast0, Config, Count, CountOr0, Rules
 from dinov2.curate.steps import Task, run_task
+from dinov2.extras import require
 from dinov2.interrupts import uninterrupted
-from dinov2_kernels._extras import require
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 

@@ -21,7 +21,7 @@ from dinov2.curate.steps import Counts, Output, Step, Steps, Task, digest
 from dinov2.curate.web import RefusedURLError, is_blocked, normal_url, opts_out, read_domains
 from dinov2.data.files import escaped
 from dinov2.data.shards.storage import Storage
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 COLUMNS = ("url", "page", "alt", "attribute")
 BLOCKED, OPTED_OUT, REPEATED = "blocked domain", "page opted out", "repeated link"

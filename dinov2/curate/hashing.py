@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from dinov2.data.decoding import Pixels
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 SIDE = 32
 BITS = 64

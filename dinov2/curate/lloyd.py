@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 Floats = npt.NDArray[np.float32]
 

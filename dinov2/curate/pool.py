@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from dinov2.curate.steps import Counts, Output, digest
 from dinov2.data.shards.storage import RangeReader, Storage
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from dinov2.curate.search.vectors import layout_of, read_layout
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task
 from dinov2.data.cropping import resized
 from dinov2.data.decoding import Pixels, UnreadableImageError, decode_image
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 BATCH = 16
 BATCH_PIXELS = 2**25  # a batch with this many pixels is full: 100 MB, whatever the images

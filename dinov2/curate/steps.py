@@ -29,7 +29,7 @@ import numpy.typing as npt
 
 from dinov2.configuration import to_json
 from dinov2.data.shards.storage import Storage
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 COUNTS = ".json"
 """Suffix of the file that a task writes last."""

@@ -12,7 +12,7 @@ from dinov2.data.loader import DataConfig, ImageDataset
 from dinov2.data.photographs import BundledPhotographs
 from dinov2.data.shards import TarShards
 from dinov2.data.shards.storage import Storage
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 SAVED_DATASET = frozenset({"state", "dataset_dict"})
 """JSON files of ``save_to_disk``: ``state`` marks a single split, ``dataset_dict`` a folder of splits."""

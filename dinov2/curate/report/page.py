@@ -15,7 +15,7 @@ from dinov2.curate.faces import Box, blur_faces
 from dinov2.curate.pool import Pool, ShardBytes
 from dinov2.data.decoding import Pixels, UnreadableImageError, decode_image
 from dinov2.data.shards.storage import Storage
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 

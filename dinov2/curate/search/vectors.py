@@ -15,7 +15,7 @@ from dinov2.configuration import Config, Count, CountOr0
 from dinov2.curate.pool import Pool, read_table
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task
 from dinov2.data.shards.storage import Storage
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 Positions = npt.NDArray[np.int64]
 Vectors = npt.NDArray[np.float16]

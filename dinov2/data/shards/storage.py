@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import IO, Any
 
 from dinov2.data.files import Listing, list_files, quoted, warn_of_broken_links
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 LONG_NAME = 230  # bytes; the name of a file may have 255
 MAX_OPEN_FILES = 512  # half of Linux's default limit for a process
