@@ -12,8 +12,9 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from dinov2.cli.checks import check_device, check_output
 from dinov2.cli.curation_progress import Progress, table
-from dinov2.cli.run_options import check_output, device_of, read_options
+from dinov2.cli.run_options import read_options
 from dinov2.configuration import read_json
 from dinov2.curate import STAGES, CurateConfig, Part, curate, only, run_steps
 from dinov2.curate.pipeline import save_config
@@ -62,7 +63,7 @@ def run(arguments: Sequence[str]) -> None:
         return
     for stage in ("embed_copies", "embed"):
         device, is_elsewhere = getattr(config, stage).device, config.engine.kind == "ray"
-        device_of(device, field=f"{stage}.device", here=not is_elsewhere)
+        check_device(device, field=f"{stage}.device", here=not is_elsewhere)
     if "://" not in config.output:
         check_output(Path(config.output))
     save_config(config)

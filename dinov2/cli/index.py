@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 
 from dinov2.cli.counting import counting_bar
-from dinov2.interrupts import uninterrupted
 
 if TYPE_CHECKING:
     from dinov2.data import ShardReport
@@ -31,8 +30,7 @@ EXAMPLES = """examples:
 def run(arguments: Sequence[str]) -> None:
     """Index, or print the help."""
     options = parser().parse_args(arguments or ["--help"])
-    with uninterrupted():  # after the help, which needs no PyTorch
-        from dinov2.data import DamagedTarsError, index_shards
+    from dinov2.data import DamagedTarsError, index_shards
 
     console = Console()
     try:

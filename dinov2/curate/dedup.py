@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dinov2.configuration import Config, Cosine, Count, to_json
-from dinov2.curate.components import Components, Labels
 from dinov2.curate.pool import Pool, read_table, write_decisions
 from dinov2.curate.search import Layout, Neighbours, SearchConfig, exact_cosines, pair_cosines, search
 from dinov2.curate.search.vectors import CHUNK, PoolVectors, Positions, Vectors, read_layout
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task, check_names
 from dinov2.extras import require
+
+if TYPE_CHECKING:
+    from dinov2.curate.components import Components, Labels
 
 PART = 50_000  # members whose vectors are compared by one task
 DUPLICATE = "duplicate"
@@ -200,6 +202,8 @@ class _Nearest:
 
 def _components(layout: Layout, neighbours: Neighbours, threshold: float) -> Components:
     """The components of the links above a threshold."""
+    from dinov2.curate.components import Components
+
     components = Components(layout.rows)
     for first, second in _links(layout, neighbours, threshold):
         components.join(first, second)

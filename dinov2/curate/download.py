@@ -38,7 +38,6 @@ from dinov2.data.decoding import UnreadableImageError, read_header
 from dinov2.data.shards import ShardImage, write_shard
 from dinov2.data.shards.storage import Storage
 from dinov2.extras import require
-from dinov2_kernels._version import __version__
 
 UNDER_WAY = 4  # a task has this many times its concurrency of links in memory
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -105,6 +104,8 @@ class DownloadConfig(Config, at="download"):
     @property
     def user_agent(self) -> str:
         """The User-Agent header that servers get."""
+        from dinov2_kernels._version import __version__
+
         return f"{self.agent}/{__version__}" + (f" (+{self.contact})" if self.contact else "")
 
 

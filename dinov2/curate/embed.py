@@ -6,25 +6,21 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from dinov2.configuration import Config, Count, CountOr0, Rules
-from dinov2.curate.copy_network import describe_copies
 from dinov2.curate.plugins import identity_of, is_function, load_function, open_onnx
 from dinov2.curate.pool import Pool, write_decisions
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task
-from dinov2.data import normalize
 from dinov2.data.cropping import resized
 from dinov2.data.decoding import Pixels, UnreadableImageError, decode_image
 from dinov2.evaluate.handmade import colour_histogram, texture_histogram
-from dinov2.evaluate.probe import central_crop
-from dinov2.models import load_pretrained
-from dinov2.train.processes import resolve_device
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 UNREADABLE, FEATURELESS = "unreadable", "without features"
 Features = npt.NDArray[np.float32]
@@ -150,6 +146,11 @@ def open_model(config: EmbedConfig) -> Model:
     """
     if config.model in BUILT_IN:
         return BUILT_IN[config.model]
+    import torch
+
+    from dinov2.models import load_pretrained
+    from dinov2.train.processes import resolve_device
+
     kind = Path(config.model).suffix
     if kind == ".onnx":
         run = open_onnx(config.model)
@@ -168,6 +169,13 @@ def open_model(config: EmbedConfig) -> Model:
     return _seen(lambda views: network(views.to(device)).float().cpu(), config, size)
 
 
+def copies(images: list[Pixels]) -> Features:
+    """Features that copies of an image share (:mod:`dinov2.curate.copy_network`): [b, 128]."""
+    from dinov2.curate.copy_network import describe_copies
+
+    return describe_copies(images)
+
+
 def colour_texture(images: list[Pixels]) -> Features:
     """Square roots of histograms of each image's colours and textures (Hellinger distance): [b, 86]."""
     rows = [
@@ -177,11 +185,13 @@ def colour_texture(images: list[Pixels]) -> Features:
     return features
 
 
-BUILT_IN: dict[str, Model] = {"copies": describe_copies, "colour-texture": colour_texture}
+BUILT_IN: dict[str, Model] = {"copies": copies, "colour-texture": colour_texture}
 
 
 def _seen(network: Callable[[Tensor], Tensor], config: EmbedConfig, size: int) -> Model:
     """Make a model of images from a network that takes batches."""
+    import torch
+
     size = config.size or size
 
     @torch.inference_mode()
@@ -195,12 +205,19 @@ def _seen(network: Callable[[Tensor], Tensor], config: EmbedConfig, size: int) -
 
 def _view(image: Pixels, config: EmbedConfig, size: int) -> Tensor:
     """The part of an image that a network sees, float32 [3, size, size]."""
+    import torch
+
+    from dinov2.data import normalize
+    from dinov2.evaluate.probe import central_crop
+
     seen = central_crop(image, size) if config.view == "centre" else resized(image, size, size)
     return torch.from_numpy(normalize(seen, config.mean, config.std))
 
 
 def _is_torchscript(path: str) -> bool:
     """Whether a file is TorchScript: a zip archive with code in it. Files of weights have no code."""
+    import torch
+
     try:
         return any(
             name.startswith("code/") or "/code/" in name for name in torch._C.PyTorchFileReader(path).get_all_records()
@@ -210,6 +227,10 @@ def _is_torchscript(path: str) -> bool:
 
 
 def _open_torchscript(path: str, device_name: str) -> Callable[[Tensor], Tensor]:
+    import torch
+
+    from dinov2.train.processes import resolve_device
+
     device = resolve_device(device_name)
     network = torch.jit.load(path, map_location=device).eval()
     return lambda views: network(views.to(device)).float().cpu()

@@ -17,13 +17,22 @@ from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
 from typing import Literal, NamedTuple, Protocol
 
-import torch
-
 from dinov2.configuration import AtLeast0, Config, Count, CountOr0, Rules
 from dinov2.curate.steps import Task, run_task
 from dinov2.extras import require
 from dinov2.interrupts import uninterrupted
 
+PRELOADED = [
+    "dinov2.curate.components",
+    "dinov2.curate.copy_network",
+    "dinov2.curate.pipeline",
+    "dinov2.evaluate.probe",
+    "dinov2_kernels",
+    "cv2",
+    "faiss",
+    "pyarrow.parquet",
+]
+"""What tasks import is imported once for all processes of a machine."""
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -63,6 +72,9 @@ def execute(call: Call) -> None:
 @contextmanager
 def single_thread() -> Iterator[None]:
     """Limit PyTorch, and Faiss if it is loaded, to one thread."""
+    with uninterrupted():
+        import torch
+
     faiss = sys.modules.get("faiss")
     threads, faiss_threads = torch.get_num_threads(), faiss.omp_get_max_threads() if faiss else None
     torch.set_num_threads(1)
@@ -156,7 +168,7 @@ def _end_with_parent() -> None:
 def _context() -> multiprocessing.context.BaseContext:
     """Processes fork from a server that has loaded the libraries of tasks, each told to use one thread."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dinov2.curate", "cv2", "faiss", "pyarrow.parquet"])
+    context.set_forkserver_preload(PRELOADED)
     before = {name: os.environ.get(name) for name in THREADS}
     os.environ.update(dict.fromkeys(THREADS, "1"))
     resource_tracker.ensure_running()  # it unblocks signals when it starts

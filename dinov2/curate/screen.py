@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from dinov2.configuration import AtLeast1, Config, Count, Rules, Share
-from dinov2.curate.components import Components
 from dinov2.curate.faces import Box, open_detector
 from dinov2.curate.hashing import BITS, SIDE, fit_directions, near_pairs, pca_hashes, standardized, thumbnail
 from dinov2.curate.plugins import identity_of, load_function, open_onnx
@@ -304,6 +303,8 @@ def repeats_of(
 ) -> Repeats:
     """Find repeats among the fit rows of [N]: first by digests of files, if not empty, then by hashes of rows that have
     one."""
+    from dinov2.curate.components import Components
+
     of = np.arange(len(fit))
     rows = np.flatnonzero(fit & (digests != b""))
     _, first, inverse = np.unique(digests[rows], return_index=True, return_inverse=True)
