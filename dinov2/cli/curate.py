@@ -67,9 +67,8 @@ def run(arguments: Sequence[str]) -> None:
     if "://" not in config.output:
         check_output(Path(config.output))
     save_config(config)
-    engine = config.engine.open()
     tries, patience = config.engine.tries, config.engine.patience
-    with Progress(console) as progress:
+    with config.engine.open() as engine, Progress(console) as progress:
         if what != "run":
             steps = only(curate(config), what)
             run_steps(steps, engine, tries=tries, part=part, patience=patience, watcher=progress)

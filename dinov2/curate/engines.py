@@ -15,6 +15,7 @@ from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessP
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
+from types import TracebackType
 from typing import Literal, NamedTuple, Protocol
 
 from dinov2.configuration import AtLeast0, Config, Count, CountOr0, Rules
@@ -56,7 +57,21 @@ class LostTaskError(RuntimeError):
 
 
 class Engine(Protocol):
-    """Runs each call once and yields its outcome. Outcomes come in the order in which calls end."""
+    """Runs each call once and yields its outcome. Outcomes come in the order in which calls end.
+
+    An engine is a context manager: what it has started has ended when the context does.
+    """
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(at_once=kind is not None)
+
+    def close(self, *, at_once: bool = False) -> None:
+        """End what the engine has started: after the calls that run, or at once. It may start again."""
 
     def run(self, calls: Sequence[Call], at_once: int | None = None) -> Iterator[Outcome]:
         """Run calls. ``at_once`` limits how many run side by side; the engine may run fewer."""
@@ -88,7 +103,7 @@ def single_thread() -> Iterator[None]:
             faiss.omp_set_num_threads(faiss_threads)
 
 
-class Inline:
+class Inline(Engine):
     """The engine that runs calls in this process."""
 
     def run(self, calls: Sequence[Call], at_once: int | None = None) -> Iterator[Outcome]:
@@ -102,8 +117,8 @@ class Inline:
                 yield Outcome(call, None)
 
 
-class ProcessPool:
-    """The default engine. Its processes are reused from step to step, until one of them is lost.
+class ProcessPool(Engine):
+    """The default engine. Its processes are reused from step to step, until one of them is lost or it is closed.
 
     Args:
         workers: number of processes; 0 starts one for each core that this process may use.
@@ -144,12 +159,27 @@ class ProcessPool:
                         raise error
                     yield Outcome(call, error)
         finally:
-            if under_way:  # stopped from outside
+            if under_way or self._executor is None:  # stopped from outside, or a process was lost
                 self._executor = None
-                for process in list((executor._processes or {}).values()):
-                    process.terminate()
-            if self._executor is None:
-                executor.shutdown(wait=not under_way, cancel_futures=True)
+                _end(executor, at_once=bool(under_way))
+
+    def close(self, *, at_once: bool = False) -> None:
+        """End the processes."""
+        executor, self._executor = self._executor, None
+        if executor is not None:
+            _end(executor, at_once)
+
+
+def _end(executor: ProcessPoolExecutor, at_once: bool) -> None:
+    """End the processes of an executor, and then the thread that manages them.
+
+    Python wakes this thread when it exits. It fails with a traceback if the thread is just closing what wakes it, so
+    nobody may exit before the thread has ended.
+    """
+    if at_once:
+        for process in list((executor._processes or {}).values()):
+            process.terminate()
+    executor.shutdown(wait=True, cancel_futures=True)
 
 
 def _begin() -> None:
@@ -183,7 +213,7 @@ def _context() -> multiprocessing.context.BaseContext:
     return context
 
 
-class RayCluster:
+class RayCluster(Engine):
     """Runs tasks on a Ray cluster. A task takes one core, and one GPU if it wants one and the cluster has any.
 
     Only paths and settings are sent through Ray. Tasks read and write the storage themselves, so all machines must see
