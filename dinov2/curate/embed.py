@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from dinov2.configuration import Config, Count, CountOr0, Rules
 from dinov2.curate.plugins import identity_of, is_function, load_function, open_onnx
-from dinov2.curate.pool import Pool, write_decisions
+from dinov2.curate.pool import Pool, content_of, write_decisions
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task
 from dinov2.data.cropping import resized
 from dinov2.data.decoding import Pixels, UnreadableImageError, decode_image
@@ -76,7 +76,7 @@ def embed(pool: Pool, config: EmbedConfig, output: str) -> Steps[Pool]:
     if not (name in BUILT_IN or is_function(name) or Path(name).exists()):
         raise FileNotFoundError(f"embed.model: expected {', '.join(BUILT_IN)}, MODULE:FUNCTION or a file, got {name!r}")
     settings = dataclasses.replace(config, device="auto", model=name if name in BUILT_IN else identity_of(name))
-    tasks = [Task(shard, _embed, (pool, shard, config)) for shard in pool.shards()]
+    tasks = [Task(shard, _embed, (pool, shard, config), content_of) for shard in pool.shards()]
     features = Step(output, "embed-features", settings, (pool.images, *pool.decisions), tasks, gpu=True)
     yield features
     return dataclasses.replace(pool.after(features.folder), features=features.folder)

@@ -38,11 +38,12 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 class Call(NamedTuple):
-    """A task and the folder of its step."""
+    """A task, and the folder and kind of its step."""
 
     folder: str
     task: Task
     gpu: bool = False
+    kind: str = ""
 
 
 class Outcome(NamedTuple):
@@ -72,6 +73,7 @@ class Engine(Protocol):
 
     def close(self, *, at_once: bool = False) -> None:
         """End what the engine has started: after the calls that run, or at once. It may start again."""
+        return
 
     def run(self, calls: Sequence[Call], at_once: int | None = None) -> Iterator[Outcome]:
         """Run calls. ``at_once`` limits how many run side by side; the engine may run fewer."""
@@ -81,7 +83,7 @@ class Engine(Protocol):
 def execute(call: Call) -> None:
     """Run a call on one thread, so that neither speed nor rounding depends on other calls."""
     with single_thread():
-        run_task(call.folder, call.task)
+        run_task(call.folder, call.task, call.kind)
 
 
 @contextmanager

@@ -85,6 +85,14 @@ class Pool:
         return ShardBytes(self.images, shard)
 
 
+def content_of(pool: Pool, shard: str, *_: Any) -> str | None:
+    """A digest of the images of a shard, and of which are in; None if the index does not tell the images' bytes."""
+    index = pool.index(shard, ["key", "sha256"]).to_pydict()
+    if None in index["sha256"]:
+        return None
+    return digest([index["key"], index["sha256"], pool.kept(shard).tolist()], 32)
+
+
 class ShardBytes:
     """The stored bytes of each image of a shard: ``files[row]``."""
 

@@ -13,7 +13,7 @@ from dinov2.configuration import AtLeast1, Config, Count, Rules, Share
 from dinov2.curate.faces import Box, open_detector
 from dinov2.curate.hashing import BITS, SIDE, fit_directions, near_pairs, pca_hashes, standardized, thumbnail
 from dinov2.curate.plugins import identity_of, load_function, open_onnx
-from dinov2.curate.pool import Pool, read_array, read_table, write_decisions
+from dinov2.curate.pool import Pool, content_of, read_array, read_table, write_decisions
 from dinov2.curate.search.vectors import layout_of, read_layout
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task
 from dinov2.data.cropping import resized
@@ -84,7 +84,7 @@ def screen(pool: Pool, config: ScreenConfig, output: str) -> Steps[Pool]:
     """
     layout = yield from layout_of(pool, "screen", output)
     inputs = (pool.images, *pool.decisions)
-    tasks = [Task(shard, measure, (pool, shard, config)) for shard in pool.shards()]
+    tasks = [Task(shard, measure, (pool, shard, config), content_of) for shard in pool.shards()]
     plugged_in = [identity_of(config.faces), identity_of(config.nsfw)]
     measures = Step(output, "screen-measures", plugged_in, inputs, tasks)
     yield measures

@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dinov2.configuration import to_json
+from dinov2.curate.lending import Lending
 from dinov2.data.shards.storage import Storage
 from dinov2.extras import require
 
@@ -79,11 +80,15 @@ class Task:
         function: called with an :class:`Output` and ``arguments``; a function of a module, so that other processes can
             import it. It depends only on its arguments and the files that they name, and runs on one thread.
         arguments: small and picklable values: paths and settings, never images or vectors.
+        content: called with ``arguments``; gives a digest of the rows that the result depends on, or None if they
+            cannot be told. With it, a result is lent to other folders of the step (:mod:`dinov2.curate.lending`). Such
+            a result depends on nothing but these rows and the step's settings, and does not name its shard.
     """
 
     shard: str
     function: Callable[..., Counts]
     arguments: tuple[Any, ...] = ()
+    content: Callable[..., str | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,8 @@ class Step:
         output: folder or URL of the whole curation.
         name: name of the stage and of the step in it, joined by a hyphen.
         settings: a dataclass or JSON value with everything that results depend on, except the rows of their own shard.
-        inputs: folders that are read. If a result depends on all their shards, ``settings`` names the shards.
+        inputs: folders that are read, and digests of what else is. If a result depends on all their shards,
+            ``settings`` names the shards.
         tasks: one task for each shard.
         unit: what a row is, in the plural.
         gpu: whether a task wants a GPU if there is one.
@@ -111,8 +117,16 @@ class Step:
     @property
     def folder(self) -> str:
         """Folder of the results, ``OUTPUT/NAME-DIGEST``. The digest takes inputs within the output by their name."""
-        inputs = [folder.removeprefix(f"{self.output}/") for folder in self.inputs]
-        return f"{self.output}/{self.name}-{digest([to_json(self.settings), inputs])}"
+        return f"{self.output}/{self._named(self.inputs)}"
+
+    @property
+    def kind(self) -> str:
+        """What the folders of this step have in common, whatever they read: its name and a digest of its settings."""
+        return self._named(())
+
+    def _named(self, inputs: Iterable[str]) -> str:
+        inputs = [folder.removeprefix(f"{self.output}/") for folder in inputs]
+        return f"{self.name}-{digest([to_json(self.settings), inputs])}"
 
     @property
     def stage(self) -> str:
@@ -192,11 +206,18 @@ class Output:
                     self._storage.filesystem.rm(path)
 
 
-def run_task(folder: str, task: Task) -> None:
-    """Make one shard. Every engine calls this function."""
+def run_task(folder: str, task: Task, kind: str = "") -> None:
+    """Make one shard, or take it from another folder of the same kind of step. Every engine calls this function."""
     output = Output(folder, task.shard)
     output.clear()
-    output.finish(task.function(output, *task.arguments))
+    content = task.content(*task.arguments) if task.content and kind else None
+    lending = Lending(folder, task.shard, COUNTS, f"{ABOUT}/{kind}-{content}.json") if content else None
+    if lending and lending.borrow():
+        return
+    counts = task.function(output, *task.arguments)
+    if lending:
+        lending.write()
+    output.finish(counts)
 
 
 def check_names(argument: str, names: Iterable[str]) -> None:
@@ -206,10 +227,10 @@ def check_names(argument: str, names: Iterable[str]) -> None:
             raise ValueError(f"{argument}: expected names of letters, digits, '_' and '-', got {name!r}")
 
 
-def digest(value: Any) -> str:
-    """Ten hexadecimal digits that identify a JSON value."""
+def digest(value: Any, digits: int = 10) -> str:
+    """Hexadecimal digits that identify a JSON value."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
+    return hashlib.sha256(text.encode()).hexdigest()[:digits]
 
 
 def _sums(first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:
