@@ -44,7 +44,8 @@ class Lending:
             file.write(json.dumps({"folder": self.folder, "shard": self.shard}).encode())
 
     def borrow(self) -> bool:
-        """Take the result that the note names, if it is there: all its files, the marker last."""
+        """Take the result that the note names, if it is there: all its files, the marker last. The note then names this
+        folder, because the older one is more likely to be removed."""
         lender = self._lender()
         if lender is None:
             return False
@@ -55,6 +56,7 @@ class Lending:
             self._take(f"{storage.root}/{shard}{self.marker}", f"{self.storage.root}/{self.shard}{self.marker}")
         except FileNotFoundError:  # someone is removing it
             return False
+        self.write()
         return True
 
     def _lender(self) -> tuple[Storage, str] | None:

@@ -84,7 +84,7 @@ def _sets(paths: dict[str, str], steps: list[Step]) -> dict[str, Pool]:
 
 def _collected(path: str, steps: list[Step]) -> str:
     """The folder of shards that ``path`` has, or that its files were collected into."""
-    return next((step.folder for step in steps if step.name == "collect-images" and step.inputs == (path,)), path)
+    return next((step.folder for step in steps if step.name == "collect-images" and step.inputs[0] == path), path)
 
 
 def funnel(steps: Sequence[Step]) -> Iterator[str]:
