@@ -72,7 +72,7 @@ def run(arguments: Sequence[str]) -> None:
         return
     what, name, *options = arguments
     if what not in ("run", "report", "clean", *STAGES):
-        raise ValueError(f"expected run, report, clean or a stage ({', '.join(STAGES)}), got {what!r}")
+        raise ValueError(f"expected run, report or a stage ({', '.join(STAGES)}), or clean, got {what!r}")
     console = Console()
     if what == "clean":
         clean(parse(CleanArguments, what, name, options), console)

@@ -24,8 +24,8 @@ class CollectConfig(Config, at="collect"):
     """How the collect stage puts files into shards."""
 
     shard_size: Count = 10_000
-    """A shard holds this many files at most, and half of it at least, so that few shards change when files come or go
-    later."""
+    """A shard holds this many files at most, and a quarter of it at least, so that few shards change when files come
+    or go later."""
     max_bytes: Count = 50_000_000
     """Files with more bytes than this are left out."""
 
@@ -107,8 +107,8 @@ def _content(stamps: list[str], images: str, paths: tuple[str, ...], config: Col
 def cuts(paths: Sequence[str], size: int) -> Iterator[tuple[int, int]]:
     """Where sorted paths are cut into shards of at most ``size`` files, (start, stop) each.
 
-    All but the last have at least half of it. A shard ends, within these limits, before the path of the least digest.
-    So files that come or go in one place move the ends of the shards there, and of hardly any other.
+    All but the last have at least a quarter of it. A shard ends, within these limits, before the path of the least
+    digest. So files that come or go in one place move the ends of the shards there, and of hardly any other.
 
     Example:
         >>> from dinov2.curate.collect import cuts
@@ -117,7 +117,7 @@ def cuts(paths: Sequence[str], size: int) -> Iterator[tuple[int, int]]:
     """
     start = 0
     while len(paths) - start > size:
-        places = range(start + (size + 1) // 2, start + size + 1)
+        places = range(start + (size + 3) // 4, start + size + 1)
         stop = min(places, key=lambda place: key_of(paths[place]))
         yield start, stop
         start = stop

@@ -108,7 +108,7 @@ def test_shards_are_cut_where_few_change() -> None:
     for size in (1, 2, 3, 10, 100):
         before = shards(paths, size)
         assert [path for shard in before for path in shard] == sorted(paths)
-        assert all((size + 1) // 2 <= len(shard) <= size for shard in before[:-1])
+        assert all((size + 3) // 4 <= len(shard) <= size for shard in before[:-1])
         changed = [len({*shards([*paths, new], size)} - {*before}) for new in ("00000", "12345x", "5", "77777", "z")]
         assert sum(changed) <= 5 * 3
     assert shards(paths[:10], 10) == [tuple(sorted(paths[:10]))]
