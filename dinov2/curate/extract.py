@@ -85,7 +85,9 @@ def extract(pages: str, config: ExtractConfig, output: str) -> Steps[str]:
     pieces += [(path,) for path in sizes if kind_of(path) != HTML]
     tasks = [Task(f"{number:05d}", _extract, (pages, piece, config)) for number, piece in enumerate(pieces)]
     lists = [sorted(read_domains(path)) for path in (config.blocked_domains, config.allowed_domains)]
-    settings = [config, digest(lists), digest([[escaped(path), size] for path, size in sizes.items()])]
+    stamps = storage.stamps(list(sizes))
+    listing = [[escaped(path), stamp] for path, stamp in zip(sizes, stamps, strict=True)]
+    settings = [config, digest(lists), digest(listing)]
     links = Step(output, "extract-links", settings, (pages,), tasks, "links")
     yield links
     buckets = max(1, links.counts().rows_out // PER_BUCKET)

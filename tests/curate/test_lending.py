@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from dinov2.curate import Counts, CurateConfig, run_steps
-from dinov2.curate.collect import CollectConfig, cuts
+from dinov2.curate.collect import CollectConfig, collect, cuts
 from dinov2.curate.embed import embed
 from dinov2.curate.engines import Inline
+from dinov2.curate.extract import ExtractConfig, extract
 from dinov2.curate.pipeline import embedded_sets, source
 from dinov2.curate.screen import ScreenConfig, screen
 from dinov2.curate.steps import Output, Step, Steps, Task
@@ -96,6 +97,20 @@ def test_what_is_redone(tmp_path: Path, made: Counter[str]) -> None:
     run_steps(first_stages(dataclasses.replace(config, output=str(tmp_path / "fresh"))), Inline())
     for folder in (tmp_path / "fresh").glob("*-*"):
         assert contents(folder) == contents(tmp_path / "out" / folder.name), folder.name
+
+
+def test_a_change_that_keeps_the_size_is_seen(tmp_path: Path) -> None:
+    """Files of users change under their names; nothing that was made of what they were may be taken for new."""
+    page, image = tmp_path / "a.html", tmp_path / "a.bmp"
+    folders = []
+    for number in range(2):
+        page.write_text(f'<img src="http://h.org/{number}.jpg">')
+        image.write_bytes(encoded(picture(number), "BMP"))
+        for path in (page, image):
+            os.utime(path, ns=(number, number))
+        steps = extract(str(tmp_path), ExtractConfig(), "out"), collect(str(tmp_path), CollectConfig(), "out")
+        folders.append([next(step).folder for step in steps])
+    assert [first != second for first, second in zip(*folders, strict=True)] == [True, True]
 
 
 def test_shards_are_cut_where_few_change() -> None:
