@@ -40,21 +40,16 @@ class Progress(Watcher):
         """Start the progress bar of a step."""
         self._bars = counting_bar(step.name, self._console)
         self._bars.start()
-        self._task = self._bars.add_task("", total=len(step.tasks), completed=done)
+        self._task = self._bars.add_task("", total=sum(task.weight for task in step.tasks))
 
-    def advanced(self, step: Step) -> None:
+    def progressed(self, step: Step, rows: int) -> None:
         """Advance the progress bar."""
         if self._bars is not None and self._task is not None:
-            self._bars.advance(self._task)
+            self._bars.update(self._task, completed=rows)
 
     def retrying(self, step: Step, shard: str, error: Exception) -> None:
         """Print why a shard is tried again."""
         self._say(f"{step.name}: shard {shard} failed and will be tried again: {error}")
-
-    def waiting(self, step: Step, missing: int) -> None:
-        """Show the progress of the other processes."""
-        if self._bars is not None and self._task is not None:
-            self._bars.update(self._task, completed=len(step.tasks) - missing)
 
     def ended(self, step: Step) -> None:
         """Replace the progress bar by one line."""

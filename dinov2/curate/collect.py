@@ -61,7 +61,13 @@ def collect(images: str, config: CollectConfig, output: str) -> Steps[Pool]:
         raise ValueError(f"images: expected a folder of images or of tar shards, got {images!r}, which has neither")
     stamps = storage.stamps(paths)
     tasks = [
-        Task(f"{number:05d}", _write, (images, tuple(paths[start:stop]), config), partial(_content, stamps[start:stop]))
+        Task(
+            f"{number:05d}",
+            _write,
+            (images, tuple(paths[start:stop]), config),
+            rows=stop - start,
+            content=partial(_content, stamps[start:stop]),
+        )
         for number, (start, stop) in enumerate(cuts(paths, config.shard_size))
     ]
     listing = digest([[f"{storage.root}/{path}", stamp] for path, stamp in zip(paths, stamps, strict=True)])
@@ -80,6 +86,7 @@ def _write(output: Output, images: str, paths: tuple[str, ...], config: CollectC
 
     def files() -> Iterator[ShardImage]:
         for path in paths:
+            output.advance()
             full = f"{storage.root}/{path}"
             try:
                 entry = storage.filesystem.info(full)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +14,24 @@ import numpy as np
 import numpy.typing as npt
 
 from dinov2.configuration import Config, Count, CountOr0, Rules
+from dinov2.curate.pieces import Piece, by_pieces
 from dinov2.curate.plugins import identity_of, is_function, load_function, open_onnx
-from dinov2.curate.pool import Pool, content_of, write_decisions
-from dinov2.curate.steps import Counts, Output, Step, Steps, Task
+from dinov2.curate.pool import Pool, read_table, write_decisions
+from dinov2.curate.search.vectors import layout_of, read_layout
+from dinov2.curate.steps import Counts, Output, Steps
+from dinov2.curate.views import (
+    BATCH_PIXELS,
+    FUNCTION_SIDE,
+    SMALL_COLUMNS,
+    SMALL_SIDE,
+    VIEW_SIDE,
+    decode_view,
+    originals,
+    small_from,
+    small_of,
+)
 from dinov2.data.cropping import resized
-from dinov2.data.decoding import Pixels, UnreadableImageError, decode_image
+from dinov2.data.decoding import Pixels, UnreadableImageError, decode_reduced
 from dinov2.evaluate.handmade import colour_histogram, texture_histogram
 
 if TYPE_CHECKING:
@@ -37,7 +52,8 @@ class EmbedConfig(Config, at="embed"):
     model: str = "copies"
     """This model computes the features. copies and colour-texture are built in. Otherwise name weights of any kind that
     load_pretrained reads; an ONNX (.onnx) or TorchScript (.pt, .torchscript) file that maps [b, 3, size, size] to
-    [b, D]; or MODULE:FUNCTION, which is called with a list of uint8 RGB images [H, W, 3] and returns [b, D]."""
+    [b, D]; or MODULE:FUNCTION, which is called with a list of uint8 RGB images [H, W, 3] of at most 1024 pixels a side
+    and returns [b, D]."""
     size: CountOr0 = 0
     """The model sees squares with sides of this many pixels. 0 takes the model's own size, or 224 if it has none."""
     view: Literal["centre", "squash"] = "centre"
@@ -48,7 +64,7 @@ class EmbedConfig(Config, at="embed"):
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     """Each channel is divided by this after the subtraction."""
     batch_size: Count = 32
-    """A forward pass takes this many images."""
+    """A forward pass takes this many images; at most 64 if the pool has few shards."""
     device: str = "auto"
     """The model runs here: cpu, cuda, ...; auto takes a GPU if there is one."""
 
@@ -76,25 +92,37 @@ def embed(pool: Pool, config: EmbedConfig, output: str) -> Steps[Pool]:
     if not (name in BUILT_IN or is_function(name) or Path(name).exists()):
         raise FileNotFoundError(f"embed.model: expected {', '.join(BUILT_IN)}, MODULE:FUNCTION or a file, got {name!r}")
     settings = dataclasses.replace(config, device="auto", model=name if name in BUILT_IN else identity_of(name))
-    tasks = [Task(shard, _embed, (pool, shard, config), content_of) for shard in pool.shards()]
-    features = Step(output, "embed-features", settings, (pool.images, *pool.decisions), tasks, gpu=True)
-    yield features
+    places = read_layout((yield from layout_of(pool, "embed", output)))
+    seen = [settings, FUNCTION_SIDE, VIEW_SIDE, SMALL_SIDE]
+    arguments = (config, settings.model)
+    features = yield from by_pieces(output, "embed-features", seen, pool, places, _embed, arguments, gpu=True)
     return dataclasses.replace(pool.after(features.folder), features=features.folder)
 
 
-def _embed(output: Output, pool: Pool, shard: str, config: EmbedConfig) -> Counts:
-    """Task: write the features of a shard."""
-    model = open_model(config)
-    before = pool.kept(shard)
-    reasons: list[str | None] = [None] * len(before)
+@functools.lru_cache(maxsize=1)
+def _opened(config: EmbedConfig, identity: str) -> Opened:
+    """The model of a configuration, opened once in a process for all its tasks; ``identity`` is that of its file."""
+    return open_model(config)
+
+
+def _embed(output: Output, pool: Pool, piece: Piece, config: EmbedConfig, identity: str) -> Counts:
+    """Task: write the features of a piece of a shard. Files with the same bytes are embedded once."""
+    model = _opened(config, identity)
+    before = pool.kept(piece.shard)[piece.start : piece.stop]
+    kept = piece.start + np.flatnonzero(before)
+    first = originals(pool, piece.shard, kept)
+    reasons: list[str | None] = [None] * piece.rows
     features: npt.NDArray[np.float16] | None = None
-    for rows, images in _batches(pool, shard, before, reasons, config.batch_size):
+    for rows, images in _batches(pool, piece, kept[first == kept], reasons, model, config.batch_size):
         found = unit(model(images))
         if features is None:
-            features = np.full((len(before), found.shape[1]), np.nan, np.float16)
+            features = np.full((piece.rows, found.shape[1]), np.nan, np.float16)
         features[rows] = found
+        output.advance(len(rows))
     if features is None:
-        features = np.full((len(before), _width(model)), np.nan, np.float16)
+        features = np.full((piece.rows, _width(model)), np.nan, np.float16)
+    for row, original in zip((kept - piece.start).tolist(), (first - piece.start).tolist(), strict=True):
+        features[row], reasons[row] = features[original], reasons[original]
     for row in np.flatnonzero(before & ~np.isfinite(features).all(axis=1)).tolist():
         reasons[row] = reasons[row] or FEATURELESS
     output.write_array(features)
@@ -110,33 +138,68 @@ def unit(features: Features) -> npt.NDArray[np.float16]:
 
 
 def _batches(
-    pool: Pool, shard: str, kept: npt.NDArray[np.bool_], reasons: list[str | None], size: int
+    pool: Pool, piece: Piece, rows: npt.NDArray[np.int64], reasons: list[str | None], model: Opened, size: int
 ) -> Iterator[tuple[list[int], list[Pixels]]]:
-    """Batches of rows and their images; unreadable rows get their reason."""
-    rows: list[int] = []
+    """Batches of rows of a piece and their images; unreadable rows get their reason."""
+    batch: list[int] = []
     images: list[Pixels] = []
-    files = pool.open_images(shard)
-    for row in np.flatnonzero(kept).tolist():
+    files = pool.open_images(piece.shard)
+    small = model.is_small and pool.small is not None and piece.name != piece.shard
+    kept = read_table(pool.small, piece.name, SMALL_COLUMNS) if pool.small and small else None
+    for row in rows.tolist():
+        place = row - piece.start
+        image = small_from(kept.slice(place, 1).to_pylist()[0]) if kept else None
         try:
-            images.append(decode_image(files[row], f"{row} of {shard}"))
+            images.append(model.decode(files[row], f"{row} of {piece.shard}") if image is None else image)
         except UnreadableImageError:
-            reasons[row] = UNREADABLE
+            reasons[place] = UNREADABLE
             continue
-        rows.append(row)
-        if len(rows) == size:
-            yield rows, images
-            rows, images = [], []
-    if rows:
-        yield rows, images
+        batch.append(place)
+        if len(batch) == size or sum(image.size for image in images) >= 3 * BATCH_PIXELS:
+            yield batch, images
+            batch, images = [], []
+    if batch:
+        yield batch, images
 
 
-def _width(model: Model) -> int:
+def _width(model: Opened) -> int:
     """The dimension of a feature, measured on a blank image."""
     width: int = model([np.zeros((64, 64, 3), np.uint8)]).shape[1]
     return width
 
 
-def open_model(config: EmbedConfig) -> Model:
+@dataclass(frozen=True)
+class Opened:
+    """A model that can be called, and the size at which it wants its images.
+
+    Attributes:
+        model: the model.
+        side: images have at most this many pixels on the longer side, unless ``least`` asks for more.
+        least: images have at least this many pixels on the shorter side, if the file has them.
+        is_small: whether the model sees small images, as :func:`~dinov2.curate.views.small_of` makes them.
+    """
+
+    model: Model
+    side: int
+    least: int = 0
+    is_small: bool = False
+
+    def __call__(self, images: list[Pixels]) -> Features:
+        """The features of images."""
+        return self.model(images)
+
+    def decode(self, content: bytes, name: str) -> Pixels:
+        """Decode an image for the model.
+
+        Raises:
+            UnreadableImageError: it cannot be decoded.
+        """
+        if self.is_small:
+            return small_of(decode_view(content, name).pixels)
+        return decode_reduced(content, name, self.side, self.least).pixels
+
+
+def open_model(config: EmbedConfig) -> Opened:
     """The model that a configuration names.
 
     Raises:
@@ -145,7 +208,7 @@ def open_model(config: EmbedConfig) -> Model:
         ImportError: a package is missing; the message names the extra.
     """
     if config.model in BUILT_IN:
-        return BUILT_IN[config.model]
+        return Opened(BUILT_IN[config.model], SMALL_SIDE, is_small=True)
     import torch
 
     from dinov2.models import load_pretrained
@@ -158,7 +221,7 @@ def open_model(config: EmbedConfig) -> Model:
     if kind in (".pt", ".torchscript") and _is_torchscript(config.model):
         return _seen(_open_torchscript(config.model, config.device), config, DEFAULT_SIZE)
     if is_function(config.model):
-        return load_function(config.model)
+        return Opened(load_function(config.model), FUNCTION_SIDE)
     device = resolve_device(config.device)
     network = load_pretrained(config.model).eval().to(device)
     size = config.size or network.config.img_size
@@ -188,11 +251,13 @@ def colour_texture(images: list[Pixels]) -> Features:
 BUILT_IN: dict[str, Model] = {"copies": copies, "colour-texture": colour_texture}
 
 
-def _seen(network: Callable[[Tensor], Tensor], config: EmbedConfig, size: int) -> Model:
-    """Make a model of images from a network that takes batches."""
+def _seen(network: Callable[[Tensor], Tensor], config: EmbedConfig, size: int) -> Opened:
+    """Make a model of images from a network that takes batches. Images are reduced to twice the size of its views, so
+    that resizing them in two steps does not blur them."""
     import torch
 
     size = config.size or size
+    seen = math.ceil(size * 8 / 7) if config.view == "centre" else size
 
     @torch.inference_mode()
     def features(images: list[Pixels]) -> Features:
@@ -200,7 +265,7 @@ def _seen(network: Callable[[Tensor], Tensor], config: EmbedConfig, size: int) -
         result: Features = network(torch.stack(views)).numpy()  # [b, D]
         return result
 
-    return features
+    return Opened(features, 2 * seen, 2 * seen)
 
 
 def _view(image: Pixels, config: EmbedConfig, size: int) -> Tensor:

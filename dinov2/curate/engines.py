@@ -16,10 +16,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
 from types import TracebackType
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from dinov2.configuration import AtLeast0, Config, Count, CountOr0, Rules
-from dinov2.curate.steps import Task, run_task
+from dinov2.curate.steps import Report, Task, run_task
 from dinov2.extras import require
 from dinov2.interrupts import uninterrupted
 
@@ -34,6 +34,7 @@ PRELOADED = [
     "pyarrow.parquet",
 ]
 """What tasks import is imported once for all processes of a machine."""
+REPORT_SECONDS = 0.2
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -75,15 +76,21 @@ class Engine(Protocol):
         """End what the engine has started: after the calls that run, or at once. It may start again."""
         return
 
-    def run(self, calls: Sequence[Call], at_once: int | None = None) -> Iterator[Outcome]:
-        """Run calls. ``at_once`` limits how many run side by side; the engine may run fewer."""
+    def run(self, calls: Sequence[Call], at_once: int | None = None, report: Report | None = None) -> Iterator[Outcome]:
+        """Run calls.
+
+        Args:
+            calls: calls to run.
+            at_once: limits how many run side by side; the engine may run fewer.
+            report: is called now and then with the number of rows that are done in the calls under way.
+        """
         ...
 
 
-def execute(call: Call) -> None:
+def execute(call: Call, report: Report | None = None) -> None:
     """Run a call on one thread, so that neither speed nor rounding depends on other calls."""
     with single_thread():
-        run_task(call.folder, call.task, call.kind)
+        run_task(call.folder, call.task, call.kind, report)
 
 
 @contextmanager
@@ -108,11 +115,11 @@ def single_thread() -> Iterator[None]:
 class Inline(Engine):
     """The engine that runs calls in this process."""
 
-    def run(self, calls: Sequence[Call], at_once: int | None = None) -> Iterator[Outcome]:
+    def run(self, calls: Sequence[Call], at_once: int | None = None, report: Report | None = None) -> Iterator[Outcome]:
         """Run calls in their order."""
         for call in calls:
             try:
-                execute(call)
+                execute(call, report)
             except Exception as error:
                 yield Outcome(call, error)
             else:
@@ -129,31 +136,41 @@ class ProcessPool(Engine):
     def __init__(self, workers: int = 0) -> None:
         self.workers = workers or len(os.sched_getaffinity(0))
         self._executor: ProcessPoolExecutor | None = None
+        self._rows: Any = None  # rows done by each of the calls under way, in memory shared with the processes
 
-    def run(self, calls: Sequence[Call], at_once: int | None = None) -> Iterator[Outcome]:
+    def run(self, calls: Sequence[Call], at_once: int | None = None, report: Report | None = None) -> Iterator[Outcome]:
         """Run calls. When a process is lost, all running tasks are lost too, and new processes run the rest."""
         waiting = deque(calls)
         width = min(at_once or self.workers, self.workers)
         while waiting:
-            yield from self._until_broken(waiting, width)
+            yield from self._until_broken(waiting, width, report)
 
-    def _until_broken(self, waiting: deque[Call], width: int) -> Iterator[Outcome]:
+    def _until_broken(self, waiting: deque[Call], width: int, report: Report | None) -> Iterator[Outcome]:
         """Run waiting calls, ``width`` at once, until all are done or a process is lost; the rest still wait then."""
         if self._executor is None:
-            self._executor = ProcessPoolExecutor(self.workers, _context(), initializer=_begin)
+            context = _context()
+            self._rows = context.Array("q", self.workers, lock=False)
+            self._executor = ProcessPoolExecutor(self.workers, context, initializer=_begin, initargs=(self._rows,))
         executor = self._executor
         under_way: dict[Future[None], Call] = {}
+        slots: dict[Future[None], int] = {}
+        free = list(range(width))
         try:
             while under_way or (waiting and self._executor):
                 while waiting and self._executor and len(under_way) < width:
                     try:
+                        self._rows[free[-1]] = 0
                         with uninterrupted():  # or the server would start a process for which nobody waits
-                            future = executor.submit(execute, waiting[0])
-                            under_way[future] = waiting.popleft()
+                            future = executor.submit(_execute_counted, waiting[0], free[-1])
+                            under_way[future], slots[future] = waiting.popleft(), free.pop()
                     except BrokenExecutor:  # a process was lost; the running calls will report it
                         self._executor = None
-                for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                finished = wait(under_way, REPORT_SECONDS if report else None, FIRST_COMPLETED).done
+                if report and not finished:
+                    report(sum(self._rows[slot] for slot in slots.values()))
+                for future in finished:
                     call, error = under_way.pop(future), future.exception()
+                    free.append(slots.pop(future))
                     if isinstance(error, BrokenExecutor):
                         self._executor = None
                         error = LostTaskError("the process that made this shard was killed; most often memory is short")
@@ -184,8 +201,22 @@ def _end(executor: ProcessPoolExecutor, at_once: bool) -> None:
     executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _begin() -> None:
+_rows: Any = None  # in a process of a pool: where its calls count their rows
+
+
+def _execute_counted(call: Call, slot: int) -> None:
+    """Run a call in a process of a pool, and count its rows in a slot of the memory shared with the parent."""
+
+    def report(rows: int) -> None:
+        _rows[slot] = rows
+
+    execute(call, report)
+
+
+def _begin(rows: Any) -> None:
     """Set up a new process: it ignores Ctrl-C, which is for its parent, and ends when the parent ends."""
+    global _rows
+    _rows = rows
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -238,8 +269,9 @@ class RayCluster(Engine):
             here = {"num_cpus": workers} if address is None and workers else {}
             self._ray.init(address=address, include_dashboard=False, log_to_driver=False, **here)
 
-    def run(self, calls: Sequence[Call], at_once: int | None = None) -> Iterator[Outcome]:
-        """Send calls to Ray. A few more than run at once are sent, so that workers never wait for this process."""
+    def run(self, calls: Sequence[Call], at_once: int | None = None, report: Report | None = None) -> Iterator[Outcome]:
+        """Send calls to Ray. A few more than run at once are sent, so that workers never wait for this process. Rows
+        of calls under way are not reported."""
         gpus = bool(self._ray.cluster_resources().get("GPU"))
         room = self.workers or 2 * int(self._ray.cluster_resources().get("CPU", 1))
         width = min(at_once or room, room)

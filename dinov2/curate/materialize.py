@@ -77,8 +77,9 @@ def materialize(pool: Pool, seeds: Mapping[str, Pool], config: MaterializeConfig
     if not images:
         raise ValueError(f"no image is left to write: see under {output} what the stages dropped")
     tasks = [
-        Task(f"{number:05d}", _write, (sources, plan.folder, start, min(start + config.shard_size, images), config))
+        Task(f"{number:05d}", _write, (sources, plan.folder, start, stop, config), stop - start)
         for number, start in enumerate(range(0, images, config.shard_size))
+        for stop in [min(start + config.shard_size, images)]
     ]
     final = Step(output, "materialize-set", [config.shard_size, config.blur_faces], (plan.folder, *inputs), tasks)
     yield final
@@ -110,6 +111,7 @@ def _write(
     def images() -> Iterator[ShardImage]:
         nonlocal blurred
         for place, (content, columns, faces) in enumerate(read_images(sources, entries), start):
+            output.advance()
             if faces and config.blur_faces:
                 try:
                     content = blurred_file(content, faces)

@@ -16,7 +16,7 @@ from dinov2.curate.engines import EngineConfig
 from dinov2.curate.extract import ExtractConfig, extract
 from dinov2.curate.materialize import MaterializeConfig, materialize
 from dinov2.curate.pool import Pool
-from dinov2.curate.retrieve import RetrieveConfig, retrieve
+from dinov2.curate.retrieve import RetrieveConfig, needs_features, retrieve
 from dinov2.curate.screen import ScreenConfig, screen
 from dinov2.curate.steps import Steps
 from dinov2.data.shards.storage import Storage
@@ -53,7 +53,8 @@ class CurateConfig(Config):
     dedup: DedupConfig = field(default_factory=DedupConfig)
     """The dedup stage keeps one of each group of near-copies."""
     embed: EmbedConfig = field(default_factory=lambda: EmbedConfig(model="colour-texture"))
-    """These features decide which images are retrieved."""
+    """These features decide which images are retrieved. Without seeds they are computed for the method hierarchical
+    only."""
     retrieve: RetrieveConfig = field(default_factory=RetrieveConfig)
     """The retrieve stage chooses images that are like the seeds, or a balanced sample."""
     materialize: MaterializeConfig = field(default_factory=MaterializeConfig)
@@ -103,7 +104,8 @@ def curate(config: CurateConfig) -> Steps[Curated]:
     tests = yield from embedded_sets(config, "evaluation_sets", config.embed_copies)
     pool = yield from dedup(pool, tests, config.dedup, output)
 
-    pool = yield from embed(pool, config.embed, output)
+    if needs_features(config.retrieve, config.seeds):
+        pool = yield from embed(pool, config.embed, output)
     seeds = yield from embedded_sets(config, "seeds", config.embed)
     pool = yield from retrieve(pool, seeds, config.retrieve, output)
     root = yield from materialize(pool, seeds, config.materialize, output)

@@ -30,11 +30,13 @@ class Pool:
         decisions: folders of tables with a column ``keep`` (bool) and a column ``reason`` (text, null where kept).
         features: folder of arrays [n, D], float16 of unit length; None before the pool is embedded. Rows that were out
             at that time, or could not be embedded, are NaN.
+        small: folder of the pieces of screening, with small images of large files; None before the pool is screened.
     """
 
     images: str
     decisions: tuple[str, ...] = ()
     features: str | None = None
+    small: str | None = None
 
     def after(self, decisions: str) -> Pool:
         """This pool without the rows that a step decided to drop."""
@@ -85,14 +87,6 @@ class Pool:
         return ShardBytes(self.images, shard)
 
 
-def content_of(pool: Pool, shard: str, *_: Any) -> str | None:
-    """A digest of the images of a shard, and of which are in; None if the index does not tell the images' bytes."""
-    index = pool.index(shard, ["key", "sha256"]).to_pydict()
-    if None in index["sha256"]:
-        return None
-    return digest([index["key"], index["sha256"], pool.kept(shard).tolist()], 32)
-
-
 class ShardBytes:
     """The stored bytes of each image of a shard: ``files[row]``."""
 
@@ -118,6 +112,14 @@ def read_table(folder: str, shard: str, columns: Sequence[str] | None = None) ->
     storage = Storage(folder)
     with storage.filesystem.open(f"{storage.root}/{shard}.parquet", "rb") as file:
         return parquet.read_table(file, columns=None if columns is None else list(columns), use_threads=False)
+
+
+def column_names(folder: str, shard: str) -> list[str]:
+    """The names of the columns of ``FOLDER/SHARD.parquet``."""
+    parquet = require("pyarrow.parquet", extra="curate", purpose="curation")
+    storage = Storage(folder)
+    with storage.filesystem.open(f"{storage.root}/{shard}.parquet", "rb") as file:
+        return list(parquet.read_schema(file).names)
 
 
 def read_array(folder: str, shard: str) -> npt.NDArray[Any]:

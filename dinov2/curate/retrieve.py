@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -61,6 +61,11 @@ class RetrieveConfig(Config, at="retrieve"):
         return {name: int(number) for name, _, number in (entry.rpartition("=") for entry in self.neighbours_of)}
 
 
+def needs_features(config: RetrieveConfig, seeds: Collection[str]) -> bool:
+    """Whether the stage reads features of the pool: without seeds, only the hierarchical method does."""
+    return bool(seeds) or config.method == "hierarchical"
+
+
 def retrieve(pool: Pool, seeds: Mapping[str, Pool], config: RetrieveConfig, output: str) -> Steps[Pool]:
     """Keep the images of a pool that sets of curated images ask for (DINOv2, appendix A).
 
@@ -68,7 +73,7 @@ def retrieve(pool: Pool, seeds: Mapping[str, Pool], config: RetrieveConfig, outp
     images include the repeats.
 
     Args:
-        pool: images with features.
+        pool: images, with features if :func:`needs_features` says so.
         seeds: pools of curated images by name, with features of the same kind.
         config: how each set chooses.
         output: folder or URL of the whole curation.

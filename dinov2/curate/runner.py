@@ -43,6 +43,9 @@ class Watcher:
     def advanced(self, step: Step) -> None:
         """One more shard is there."""
 
+    def progressed(self, step: Step, rows: int) -> None:
+        """``rows`` rows are done so far, of all tasks by their :attr:`~Task.weight`; those under way count too."""
+
     def retrying(self, step: Step, shard: str, error: Exception) -> None:
         """A shard failed and will be tried again."""
 
@@ -97,15 +100,24 @@ def _run_step(step: Step, engine: Engine, tries: int, part: Part, patience: floa
     watcher.started(step, len(done))
     if not done:
         _describe(step)
+    rows = [sum(task.weight for task in step.tasks if task.shard in done)]  # in a list, for the function below
+
+    def report(under_way: int) -> None:
+        watcher.progressed(step, rows[0] + under_way)
+
+    report(0)
     begun = time.monotonic()
     own = [task for task in step.tasks[part.number :: part.count] if task.shard not in done]
     calls = [Call(step.folder, task, step.gpu, step.kind) for task in own]
     failures: dict[str, Exception] = {}
     for attempt in range(tries):
         failures = {}
-        for call, error in engine.run(calls, at_once=1 if attempt == tries - 1 > 0 else None):
+        at_once = 1 if attempt == tries - 1 > 0 else None
+        for call, error in engine.run(calls, at_once, report):
             if error is None:
+                rows[0] += call.task.weight
                 watcher.advanced(step)
+                report(0)
                 continue
             failures[call.task.shard] = error
             if attempt < tries - 1:
@@ -140,6 +152,7 @@ def _wait_for_others(step: Step, patience: float, watcher: Watcher) -> None:
                 f" make, {', '.join(sorted(missing)[:3])} among them: run those processes again, then this one"
             )
         watcher.waiting(step, len(missing))
+        watcher.progressed(step, sum(task.weight for task in step.tasks if task.shard not in missing))
         time.sleep(POLL_SECONDS)
         now = names - step.finished()
         missing, since = now, time.monotonic() if len(now) < len(missing) else since

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,16 +13,26 @@ import numpy.typing as npt
 from dinov2.configuration import AtLeast1, Config, Count, Rules, Share
 from dinov2.curate.faces import Box, open_detector
 from dinov2.curate.hashing import BITS, SIDE, fit_directions, near_pairs, pca_hashes, standardized, thumbnail
+from dinov2.curate.pieces import Piece, by_pieces
 from dinov2.curate.plugins import identity_of, load_function, open_onnx
-from dinov2.curate.pool import Pool, content_of, read_array, read_table, write_decisions
+from dinov2.curate.pool import Pool, read_array, read_table, write_decisions
 from dinov2.curate.search.vectors import layout_of, read_layout
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task
+from dinov2.curate.views import (
+    BATCH_PIXELS,
+    SMALL_COLUMNS,
+    SMALL_SIDE,
+    VIEW_SIDE,
+    decode_view,
+    in_full,
+    originals,
+    small_columns,
+)
 from dinov2.data.cropping import resized
-from dinov2.data.decoding import Pixels, UnreadableImageError, decode_image
+from dinov2.data.decoding import Pixels, Reduced, UnreadableImageError
 from dinov2.extras import require
 
 BATCH = 16
-BATCH_PIXELS = 2**25  # a batch with this many pixels is full: 100 MB, whatever the images
 QUALITY_SIDE = 256  # pixels of the longer side at which sharpness is measured
 NSFW_SIDE = 224
 
@@ -52,14 +63,15 @@ class ScreenConfig(Config, at="screen"):
     hash_sample: Count = 5000
     """The directions of the PCA hash are fitted to this many images of the pool."""
     nsfw: str = ""
-    """This scorer of nudity and violence is asked: MODULE:FUNCTION, called with a list of uint8 RGB images [H, W, 3],
-    returns numbers from 0 to 1; or an ONNX file maps float32 [b, 3, 224, 224] from 0 to 1 to [b] or [b, 1]. There is no
-    default, because no such model may be bundled."""
+    """This scorer of nudity and violence is asked: MODULE:FUNCTION, called with a list of uint8 RGB images [H, W, 3] of
+    at most 768 pixels a side, returns numbers from 0 to 1; or an ONNX file maps float32 [b, 3, 224, 224] from 0 to 1 to
+    [b] or [b, 1]. There is no default, because no such model may be bundled."""
     nsfw_threshold: Share = 0.5
     """Drop images whose score is at least this."""
     faces: str = "bundled"
     """This detector finds the faces that are blurred in the final set: bundled, none, or MODULE:FUNCTION, which is
-    called with a list of uint8 RGB images and returns for each a list of boxes (x, y, width, height) in pixels."""
+    called with a list of uint8 RGB images of at most 768 pixels a side and returns for each a list of boxes (x, y,
+    width, height) in its pixels."""
     seed: int = 0
     """This seed decides which images are the hash's sample."""
 
@@ -84,10 +96,9 @@ def screen(pool: Pool, config: ScreenConfig, output: str) -> Steps[Pool]:
     """
     layout = yield from layout_of(pool, "screen", output)
     inputs = (pool.images, *pool.decisions)
-    tasks = [Task(shard, measure, (pool, shard, config), content_of) for shard in pool.shards()]
-    plugged_in = [identity_of(config.faces), identity_of(config.nsfw)]
-    measures = Step(output, "screen-measures", plugged_in, inputs, tasks)
-    yield measures
+    places = read_layout(layout)
+    seen = [identity_of(config.faces), identity_of(config.nsfw), VIEW_SIDE, SMALL_SIDE]
+    measures = yield from by_pieces(output, "screen-measures", seen, pool, places, measure, (config,))
     task = Task("all", _fit, (pool.shards(), measures.folder, config))
     settings = [config.hash_sample, config.seed, pool.fingerprint()]
     fit = Step(output, "screen-fit", settings, (measures.folder,), [task])
@@ -100,14 +111,13 @@ def screen(pool: Pool, config: ScreenConfig, output: str) -> Steps[Pool]:
     task = Task("all", find_repeats, (pool, *folders, config))
     repeats = Step(output, "screen-repeats", thresholds, (*inputs, layout, *folders), [task])
     yield repeats
-    places = read_layout(layout)
     tasks = [
         Task(shard, decide, (pool, shard, places.range_of(shard)[0], *folders, repeats.folder, config))
         for shard in places.names
     ]
     decisions = Step(output, "screen-decisions", thresholds, (*folders, repeats.folder), tasks)
     yield decisions
-    return pool.after(decisions.folder)
+    return dataclasses.replace(pool.after(decisions.folder), small=measures.pieces)
 
 
 def _thresholds(config: ScreenConfig) -> dict[str, Any]:
@@ -122,8 +132,8 @@ class Quality(NamedTuple):
     sharpness: float
 
 
-def measure(output: Output, pool: Pool, shard: str, config: ScreenConfig) -> Counts:
-    """Task: write these columns for every row of a shard:
+def measure(output: Output, pool: Pool, piece: Piece, config: ScreenConfig) -> Counts:
+    """Task: write these columns for every row of a piece of a shard:
 
     ===============  ========================  ========================================================================
     ``readable``     bool                      whether it could be decoded; if not, all other columns are null
@@ -132,36 +142,44 @@ def measure(output: Output, pool: Pool, shard: str, config: ScreenConfig) -> Cou
     ``sharpness``    float32                   variance of the Laplacian of the grey image at 256 pixels
     ``nsfw``         float32                   score of the scorer; null without a scorer
     ``faces``        list of structs           x, y, width, height (int32) in pixels of the upright image
+    ``small``        bytes                     pixels of the small image of a large file; not in the table of a shard
     ===============  ========================  ========================================================================
+
+    Files with the same bytes are measured once.
     """
     detect, score = open_detector(config.faces), open_scorer(config.nsfw)
-    before, files = pool.kept(shard), pool.open_images(shard)
-    rows: list[dict[str, Any]] = [dict[str, Any](readable=False) for _ in before]
-    batch: list[tuple[int, Pixels]] = []
+    before, files = pool.kept(piece.shard)[piece.start : piece.stop], pool.open_images(piece.shard)
+    measures: dict[int, dict[str, Any]] = {}  # by row of the shard
+    batch: list[tuple[int, Reduced]] = []
 
     def settle() -> None:
-        images = [image for _, image in batch]
+        images = [image.pixels for _, image in batch]
         faces = detect(images) if detect else [[] for _ in images]
         scores = score(images).tolist() if score else [None] * len(images)
-        for (row, _), boxes, nsfw in zip(batch, faces, scores, strict=True):
-            rows[row] |= {"faces": [box._asdict() for box in boxes], "nsfw": nsfw}
+        for (row, image), boxes, nsfw in zip(batch, faces, scores, strict=True):
+            measures[row] |= {"faces": [in_full(box, image)._asdict() for box in boxes], "nsfw": nsfw}
         batch.clear()
 
-    for row in np.flatnonzero(before).tolist():
+    rows = piece.start + np.flatnonzero(before)
+    first = originals(pool, piece.shard, rows)
+    for row in rows[first == rows].tolist():
+        output.advance()
         try:
-            image = decode_image(files[row], f"{row} of {shard}")
+            image = decode_view(files[row], f"{row} of {piece.shard}")
         except UnreadableImageError:
             continue
-        rows[row] = {"readable": True, "thumbnail": thumbnail(image).tobytes(), **quality(image)._asdict()}
+        pixels = image.pixels
+        measures[row] = {"thumbnail": thumbnail(pixels).tobytes(), **quality(pixels)._asdict(), **small_columns(image)}
         batch.append((row, image))
-        if len(batch) == BATCH or sum(held.shape[0] * held.shape[1] for _, held in batch) >= BATCH_PIXELS:
+        if len(batch) == BATCH or sum(held.pixels.size for _, held in batch) >= 3 * BATCH_PIXELS:
             settle()
     if batch:
         settle()
-    output.write_table(_table(rows))
-    readable = sum(row["readable"] for row in rows)
-    found = sum(len(row.get("faces", [])) for row in rows)
-    return Counts(int(before.sum()), readable, {}, {"faces": found})
+    same = dict(zip(rows.tolist(), first.tolist(), strict=True))
+    table = [measures.get(same.get(row, row), {}) for row in range(piece.start, piece.stop)]
+    output.write_table(_table(table, small=output.shard != piece.shard))
+    found = sum(len(row.get("faces", [])) for row in table)
+    return Counts(len(rows), sum(map(bool, table)), {}, {"faces": found})
 
 
 def quality(image: Pixels) -> Quality:
@@ -198,18 +216,21 @@ def open_scorer(name: str) -> Scorer | None:
     return score
 
 
-def _table(rows: list[dict[str, Any]]) -> Any:
+def _table(rows: list[dict[str, Any]], small: bool) -> Any:
+    """The table of measures; rows without any are unreadable. ``small`` adds the small images."""
     arrow = require("pyarrow", extra="curate", purpose="curation")
     box = arrow.struct([(name, arrow.int32()) for name in Box._fields])
     types = {
-        "readable": arrow.bool_(),
         "thumbnail": arrow.binary(SIDE * SIDE),
         "entropy": arrow.float32(),
         "sharpness": arrow.float32(),
         "nsfw": arrow.float32(),
         "faces": arrow.list_(box),
     }
-    return arrow.table({name: arrow.array([row.get(name) for row in rows], kind) for name, kind in types.items()})
+    if small:
+        types |= dict(zip(SMALL_COLUMNS, (arrow.binary(), arrow.int32(), arrow.int32()), strict=True))
+    columns = {name: arrow.array([row.get(name) for row in rows], kind) for name, kind in types.items()}
+    return arrow.table({"readable": arrow.array(map(bool, rows), arrow.bool_())} | columns)
 
 
 def _fit(output: Output, shards: list[str], measures: str, config: ScreenConfig) -> Counts:

@@ -80,6 +80,7 @@ class Task:
         function: called with an :class:`Output` and ``arguments``; a function of a module, so that other processes can
             import it. It depends only on its arguments and the files that they name, and runs on one thread.
         arguments: small and picklable values: paths and settings, never images or vectors.
+        rows: number of the rows that the task works on, for the progress bar; 0 if it is not known beforehand.
         content: called with ``arguments``; gives a digest of the rows that the result depends on, or None if they
             cannot be told. With it, a result is lent to other folders of the step (:mod:`dinov2.curate.lending`). Such
             a result depends on nothing but these rows and the step's settings, and does not name its shard.
@@ -88,7 +89,13 @@ class Task:
     shard: str
     function: Callable[..., Counts]
     arguments: tuple[Any, ...] = ()
+    rows: int = 0
     content: Callable[..., str | None] | None = None
+
+    @property
+    def weight(self) -> int:
+        """The task's part of the progress bar: its rows, or 1 if they are not known."""
+        return max(self.rows, 1)
 
 
 @dataclass(frozen=True)
@@ -139,10 +146,7 @@ class Step:
 
     def counts(self) -> Counts:
         """The sum over all shards that are done."""
-        storage, total = Storage(self.folder), Counts()
-        for path in storage.files("", COUNTS).values():
-            total += Counts(**json.loads(storage.filesystem.cat_file(path)))
-        return total
+        return sum((read_counts(self.folder, name) for name in sorted(self.finished())), Counts())
 
     def timing(self) -> Timing:
         """The time that the step took, over all runs that ended normally."""
@@ -161,6 +165,16 @@ class Timing(NamedTuple):
     seconds: float
 
 
+def read_counts(folder: str, shard: str) -> Counts:
+    """The counts of a task that is done."""
+    storage = Storage(folder)
+    return Counts(**json.loads(storage.filesystem.cat_file(f"{storage.root}/{shard}{COUNTS}")))
+
+
+Report = Callable[[int], None]
+"""Is called with the number of rows of a task that are done."""
+
+
 class Output:
     """Where a task writes: files ``FOLDER/SHARD.SUFFIX``. Each file appears as a whole or not at all.
 
@@ -169,10 +183,17 @@ class Output:
         shard: shard of the task.
     """
 
-    def __init__(self, folder: str, shard: str) -> None:
+    def __init__(self, folder: str, shard: str, report: Report | None = None) -> None:
         self.folder = folder
         self.shard = shard
         self._storage = Storage(folder)
+        self._report, self._rows = report, 0
+
+    def advance(self, rows: int = 1) -> None:
+        """Say that more rows are done, for the progress bar."""
+        self._rows += rows
+        if self._report is not None:
+            self._report(self._rows)
 
     @contextmanager
     def replace(self, suffix: str) -> Iterator[IO[bytes]]:
@@ -206,9 +227,10 @@ class Output:
                     self._storage.filesystem.rm(path)
 
 
-def run_task(folder: str, task: Task, kind: str = "") -> None:
-    """Make one shard, or take it from another folder of the same kind of step. Every engine calls this function."""
-    output = Output(folder, task.shard)
+def run_task(folder: str, task: Task, kind: str = "", report: Report | None = None) -> None:
+    """Make one shard, and report the rows that are done, or take the shard from another folder of the same kind of
+    step. Every engine calls this function."""
+    output = Output(folder, task.shard, report)
     output.clear()
     content = task.content(*task.arguments) if task.content and kind else None
     lending = Lending(folder, task.shard, COUNTS, f"{ABOUT}/{kind}-{content}.json") if content else None

@@ -10,7 +10,7 @@ from dinov2.lazily import names_from
 if TYPE_CHECKING:
     from dinov2.data.augmentation import MultiCropAugmentation
     from dinov2.data.batch import Batch, RawBatch, RawCrops, finish, finishes_crops
-    from dinov2.data.decoding import UnreadableImageError, decode_image, read_image
+    from dinov2.data.decoding import Reduced, UnreadableImageError, decode_image, decode_reduced, read_image
     from dinov2.data.files import BrokenLinkWarning, escaped, unescaped
     from dinov2.data.loader import ImageDataset, UnreadableDatasetError, UnreadableImageWarning, batches
     from dinov2.data.masking import batch_masks, mask_counts, sample_block_masks
@@ -34,7 +34,7 @@ else:
         {
             "augmentation": ("MultiCropAugmentation",),
             "batch": ("Batch", "RawBatch", "RawCrops", "finish", "finishes_crops"),
-            "decoding": ("UnreadableImageError", "decode_image", "read_image"),
+            "decoding": ("Reduced", "UnreadableImageError", "decode_image", "decode_reduced", "read_image"),
             "files": ("BrokenLinkWarning", "escaped", "unescaped"),
             "loader": ("ImageDataset", "UnreadableDatasetError", "UnreadableImageWarning", "batches"),
             "masking": ("batch_masks", "mask_counts", "sample_block_masks"),
@@ -71,6 +71,7 @@ __all__ = [
     "MultiCropAugmentation",
     "RawBatch",
     "RawCrops",
+    "Reduced",
     "ShardImage",
     "ShardReport",
     "TarShards",
@@ -80,6 +81,7 @@ __all__ = [
     "batch_masks",
     "batches",
     "decode_image",
+    "decode_reduced",
     "escaped",
     "finish",
     "finishes_crops",

@@ -18,13 +18,14 @@ import io
 import math
 import os
 import stat
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from dinov2.data.files import quoted
 from dinov2.data.layouts import (
@@ -37,8 +38,10 @@ from dinov2.data.layouts import (
     read_tiff_bands,
     read_tiff_colours,
     refuse_bomb,
+    tiff_bytes,
     tiff_sizes,
 )
+from dinov2.data.reducing import read_smaller, reduced, refuse_large, stored_bytes, target_size
 
 IMAGE_EXTENSIONS = (
     ".avif",
@@ -113,6 +116,57 @@ def decode_image(content: bytes, name: str, channels: int = 3) -> Pixels:
         return _decode(io.BytesIO(content), channels)
 
 
+class Reduced(NamedTuple):
+    """An image at a reduced size.
+
+    Attributes:
+        pixels: uint8 RGB ``[h, w, 3]``, upright.
+        width: width of the upright image in full.
+        height: height of the upright image in full.
+    """
+
+    pixels: npt.NDArray[np.uint8]
+    width: int
+    height: int
+
+
+def decode_reduced(content: bytes, name: str, side: int, least: int = 0) -> Reduced:
+    """Decode a file's bytes to upright uint8 RGB whose longer side has at most ``side`` pixels.
+
+    It follows the rules of :func:`decode_image` with three channels, and an image that is small enough has the same
+    pixels. JPEG and JPEG 2000 are decoded at a fraction of their size, which takes less time and memory. Other formats
+    are decoded in full and reduced in parts.
+
+    Args:
+        content: bytes of an image file.
+        name: name of the image in errors.
+        side: pixels of the longer side; no image is enlarged.
+        least: pixels that the shorter side keeps if it had them, even if the longer side then exceeds ``side``.
+
+    Raises:
+        UnreadableImageError: as for :func:`decode_image`; also if decoding would take more than about 1 GiB of memory.
+
+    Example:
+        >>> image = decode_reduced(content, "a.jpg", 768)  # of 4000 x 3000 pixels
+        >>> image.pixels.shape, image.width, image.height
+        ((576, 768, 3), 4000, 3000)
+    """
+    with _as_unreadable(name):
+        small, width, height = _read_reduced(content, side, least)
+        return Reduced(np.asarray(small), width, height)
+
+
+def decode_picture(content: bytes, name: str) -> Image.Image:
+    """Decode a file's bytes like :func:`decode_image` with three channels, to an upright RGB image of Pillow.
+
+    It takes 4 bytes a pixel, and has no metadata. Errors are those of :func:`decode_reduced`.
+    """
+    with _as_unreadable(name):
+        picture, *_ = _read_reduced(content, sys.maxsize, 0)
+        picture.info.clear()
+        return picture
+
+
 def read_header(content: bytes, name: str) -> ImageHeader:
     """Size and format of an image file; its pixels may still be damaged. Errors are those of :func:`decode_image`.
 
@@ -121,7 +175,7 @@ def read_header(content: bytes, name: str) -> ImageHeader:
     file = io.BytesIO(content)
     with _as_unreadable(name):
         if content.startswith(_NPY):
-            height, width = _npy_shape(file)[:2]
+            height, width = _npy_header(file)[0][:2]
             return ImageHeader(width, height, ".npy")
         try:
             if content.startswith(TIFF) and not content.startswith(TIFF_OF_PILLOW):
@@ -215,21 +269,76 @@ def _decode_tiff(file: BinaryIO, magic: bytes, channels: int) -> Pixels:
     return _of_colours(read_tiff_colours(file), channels)
 
 
+def _read_reduced(content: bytes, side: int, least: int) -> tuple[Image.Image, int, int]:
+    """An RGB image at a reduced size, and the size of the upright image in full."""
+    file = io.BytesIO(content)
+    if content.startswith(_NPY):
+        return _reduced_array(_view_npy(content), side, least)
+    if content.startswith(TIFF_OF_PILLOW) or not content.startswith(TIFF):
+        try:
+            with _open(file) as image:
+                if image.format == "PPM":
+                    refuse_large(2 * image.width * image.height * len(image.getbands()), content)
+                    if (levels := read_deep_netpbm(file)) is not None:
+                        return _reduced_array(levels, side, least)
+                if image.format != "TIFF" or pillow_reads(image):
+                    return _reduced_by_pillow(image, content, side, least)
+        except UnidentifiedImageError:
+            if not content.startswith(TIFF):
+                raise
+    refuse_large(tiff_bytes(file), content)
+    return _reduced_array(read_tiff_colours(file), side, least)
+
+
+def _reduced_by_pillow(image: Image.Image, content: bytes, side: int, least: int) -> tuple[Image.Image, int, int]:
+    full = image.size
+    read_smaller(image, target_size(*full, side, least), content)
+    image.load()
+    if image.format == "TIFF":
+        full = image.size  # Pillow turns TIFF upright while it loads
+    elif (orientation := image.getexif().get(ExifTags.Base.Orientation, 1)) != 1:
+        refuse_large(2 * stored_bytes(image) * image.width * image.height, content)
+        full = full[::-1] if orientation in (5, 6, 7, 8) else full
+    ImageOps.exif_transpose(image, in_place=True)
+
+    def part(top: int, bottom: int) -> Image.Image:
+        rows = image if bottom - top == image.height else image.crop((0, top, image.width, bottom))
+        return _as_rgb(_convertible(rows, image, 3))
+
+    return reduced(part, *image.size, target_size(*full, side, least)), *full
+
+
+def _reduced_array(levels: npt.NDArray[Any], side: int, least: int) -> tuple[Image.Image, int, int]:
+    """Reduce levels uint8 or uint16, of grey ``[H, W, 1]`` or RGB ``[H, W, 3]``."""
+    height, width = levels.shape[:2]
+
+    def part(top: int, bottom: int) -> Image.Image:
+        return Image.fromarray(_of_colours(levels[top:bottom], 3))
+
+    return reduced(part, width, height, target_size(width, height, side, least)), width, height
+
+
 def _of_pillow(image: Image.Image, channels: int) -> Pixels:
     """Decode an opened image."""
     ImageOps.exif_transpose(image, in_place=True)  # in place: a copy takes a tenth of the decoding time
-    image = corrected(image)
-    if image.mode == "I" and image.format == "PNG":  # Pillow before 11: 16 bits of grey
-        image = Image.fromarray(np.asarray(image).astype(np.uint16))
-    if image.mode == "I" or (image.mode == "F" and channels == 3):
-        raise ValueError(f"32 bits per channel (Pillow mode {image.mode}) have no defined range")
-    if image.mode == "La":
-        image = image.convert("LA")  # colours that are multiplied by their opacity convert to nothing else
+    image = _convertible(image, image, channels)
     if channels == 3:
         return np.asarray(_as_rgb(image))
     if channels == 1 and not image.mode.startswith(("I;16", "F")):
         return _of_channels(np.asarray(_without_transparency(image).convert("L")), channels)
     return _of_channels(np.asarray(image), channels)
+
+
+def _convertible(part: Image.Image, image: Image.Image, channels: int) -> Image.Image:
+    """A part of an opened image, or all of it, in a mode that Pillow converts rightly."""
+    part = corrected(part, getattr(image, "tag_v2", {}))
+    if part.mode == "I" and image.format == "PNG":  # Pillow before 11: 16 bits of grey
+        part = Image.fromarray(np.asarray(part).astype(np.uint16))
+    if part.mode == "I" or (part.mode == "F" and channels == 3):
+        raise ValueError(f"32 bits per channel (Pillow mode {part.mode}) have no defined range")
+    if part.mode == "La":
+        part = part.convert("LA")  # colours that are multiplied by their opacity convert to nothing else
+    return part
 
 
 def _of_colours(levels: npt.NDArray[Any], channels: int) -> Pixels:
@@ -262,33 +371,40 @@ def _without_transparency(image: Image.Image) -> Image.Image:
 def _of_channels(pixels: npt.NDArray[Any], channels: int) -> Pixels:
     """Check an array from a file and return it as ``[H, W, channels]`` in this machine's byte order."""
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
-    if pixels.ndim != 3 or pixels.shape[2] != channels or pixels.size == 0:
-        raise ValueError(f"pixels: expected [H, W, {channels}], got {list(pixels.shape)}")
-    native = pixels.dtype.newbyteorder("=")
-    if native not in LEVELS:
-        raise ValueError(f"pixels: expected {', '.join(map(str, LEVELS))}, got {native}")
+    native = _check_channels(pixels, channels)
     if channels == 3 and native == np.uint16:
         return _upper_8_bits(pixels)
-    if channels == 3 and native != np.uint8:
-        raise ValueError(f"RGB: expected 8 or 16 bits per channel, got {native}")
     if native == np.float32 and not np.isfinite(pixels).all():
         raise ValueError("it holds a NaN or an infinity")
     return np.ascontiguousarray(pixels, dtype=native)
+
+
+def _check_channels(pixels: npt.NDArray[Any], channels: int) -> np.dtype[Any]:
+    """Raise a ValueError unless an array has the shape and a dtype of ``channels``; the dtype in native byte order."""
+    if pixels.ndim != 3 or pixels.shape[2] != channels or pixels.size == 0:
+        raise ValueError(f"pixels: expected [H, W, {channels}], got {list(pixels.shape)}")
+    native: np.dtype[Any] = pixels.dtype.newbyteorder("=")
+    if native not in LEVELS:
+        raise ValueError(f"pixels: expected {', '.join(map(str, LEVELS))}, got {native}")
+    if channels == 3 and native not in (np.uint8, np.uint16):
+        raise ValueError(f"RGB: expected 8 or 16 bits per channel, got {native}")
+    return native
 
 
 def _upper_8_bits(pixels: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     return (pixels >> 8).astype(np.uint8)
 
 
-def _npy_shape(file: BinaryIO) -> tuple[int, ...]:
-    """The shape in the header of a ``.npy`` file; a shape with too many pixels raises an error."""
+def _npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """The shape in the header of a ``.npy`` file, whether columns come first, and the dtype; a shape with too many
+    pixels raises an error."""
     read = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
     }.get(np.lib.format.read_magic(file))
     if read is None:
         raise ValueError("the version of its format is unknown")
-    shape, _, dtype = read(file)
+    shape, columns_first, dtype = read(file)
     if len(shape) not in (2, 3) or dtype.newbyteorder("=") not in LEVELS:
         raise ValueError(
             f"array: expected [H, W] or [H, W, C] of {', '.join(map(str, LEVELS))}, got {dtype} {list(shape)}"
@@ -296,11 +412,22 @@ def _npy_shape(file: BinaryIO) -> tuple[int, ...]:
     if 0 in shape:
         raise ValueError(f"array: expected at least one pixel, got {list(shape)}")
     refuse_bomb(math.prod(shape[:2]))
-    return tuple(shape)
+    return tuple(shape), columns_first, dtype
 
 
 def _read_npy(file: BinaryIO) -> npt.NDArray[Any]:
-    _npy_shape(file)
+    _npy_header(file)
     file.seek(0)
     array: npt.NDArray[Any] = np.load(file, allow_pickle=False)
+    return array
+
+
+def _view_npy(content: bytes) -> npt.NDArray[Any]:
+    """The RGB array in a ``.npy`` file, without a copy."""
+    file = io.BytesIO(content)
+    shape, columns_first, dtype = _npy_header(file)
+    refuse_large(0, content)
+    levels = np.frombuffer(content, dtype, math.prod(shape), file.tell())
+    array: npt.NDArray[Any] = levels.reshape(shape, order="F" if columns_first else "C")
+    _check_channels(array, 3)
     return array

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -26,6 +27,8 @@ TIFF_OF_PILLOW = TIFF[:3]
 
 _SPACE = rb"(?:\s|#[^\r\n]*[\r\n])+"
 _NETPBM = re.compile(rb"P([2356])" + 3 * (_SPACE + rb"(\d+)") + rb"\s")
+_SPACES = (b" ", b"\n", b"\r", b"\t", b"\v", b"\f")
+_BLOCK_BYTES = 2**20
 _HEADER_BYTES = 65_536  # a header has some 20 bytes, and comments
 
 # Tags of TIFF, and their values.
@@ -70,18 +73,34 @@ def read_deep_netpbm(file: BinaryIO) -> npt.NDArray[np.uint16] | None:
     refuse_bomb(height * width)
     number = math.prod(shape)
     file.seek(header.end())
-    if kind in (2, 3):
-        words = re.sub(rb"#[^\r\n]*", b"", file.read()).split(maxsplit=number)[:number]
-        levels = np.array([int(word) for word in words], np.int64)
-    else:
-        content = file.read(2 * number)
-        levels = np.frombuffer(content[: len(content) // 2 * 2], ">u2").astype(np.int64)
-    if len(levels) < number:
-        raise ValueError(f"image file is truncated ({number - len(levels)} levels are missing)")
-    if number and not 0 <= levels.min() <= levels.max() <= maxval:
-        raise ValueError(f"levels: expected 0 to {maxval}, the maxval of the file, got up to {levels.max()}")
-    stretched: npt.NDArray[np.uint16] = np.rint(levels.reshape(shape) * 65535 / maxval).astype(np.uint16)
-    return stretched
+    stretched, found = np.empty(number, np.uint16), 0
+    for levels in _text_levels(file) if kind in (2, 3) else _binary_levels(file):
+        own = levels[: number - found]
+        if len(own) and not 0 <= own.min() <= own.max() <= maxval:
+            raise ValueError(f"levels: expected 0 to {maxval}, the maxval of the file, got up to {own.max()}")
+        stretched[found : found + len(own)] = np.rint(own * 65535 / maxval)
+        found += len(own)
+        if found == number:
+            return stretched.reshape(shape)
+    raise ValueError(f"image file is truncated ({number - found} levels are missing)")
+
+
+def _binary_levels(file: BinaryIO) -> Iterator[npt.NDArray[np.int64]]:
+    """Levels of two bytes, some at a time."""
+    while block := file.read(_BLOCK_BYTES):
+        yield np.frombuffer(block[: len(block) // 2 * 2], ">u2").astype(np.int64)
+
+
+def _text_levels(file: BinaryIO) -> Iterator[npt.NDArray[np.int64]]:
+    """Levels in text with comments, some at a time."""
+    rest = b""
+    while block := file.read(_BLOCK_BYTES):
+        rest = re.sub(rb"#[^\r\n]*[\r\n]", b" ", rest + block)
+        comment = rest.find(b"#")  # its end is not read yet
+        end = comment if comment >= 0 else max(map(rest.rfind, _SPACES)) + 1  # the last word may go on
+        yield np.array([int(word) for word in rest[:end].split()], np.int64)
+        rest = rest[end:]
+    yield np.array([int(word) for word in rest.partition(b"#")[0].split()], np.int64)
 
 
 def pillow_reads(image: Image.Image) -> bool:
@@ -105,10 +124,9 @@ def pillow_reads(image: Image.Image) -> bool:
     return formats == {_UNSIGNED} and (max(bits) <= 8 or bits == {16} or (bits == {12} and raw))
 
 
-def corrected(image: Image.Image) -> Image.Image:
-    """The grey levels of a TIFF that Pillow has decoded. Pillow neither stretches 12 bits nor inverts 16 bits of which
-    the lowest is white."""
-    tags = getattr(image, "tag_v2", {})
+def corrected(image: Image.Image, tags: Any) -> Image.Image:
+    """The grey levels of a TIFF with these tags that Pillow has decoded. Pillow neither stretches 12 bits nor inverts
+    16 bits of which the lowest is white."""
     packed, negative = tags.get(_BITS) == (12,), tags.get(_PHOTOMETRIC) == _MIN_IS_WHITE
     if not image.mode.startswith("I;16") or not (packed or negative):
         return image
@@ -203,6 +221,19 @@ def read_tiff_colours(file: BinaryIO) -> Array:
         levels = pixels[..., :4] if full == 255 else (pixels[..., :4] >> 8).astype(np.uint8)
         return np.asarray(Image.fromarray(np.ascontiguousarray(levels), "CMYK").convert("RGB"))
     return pixels[..., :colours]
+
+
+def tiff_bytes(file: BinaryIO) -> int:
+    """About the bytes of memory that :func:`read_tiff_colours` takes; 0 if it will refuse the file."""
+    try:
+        with open_tiff(file) as tiff:
+            page = tiff.pages[0]
+            is_plain = page.bitspersample in (8, 16) and _ASSOCIATED_ALPHA not in page.extrasamples
+            # Plain levels are copied twice. Others are computed in 8 bytes, with two intermediate results.
+            size: int = math.prod(page.shape) * (3 * page.bitspersample // 8 if is_plain else 28)
+            return size
+    except ImportError:
+        return 0
 
 
 def _refuse_missing_parts(page: Any, file: BinaryIO) -> None:

@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 from dinov2.curate import CurateConfig
 from dinov2.curate.clusters import ClusterConfig
+from dinov2.curate.collect import CollectConfig
 from dinov2.curate.dedup import DedupConfig
 from dinov2.curate.embed import EmbedConfig
+from dinov2.curate.materialize import MaterializeConfig
 from dinov2.curate.retrieve import RetrieveConfig
 
 
@@ -15,12 +17,15 @@ def laptop() -> CurateConfig:
     """Curate thousands to a million images on one machine, with built-in features.
 
     It removes near-copies, and images that resemble an evaluation image. With seeds, it retrieves images of the seeds'
-    clusters. For better features, set --embed_copies.model to SSCD's TorchScript file and --embed.model to any ViT.
+    clusters. Shards are small, so that all cores have work. For better features, set --embed_copies.model to SSCD's
+    TorchScript file and --embed.model to any ViT.
     """
     return CurateConfig(
+        collect=CollectConfig(shard_size=500),
         embed_copies=EmbedConfig(model="copies"),
         dedup=DedupConfig(threshold=0.8, guard_threshold=0.8, reference_threshold=0.6, reference_reach=0.8),
         embed=EmbedConfig(model="colour-texture"),
+        materialize=MaterializeConfig(shard_size=1_000),
     )
 
 

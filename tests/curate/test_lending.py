@@ -132,7 +132,9 @@ def test_shards_are_cut_where_few_change() -> None:
 
 def lent(tmp_path: Path, *names: str, inputs: str, settings: int = 0) -> Steps[Counts]:
     """A step whose results depend on a name that its task says."""
-    tasks = [Task(f"{n:05d}", jobs.square, (len(name),), partial(jobs.name_of, name)) for n, name in enumerate(names)]
+    tasks = [
+        Task(f"{n:05d}", jobs.square, (len(name),), content=partial(jobs.name_of, name)) for n, name in enumerate(names)
+    ]
     step = Step(str(tmp_path), "test-lent", settings, (inputs,), tasks)
     yield step
     return step.counts()

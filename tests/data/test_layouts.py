@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinov2.data import UnreadableImageError, decode_image
+from dinov2.data import UnreadableImageError, decode_image, layouts
 from dinov2.data.decoding import read_header
 
 HEIGHT, WIDTH = 24, 40
@@ -71,6 +71,13 @@ def test_netpbm(kind: int, maxval: int) -> None:
         check(content, stretched(image, maxval), 1)
     else:
         check(content, np.asarray(Image.fromarray(as_rgb(image, maxval)).convert("L"))[..., None], 1)
+
+
+@pytest.mark.parametrize("kind", [2, 3, 5, 6])
+def test_netpbm_is_read_in_blocks(kind: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = np.random.default_rng(0).integers(0, 1001, (HEIGHT, WIDTH, 3 if kind in (3, 6) else 1))
+    monkeypatch.setattr(layouts, "_BLOCK_BYTES", 6)
+    check(netpbm(kind, image, 1000), as_rgb(image, 1000), 3)
 
 
 @pytest.mark.parametrize("kind", [1, 4])

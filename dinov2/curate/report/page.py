@@ -13,7 +13,8 @@ from PIL import Image
 
 from dinov2.curate.faces import Box, blur_faces
 from dinov2.curate.pool import Pool, ShardBytes
-from dinov2.data.decoding import Pixels, UnreadableImageError, decode_image
+from dinov2.curate.views import in_reduced
+from dinov2.data.decoding import Pixels, UnreadableImageError, decode_reduced
 from dinov2.data.shards.storage import Storage
 from dinov2.extras import require
 
@@ -160,10 +161,11 @@ class Pictures:
         if shard not in self._files:
             self._files[shard] = self.pool.open_images(shard)
         try:
-            pixels = decode_image(self._files[shard][row], "")
+            image = decode_reduced(self._files[shard][row], "", 4 * SIDE)
         except UnreadableImageError:
             return EMPTY
-        return data_url(blur_faces(pixels, faces) if faces else pixels)
+        boxes = [in_reduced(box, image) for box in faces or []]
+        return data_url(blur_faces(image.pixels, boxes) if boxes else image.pixels)
 
     def at_position(self, position: int) -> str:
         """An image by its number in all shards."""
