@@ -88,9 +88,9 @@ def _ours(folder: Path, index: str) -> tuple[float, Kept]:
 
     pool = Pool(str(folder / "pool"), features=str(folder / "pool/features"))
     config = DedupConfig(search=SearchConfig(index=index), threshold=THRESHOLD, neighbours=NEIGHBOURS)
-    with tempfile.TemporaryDirectory(dir=folder) as output:
+    with tempfile.TemporaryDirectory(dir=folder) as output, ProcessPool() as engine:
         start = time.perf_counter()
-        result = run_steps(dedup(pool, {}, config, output), ProcessPool(), watcher=Times())
+        result = run_steps(dedup(pool, {}, config, output), engine, watcher=Times())
         seconds = time.perf_counter() - start
         return seconds, np.concatenate([result.kept(shard) for shard in result.shards()])
 

@@ -83,7 +83,8 @@ def _ours(folder: Path, method: str):  # type: ignore[no-untyped-def]  # types a
     config = RetrieveConfig(method=method, neighbours=NEIGHBOURS, clusters=clusters)  # type: ignore[arg-type]
     output = folder / f"out-{method}"
     started = time.monotonic()
-    after = run_steps(retrieve(pool, {"seeds": seeds}, config, str(output)), ProcessPool())
+    with ProcessPool() as engine:
+        after = run_steps(retrieve(pool, {"seeds": seeds}, config, str(output)), engine)
     return time.monotonic() - started, after.decisions[-1], pool
 
 

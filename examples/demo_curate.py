@@ -71,7 +71,8 @@ def main() -> None:
     with site(images, output / "web") as address, Progress(console) as progress:
         config = configuration(output, address)
         save_config(config)
-        curated = run_steps(curate(config), config.engine.open(), watcher=progress)
+        with config.engine.open() as engine:
+            curated = run_steps(curate(config), engine, watcher=progress)
     report = write_report(config)
     found = compare(images, progress.steps, curated.chosen)
 

@@ -7,15 +7,18 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import tyro
 from rich.console import Console
+from rich.filesize import decimal
 
+from dinov2.cli.checks import check_device, check_output
 from dinov2.cli.curation_progress import Progress, table
-from dinov2.cli.run_options import check_output, device_of, read_options
+from dinov2.cli.run_options import read_options
 from dinov2.configuration import read_json
 from dinov2.curate import STAGES, CurateConfig, Part, curate, only, run_steps
+from dinov2.curate.cleaning import leftovers, remove
 from dinov2.curate.early import check_early
 from dinov2.curate.materialize import NothingLeftError
 from dinov2.curate.pipeline import save_config
@@ -33,11 +36,13 @@ EXAMPLES = """examples:
   dinov2 curate run curated/config.json --shard 3/64            run one of 64 jobs that share the work
   dinov2 curate run curated/config.json --engine.kind ray       run on a cluster
   dinov2 curate report curated/config.json                      write the report of what is there
+  dinov2 curate clean curated/config.json                       list what earlier settings left; --yes removes it
   dinov2 curate run laptop --help                               show every setting with its value
 
 Finished work is not repeated: each result has a folder named after its settings, and a changed setting repeats only the
 steps that depend on it. The last line of the output names the set, for dinov2 pretrain --data.root."""
 
+Parsed = TypeVar("Parsed", "Arguments", "CleanArguments")
 SHARE = re.compile(r"(\d+)/(\d+)", re.ASCII)
 
 
@@ -50,30 +55,46 @@ class Arguments:
     """Make only every N-th shard of each step, from the I-th on (counted from 0), and wait for the others: I/N."""
 
 
+@dataclass(frozen=True)
+class CleanArguments:
+    """The options of ``dinov2 curate clean``."""
+
+    config: Annotated[CurateConfig, tyro.conf.arg(name=""), tyro.conf.FlagConversionOff]
+    keep: tuple[str, ...] = ()
+    """Also keep what the configurations in these files need."""
+    final_sets: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Remove the final sets of other configurations as well; see that nobody trains on them."""
+    yes: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Remove what is listed; otherwise the command removes nothing."""
+
+
 def run(arguments: Sequence[str]) -> None:
     """Curate, or print the help."""
     if len(arguments) < 2 or arguments[0] in ("-h", "--help") or arguments[1] in ("-h", "--help"):
         print(help_text())
         return
     what, name, *options = arguments
-    if what not in ("run", "report", *STAGES):
-        raise ValueError(f"expected run, report or a stage ({', '.join(STAGES)}), got {what!r}")
-    parsed = parse(what, name, options)
-    config, part, console = parsed.config, share(parsed.shard), Console()
+    if what not in ("run", "report", "clean", *STAGES):
+        raise ValueError(f"expected run, report or a stage ({', '.join(STAGES)}), or clean, got {what!r}")
+    console = Console()
+    if what == "clean":
+        clean(parse(CleanArguments, what, name, options), console)
+        return
+    parsed = parse(Arguments, what, name, options)
+    config, part = parsed.config, share(parsed.shard)
     if what == "report":
         report(console, config)
         return
     for stage in ("embed_copies", "embed"):
         device, is_elsewhere = getattr(config, stage).device, config.engine.kind == "ray"
-        device_of(device, field=f"{stage}.device", here=not is_elsewhere)
+        check_device(device, field=f"{stage}.device", here=not is_elsewhere)
     check_early(config, STAGES if what == "run" else (what,))
     if "://" not in config.output:
         check_output(Path(config.output))
     save_config(config)
-    engine = config.engine.open()
     nothing: NothingLeftError | None = None
     tries, patience = config.engine.tries, config.engine.patience
-    with Progress(console) as progress:
+    with config.engine.open() as engine, Progress(console) as progress:
         try:
             if what != "run":
                 stages = only(curate(config, check=()), what)
@@ -100,7 +121,28 @@ def report(console: Console, config: CurateConfig) -> None:
         say(console, f"{what}: {shown(f'{config.output}/{name}')}")
 
 
-def parse(what: str, name: str, options: Sequence[str]) -> Arguments:
+def clean(arguments: CleanArguments, console: Console) -> None:
+    """List, and perhaps remove, what no configuration needs."""
+    config = arguments.config
+    found = leftovers([config, *map(read_config, arguments.keep)])
+    going = found.folders | (found.final_sets if arguments.final_sets else {})
+    for path, size in (*going.items(), *found.files.items()):
+        say(console, f"{decimal(size):>10}  {shown(path)}")
+    for path in found.links:
+        say(console, f"{'kept':>10}  {shown(path)}, which is a link")
+    for path, size in () if arguments.final_sets else found.final_sets.items():
+        say(console, f"{'kept':>10}  {shown(path)}, a final set of {decimal(size)}: --final_sets removes it too")
+    total = f"{len(going)} folders and {len(found.files)} half-written files, {decimal(sum(going.values()))}"
+    if arguments.yes:
+        remove(config.output, (*going, *found.files))
+        say(console, f"removed {total}")
+    elif going or found.files:
+        say(console, f"{total}: --yes removes them")
+    else:
+        say(console, "there is nothing to remove")
+
+
+def parse(kind: type[Parsed], what: str, name: str, options: Sequence[str]) -> Parsed:
     """A curation by its name or by the ``config.json`` of an earlier one, changed by the options."""
     description = ""
     if name in CURATIONS or not name.endswith(".json"):
@@ -108,9 +150,7 @@ def parse(what: str, name: str, options: Sequence[str]) -> Arguments:
         description = inspect.getdoc(CURATIONS[name]) or ""
     else:
         config = read_config(name)
-    parsed: Arguments = read_options(
-        Arguments, options, Arguments(config=config), f"dinov2 curate {what} {name}", description
-    )
+    parsed: Parsed = read_options(kind, options, kind(config=config), f"dinov2 curate {what} {name}", description)
     return parsed
 
 
@@ -154,7 +194,7 @@ def help_text() -> str:
         f"  {name:<{width}}  {(inspect.getdoc(function) or '').splitlines()[0]}" for name, function in CURATIONS.items()
     )
     return (
-        "usage: dinov2 curate run|report|STAGE CURATION|CONFIG.json [--FIELD VALUE ...] [--shard I/N]\n\n"
+        "usage: dinov2 curate run|report|clean|STAGE CURATION|CONFIG.json [--FIELD VALUE ...] [--shard I/N]\n\n"
         "Make a set to pretrain on: find, download, screen, deduplicate and retrieve images.\n\n"
         f"stages, in order: {', '.join(STAGES)}\n\n"
         f"curations:\n{curations}\n\n"

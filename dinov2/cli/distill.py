@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dinov2.cli import UsageError
+from dinov2.cli.checks import check_weights
 from dinov2.cli.run_options import Arguments, parse_fields, saved_config, start, take_options
 from dinov2.models.config import ARCHITECTURES
 from dinov2.recipes import distillation
@@ -48,6 +49,7 @@ def parse(options: Sequence[str]) -> Arguments[DistillConfig]:
     output = own.output or Path("runs") / "-".join(own.student)
     config = saved_config(output, own.resume, DistillConfig)
     if config is None:
+        check_weights(own.teacher)
         config = distillation(own.teacher, own.student)
     elif list(config.students) != own.student:
         raise ValueError(f"cannot resume in {output}: the students in it are {', '.join(config.students)}")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from dinov2.cli.checks import check_images, check_weights, device_of
 from dinov2.cli.counting import at_least, counting_bar
 from dinov2.interrupts import uninterrupted
 
@@ -30,8 +31,9 @@ Read it back with numpy.load("features/features.npy")."""
 def run(arguments: Sequence[str]) -> None:
     """Embed, or print the help."""
     options = parser().parse_args(arguments or ["--help"])
-    with uninterrupted():  # after the help, which needs no PyTorch
-        from dinov2.cli.run_options import device_of
+    check_weights(options.model)
+    check_images(options.images)
+    with uninterrupted():  # after the help and the checks, which need no PyTorch
         from dinov2.data import AugmentationConfig, DataConfig, image_names, open_dataset
         from dinov2.data.files import shown
         from dinov2.evaluate import embed

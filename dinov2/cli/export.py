@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from dinov2.cli.checks import check_output, check_weights
 from dinov2.cli.counting import at_least
 from dinov2.interrupts import uninterrupted
 
@@ -23,11 +24,12 @@ Read it back with dinov2.models.load_pretrained("first"), whatever its format.""
 def run(arguments: Sequence[str]) -> None:
     """Export, or print the help."""
     options = parser().parse_args(arguments or ["--help"])
-    with uninterrupted():  # after the help, which needs no PyTorch
-        from dinov2.cli.run_options import check_output
+    check_output(options.output)
+    if options.step is None:  # which only a run has
+        check_weights(options.source)
+    with uninterrupted():  # after the help and the checks, which need no PyTorch
         from dinov2.train.networks import export
 
-    check_output(options.output)
     folder = export(
         options.source,
         options.output,

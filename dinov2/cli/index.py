@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 
 from dinov2.cli.counting import counting_bar
-from dinov2.interrupts import uninterrupted
 
 if TYPE_CHECKING:
     from dinov2.data import ShardReport
@@ -31,10 +30,9 @@ EXAMPLES = """examples:
 def run(arguments: Sequence[str]) -> None:
     """Index, or print the help."""
     options = parser().parse_args(arguments or ["--help"])
-    with uninterrupted():  # after the help, which needs no PyTorch
-        from dinov2.data import DamagedTarsError, index_shards
-        from dinov2.data.folders import is_of_tars
-        from dinov2.data.shards.storage import Storage
+    from dinov2.data import DamagedTarsError, index_shards
+    from dinov2.data.folders import is_of_tars
+    from dinov2.data.shards.storage import Storage
 
     console = Console()
     try:

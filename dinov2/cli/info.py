@@ -8,8 +8,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-import dinov2_kernels
 from dinov2.cli import UsageError
+from dinov2.interrupts import uninterrupted
 
 HELP = "usage: dinov2 info\n\nShow which kernels are built and which of them will run here."
 
@@ -21,6 +21,9 @@ def run(arguments: Sequence[str]) -> None:
         return
     if arguments:
         raise UsageError(f"expected no arguments, got {' '.join(arguments)}")
+    with uninterrupted():  # after the help, which needs no PyTorch
+        import dinov2_kernels
+
     facts = dinov2_kernels.info()
     operators = facts.pop("operators")
     console = Console()

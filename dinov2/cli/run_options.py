@@ -14,16 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, NamedTuple, TypeVar
 
-import torch
 import tyro
 
 from dinov2.cli import UsageError
+from dinov2.cli.checks import check_device, check_images, check_output, check_weights, device_of
 from dinov2.configuration import assembled, check
-from dinov2.evaluate import FolderProbe
-from dinov2.train import PretrainConfig, RunConfig, pretrain
-from dinov2.train.planning import plan, print_plan
-from dinov2.train.processes import number_in, resolve_device
-from dinov2.train.run_directory import is_run, read_config
+from dinov2.interrupts import uninterrupted
+from dinov2.train import PretrainConfig, RunConfig
+from dinov2.train.run_directory import check_run_directory, is_run, read_config
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -104,17 +102,40 @@ def read_options(kind: Any, options: Sequence[str], default: Any, prog: str, des
 def start(arguments: Arguments[Config]) -> None:
     """Run or resume the run that the command line describes."""
     config = arguments.config
-    device_of(config.device, here=not arguments.dry_run)
     if arguments.world_size is not None and arguments.world_size < 1:
         raise UsageError(f"world_size: expected at least 1, got {arguments.world_size}")
     if arguments.dry_run:
+        check_device(config.device, here=False)
         show_plan(config, arguments.world_size)
         return
     if arguments.world_size is not None:
         raise ValueError("--world_size goes with --dry_run; torchrun --nproc-per-node says how many processes train")
-    check_output(config.output)
+    check_places(arguments)
+    check_device(config.device)
+    with uninterrupted():
+        from dinov2.evaluate import FolderProbe
+        from dinov2.train import pretrain
+
     probe = FolderProbe(arguments.probe, config.data.augmentation) if arguments.probe else None
     pretrain(config, arguments.resume, probe=probe)
+
+
+def check_places(arguments: Arguments[Config]) -> None:
+    """Check that what a run reads is there, and that it may write what it writes, before PyTorch is imported.
+
+    Raises:
+        UsageError, OSError, ValueError: it is not, or it may not.
+    """
+    config = arguments.config
+    check_output(config.output)
+    if not arguments.resume and "WORLD_SIZE" not in os.environ:  # with it, another process may have begun to write
+        check_run_directory(config, resume=False)
+    check_images(config.data.root)
+    if config.initial_weights is not None and not (arguments.resume and is_run(config.output)):
+        check_weights(config.initial_weights)
+    if arguments.probe is not None:
+        for part in ("train", "test"):
+            check_images(arguments.probe / part)
 
 
 def show_plan(config: RunConfig, world_size: int | None) -> None:
@@ -126,34 +147,13 @@ def show_plan(config: RunConfig, world_size: int | None) -> None:
     """
     if not isinstance(config, PretrainConfig):
         raise ValueError(f"--dry_run plans the training of one student and its teacher, but this is a {config.kind}")
+    with uninterrupted():
+        from dinov2.train.planning import plan, print_plan
+        from dinov2.train.processes import number_in
+
     if number_in("RANK", 0) == 0:
         world_size = world_size or number_in("WORLD_SIZE", 1)
         print_plan(plan(config, world_size=world_size, device_type=device_of(config.device, here=False).type))
-
-
-def device_of(name: str, *, field: str = "device", here: bool = True) -> torch.device:
-    """:func:`~dinov2.train.processes.resolve_device` before any work, for all commands.
-
-    Raises:
-        UsageError: there is no such device; the message names the field by its dotted path.
-    """
-    try:
-        return resolve_device(name, here=here)
-    except ValueError as error:
-        raise UsageError(f"{field.removesuffix('device')}{error}") from None
-
-
-def check_output(folder: Path) -> None:
-    """Check before any work that a folder is one, or can be made and written.
-
-    Raises:
-        UsageError: it cannot.
-    """
-    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not place.is_dir():
-        raise UsageError(f"output: expected a folder, got {folder}, but {place} is a file")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UsageError(f"output: expected a folder that can be written, got {folder}, but {place} cannot")
 
 
 def choose_patch_head(config: Config, options: Sequence[str]) -> tuple[Config, list[str]]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from dinov2.configuration import Config, Count
 from dinov2.curate.overlaps import place_of
@@ -25,7 +26,8 @@ class CollectConfig(Config, at="collect"):
     """How the collect stage puts files into shards."""
 
     shard_size: Count = 10_000
-    """A shard holds this many files."""
+    """A shard holds this many files at most, and a quarter of it at least, so that few shards change when files come
+    or go later."""
     max_bytes: Count = 50_000_000
     """Files with more bytes than this are left out."""
 
@@ -74,12 +76,19 @@ def collect(images: str, config: CollectConfig, output: str) -> Steps[Pool]:
             f"images: expected a folder of images or of tar shards, got {images!r}, which has neither{left_out}"
         )
     warn_of_left_out(quoted(images), contents)
-    pieces = [paths[start : start + config.shard_size] for start in range(0, len(paths), config.shard_size)]
+    stamps = storage.stamps(paths)
     tasks = [
-        Task(f"{number:05d}", _write, (images, tuple(piece), config), len(piece)) for number, piece in enumerate(pieces)
+        Task(
+            f"{number:05d}",
+            _write,
+            (images, tuple(paths[start:stop]), config),
+            rows=stop - start,
+            content=partial(_content, stamps[start:stop]),
+        )
+        for number, (start, stop) in enumerate(cuts(paths, config.shard_size))
     ]
-    listing = digest([[f"{storage.root}/{path}", sizes[path]] for path in paths])
-    step = Step(output, "collect-images", [config, listing, known_formats()], (images,), tasks, "files", version=2)
+    listing = digest([[f"{storage.root}/{path}", stamp] for path, stamp in zip(paths, stamps, strict=True)])
+    step = Step(output, "collect-images", [config, known_formats()], (images, listing), tasks, "files", version=2)
     yield step
     return Pool(step.folder)
 
@@ -118,6 +127,32 @@ def _write(output: Output, images: str, paths: tuple[str, ...], config: CollectC
     write_skipped(output, skipped)
     dropped = Counter(entry.reason for entry in skipped)
     return Counts(len(paths), report.images, dict(sorted(dropped.items())))
+
+
+def _content(stamps: list[str], images: str, paths: tuple[str, ...], config: CollectConfig) -> str:
+    """A digest of the files of a shard, which changes with each of them."""
+    return digest([Storage(images).root, paths, stamps], 32)
+
+
+def cuts(paths: Sequence[str], size: int) -> Iterator[tuple[int, int]]:
+    """Where sorted paths are cut into shards of at most ``size`` files, (start, stop) each.
+
+    All but the last have at least a quarter of it. A shard ends, within these limits, before the path of the least
+    digest. So files that come or go in one place move the ends of the shards there, and of hardly any other.
+
+    Example:
+        >>> from dinov2.curate.collect import cuts
+        >>> list(cuts(["a", "b", "c", "d", "e"], 5)), list(cuts([], 5))
+        ([(0, 5)], [])
+    """
+    start = 0
+    while len(paths) - start > size:
+        places = range(start + (size + 3) // 4, start + size + 1)
+        stop = min(places, key=lambda place: key_of(paths[place]))
+        yield start, stop
+        start = stop
+    if start < len(paths):
+        yield start, len(paths)
 
 
 def key_of(name: str) -> str:

@@ -19,8 +19,7 @@ from dinov2.curate.steps import Counts, Output, Step, Steps, Task, digest
 from dinov2.curate.web import RefusedURLError, host_of, normal_url
 from dinov2.data.shards import ShardImage, write_shard
 from dinov2.data.shards.storage import Storage
-from dinov2_kernels._extras import require
-from dinov2_kernels._version import __version__
+from dinov2.extras import require
 
 UNDER_WAY = 4  # a task has this many times its concurrency of links in memory
 
@@ -80,6 +79,8 @@ class DownloadConfig(Config, at="download"):
     @property
     def user_agent(self) -> str:
         """The User-Agent header that servers get."""
+        from dinov2_kernels._version import __version__
+
         return f"{self.agent}/{__version__}" + (f" (+{self.contact})" if self.contact else "")
 
 

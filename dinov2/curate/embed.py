@@ -8,41 +8,36 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from dinov2.configuration import Config, Count, CountOr0, Rules
-from dinov2.curate.copies.features import describe_copies
+from dinov2.curate.copies.points import CONTRAST, POINTS, SIDE, Sketch
+from dinov2.curate.copies.sketches import Sketches, sketched
 from dinov2.curate.pieces import Piece, by_pieces
 from dinov2.curate.plugins import identity_of, is_function, load_function, open_onnx
-from dinov2.curate.pool import Pool, read_table, write_decisions
+from dinov2.curate.pool import Pool, write_decisions
 from dinov2.curate.search.vectors import layout_of, read_layout
-from dinov2.curate.steps import Counts, Output, Steps, Task
+from dinov2.curate.steps import Counts, Output, Steps
 from dinov2.curate.views import (
     BATCH_PIXELS,
     FUNCTION_SIDE,
-    SMALL_COLUMNS,
     SMALL_SIDE,
     VIEW_SIDE,
-    decode_view,
     originals,
-    small_from,
-    small_of,
+    small_images,
 )
-from dinov2.data import normalize
 from dinov2.data.cropping import resized
 from dinov2.data.decoding import Pixels, UnreadableImageError
 from dinov2.data.decoding_reduced import decode_reduced
 from dinov2.data.remarks import kept_remarks
 from dinov2.evaluate.handmade import colour_histogram, texture_histogram
-from dinov2.evaluate.probe import central_crop
-from dinov2.models import load_pretrained
-from dinov2.train.processes import resolve_device
-from dinov2_kernels._extras import require
+from dinov2.extras import require
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 UNREADABLE, FEATURELESS = "unreadable", "without features"
 Features = npt.NDArray[np.float32]
@@ -99,14 +94,13 @@ def embed(pool: Pool, config: EmbedConfig, output: str, at: str = "embed") -> St
     check_model_name(config, at)
     name = config.model
     settings = dataclasses.replace(config, device="auto", model=name if name in BUILT_IN else identity_of(name))
-    layout = yield from layout_of(pool, "embed", output)
-
-    def embedded(piece: Piece) -> Task:
-        return Task(piece.name, _embed, (pool, piece, config, settings.model, at), piece.rows)
-
-    seen = [settings, FUNCTION_SIDE, VIEW_SIDE, SMALL_SIDE]
-    inputs = (pool.images, *pool.decisions)
-    features = yield from by_pieces(output, "embed-features", seen, inputs, read_layout(layout), embedded, gpu=True)
+    places = read_layout((yield from layout_of(pool, "embed", output)))
+    seen: list[Any] = [settings, FUNCTION_SIDE, VIEW_SIDE, SMALL_SIDE]
+    if name == COPIES:
+        pool = yield from sketched(pool, output, "embed")
+        seen += [SIDE, POINTS, CONTRAST]
+    arguments = (config, settings.model, at)
+    features = yield from by_pieces(output, "embed-features", seen, pool, places, _embed, arguments, gpu=True)
     return dataclasses.replace(pool.after(features.folder), features=features.folder)
 
 
@@ -133,8 +127,12 @@ def _embed(output: Output, pool: Pool, piece: Piece, config: EmbedConfig, identi
     reasons: list[str | None] = [None] * piece.rows
     remarks: list[str | None] = [None] * piece.rows
     features: npt.NDArray[np.float16] | None = None
+    sketches = Sketches(pool) if config.model == COPIES else None
     for rows, images in _batches(pool, piece, kept[first == kept], reasons, remarks, model, config.batch_size):
-        found = unit(model(images))
+        if sketches is None:
+            found = unit(model(images))
+        else:
+            found = unit(copies(images, [sketches.of(piece.shard, piece.start + row) for row in rows]))
         if features is None:
             features = np.full((piece.rows, found.shape[1]), np.nan, np.float16)
         features[rows] = found
@@ -171,21 +169,16 @@ def _batches(
     remarks."""
     batch: list[int] = []
     images: list[Pixels] = []
-    files = pool.open_images(piece.shard)
-    small = model.is_small and pool.small is not None and piece.name != piece.shard
-    kept = read_table(pool.small, piece.name, SMALL_COLUMNS) if pool.small and small else None
+    read = model.reader(pool, piece)
     for row in rows.tolist():
         place = row - piece.start
-        image = small_from(kept.slice(place, 1).to_pylist()[0]) if kept else None
-        if image is None:
-            with kept_remarks() as said:
-                try:
-                    image = model.decode(files[row], f"{row} of {piece.shard}")
-                except UnreadableImageError as error:
-                    reasons[place], remarks[place] = UNREADABLE, error.words
-                    continue
-            remarks[place] = "; ".join(said) or None
-        images.append(image)
+        with kept_remarks() as said:
+            try:
+                images.append(read(row))
+            except UnreadableImageError as error:
+                reasons[place], remarks[place] = UNREADABLE, error.words
+                continue
+        remarks[place] = "; ".join(said) or None
         batch.append(place)
         if len(batch) == size or sum(image.size for image in images) >= 3 * BATCH_PIXELS:
             yield batch, images
@@ -220,15 +213,13 @@ class Opened:
         """The features of images."""
         return self.model(images)
 
-    def decode(self, content: bytes, name: str) -> Pixels:
-        """Decode an image for the model.
-
-        Raises:
-            UnreadableImageError: it cannot be decoded.
-        """
+    def reader(self, pool: Pool, piece: Piece) -> Callable[[int], Pixels]:
+        """A function that returns an image for the model by its row. It raises an UnreadableImageError if the image
+        cannot be decoded."""
         if self.is_small:
-            return small_of(decode_view(content, name).pixels)
-        return decode_reduced(content, name, self.side, self.least).pixels
+            return small_images(pool, piece.shard, piece.start, piece.name)
+        files = pool.open_images(piece.shard)
+        return lambda row: decode_reduced(files[row], f"{row} of {piece.shard}", self.side, self.least).pixels
 
 
 def open_model(config: EmbedConfig, at: str = "embed") -> Opened:
@@ -241,6 +232,11 @@ def open_model(config: EmbedConfig, at: str = "embed") -> Opened:
     """
     if config.model in BUILT_IN:
         return Opened(BUILT_IN[config.model], SMALL_SIDE, is_small=True)
+    import torch
+
+    from dinov2.models import load_pretrained
+    from dinov2.train.processes import resolve_device
+
     kind = Path(config.model).suffix
     if kind == ".onnx":
         run = open_onnx(config.model)
@@ -259,6 +255,13 @@ def open_model(config: EmbedConfig, at: str = "embed") -> Opened:
     return _seen(lambda views: network(views.to(device)).float().cpu(), config, size)
 
 
+def copies(images: list[Pixels], sketches: list[Sketch | None] | None = None) -> Features:
+    """Features that copies of an image share (:mod:`dinov2.curate.copies.features`): [b, 512]."""
+    from dinov2.curate.copies.features import describe_copies
+
+    return describe_copies(images, sketches)
+
+
 def colour_texture(images: list[Pixels]) -> Features:
     """Square roots of histograms of each image's colours and textures (Hellinger distance): [b, 86]."""
     rows = [
@@ -268,12 +271,15 @@ def colour_texture(images: list[Pixels]) -> Features:
     return features
 
 
-BUILT_IN: dict[str, Model] = {"copies": describe_copies, "colour-texture": colour_texture}
+COPIES = "copies"
+BUILT_IN: dict[str, Model] = {COPIES: copies, "colour-texture": colour_texture}
 
 
 def _seen(network: Callable[[Tensor], Tensor], config: EmbedConfig, size: int) -> Opened:
     """Make a model of images from a network that takes batches. Images are reduced to twice the size of its views, so
     that resizing them in two steps does not blur them."""
+    import torch
+
     size = config.size or size
     seen = math.ceil(size * 8 / 7) if config.view == "centre" else size
 
@@ -288,12 +294,19 @@ def _seen(network: Callable[[Tensor], Tensor], config: EmbedConfig, size: int) -
 
 def _view(image: Pixels, config: EmbedConfig, size: int) -> Tensor:
     """The part of an image that a network sees, float32 [3, size, size]."""
+    import torch
+
+    from dinov2.data import normalize
+    from dinov2.evaluate.probe import central_crop
+
     seen = central_crop(image, size) if config.view == "centre" else resized(image, size, size)
     return torch.from_numpy(normalize(seen, config.mean, config.std))
 
 
 def _is_torchscript(path: str) -> bool:
     """Whether a file is TorchScript: a zip archive with code in it. Files of weights have no code."""
+    import torch
+
     try:
         return any(
             name.startswith("code/") or "/code/" in name for name in torch._C.PyTorchFileReader(path).get_all_records()
@@ -303,6 +316,10 @@ def _is_torchscript(path: str) -> bool:
 
 
 def _open_torchscript(path: str, device_name: str) -> Callable[[Tensor], Tensor]:
+    import torch
+
+    from dinov2.train.processes import resolve_device
+
     device = resolve_device(device_name)
     network = torch.jit.load(path, map_location=device).eval()
     return lambda views: network(views.to(device)).float().cpu()

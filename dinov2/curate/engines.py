@@ -15,25 +15,36 @@ from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessP
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
+from types import TracebackType
 from typing import Any, Literal, NamedTuple, Protocol
-
-import torch
 
 from dinov2.configuration import AtLeast0, Config, Count, CountOr0, Rules
 from dinov2.curate.steps import Report, Task, run_task
+from dinov2.extras import require
 from dinov2.interrupts import uninterrupted
-from dinov2_kernels._extras import require
 
+PRELOADED = [
+    "dinov2.curate.components",
+    "dinov2.curate.copy_network",
+    "dinov2.curate.pipeline",
+    "dinov2.evaluate.probe",
+    "dinov2_kernels",
+    "cv2",
+    "faiss",
+    "pyarrow.parquet",
+]
+"""What tasks import is imported once for all processes of a machine."""
 REPORT_SECONDS = 0.2
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 class Call(NamedTuple):
-    """A task and the folder of its step."""
+    """A task, and the folder and kind of its step."""
 
     folder: str
     task: Task
     gpu: bool = False
+    kind: str = ""
 
 
 class Outcome(NamedTuple):
@@ -48,7 +59,22 @@ class LostTaskError(RuntimeError):
 
 
 class Engine(Protocol):
-    """Runs each call once and yields its outcome. Outcomes come in the order in which calls end."""
+    """Runs each call once and yields its outcome. Outcomes come in the order in which calls end.
+
+    An engine is a context manager: what it has started has ended when the context does.
+    """
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(at_once=kind is not None)
+
+    def close(self, *, at_once: bool = False) -> None:
+        """End what the engine has started: after the calls that run, or at once. It may start again."""
+        return
 
     def run(self, calls: Sequence[Call], at_once: int | None = None, report: Report | None = None) -> Iterator[Outcome]:
         """Run calls.
@@ -64,12 +90,15 @@ class Engine(Protocol):
 def execute(call: Call, report: Report | None = None) -> None:
     """Run a call on one thread, so that neither speed nor rounding depends on other calls."""
     with single_thread():
-        run_task(call.folder, call.task, report)
+        run_task(call.folder, call.task, call.kind, report)
 
 
 @contextmanager
 def single_thread() -> Iterator[None]:
     """Limit PyTorch, and Faiss if it is loaded, to one thread."""
+    with uninterrupted():
+        import torch
+
     faiss = sys.modules.get("faiss")
     threads, faiss_threads = torch.get_num_threads(), faiss.omp_get_max_threads() if faiss else None
     torch.set_num_threads(1)
@@ -83,7 +112,7 @@ def single_thread() -> Iterator[None]:
             faiss.omp_set_num_threads(faiss_threads)
 
 
-class Inline:
+class Inline(Engine):
     """The engine that runs calls in this process."""
 
     def run(self, calls: Sequence[Call], at_once: int | None = None, report: Report | None = None) -> Iterator[Outcome]:
@@ -97,8 +126,8 @@ class Inline:
                 yield Outcome(call, None)
 
 
-class ProcessPool:
-    """The default engine. Its processes are reused from step to step, until one of them is lost.
+class ProcessPool(Engine):
+    """The default engine. Its processes are reused from step to step, until one of them is lost or it is closed.
 
     Args:
         workers: number of processes; 0 starts one for each core that this process may use.
@@ -149,12 +178,27 @@ class ProcessPool:
                         raise error
                     yield Outcome(call, error)
         finally:
-            if under_way:  # stopped from outside
+            if under_way or self._executor is None:  # stopped from outside, or a process was lost
                 self._executor = None
-                for process in list((executor._processes or {}).values()):
-                    process.terminate()
-            if self._executor is None:
-                executor.shutdown(wait=not under_way, cancel_futures=True)
+                _end(executor, at_once=bool(under_way))
+
+    def close(self, *, at_once: bool = False) -> None:
+        """End the processes."""
+        executor, self._executor = self._executor, None
+        if executor is not None:
+            _end(executor, at_once)
+
+
+def _end(executor: ProcessPoolExecutor, at_once: bool) -> None:
+    """End the processes of an executor, and then the thread that manages them.
+
+    Python wakes this thread when it exits. It fails with a traceback if the thread is just closing what wakes it, so
+    nobody may exit before the thread has ended.
+    """
+    if at_once:
+        for process in list((executor._processes or {}).values()):
+            process.terminate()
+    executor.shutdown(wait=True, cancel_futures=True)
 
 
 _rows: Any = None  # in a process of a pool: where its calls count their rows
@@ -187,7 +231,7 @@ def _end_with_parent() -> None:
 def _context() -> multiprocessing.context.BaseContext:
     """Processes fork from a server that has loaded the libraries of tasks, each told to use one thread."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dinov2.curate", "cv2", "faiss", "pyarrow.parquet"])
+    context.set_forkserver_preload(PRELOADED)
     before = {name: os.environ.get(name) for name in THREADS}
     os.environ.update(dict.fromkeys(THREADS, "1"))
     resource_tracker.ensure_running()  # it unblocks signals when it starts
@@ -202,7 +246,7 @@ def _context() -> multiprocessing.context.BaseContext:
     return context
 
 
-class RayCluster:
+class RayCluster(Engine):
     """Runs tasks on a Ray cluster. A task takes one core, and one GPU if it wants one and the cluster has any.
 
     Only paths and settings are sent through Ray. Tasks read and write the storage themselves, so all machines must see

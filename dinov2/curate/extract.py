@@ -23,7 +23,7 @@ from dinov2.curate.web import RefusedURLError, is_blocked, normal_url, opts_out,
 from dinov2.data.files import escaped
 from dinov2.data.outputs import of_outputs
 from dinov2.data.shards.storage import Storage
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 COLUMNS = ("url", "page", "alt", "attribute")
 BLOCKED, OPTED_OUT, REPEATED = "blocked domain", "page opted out", "repeated link"
@@ -90,7 +90,9 @@ def extract(pages: str, config: ExtractConfig, output: str) -> Steps[str]:
     pieces += [(path,) for path in sizes if kind_of(path) != HTML]
     tasks = [Task(f"{number:05d}", _extract, (pages, piece, config)) for number, piece in enumerate(pieces)]
     lists = [sorted(read_domains(path)) for path in (config.blocked_domains, config.allowed_domains)]
-    settings = [config, digest(lists), digest([[escaped(path), size] for path, size in sizes.items()])]
+    stamps = storage.stamps(list(sizes))
+    listing = [[escaped(path), stamp] for path, stamp in zip(sizes, stamps, strict=True)]
+    settings = [config, digest(lists), digest(listing)]
     links = Step(output, "extract-links", settings, (pages,), tasks, "links", version=2)
     yield links
     buckets = max(1, links.counts().rows_out // PER_BUCKET)

@@ -20,7 +20,7 @@ from dinov2.curate.plugins import load_function
 from dinov2.curate.published import CENTERFACE, open_centerface
 from dinov2.data.decoding import Pixels, read_header
 from dinov2.data.decoding_reduced import decode_picture
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 DETECTION_SIDE = 320  # pixels of the longer side that the bundled detector looks at
 SMALLEST_FACE = 24  # side of the smallest face, in pixels of the reduced image

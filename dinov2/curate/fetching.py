@@ -27,7 +27,7 @@ from dinov2.curate.web import (
 )
 from dinov2.data.decoding import UnreadableImageError, read_header
 from dinov2.data.remarks import LENGTH, plain
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 if TYPE_CHECKING:
     from dinov2.curate.download import DownloadConfig

@@ -11,10 +11,9 @@ import itertools
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from dinov2.data.decoding import Pixels
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 SIDE = 32
 BITS = 64
@@ -48,6 +47,8 @@ def fit_directions(units: Floats) -> Floats:
     A prior is added to the sample's covariance: near pixels of any photograph are similar. Without it, the directions
     of a small sample would be noise, and so would be the bits.
     """
+    import torch
+
     x = torch.from_numpy(units if len(units) else np.zeros((1, SIDE * SIDE), np.float32)).double()
     mean = x.mean(dim=0)
     place = torch.cartesian_prod(torch.arange(SIDE), torch.arange(SIDE)).double()  # [1024, 2]
@@ -62,6 +63,8 @@ def fit_directions(units: Floats) -> Floats:
 
 def pca_hashes(units: Floats, fitted: Floats) -> npt.NDArray[np.uint64]:
     """64 bits of each standardized thumbnail [N, 1024], as unsigned integers [N]."""
+    import torch
+
     centred = torch.from_numpy(units).double() - torch.from_numpy(fitted[0]).double()
     bits = (centred @ torch.from_numpy(fitted[1:]).double().T > 0).numpy()  # [N, 64]
     hashes: npt.NDArray[np.uint64] = np.packbits(bits, axis=1, bitorder="little").view(np.uint64)[:, 0]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, urljoin, urlsplit
 
 from dinov2.curate.charsets import WIDER, decode
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 LATE_SETS = ("data-srcset", "data-lazy-srcset", "data-src-set", "data-original-set", "lazy-srcset")
 LATE_SOURCES = (

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from dinov2_kernels._extras import require
+from dinov2.extras import require
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Floats = npt.NDArray[np.float32]
 
@@ -31,6 +33,8 @@ class Nearest(NamedTuple):
 
 def nearest_centroids(vectors: npt.NDArray[np.floating], centroids: Floats) -> Nearest:
     """The nearest of centroids [K, D] for each of vectors [N, D], in blocks of bounded memory."""
+    import torch
+
     C = torch.from_numpy(centroids)
     squares = (C * C).sum(dim=1)  # [K]
     clusters = np.empty(len(vectors), np.int64)
@@ -46,6 +50,8 @@ def nearest_centroids(vectors: npt.NDArray[np.floating], centroids: Floats) -> N
 
 def sums_of(vectors: npt.NDArray[np.floating], nearest: Nearest, k: int) -> npt.NDArray[np.float64]:
     """For each cluster the sum of its vectors, their number and the sum of their squared distances: [k, D + 2]."""
+    import torch
+
     result = np.zeros((k, vectors.shape[1] + 2))
     torch.from_numpy(result[:, :-2]).index_add_(
         0, torch.from_numpy(nearest.cluster), torch.from_numpy(np.array(vectors, np.float64))
@@ -96,11 +102,13 @@ def spread_start(vectors: Floats, k: int, seed: int) -> Floats:
     Candidates for each centroid are drawn from the vectors, with a probability proportional to their squared distance
     from the centroids so far. The candidate that reduces the distances most is taken.
     """
+    import torch
+
     rng = np.random.default_rng(seed)
     X = torch.from_numpy(vectors)
     squares = (X * X).sum(dim=1)
 
-    def distances(rows: list[int]) -> torch.Tensor:
+    def distances(rows: list[int]) -> Tensor:
         cross = torch.addmm(squares[:, None], X, X[rows].T, alpha=-2)  # [N, candidates]
         return (cross + squares[rows]).clamp_min(0).T.contiguous()
 

@@ -20,7 +20,7 @@ from dinov2.data.remarks import plain
 from dinov2.data.shards import ShardImage, write_shard
 from dinov2.data.shards.storage import RangeReader, Storage
 from dinov2.data.shards.writing import COLUMNS
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 OUT = "cannot be read"
 LOST = ".lost"
@@ -210,7 +210,7 @@ def _places(name: str, pool: Pool, folder: str, positions: npt.NDArray[np.int64]
         columns = {column: index[column].to_pylist() for column in index.column_names if column not in computed}
         for decisions in pool.decisions:
             table = read_table(decisions, shard).take(rows[here])
-            for column in {*COLUMNS_OF_STAGES, "faces"} & {*table.column_names}:
+            for column in (name for name in (*COLUMNS_OF_STAGES, "faces") if name in table.column_names):
                 columns[column] = table[column].to_pylist()
         columns["source"] = [f"{name}/{shard}" if name else shard] * int(here.sum())
         offsets, sizes = index["offset"].to_pylist(), index["size"].to_pylist()

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dinov2.curate.pool import column_names, read_array, read_table
+from dinov2.curate.pool import Pool, column_names, read_array, read_table
 from dinov2.curate.search.vectors import Layout
-from dinov2.curate.steps import Counts, Output, Step, Steps, Task, read_counts
+from dinov2.curate.steps import Counts, Output, Step, Steps, Task, digest, read_counts
 from dinov2.curate.views import SMALL_COLUMNS
 from dinov2.data.shards.storage import Storage
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 ROWS = 64
 """Rows of a piece."""
@@ -60,40 +61,63 @@ def pieces_of(layout: Layout) -> dict[str, list[Piece]]:
     lengths = np.diff(layout.starts).tolist()
     if len(lengths) >= MANY:
         return {shard: [Piece(shard, 0, rows, shard)] for shard, rows in zip(layout.names, lengths, strict=True)}
-    return {
-        shard: [
-            Piece(shard, start, min(start + ROWS, rows), f"{shard}.{start:08d}")
-            for start in range(0, max(rows, 1), ROWS)
-        ]
-        for shard, rows in zip(layout.names, lengths, strict=True)
-    }
+    return {shard: cut(shard, rows) for shard, rows in zip(layout.names, lengths, strict=True)}
+
+
+def cut(shard: str, rows: int) -> list[Piece]:
+    """The pieces of a shard; one without rows has one piece."""
+    starts = range(0, max(rows, 1), ROWS)
+    return [Piece(shard, start, min(start + ROWS, rows), name_of(shard, start)) for start in starts]
+
+
+def name_of(shard: str, start: int) -> str:
+    """The name of the files of the piece that begins at a row."""
+    return f"{shard}.{start:08d}"
+
+
+def content_of(pool: Pool, piece: Piece, *_: Any) -> str | None:
+    """A digest of the images of a piece, and of which are in; None if the index does not tell the images' bytes."""
+    index = pool.index(piece.shard, ["key", "sha256"]).slice(piece.start, piece.rows).to_pydict()
+    if None in index["sha256"]:
+        return None
+    return digest([index["key"], index["sha256"], pool.kept(piece.shard)[piece.start : piece.stop].tolist()], 32)
 
 
 def by_pieces(
     output: str,
     name: str,
     settings: Any,
-    inputs: tuple[str, ...],
+    pool: Pool,
     layout: Layout,
-    make: Callable[[Piece], Task],
+    function: Callable[..., Counts],
+    arguments: tuple[Any, ...] = (),
     *,
     gpu: bool = False,
     note: str = "",
 ) -> Steps[Results]:
-    """Make columns beside shards by a step ``name``, in pieces where there are few shards.
+    """Make columns beside the shards of a pool by a step ``name``, in pieces where there are few shards.
+
+    When the pool changes later, pieces and shards with the same images are taken from the earlier folder.
 
     Args:
         output: folder or URL of the whole curation.
         name: name of the step with the results of whole shards; the pieces are a step of their own before it.
-        settings: everything that the results depend on.
-        inputs: folders that are read.
+        settings: everything that the results depend on, except the images.
+        pool: images that are read.
         layout: rows of the shards.
-        make: makes the task of a piece, which writes a table, an array or both.
+        function: makes a piece: a table, an array or both. A function as :class:`Task` wants it, called with an
+            :class:`Output`, ``pool``, a :class:`Piece` and ``arguments``. What it writes depends on the images of the
+            piece that are in, and on ``settings``.
+        arguments: its other arguments.
         gpu: whether the tasks want a GPU.
         note: a line for people about the step.
     """
+    inputs = (pool.images, *pool.decisions)
     pieces = pieces_of(layout)
-    tasks = [make(piece) for piece in itertools.chain.from_iterable(pieces.values())]
+    tasks = [
+        Task(piece.name, function, (pool, piece, *arguments), piece.rows, content_of)
+        for piece in itertools.chain.from_iterable(pieces.values())
+    ]
     if len(pieces) >= MANY:
         step = Step(output, name, settings, inputs, tasks, gpu=gpu, note=note)
         yield step
@@ -101,10 +125,17 @@ def by_pieces(
     first = Step(output, f"{name.partition('-')[0]}-pieces", [settings, ROWS], inputs, tasks, "rows", gpu)
     yield first
     joins = [
-        Task(shard, _join, (first.folder, tuple(piece.name for piece in own)), own[-1].stop)
+        Task(
+            shard,
+            _join,
+            (first.folder, tuple(piece.name for piece in own)),
+            rows=own[-1].stop,
+            content=partial(content_of, pool, Piece(shard, 0, own[-1].stop, shard)),
+        )
         for shard, own in pieces.items()
     ]
-    step = Step(output, name, None, (first.folder,), joins, note=note)
+    # Shards are lent, so settings tell the pieces' kind.
+    step = Step(output, name, first.kind, (first.folder,), joins, note=note)
     yield step
     return Results(step.folder, first.folder)
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dinov2.data.files import list_files
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 
 def is_function(name: str) -> bool:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from dinov2.curate.steps import Counts, Output, digest
 from dinov2.data.shards.storage import RangeReader, Storage
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 SKIPPED = ".skipped"
 """End of the name of a table of files that are in no shard."""
@@ -34,12 +34,14 @@ class Pool:
         features: folder of arrays [n, D], float16 of unit length; None before the pool is embedded. Rows that were out
             at that time, or could not be embedded, are NaN.
         small: folder of the pieces of screening, with small images of large files; None before the pool is screened.
+        sketches: folder of the sketches of images, by which two of them are compared; None before they are made.
     """
 
     images: str
     decisions: tuple[str, ...] = ()
     features: str | None = None
     small: str | None = None
+    sketches: str | None = None
 
     def after(self, decisions: str) -> Pool:
         """This pool without the rows that a step decided to drop."""

@@ -21,7 +21,7 @@ from PIL import Image
 
 from dinov2.curate.plugins import open_onnx
 from dinov2.data.decoding import Pixels
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 Floats = npt.NDArray[np.float32]
 

@@ -16,7 +16,7 @@ from dinov2.curate.pool import Pool, read_array, read_table, write_decisions
 from dinov2.curate.search import Neighbours, SearchConfig, search
 from dinov2.curate.search.vectors import PoolVectors, layout_of, read_layout
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task, check_names, read_counts
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 OWN_NUMBER = re.compile(r".+=0*[1-9][0-9]*", re.ASCII)
 NOT_CHOSEN = "not retrieved"

@@ -108,7 +108,7 @@ def _run_step(step: Step, engine: Engine, tries: int, part: Part, patience: floa
     report(0)
     begun = time.monotonic()
     own = [task for task in step.tasks[part.number :: part.count] if task.shard not in done]
-    calls = [Call(step.folder, task, step.gpu) for task in own]
+    calls = [Call(step.folder, task, step.gpu, step.kind) for task in own]
     failures: dict[str, Exception] = {}
     for attempt in range(tries):
         failures = {}

@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 
 from dinov2.configuration import AtLeast1, Config, Count, Rules, Share
-from dinov2.curate.components import Components
 from dinov2.curate.faces import Box, open_detector
 from dinov2.curate.hashing import BITS, SIDE, fit_directions, near_pairs, pca_hashes, standardized, thumbnail
 from dinov2.curate.pieces import Piece, by_pieces
@@ -34,7 +33,7 @@ from dinov2.data.cropping import resized
 from dinov2.data.decoding import Pixels, UnreadableImageError
 from dinov2.data.decoding_reduced import Reduced
 from dinov2.data.remarks import kept_remarks
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 BATCH = 16
 QUALITY_SIDE = 256  # pixels of the longer side at which sharpness is measured
@@ -110,11 +109,7 @@ def screen(pool: Pool, config: ScreenConfig, output: str) -> Steps[Pool]:
     places = read_layout(layout)
     plugged_in = [name if name in KNOWN else identity_of(name) for name in (config.faces, config.nsfw)]
     seen = [*plugged_in, VIEW_SIDE, SMALL_SIDE]
-
-    def measured(piece: Piece) -> Task:
-        return Task(piece.name, measure, (pool, piece, config), piece.rows)
-
-    measures = yield from by_pieces(output, "screen-measures", seen, inputs, places, measured, note=note)
+    measures = yield from by_pieces(output, "screen-measures", seen, pool, places, measure, (config,), note=note)
     task = Task("all", _fit, (pool.shards(), measures.folder, config))
     settings = [config.hash_sample, config.seed, pool.fingerprint()]
     fit = Step(output, "screen-fit", settings, (measures.folder,), [task])
@@ -133,7 +128,9 @@ def screen(pool: Pool, config: ScreenConfig, output: str) -> Steps[Pool]:
     ]
     decisions = Step(output, "screen-decisions", thresholds, (*folders, repeats.folder), tasks)
     yield decisions
-    return dataclasses.replace(pool.after(decisions.folder), small=measures.pieces)
+    return dataclasses.replace(
+        pool.after(decisions.folder), small=None if measures.pieces == measures.folder else measures.pieces
+    )
 
 
 def with_models(config: ScreenConfig) -> ScreenConfig:
@@ -377,6 +374,8 @@ def repeats_of(
 ) -> Repeats:
     """Find repeats among the fit rows of [N]: first by digests of files, if not empty, then by hashes of rows that have
     one."""
+    from dinov2.curate.components import Components
+
     of = np.arange(len(fit))
     rows = np.flatnonzero(fit & (digests != b""))
     _, first, inverse = np.unique(digests[rows], return_index=True, return_inverse=True)

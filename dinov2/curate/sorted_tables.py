@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from dinov2.curate.steps import Output
 from dinov2.data.shards.storage import Storage
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 KEY = "key"
 ROWS = 4096  # rows of a row group, which is read as a whole

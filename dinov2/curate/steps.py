@@ -29,9 +29,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dinov2.configuration import to_json
+from dinov2.curate.lending import Lending
 from dinov2.data.remarks import kept_remarks
 from dinov2.data.shards.storage import Storage
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 COUNTS = ".json"
 """Suffix of the file that a task writes last."""
@@ -82,12 +83,16 @@ class Task:
             import it. It depends only on its arguments and the files that they name, and runs on one thread.
         arguments: small and picklable values: paths and settings, never images or vectors.
         rows: number of the rows that the task works on, for the progress bar; 0 if it is not known beforehand.
+        content: called with ``arguments``; gives a digest of the rows that the result depends on, or None if they
+            cannot be told. With it, a result is lent to other folders of the step (:mod:`dinov2.curate.lending`). Such
+            a result depends on nothing but these rows and the step's settings, and does not name its shard.
     """
 
     shard: str
     function: Callable[..., Counts]
     arguments: tuple[Any, ...] = ()
     rows: int = 0
+    content: Callable[..., str | None] | None = None
 
     @property
     def weight(self) -> int:
@@ -103,7 +108,8 @@ class Step:
         output: folder or URL of the whole curation.
         name: name of the stage and of the step in it, joined by a hyphen.
         settings: a dataclass or JSON value with everything that results depend on, except the rows of their own shard.
-        inputs: folders that are read. If a result depends on all their shards, ``settings`` names the shards.
+        inputs: folders that are read, and digests of what else is. If a result depends on all their shards,
+            ``settings`` names the shards.
         tasks: one task for each shard.
         unit: what a row is, in the plural.
         gpu: whether a task wants a GPU if there is one.
@@ -124,9 +130,17 @@ class Step:
     @property
     def folder(self) -> str:
         """Folder of the results, ``OUTPUT/NAME-DIGEST``. The digest takes inputs within the output by their name."""
-        inputs = [folder.removeprefix(f"{self.output}/") for folder in self.inputs]
+        return f"{self.output}/{self._named(self.inputs)}"
+
+    @property
+    def kind(self) -> str:
+        """What the folders of this step have in common, whatever they read: its name and a digest of its settings."""
+        return self._named(())
+
+    def _named(self, inputs: Iterable[str]) -> str:
+        inputs = [folder.removeprefix(f"{self.output}/") for folder in inputs]
         version = [self.version] if self.version > 1 else []
-        return f"{self.output}/{self.name}-{digest([to_json(self.settings), inputs, *version])}"
+        return f"{self.name}-{digest([to_json(self.settings), inputs, *version])}"
 
     @property
     def stage(self) -> str:
@@ -220,15 +234,22 @@ class Output:
                     self._storage.filesystem.rm(path)
 
 
-def run_task(folder: str, task: Task, report: Report | None = None) -> None:
-    """Make one shard, and report the rows that are done. Every engine calls this function.
+def run_task(folder: str, task: Task, kind: str = "", report: Report | None = None) -> None:
+    """Make one shard, and report the rows that are done, or take the shard from another folder of the same kind of
+    step. Every engine calls this function.
 
     Remarks on images are not shown: the stages that judge images keep them in their tables.
     """
     output = Output(folder, task.shard, report)
     output.clear()
+    content = task.content(*task.arguments) if task.content and kind else None
+    lending = Lending(folder, task.shard, COUNTS, f"{ABOUT}/{kind}-{content}.json") if content else None
+    if lending and lending.borrow():
+        return
     with warnings.catch_warnings(), kept_remarks():  # what earlier tasks of this process heard is heard again
         counts = task.function(output, *task.arguments)
+    if lending:
+        lending.write()
     output.finish(counts)
 
 
@@ -239,10 +260,10 @@ def check_names(argument: str, names: Iterable[str]) -> None:
             raise ValueError(f"{argument}: expected names of letters, digits, '_' and '-', got {name!r}")
 
 
-def digest(value: Any) -> str:
-    """Ten hexadecimal digits that identify a JSON value."""
+def digest(value: Any, digits: int = 10) -> str:
+    """Hexadecimal digits that identify a JSON value."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:10]
+    return hashlib.sha256(text.encode()).hexdigest()[:digits]
 
 
 def _sums(first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from dinov2.curate.faces import Box
-from dinov2.curate.pool import Pool
+from dinov2.curate.pool import Pool, read_table
 from dinov2.data.decoding import Pixels
 from dinov2.data.decoding_reduced import Reduced, decode_reduced
 from dinov2.data.reducing import reduced, target_size
@@ -56,6 +57,19 @@ def small_from(row: dict[str, Any]) -> Pixels | None:
     if row["small"] is None:
         return None
     return np.frombuffer(row["small"], np.uint8).reshape(row["small_height"], row["small_width"], 3)
+
+
+def small_images(pool: Pool, shard: str, start: int, name: str) -> Callable[[int], Pixels]:
+    """A function that returns the small image of a row of a piece, which begins at row ``start``: as screening kept it,
+    or else decoded. It raises an UnreadableImageError if it cannot be decoded."""
+    files = pool.open_images(shard)
+    table = None if pool.small is None else read_table(pool.small, name, SMALL_COLUMNS)
+
+    def read(row: int) -> Pixels:
+        kept = None if table is None else small_from(table.slice(row - start, 1).to_pylist()[0])
+        return small_of(decode_view(files[row], f"{row} of {shard}").pixels) if kept is None else kept
+
+    return read
 
 
 def originals(pool: Pool, shard: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

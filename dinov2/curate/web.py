@@ -13,7 +13,7 @@ from urllib.parse import SplitResult, quote, urljoin, urlsplit, urlunsplit
 
 from dinov2.curate.charsets import MARKS
 from dinov2.data.shards.storage import Storage
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 MAX_URL = 2048  # characters, a limit of common browsers and servers
 MAX_HOST = 253

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from dinov2.data import multichannel
-from dinov2.data.augmentation import AugmentationConfig, Crop
+from dinov2.data.augmentation import Crop
+from dinov2.data.config import AugmentationConfig
 from dinov2_kernels import PhotometricPlan, photometric
 from dinov2_kernels._library import triton_is_installed
 from dinov2_kernels.photometric import ImagePlan

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
-from torch.nn import functional
 
 from dinov2.data.decoding import LEVELS, Pixels
 
@@ -60,10 +58,12 @@ def resized(image: Pixels, height: int, width: int) -> Pixels:
     time on processors with AVX2. The two round differently; nearly all values that differ do so by one level. Other
     dtypes are computed in float32; 16-bit levels are rounded and clipped to their range, as the kernel does for uint8.
     """
+    import torch
+
     arithmetic = np.uint8 if image.dtype == np.uint8 else np.float32
     source = np.array(image, dtype=arithmetic)  # copied, because PyTorch needs a contiguous, writable array
     channels_last = torch.from_numpy(source)[None].permute(0, 3, 1, 2)  # [1, C, H, W]
-    interpolated = functional.interpolate(channels_last, (height, width), mode="bicubic", antialias=True)
+    interpolated = torch.nn.functional.interpolate(channels_last, (height, width), mode="bicubic", antialias=True)
     result: Pixels = interpolated[0].permute(1, 2, 0).numpy()  # not a copy: the result is channels-last, too
     if image.dtype == np.uint16:
         return np.clip(np.rint(result), 0, LEVELS[image.dtype]).astype(np.uint16)

@@ -17,7 +17,7 @@ from dinov2.data.files import quoted, reason_of_place
 from dinov2.data.formats import BEGINNING, ending, image_extensions, is_other, label_of, may_be_image
 from dinov2.data.outputs import final_set, of_outputs
 from dinov2.data.shards.storage import Storage, is_local
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 CLOSED = "that cannot be opened"
 _AT_ONCE = 1000  # beginnings of remote files that are asked for together

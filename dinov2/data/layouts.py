@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 Array = npt.NDArray[Any]
 

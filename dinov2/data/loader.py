@@ -11,18 +11,17 @@ import warnings
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dinov2.configuration import Config, CountOr0
-from dinov2.data.augmentation import AugmentationConfig, MultiCropAugmentation
+from dinov2.data.augmentation import MultiCropAugmentation
 from dinov2.data.batch import Batch, MultichannelBuffer, RawBatch, RGBBuffer, finish
+from dinov2.data.config import DataConfig
 from dinov2.data.decoding import Pixels, UnreadableImageError
-from dinov2.data.masking import MaskConfig, batch_masks
+from dinov2.data.masking import batch_masks
 from dinov2.data.randomness import Stream, derived_generator, random_order
 from dinov2.data.workers import next_of_workers, start_worker
 
@@ -47,21 +46,6 @@ class ImageDataset(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Pixels: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig(Config, at="data"):
-    """These fields describe the images, their augmentation and their masks."""
-
-    root: str | Path | None = None
-    """Images come from this folder, nested in any way, or from this folder or URL of tar shards, of a curation, or of a
-    saved Hugging Face dataset. None takes the bundled photographs."""
-    num_workers: CountOr0 = 2
-    """This many processes prepare batches; 0 prepares them in the training process. Results do not depend on it."""
-    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
-    """Random views are drawn like this."""
-    masks: MaskConfig = field(default_factory=MaskConfig)
-    """Patches that the student must predict are masked like this."""
 
 
 def batches(

@@ -7,42 +7,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from dinov2.configuration import Config, Count, Positive, Range, Rules, Share, ShareRange
 from dinov2.data import masking_reference
+from dinov2.data.config import MaskConfig
 from dinov2.data.randomness import Stream, derived_generator
 
 try:
     from dinov2_kernels._host import sample_block_masks as _sample
 except ImportError:  # installed without a compiler
     _sample = masking_reference.sample_block_masks
-
-
-@dataclass(frozen=True, kw_only=True)
-class MaskConfig(Config, at="data.masks"):
-    """These fields decide how many global crops are masked, and how much of each."""
-
-    probability: Share = 0.5
-    """This share of the global crops of a batch is masked at all."""
-    ratio: ShareRange = (0.1, 0.5)
-    """A masked crop has a share of its patches masked between these; the crops of a batch spread evenly over them."""
-    min_patches: Count = 4
-    """A block covers at least this many patches, before it is clipped to what is left to mask."""
-    max_block_share: Positive = 0.5
-    """A block covers at most this share of the grid."""
-    aspect: Range = (0.3, 1 / 0.3)
-    """A block has a ratio of height to width between these, drawn log-uniformly."""
-    same_total: bool = False
-    """Every batch masks equally many patches, so that no shape of a training step changes. Each masked crop then takes
-    the middle of its share of ratio; where blocks do not reach it, single patches do."""
-
-    def rules(self) -> Rules:
-        """A block is no larger than the grid."""
-        yield "max_block_share", self.max_block_share <= 1, "a number in (0, 1]"
 
 
 def sample_block_masks(

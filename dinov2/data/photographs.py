@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 # Name here -> function of skimage.data. These files are part of the wheel; skimage.data downloads all others.
 _SCIKIT_IMAGE = {

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from dinov2.data.config import DataConfig
 from dinov2.data.decoding import Pixels, UnreadableImageError, decode_image, read_image
 from dinov2.data.files import escaped, quoted
 from dinov2.data.folders import images_among, is_of_tars, located, warn_of_left_out
 from dinov2.data.formats import image_extensions
-from dinov2.data.loader import DataConfig, ImageDataset
 from dinov2.data.photographs import BundledPhotographs
 from dinov2.data.shards import TarShards
 from dinov2.data.shards.storage import Storage
-from dinov2_kernels._extras import require
+from dinov2.extras import require
+
+if TYPE_CHECKING:
+    from dinov2.data.loader import ImageDataset
 
 SAVED_DATASET = frozenset({"state", "dataset_dict"})
 """JSON files of ``save_to_disk``: ``state`` marks a single split, ``dataset_dict`` a folder of splits."""
@@ -62,6 +65,12 @@ def open_dataset(config: DataConfig) -> ImageDataset:
     return ImageFolder(root, channels)
 
 
+def check_folder(root: str | os.PathLike[str]) -> None:
+    """Raise a ValueError unless there is a folder."""
+    if not Path(root).is_dir():
+        raise ValueError(f"root: expected a folder of images, got {quoted(root)}, which is not a folder")
+
+
 def image_names(dataset: ImageDataset) -> list[str]:
     r"""A name for each image: its path in a folder, ``SHARD/KEY`` in tars, a photograph's name, or else its number.
 
@@ -98,8 +107,7 @@ class ImageFolder:
     def __init__(self, root: str | os.PathLike[str], channels: int = 3) -> None:
         self.root = Path(root)
         self.channels = channels
-        if not self.root.is_dir():
-            raise ValueError(f"root: expected a folder of images, got {quoted(root)}, which is not a folder")
+        check_folder(root)
         storage = Storage(self.root)
         contents = images_among(storage.paths(), storage)
         self.paths = contents.images

@@ -14,8 +14,8 @@ from dinov2.data.loader import ImageDataset
 from dinov2.evaluate.features import image_features
 from dinov2.evaluate.handmade import descriptors
 from dinov2.evaluate.knn import knn_accuracy
+from dinov2.extras import require
 from dinov2.models import VisionTransformer
-from dinov2_kernels._extras import require
 
 Half = Literal["left", "right"]
 

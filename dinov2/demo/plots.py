@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 TERMS = {
     "DINO: class tokens of all crops": ("dino_global", "dino_local"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 TEXTURES = ((8, 1), (8, 2), (16, 2))  # local binary patterns: points on a circle, and its radius in pixels
 

@@ -1,4 +1,4 @@
-"""The architecture of a vision transformer."""
+"""The architecture of a vision transformer, and the sizes of its head."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from math import isfinite
 from typing import Any, Literal
 
 from dinov2.configuration import Config, Count, CountOr0, Positive, Rate, Rules
-from dinov2_kernels.nn import swiglu_hidden_features
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "vit_small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
@@ -105,6 +104,8 @@ class ViTConfig(Config, at="vit"):
     @property
     def ffn_width(self) -> int:
         """Width between the linear layers of a feed-forward layer."""
+        from dinov2_kernels.nn import swiglu_hidden_features
+
         width = int(self.embed_dim * self.mlp_ratio)
         return swiglu_hidden_features(width) if self.ffn == "swiglu" else width
 
@@ -114,3 +115,17 @@ class ViTConfig(Config, at="vit"):
         if self.drop_path_uniform or self.depth == 1:
             return [self.drop_path_rate] * self.depth
         return [self.drop_path_rate * i / (self.depth - 1) for i in range(self.depth)]
+
+
+@dataclass(frozen=True)
+class HeadConfig(Config, at="dino_head"):
+    """A :class:`~dinov2.models.DINOHead` has these sizes."""
+
+    out_dim: Count = 65536
+    """The head has this many prototypes."""
+    hidden_dim: Count = 2048
+    """The layers between the linear layers have this width."""
+    bottleneck_dim: Count = 256
+    """The normalised features that are compared with the prototypes have this width."""
+    num_layers: Count = 3
+    """This many linear layers come before the prototypes."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 from math import sqrt
 from typing import Any
@@ -11,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dinov2.configuration import Config, Count
 from dinov2.models.vision_transformer import init_linear
 from dinov2_kernels import prototype_cross_entropy
 from dinov2_kernels._autograd import KernelFunction, differentiably, in_pytorch, is_beyond_kernels
@@ -20,20 +18,6 @@ from dinov2_kernels._modules import refuse_script
 from dinov2_kernels.prototype_cross_entropy.reference import prototypes_backward, prototypes_of
 
 ROWS = 8192  # the gradient is computed for this many prototypes at a time, to keep intermediate results small
-
-
-@dataclass(frozen=True)
-class HeadConfig(Config, at="dino_head"):
-    """A :class:`DINOHead` has these sizes."""
-
-    out_dim: Count = 65536
-    """The head has this many prototypes."""
-    hidden_dim: Count = 2048
-    """The layers between the linear layers have this width."""
-    bottleneck_dim: Count = 256
-    """The normalised features that are compared with the prototypes have this width."""
-    num_layers: Count = 3
-    """This many linear layers come before the prototypes."""
 
 
 class DINOHead(nn.Module):

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dinov2.models import VisionTransformer
-from dinov2.objectives.losses import ObjectiveConfig
+from dinov2.objectives.config import ObjectiveConfig
 from dinov2.objectives.networks import check_networks
 from dinov2.objectives.self_distillation import SelfDistillation, Views
 

@@ -54,7 +54,7 @@ def check_networks(student: nn.ModuleDict, teacher: nn.ModuleDict) -> None:
                 raise ValueError(f"{role}: expected modules backbone and dino_head, got {', '.join(network) or 'none'}")
     if student.keys() != teacher.keys():
         raise ValueError(f"teacher: expected the student's modules {', '.join(student)}, got {', '.join(teacher)}")
-    for name in student.keys() - {"backbone"}:
+    for name in (name for name in student if name != "backbone"):
         expected, got = num_prototypes(student[name]), num_prototypes(teacher[name])
         if got != expected:
             raise ValueError(f"teacher: expected the student's {expected} prototypes in {name}, got {got}")

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from dinov2.models.checkpoints.run import LONE_STUDENT
 from dinov2.objectives.batch import MaskedPatches, check_shapes, crop_pairs, send
-from dinov2.objectives.losses import ObjectiveConfig, Targets, biases_of, make_centering, prototype_losses
+from dinov2.objectives.config import ObjectiveConfig
+from dinov2.objectives.losses import Targets, biases_of, make_centering, prototype_losses
 from dinov2.objectives.networks import (
     check_networks,
     check_same_parameters,

@@ -7,24 +7,46 @@ network. The recipes of :data:`CURATIONS` make the set of images to pretrain on.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeVar
 
-from dinov2.curate import CurateConfig
-from dinov2.recipes.building_on import adaptation, distillation
-from dinov2.recipes.curation import laptop, lvd142m
-from dinov2.recipes.pretraining import photos, vitb14, vitg14, vitl14, vitl16_short, vits14, vits14_small_data
-from dinov2.train.config import PretrainConfig
+from dinov2.lazily import names_from
+
+if TYPE_CHECKING:
+    from dinov2.curate import CurateConfig
+    from dinov2.recipes.building_on import adaptation, distillation
+    from dinov2.recipes.curations import CURATIONS, laptop, lvd142m
+    from dinov2.recipes.pretraining import (
+        RECIPES,
+        photos,
+        vitb14,
+        vitg14,
+        vitl14,
+        vitl16_short,
+        vits14,
+        vits14_small_data,
+    )
+    from dinov2.train.config import PretrainConfig
+else:
+    __getattr__ = names_from(
+        __name__,
+        {
+            "building_on": ("adaptation", "distillation"),
+            "curations": ("CURATIONS", "laptop", "lvd142m"),
+            "pretraining": (
+                "RECIPES",
+                "photos",
+                "vitb14",
+                "vitg14",
+                "vitl14",
+                "vitl16_short",
+                "vits14",
+                "vits14_small_data",
+            ),
+        },
+    )
 
 Function = TypeVar("Function")
-
-RECIPES: dict[str, Callable[[], PretrainConfig]] = {
-    function.__name__: function
-    for function in (photos, vits14_small_data, vitl16_short, vits14, vitb14, vitl14, vitg14)
-}
-
-
-CURATIONS: dict[str, Callable[[], CurateConfig]] = {function.__name__: function for function in (laptop, lvd142m)}
 
 
 def recipe(name: str) -> PretrainConfig:
@@ -33,11 +55,15 @@ def recipe(name: str) -> PretrainConfig:
     Raises:
         ValueError: no recipe has this name; the message suggests the closest name.
     """
+    from dinov2.recipes.pretraining import RECIPES
+
     return _named(name, RECIPES, "recipe")()
 
 
 def curation(name: str) -> CurateConfig:
     """The configuration of the curation called ``name``; errors are those of :func:`recipe`."""
+    from dinov2.recipes.curations import CURATIONS
+
     return _named(name, CURATIONS, "curation")()
 
 

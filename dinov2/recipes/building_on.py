@@ -8,11 +8,11 @@ from math import sqrt
 from pathlib import Path
 
 from dinov2.data import AugmentationConfig, DataConfig
+from dinov2.interrupts import uninterrupted
 from dinov2.models import ViTConfig
 from dinov2.objectives import ObjectiveConfig
 from dinov2.recipes.pretraining import IMAGES
 from dinov2.train.config import DistillConfig, OptimConfig, PretrainConfig, TeacherConfig
-from dinov2.train.networks import checkpoint_of, digest, read_teacher, run_of
 from dinov2.train.run_directory import read_config
 
 STEPS = 10_000
@@ -53,6 +53,9 @@ def adaptation(run: Path, image_size: int, steps: int = STEPS) -> PretrainConfig
             f"{run} is a {config.kind}: adaptation continues a student and its teacher, so it needs a run of"
             " pretraining, such as that of the frozen teacher; or distil with larger --data.augmentation.global_size"
         )
+    with uninterrupted():  # after the checks, which need no PyTorch
+        from dinov2.train.networks import checkpoint_of
+
     vit, views = replace(config.vit, img_size=image_size), config.data.augmentation
     local_size = vit.patch_size * round(views.local_size * image_size / views.global_size / vit.patch_size)
     augmentation = replace(views, global_size=image_size, local_size=local_size)
@@ -93,6 +96,11 @@ def distillation(teacher: Path, students: Sequence[str], data: DataConfig | None
         FileNotFoundError: the teacher does not exist.
         ValueError: the teacher cannot be read or has no heads, or an architecture is unknown.
     """
+    for name in students:
+        ViTConfig.of(name)  # an unknown one is found before the teacher is read
+    with uninterrupted():
+        from dinov2.train.networks import digest, read_teacher, run_of
+
     weights = read_teacher(teacher)
     patch = weights.vit.patch_size
     run = run_of(teacher)

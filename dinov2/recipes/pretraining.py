@@ -12,6 +12,7 @@ micro-batch: with N processes, divide ``accumulation_steps`` by N.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from dinov2.data import AugmentationConfig, DataConfig
@@ -190,3 +191,9 @@ def _imagenet22k(output: Path, vit: ViTConfig, *, accumulation_steps: int) -> Pr
         probe_every=12_500,
         checkpoint_every=1250,
     )
+
+
+RECIPES: dict[str, Callable[[], PretrainConfig]] = {
+    function.__name__: function
+    for function in (photos, vits14_small_data, vitl16_short, vits14, vitb14, vitl14, vitg14)
+}

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from dinov2.configuration import replacing
+from dinov2.extras import require
 from dinov2.train.config import STEPS_BEFORE_PROFILE, RunConfig
 from dinov2.train.flops import peak_flops, step_flops
 from dinov2.train.processes import Processes
-from dinov2_kernels._extras import require
 
 SKIPPED = "skipped"
 """A scalar of float16 steps: 1 if gradients overflowed and the step was skipped, else 0. Its mean is their share."""

@@ -31,7 +31,8 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
-from dinov2.models.checkpoints.run import MANIFEST, METADATA, file_record, manifest_text
+from dinov2.models.checkpoints.finding import MANIFEST, METADATA
+from dinov2.models.checkpoints.run import file_record, manifest_text
 from dinov2.train.metrics import NonFiniteError, way_back
 from dinov2.train.processes import PeerError, Processes
 

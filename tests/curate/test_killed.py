@@ -21,7 +21,7 @@ from dinov2.curate import CurateConfig, FailedShardsError, curate, only, run_ste
 from dinov2.curate.clusters import ClusterConfig
 from dinov2.curate.dedup import DedupConfig
 from dinov2.curate.download import DownloadConfig
-from dinov2.curate.engines import EngineConfig, Inline
+from dinov2.curate.engines import PRELOADED, EngineConfig, Inline
 from dinov2.curate.extract import ExtractConfig
 from dinov2.curate.materialize import MaterializeConfig
 from dinov2.curate.retrieve import RetrieveConfig
@@ -91,7 +91,7 @@ def work(config: CurateConfig, stage: str, begun: Connection) -> None:
 def kill(config: CurateConfig, stage: str, seconds: float) -> bool:
     """Run a stage in a process that is killed so long after its beginning; False where it ended before."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "dinov2.curate", "cv2", "faiss", "pyarrow.parquet"])
+    context.set_forkserver_preload([__name__, *PRELOADED])
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=work, args=(config, stage, there))
     process.start()

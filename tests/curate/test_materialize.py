@@ -10,13 +10,14 @@ import pytest
 from dinov2.curate import Pool, run_steps
 from dinov2.curate.clusters import ClusterConfig
 from dinov2.curate.engines import Inline, ProcessPool
-from dinov2.curate.materialize import MaterializeConfig, materialize
+from dinov2.curate.materialize import COLUMNS_OF_STAGES, MaterializeConfig, materialize
 from dinov2.curate.pool import write_decisions
 from dinov2.curate.retrieve import RetrieveConfig, retrieve
 from dinov2.curate.screen import ScreenConfig, screen
 from dinov2.curate.steps import Output
 from dinov2.data import TarShards
 from dinov2.data.shards import storage
+from dinov2.data.shards.writing import COLUMNS
 from tests.curate.pictures import encoded, picture, write_pool
 from tests.curate.test_runner import contents
 from tests.curate.vector_pools import unit_vectors
@@ -119,6 +120,18 @@ def test_faces_are_blurred_and_other_bytes_stay(tmp_path: Path) -> None:
         written = {shards[number].shape[0]: shards.read_bytes(number) for number in range(2)}
         assert written[120] == files["tall"]
         assert (written[80] == files["wide"]) != blur
+
+
+def test_columns_have_one_order(tmp_path: Path) -> None:
+    """It does not depend on Python's hash seed, or the same curation would not write the same bytes twice."""
+    pool = write_pool(tmp_path / "pool", [{"a": encoded(picture(0)), "b": encoded(picture(1))}])
+    for folder, names in (("late", ("times", "seed_set")), ("all", ("seed_set", "times", "component", "cluster"))):
+        columns = {name: [0, 1] for name in names}
+        write_decisions(Output(str(tmp_path / folder), "00000"), [None] * 2, np.ones(2, dtype=bool), columns)
+        after = pool.after(str(tmp_path / folder))
+        root: str = run_steps(materialize(after, {}, MaterializeConfig(), str(tmp_path / "out")), Inline())
+        own = [name for name in COLUMNS_OF_STAGES if name in names]
+        assert Pool(root).index("00000").column_names == [*COLUMNS, *own, "source"]
 
 
 def test_nothing_left(tmp_path: Path) -> None:

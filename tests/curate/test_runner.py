@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -72,6 +75,23 @@ def test_a_process_that_was_lost_between_two_steps(tmp_path: Path) -> None:
         process.kill()
         process.join()
     assert run_steps(stage(tmp_path / "two", *squares(3)), engine) == Counts(3, 3)
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_an_engine_leaves_nothing_behind(tmp_path: Path, error: type[BaseException] | None) -> None:
+    """Python wakes the threads of executors when it exits, and fails where one is just ending."""
+
+    class Interrupted(Watcher):
+        def advanced(self, step: Step) -> None:
+            if error is not None:
+                raise error
+
+    before = {*multiprocessing.active_children(), *threading.enumerate()}
+    with contextlib.suppress(KeyboardInterrupt), ProcessPool(2) as engine:
+        run_steps(stage(tmp_path, *squares(9)), engine, watcher=Interrupted())
+    assert {*multiprocessing.active_children(), *threading.enumerate()} <= before
+    assert run_steps(stage(tmp_path, *squares(9)), engine) == Counts(9, 9)  # it starts again
+    engine.close()
 
 
 def test_a_real_cluster_of_ray(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from dinov2.objectives.losses import ObjectiveConfig, SinkhornCentering, SoftmaxCentering, make_centering
+from dinov2.objectives import ObjectiveConfig
+from dinov2.objectives.losses import SinkhornCentering, SoftmaxCentering, make_centering
 from dinov2_kernels import sinkhorn_bias
 
 

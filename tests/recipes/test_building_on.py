@@ -96,7 +96,7 @@ def test_a_run_teaches_as_it_was_trained(run: Path, monkeypatch: pytest.MonkeyPa
     weights = Weights(
         "a test", before.vit, {"cls_token": torch.zeros(1)}, {"dino_head": DINOHead(4, 9, 8, 7).state_dict()}
     )
-    monkeypatch.setattr("dinov2.recipes.building_on.read_teacher", lambda path: weights)
+    monkeypatch.setattr("dinov2.train.networks.read_teacher", lambda path: weights)
     config = distillation(run, ["vit_small"])
     assert config.data == replace(before.data, root=str(before.data.root))
     assert config.objective == before.objective

@@ -14,14 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from dinov2.curate.copies.points import Floats, Sketch, mirrored
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 RATIO = 0.8
 """A point's nearest match counts if it is nearer than this share of the distance to the next (Lowe's ratio)."""
 TOLERANCE, TRIALS = 4.0, 500
 """Pixels by which a matched point may miss its place, and trials of RANSAC."""
 SMALLEST_SCALE, LARGEST_SCALE = 0.2, 5.0
-INLIERS, MANY_INLIERS = 4, 15
+INLIERS, SOME_INLIERS, MANY_INLIERS = 4, 8, 15
 """Matched points that agree about a shift, turn and scale. Two points are enough to define one, and wrong matches
 seldom give four."""
 FEW_POINTS = 100
@@ -46,9 +46,9 @@ CELLS_OF_NONE = 40
 CENTRE, AGREEMENT_AT_CENTRE = 0.2, 0.4
 """What agrees must not be a frame only: share of the cells with detail that must agree in the middle, which begins at
 the first number, as a share of the sides."""
-AGREEMENT_COVERED, WITHIN = 0.3, 0.8
+AGREEMENT_COVERED, WITHIN = 0.4, 0.8
 """A plain picture has little detail, so most cells with detail may be those of a banner. A smaller share is enough if
-many points were found again and one of the images agrees wherever it has detail itself."""
+some points were found again and one of the images agrees wherever it has detail itself."""
 
 Map = npt.NDArray[np.float64]  # [2, 3], from places in one image to places in another
 
@@ -162,7 +162,7 @@ def _judged(first: Sketch, second: Sketch, place: Map, inliers: int) -> Comparis
     """Lay the first image on the second by a map, and compare them."""
     fit = _fit(first.detail, second.detail, place)
     agreement = AGREEMENT if inliers >= MANY_INLIERS else AGREEMENT_OF_FEW if inliers else AGREEMENT_OF_NONE
-    if inliers >= MANY_INLIERS and fit.within >= WITHIN:
+    if inliers >= SOME_INLIERS and fit.within >= WITHIN:
         agreement = AGREEMENT_COVERED
     same = (
         fit.overlap >= OVERLAP

@@ -9,6 +9,7 @@ with few points. A mirror image has the same features.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -22,13 +23,19 @@ WIDTH = 384
 SEED = 5
 
 
-def describe_copies(images: list[Pixels]) -> Floats:
-    """Features [b, 512] of unit length, of uint8 RGB images [H, W, 3].
+def describe_copies(images: list[Pixels], sketches: Sequence[Sketch | None] | None = None) -> Floats:
+    """Features [b, 512] of unit length.
+
+    Args:
+        images: uint8 RGB images [H, W, 3].
+        sketches: their sketches, if they have been made; those that are None are made here.
 
     Raises:
         ImportError: OpenCV is missing (extra ``curate``).
     """
-    by_points = np.stack([describe_points(sketch(image)) for image in images])
+    made = [None] * len(images) if sketches is None else sketches
+    pairs = zip(images, made, strict=True)
+    by_points = np.stack([describe_points(sketch(image) if own is None else own) for image, own in pairs])
     return unit(np.concatenate([by_points, describe(images)], axis=1))
 
 

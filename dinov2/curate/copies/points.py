@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dinov2.data.decoding import Pixels
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 SIDE = 256
 """Pixels of the longer side at which points are found; no image is enlarged."""

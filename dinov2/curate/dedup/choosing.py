@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from dinov2.curate.copies.sketches import Sketches
 from dinov2.curate.dedup.config import DedupConfig
-from dinov2.curate.dedup.sketches import Sketches
+from dinov2.curate.dedup.links import compared_at
 from dinov2.curate.pool import Pool, read_table
 from dinov2.curate.search import Layout, exact_cosines
 from dinov2.curate.search.vectors import CHUNK, PoolVectors, read_layout
@@ -19,7 +20,6 @@ def choose(
     layout_folder: str,
     components: str,
     part: str,
-    sketches_folder: str | None,
     config: DedupConfig,
 ) -> Counts:
     """Task: choose a representative for each member of a part of all components.
@@ -36,7 +36,7 @@ def choose(
     position, component, best = (table[name].to_numpy() for name in ("position", "component", "best"))
     layout = read_layout(layout_folder)
     vectors = PoolVectors(pool, layout)
-    sketches = None if sketches_folder is None else Sketches(sketches_folder, layout)
+    sketches = Sketches(pool) if config.checks_pictures else None
     members = vectors.gather(position)  # [M, D]
     representative, cosine = position.copy(), np.ones(len(position), np.float32)
     remaining = np.arange(len(position))
@@ -49,7 +49,7 @@ def choose(
             stands = position[remaining[first]]
         cosines = _cosines(members, remaining, vectors, stands)
         if sketches is not None:
-            near = _same(sketches, position[remaining], stands)
+            near = _same(sketches, layout, position[remaining], stands)
         else:
             near = (cosines > np.float32(config.guard_threshold)) | (config.guard_threshold <= -1)
         near |= stands == position[remaining]
@@ -105,7 +105,11 @@ def _cosines(
     return cosines
 
 
-def _same(sketches: Sketches, positions: npt.NDArray[np.int64], others: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+def _same(
+    sketches: Sketches, layout: Layout, positions: npt.NDArray[np.int64], others: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
     """Which images [n] show the same picture as the others [n]."""
     pairs = zip(positions.tolist(), others.tolist(), strict=True)
-    return np.array([first == second or sketches.compare(first, sketches, second).same for first, second in pairs])
+    return np.array(
+        [one == two or compared_at(sketches, layout, one, sketches, layout, two).same for one, two in pairs]
+    )

@@ -13,7 +13,7 @@ from dinov2.curate.pool import Pool, read_table, write_decisions
 from dinov2.curate.search import Layout, pair_cosines
 from dinov2.curate.search.vectors import PoolVectors, Positions, Vectors, read_layout
 from dinov2.curate.steps import Counts, Output
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 DUPLICATE = "duplicate"
 NEAR_REFERENCE = "near an evaluation image"

@@ -11,27 +11,29 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
-from dinov2.curate.copies import Comparison
-from dinov2.curate.dedup.sketches import Sketches
-from dinov2.curate.pool import read_table
-from dinov2.curate.search import Neighbours
+from dinov2.curate.copies import Comparison, Sketch, compare
+from dinov2.curate.copies.sketches import Sketches
+from dinov2.curate.pool import Pool, read_table
+from dinov2.curate.search import Layout, Neighbours
 from dinov2.curate.search.neighbours import Found
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task
 
 PORTION = 2000
 """Pairs that a task compares: a few seconds of work."""
+CODE = 1
+"""Number that is raised when the comparison changes, so that old results are not taken for new ones."""
 
 Positions = npt.NDArray[np.int64]
 
 
-def checked_links(neighbours: Neighbours, own: str, others: str, output: str, stage: str) -> Steps[Neighbours]:
+def checked_links(neighbours: Neighbours, pool: Pool, others: Pool, output: str, stage: str) -> Steps[Neighbours]:
     """Keep those links whose two images show the same picture.
 
     Args:
-        neighbours: neighbours of a pool's rows.
-        own: folder of the sketches of that pool.
-        others: folder of the sketches of the pool that was searched. If it is the same pool, a pair that is linked both
-            ways is compared once.
+        neighbours: neighbours of the pool's rows.
+        pool: pool of the queries, with sketches.
+        others: pool that was searched, with sketches. If it is the same pool, a pair that is linked both ways is
+            compared once.
         output: folder or URL of the whole curation.
         stage: first part of the steps' names.
 
@@ -44,9 +46,10 @@ def checked_links(neighbours: Neighbours, own: str, others: str, output: str, st
     pairs, tasks = listed.counts().rows_out, []
     for number, start in enumerate(range(0, pairs, PORTION)):
         stop = min(start + PORTION, pairs)
-        arguments = (listed.folder, start, stop, own, others, neighbours)
+        arguments = (listed.folder, start, stop, pool, others, neighbours)
         tasks.append(Task(f"part-{number:05d}", _compare, arguments, stop - start))
-    compared = Step(output, f"{stage}-compared", None, (listed.folder, own, others), tasks, "pairs")
+    sketches = [pool.sketches for pool in (pool, others) if pool.sketches is not None]
+    compared = Step(output, f"{stage}-compared", CODE, (listed.folder, *sketches), tasks, "pairs")
     yield compared
     task = Task("all", _select, (neighbours, listed.folder, compared.folder, tuple(task.shard for task in tasks)))
     links = Step(output, f"{stage}-links", None, (listed.folder, compared.folder), [task], "links")
@@ -71,15 +74,16 @@ def _pairs(neighbours: Neighbours, shard: str) -> Positions:
 
 
 def _compare(
-    output: Output, folder: str, start: int, stop: int, own: str, others: str, neighbours: Neighbours
+    output: Output, folder: str, start: int, stop: int, pool: Pool, others: Pool, neighbours: Neighbours
 ) -> Counts:
     """Task: compare pairs ``start`` to ``stop`` and write the columns of :class:`Comparison`."""
     table = read_table(folder, "all").slice(start, stop - start)
-    first_ones = Sketches(own, neighbours.query_layout())
-    second_ones = first_ones if own == others else Sketches(others, neighbours.layout())
+    own = Sketches(pool)
+    other = own if pool == others else Sketches(others)
+    layouts = neighbours.query_layout(), neighbours.layout()
     fits = []
     for first, second in zip(table["first"].to_pylist(), table["second"].to_pylist(), strict=True):
-        fits.append(first_ones.compare(first, second_ones, second))
+        fits.append(compared_at(own, layouts[0], first, other, layouts[1], second))
         output.advance(1)
     columns = [np.array([fit[number] for fit in fits]) for number in range(len(Comparison._fields))]
     output.write_table(dict(zip(Comparison._fields, columns, strict=True)))
@@ -101,3 +105,17 @@ def _select(output: Output, neighbours: Neighbours, listed: str, compared: str, 
         Output(output.folder, shard).write_table(links._asdict())
         counts += Counts(len(stays), int(stays.sum()))
     return counts
+
+
+def compared_at(
+    own: Sketches, layout: Layout, position: int, others: Sketches, other_layout: Layout, other: int
+) -> Comparison:
+    """Compare the images at two positions. One that could not be read shows nothing."""
+    first, second = sketch_at(own, layout, position), sketch_at(others, other_layout, other)
+    return Comparison() if first is None or second is None else compare(first, second)
+
+
+def sketch_at(sketches: Sketches, layout: Layout, position: int) -> Sketch | None:
+    """The sketch of the image at a position; None if it could not be read."""
+    numbers, rows = layout.locate(np.array([position]))
+    return sketches.of(layout.names[int(numbers[0])], int(rows[0]))

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from dinov2.configuration import to_json
+from dinov2.curate.copies.sketches import sketched
 from dinov2.curate.dedup.choosing import assign, choose
 from dinov2.curate.dedup.config import DedupConfig
 from dinov2.curate.dedup.deciding import decide
 from dinov2.curate.dedup.grouping import Reference, find_components, part_name
 from dinov2.curate.dedup.links import checked_links
-from dinov2.curate.dedup.sketches import sketched
 from dinov2.curate.pool import Pool
 from dinov2.curate.search import Neighbours, search
 from dinov2.curate.search.vectors import read_layout
@@ -46,21 +46,20 @@ def dedup(pool: Pool, references: Mapping[str, Pool], config: DedupConfig, outpu
     neighbours = yield from search(
         pool, pool, config.search, output, stage="dedup", k=config.neighbours, threshold=threshold
     )
-    sketches: str | None = None
     if checks:
-        sketches = yield from sketched(pool, neighbours.queries, output, "dedup")
-        neighbours = yield from checked_links(neighbours, sketches, sketches, output, "dedup")
+        pool = yield from sketched(pool, output, "dedup")
+        neighbours = yield from checked_links(neighbours, pool, pool, output, "dedup")
     linked = []
     for name, reference in sorted(references.items()):
         stage, k = f"dedup-{name}", config.neighbours if checks else 1
         links = yield from search(
             pool, reference, config.search, output, stage=stage, k=k, threshold=config.reference_threshold
         )
-        if sketches is not None:
-            others = yield from sketched(reference, links.searched, output, stage)
-            links = yield from checked_links(links, sketches, others, output, stage)
+        if checks:
+            reference = yield from sketched(reference, output, stage)
+            links = yield from checked_links(links, pool, reference, output, stage)
         linked.append(Reference(name, reference, links))
-    decisions = yield from _decide(pool, neighbours, tuple(linked), sketches, config, output)
+    decisions = yield from _decide(pool, neighbours, tuple(linked), config, output)
     return pool.after(decisions)
 
 
@@ -68,7 +67,6 @@ def _decide(
     pool: Pool,
     neighbours: Neighbours,
     references: tuple[Reference, ...],
-    sketches: str | None,
     config: DedupConfig,
     output: str,
 ) -> Steps[str]:
@@ -83,8 +81,8 @@ def _decide(
     yield components
     parts = tuple(part_name(number) for number in range(components.counts().figures["parts"]))
 
-    tasks = tuple(Task(part, choose, (pool, layout, components.folder, part, sketches, config)) for part in parts)
-    inputs = (components.folder, *([] if sketches is None else [sketches]))
+    tasks = tuple(Task(part, choose, (pool, layout, components.folder, part, config)) for part in parts)
+    inputs = (components.folder, *([pool.sketches] if config.checks_pictures and pool.sketches else []))
     choices = Step(output, "dedup-choices", settings, inputs, tasks, "members of components")
     yield choices
 

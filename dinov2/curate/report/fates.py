@@ -20,7 +20,7 @@ from dinov2.curate.search.vectors import read_layout
 from dinov2.curate.steps import Step
 from dinov2.data.outputs import DROPPED, FATES
 from dinov2.data.shards.storage import Storage
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 POOL = "pool"
 KEPT, USED = "kept", "used"

@@ -17,7 +17,7 @@ from dinov2.curate.views import in_reduced
 from dinov2.data.decoding import Pixels, UnreadableImageError
 from dinov2.data.decoding_reduced import decode_reduced
 from dinov2.data.shards.storage import Storage
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from dinov2.curate.search.vectors import CHUNK, Positions, Vectors, exact_cosines
+
+if TYPE_CHECKING:
+    import torch
 
 TILE = 2048  # queries and rows compared at once; their products stay in the cache
 
@@ -18,7 +20,7 @@ DENSE = 1 / 32  # if more of a tile's pairs need an exact product, computing all
 # The largest error of a product of vectors of unit length. bfloat16 rounds both factors and the sum by 2^-9 of their
 # size each, and the absolute products of a pair of vectors add up to 1 at most (Cauchy and Schwarz). The bound of
 # float32 leaves room for the TF32 of GPUs.
-ERROR = {torch.bfloat16: 2.0**-7, torch.float32: 2.0**-9}
+ERROR = {"bfloat16": 2.0**-7, "float32": 2.0**-9}
 
 
 class Pairs(NamedTuple):
@@ -96,6 +98,8 @@ class Running:
 
 def rough_type(device: torch.device) -> torch.dtype:
     """bfloat16 if the processor's matrix units make it fast, else float32. Results do not depend on it."""
+    import torch
+
     has_matrix_units = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     return torch.bfloat16 if device.type == "cpu" and has_matrix_units() else torch.float32
 
@@ -121,6 +125,8 @@ def search_flat(
     Returns:
         Pairs whose query is a number in [0, Q).
     """
+    import torch
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rough = rough or rough_type(device)
     tiles = {start: Running(min(TILE, len(queries) - start), k, threshold) for start in range(0, len(queries), TILE)}
@@ -154,7 +160,9 @@ def _compare(scores: torch.Tensor, floor: npt.NDArray[np.float32], queries: Vect
 
 def _candidates(scores: torch.Tensor, floor: npt.NDArray[np.float32]) -> tuple[Positions, Positions]:
     """Rows and columns of the products [Q, N] that may exceed the floor [Q] of their row."""
-    least = floor - np.float32(ERROR[scores.dtype])
+    import torch
+
+    least = floor - np.float32(ERROR[str(scores.dtype).removeprefix("torch.")])
     if scores.is_cuda:
         found = (scores.float() > torch.from_numpy(least).to(scores.device)[:, None]).nonzero().cpu().numpy()
         return found[:, 0], found[:, 1]
@@ -169,6 +177,8 @@ def _candidates(scores: torch.Tensor, floor: npt.NDArray[np.float32]) -> tuple[P
 
 def _compare_all(floor: npt.NDArray[np.float32], queries: Vectors, others: Vectors, k: int) -> Pairs:
     """Compute exact products of all pairs. A sum in float64 has no error, see :func:`exact_cosines`."""
+    import torch
+
     products = torch.from_numpy(queries).double() @ torch.from_numpy(others).double().T
     cosines = products.float().numpy()  # [Q, N]
     least = floor

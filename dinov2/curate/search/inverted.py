@@ -23,7 +23,7 @@ from dinov2.curate.search.vectors import (
 )
 from dinov2.curate.steps import Counts, Output
 from dinov2.data.shards.storage import RangeReader, Storage
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 SUFFIX = ".faiss"
 QUERIES = 4096  # queries searched at once

@@ -17,7 +17,7 @@ from dinov2.curate.search.inverted import search_inverted
 from dinov2.curate.search.vectors import Layout, PoolVectors, Positions, SearchConfig, Vectors, layout_of, read_layout
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task
 from dinov2.data.shards.storage import Storage
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 SLICE = 16_384  # searched rows in memory at once without an index
 

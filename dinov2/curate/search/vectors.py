@@ -9,13 +9,12 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from dinov2.configuration import Config, Count, CountOr0
 from dinov2.curate.pool import Pool, read_table
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task
 from dinov2.data.shards.storage import Storage
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 Positions = npt.NDArray[np.int64]
 Vectors = npt.NDArray[np.float16]
@@ -141,6 +140,8 @@ def exact_cosines(first: Vectors, second: Vectors) -> npt.NDArray[np.float32]:
     without an error, and float64 holds a sum of products without an error if it is below 32. The result is the same
     bits on every machine, in any order of summation.
     """
+    import torch
+
     products = torch.from_numpy(first).float() * torch.from_numpy(second).float()
     cosines: npt.NDArray[np.float32] = products.sum(1, dtype=torch.float64).float().numpy()
     return cosines
@@ -201,6 +202,8 @@ class PoolVectors:
 
     def _part(self, number: int, rows: slice) -> tuple[Vectors, npt.NDArray[np.bool_]]:
         """Features [n, D] of some rows of a shard, and which of the rows are in and have features."""
+        import torch
+
         shard = self.layout.names[number]
         features = self.pool.read_features(shard)
         expected = int(self.layout.starts[number + 1] - self.layout.starts[number])

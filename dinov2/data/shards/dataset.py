@@ -13,7 +13,7 @@ import numpy.typing as npt
 from dinov2.data.decoding import Pixels, UnreadableImageError, decode_image
 from dinov2.data.files import escaped, quoted, shown
 from dinov2.data.shards.storage import RangeReader, Storage
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 INDEX_READERS = 16  # threads, because index files are small, and shared disks and object stores mostly make us wait
 

@@ -6,14 +6,16 @@ import functools
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Any
 
 from dinov2.data.files import Listing, list_files, quoted, warn_of_broken_links
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 LONG_NAME = 230  # bytes; the name of a file may have 255
+VERSIONS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
+"""Fields of fsspec's storages that tell versions of a file apart."""
 MAX_OPEN_FILES = 512  # half of Linux's default limit for a process
 
 
@@ -76,6 +78,15 @@ class Storage:
         warn_of_broken_links(self.root, listing.broken)
         return listing.files
 
+    def stamps(self, paths: Sequence[str]) -> list[str]:
+        """For each path of :meth:`find` a text that changes when the file does: its size, and its time of change or
+        what else the storage tells of its version."""
+        if is_local(self.filesystem):
+            return [_stamp(os.path.join(self.root, path)) for path in paths]
+        found = self.filesystem.find(self.root, detail=True)
+        entries = (found[f"{self.root}/{path}"] for path in paths)
+        return [" ".join(str(entry[name]) for name in ("size", *VERSIONS) if entry.get(name)) for entry in entries]
+
     def check_writable(self, folder: str) -> None:
         """Create a folder if necessary and check that files can be written into it. Only local folders are checked.
 
@@ -113,6 +124,14 @@ def _size(path: str) -> int:
         return os.stat(path).st_size
     except OSError:  # a link that leads nowhere
         return os.lstat(path).st_size
+
+
+def _stamp(path: str) -> str:
+    try:
+        status = os.stat(path)
+    except OSError:  # a link that leads nowhere
+        status = os.lstat(path)
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def is_local(filesystem: Any) -> bool:

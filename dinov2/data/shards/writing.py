@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from dinov2.data.decoding import ImageHeader, UnreadableImageError, read_header
 from dinov2.data.shards.storage import Storage
-from dinov2_kernels._extras import require
+from dinov2.extras import require
 
 # Columns of an index: name and Arrow type. Other columns may follow.
 COLUMNS = {

@@ -28,7 +28,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-MANIFEST, METADATA = "manifest.json", ".metadata"
+from dinov2.models.checkpoints.finding import MANIFEST, METADATA
+
 LONE_STUDENT = "student"
 """Name of the only student of a pretraining run. It is not a prefix of tensor names."""
 PARTS = ("student", "teacher", "objective", "optimizer")

@@ -15,6 +15,7 @@ from torch import nn
 
 from dinov2.configuration import from_json
 from dinov2.models.checkpoints.fields import Told, of_arguments, of_facebook_run, of_timm, of_transformers
+from dinov2.models.checkpoints.finding import find_weights, is_of_a_folder
 from dinov2.models.checkpoints.names import (
     Source,
     Tensors,
@@ -22,9 +23,9 @@ from dinov2.models.checkpoints.names import (
     heads_and_centers,
     to_facebook_names,
 )
-from dinov2.models.checkpoints.reading import find_weights, is_of_a_folder, read_content
-from dinov2.models.config import ViTConfig
-from dinov2.models.dino_head import DINOHead, HeadConfig
+from dinov2.models.checkpoints.reading import read_content
+from dinov2.models.config import HeadConfig, ViTConfig
+from dinov2.models.dino_head import DINOHead
 from dinov2.models.vision_transformer import VisionTransformer, interpolate_position_embedding
 
 HEADS, CONFIG = "heads.safetensors", "config.json"

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import safetensors.torch
 
 from dinov2.configuration import replacing, write_json
+from dinov2.models.checkpoints.finding import WEIGHTS
 from dinov2.models.checkpoints.names import CENTERS, Tensors, to_transformers_names
-from dinov2.models.checkpoints.reading import WEIGHTS
 from dinov2.models.checkpoints.weights import CONFIG, HEADS, MODEL_TYPE, Weights
 from dinov2.models.config import ViTConfig
 from dinov2.models.vision_transformer import VisionTransformer

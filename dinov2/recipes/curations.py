@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from dinov2.curate import CurateConfig
 from dinov2.curate.clusters import ClusterConfig
 from dinov2.curate.collect import CollectConfig
@@ -43,3 +45,6 @@ def lvd142m() -> CurateConfig:
         embed=EmbedConfig(model="vith16"),
         retrieve=RetrieveConfig(neighbours_of=("imagenet1k=32",), clusters=ClusterConfig(clusters=100_000, sample=8)),
     )
+
+
+CURATIONS: dict[str, Callable[[], CurateConfig]] = {function.__name__: function for function in (laptop, lvd142m)}

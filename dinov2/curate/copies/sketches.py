@@ -1,0 +1,102 @@
+"""Sketches of a pool's images: made once, and read wherever two images are compared."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+
+from dinov2.curate.copies.points import CONTRAST, POINTS, QUALITY, SIDE, Sketch, packed, unpacked
+from dinov2.curate.pieces import ROWS, Piece, content_of, cut, name_of
+from dinov2.curate.pool import Pool, read_table
+from dinov2.curate.search.vectors import layout_of, read_layout
+from dinov2.curate.steps import Counts, Output, Step, Steps, Task
+from dinov2.curate.views import SMALL_SIDE, VIEW_SIDE, originals, small_images
+from dinov2.data.decoding import UnreadableImageError
+from dinov2.extras import require
+
+REMEMBERED = 500
+"""Sketches that are remembered, of half a megabyte each."""
+OPENED = 48
+"""Tables that are remembered, of some five megabytes each."""
+
+
+def sketched(pool: Pool, output: str, stage: str) -> Steps[Pool]:
+    """Make the sketches of the images that are still in, unless the pool has them.
+
+    A table ``SHARD.ROW.parquet`` has the column ``sketch``, as :func:`~dinov2.curate.copies.points.packed` makes it,
+    for :data:`~dinov2.curate.pieces.ROWS` rows from ``ROW`` on. It is null for rows that are out or unreadable.
+
+    Args:
+        pool: images.
+        output: folder or URL of the whole curation.
+        stage: first part of the steps' names.
+
+    Returns:
+        The pool with its sketches.
+    """
+    if pool.sketches is not None:
+        return pool
+    layout = read_layout((yield from layout_of(pool, stage, output)))
+    lengths = zip(layout.names, np.diff(layout.starts).tolist(), strict=True)
+    pieces = [piece for shard, rows in lengths for piece in cut(shard, rows)]
+    tasks = [Task(piece.name, _sketch, (pool, piece), piece.rows, content_of) for piece in pieces]
+    settings = [ROWS, SIDE, POINTS, CONTRAST, QUALITY, VIEW_SIDE, SMALL_SIDE]
+    step = Step(output, f"{stage}-sketches", settings, (pool.images, *pool.decisions), tasks)
+    yield step
+    return dataclasses.replace(pool, sketches=step.folder)
+
+
+def _sketch(output: Output, pool: Pool, piece: Piece) -> Counts:
+    """Task: write the sketches of a piece of a shard. Files with the same bytes are sketched once."""
+    arrow = require("pyarrow", extra="curate", purpose="curation")
+    read = small_images(pool, piece.shard, piece.start, piece.name)
+    rows = piece.start + np.flatnonzero(pool.kept(piece.shard)[piece.start : piece.stop])
+    made: dict[int, bytes] = {}
+    contents: list[bytes | None] = [None] * piece.rows
+    for row, first in zip(rows.tolist(), originals(pool, piece.shard, rows).tolist(), strict=True):
+        output.advance()
+        if row == first:
+            try:
+                made[row] = packed(read(row))
+            except UnreadableImageError:
+                continue  # it shows nothing, so it is no copy of anything
+        contents[row - piece.start] = made.get(first)
+    output.write_table({"sketch": arrow.array(contents, arrow.binary())})
+    return Counts(len(rows), sum(content is not None for content in contents))
+
+
+class Sketches:
+    """The sketches of a pool's images. The last ones are remembered.
+
+    Args:
+        pool: a pool with sketches.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        if pool.sketches is None:
+            raise ValueError("pool: expected sketches, got none")
+        self._folder = pool.sketches
+        self._remembered: OrderedDict[tuple[str, int], Sketch | None] = OrderedDict()
+        self._opened: OrderedDict[str, Any] = OrderedDict()
+
+    def of(self, shard: str, row: int) -> Sketch | None:
+        """The sketch of an image; None if it could not be read."""
+        place = shard, row
+        if place not in self._remembered:
+            content = self._table(name_of(shard, row - row % ROWS))[row % ROWS].as_py()
+            self._remembered[place] = None if content is None else unpacked(content)
+            if len(self._remembered) > REMEMBERED:
+                self._remembered.popitem(last=False)
+        self._remembered.move_to_end(place)
+        return self._remembered[place]
+
+    def _table(self, name: str) -> Any:
+        if name not in self._opened:
+            self._opened[name] = read_table(self._folder, name)["sketch"]
+            if len(self._opened) > OPENED:
+                self._opened.popitem(last=False)
+        self._opened.move_to_end(name)
+        return self._opened[name]
