@@ -20,7 +20,6 @@ from dinov2.curate.published import CENTERFACE, OPEN_NSFW
 from dinov2.curate.screen import BUNDLED, NONE, ScreenConfig, open_scorer, with_models
 from dinov2.curate.web import read_domains
 from dinov2.data.shards.storage import Storage
-from dinov2.train.processes import resolve_device
 
 if TYPE_CHECKING:
     from dinov2.curate.pipeline import CurateConfig
@@ -144,6 +143,8 @@ def check_model(config: EmbedConfig, at: str, here: bool) -> None:
         at: where the configuration stands in the whole.
         here: whether the model will run on this machine.
     """
+    from dinov2.train.processes import resolve_device
+
     check_model_name(config, at)
     if not here:
         return

@@ -122,9 +122,9 @@ def curate(config: CurateConfig, check: Collection[str] = STAGES) -> Steps[Curat
     Raises:
         ValueError, FileNotFoundError, ImportError: something is missing or wrong; the message names the setting.
     """
+    _check_folders(config)
     check_early(config, check)
     output = config.output
-    _check_folders(config)
     pool = yield from source(config)
     pool = yield from screen(pool, config.screen, output)
 

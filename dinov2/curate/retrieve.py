@@ -15,7 +15,7 @@ from dinov2.curate.lloyd import nearest_centroids
 from dinov2.curate.pool import Pool, read_array, read_table, write_decisions
 from dinov2.curate.search import Neighbours, SearchConfig, search
 from dinov2.curate.search.vectors import PoolVectors, layout_of, read_layout
-from dinov2.curate.steps import Counts, Output, Step, Steps, Task, check_names, read_counts
+from dinov2.curate.steps import Counts, Output, Step, Steps, Task, check_names
 from dinov2.extras import require
 
 OWN_NUMBER = re.compile(r".+=0*[1-9][0-9]*", re.ASCII)
@@ -145,7 +145,7 @@ def _images_of(pool: Pool, layout: str) -> int:
     places = read_layout(layout)
     if not pool.decisions:
         return places.rows
-    return sum(read_counts(pool.decisions[-1], shard).rows_out for shard in places.names)
+    return sum(int(pool.kept(shard).sum()) for shard in places.names)
 
 
 def _method(config: RetrieveConfig, seeds: int, images: int) -> tuple[str, str]:

@@ -138,7 +138,7 @@ def test_a_wrong_setting_is_found_by_its_name(
 
 def test_what_is_right_passes_and_nothing_is_written(place: Path, tmp_path: Path) -> None:
     settings = SEEDS | {
-        "evaluation_sets": lambda place: (str(place / "seeds"),),
+        "evaluation_sets": lambda place: (str(tmp_path / "tests"),),
         "embed_copies.model": lambda place: str(place / "good.pt"),
         "embed.model": lambda place: str(place / "vit"),
         "screen.nsfw": lambda place: str(place / "one.onnx"),
@@ -146,6 +146,8 @@ def test_what_is_right_passes_and_nothing_is_written(place: Path, tmp_path: Path
         "materialize.as_is": ("seeds",),
         "retrieve.neighbours_of": ("seeds=3",),
     }
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "a.png").write_bytes(encoded(picture(99)))
     config = configuration(place, tmp_path / "out", settings)
     check_early(config, ("screen", "embed", "dedup", "retrieve", "materialize"))
     assert next(curate(config)).name == "collect-images"

@@ -124,7 +124,7 @@ def test_copies_are_nearer_than_other_patches_on_halves_never_seen() -> None:
     flipped = describe_copies([image[:, ::-1] for image in patches])
     cropped = describe_copies([image[10:118, 14:122] for image in patches])
     others = originals @ originals.T - 2 * np.eye(len(originals))
-    np.testing.assert_allclose((originals * flipped).sum(axis=1), 1, atol=1e-2)
+    assert ((originals * flipped).sum(axis=1) > others.max(axis=1)).all()
     assert np.mean((originals * cropped).sum(axis=1) > others.max(axis=1)) > 0.8
 
 

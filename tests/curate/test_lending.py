@@ -58,8 +58,8 @@ def first_stages(config: CurateConfig) -> Steps[None]:
     pool = yield from screen(pool, config.screen, config.output)
     for settings in (config.embed_copies, config.embed):
         yield from embed(pool, settings, config.output)
-    yield from embedded_sets(config, "evaluation_sets", config.embed_copies)
-    yield from embedded_sets(config, "seeds", config.embed)
+    yield from embedded_sets(config, "evaluation_sets", config.embed_copies, "embed_copies")
+    yield from embedded_sets(config, "seeds", config.embed, "embed")
 
 
 def test_what_is_redone(tmp_path: Path, made: Counter[str]) -> None:

@@ -14,13 +14,14 @@ from dinov2.curate import Pool, Step, Watcher, embed, pieces, run_steps, views
 from dinov2.curate.embed import EmbedConfig, open_model
 from dinov2.curate.engines import Inline, ProcessPool
 from dinov2.curate.faces import Box
+from dinov2.curate.pieces import cut
 from dinov2.curate.pipeline import CurateConfig, curate
 from dinov2.curate.pool import read_table
 from dinov2.curate.retrieve import RetrieveConfig, needs_features
 from dinov2.curate.screen import ScreenConfig, screen
 from dinov2.curate.steps import Counts, Output, Steps, Task
 from dinov2.curate.views import decode_view, in_full, in_reduced, small_from, small_of
-from dinov2.data import Reduced, decode_image, decoding
+from dinov2.data import Reduced, decode_image, decoding_reduced
 from tests.curate import plugged_in
 from tests.curate.pictures import encoded, picture, write_pool
 from tests.curate.test_runner import contents
@@ -86,14 +87,15 @@ def test_files_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     def counted(content: bytes, name: str, side: int, least: int = 0) -> Reduced:
         decoded.append(name.split(" ")[0])
-        return decoding.decode_reduced(content, name, side, least)
+        return decoding_reduced.decode_reduced(content, name, side, least)
 
     monkeypatch.setattr(views, "decode_reduced", counted)
     small = encoded(picture(1))
     pool = write_pool(tmp_path / "pool", [{"wide": WIDE, "small": small, "again": WIDE, "cut": WIDE[:5000]}])
     after = run(pool, tmp_path / "out")
-    # The copy of row 0 is not decoded. Embedding decodes the small file of row 1, and takes row 0 from screening.
-    assert decoded == ["0", "1", "3", "1"]
+    # The copy of row 0 is not decoded. The small file of row 1 is decoded again for its sketch and for its features; row
+    # 0 is taken from screening.
+    assert decoded == ["0", "1", "3", "1", "1"]
     assert read_table(after.decisions[0], "00000")["reason"].to_pylist() == [
         None,
         None,
@@ -132,12 +134,14 @@ def test_boxes_are_scaled_by_their_edges() -> None:
     assert in_reduced(Box(30, 30, 50, 60), image) == Box(3, 2, 5, 4)
 
 
-def test_what_is_seen_is_bounded() -> None:
+def test_what_is_seen_is_bounded(tmp_path: Path) -> None:
     content = encoded(picture(0, 3000, 1500), "JPEG")
+    pool, (piece,) = write_pool(tmp_path / "pool", [{"a": content}]), cut("00000", 1)
     assert decode_view(content, "").pixels.shape == (384, 768, 3)
     assert small_of(decode_view(content, "").pixels).shape == (128, 256, 3)
-    assert open_model(EmbedConfig(model="colour-texture")).decode(content, "").shape == (128, 256, 3)
-    assert open_model(EmbedConfig(model="tests.curate.plugged_in:redness")).decode(content, "").shape == (512, 1024, 3)
+    assert open_model(EmbedConfig(model="colour-texture")).reader(pool, piece)(0).shape == (128, 256, 3)
+    plugged_in = open_model(EmbedConfig(model="tests.curate.plugged_in:redness"))
+    assert plugged_in.reader(pool, piece)(0).shape == (512, 1024, 3)
     assert small_from(views.small_columns(decode_view(WIDE, ""))).shape == (128, 256, 3)  # type: ignore[union-attr]
     assert views.small_columns(decode_view(encoded(picture(0)), "")) == {}
 

@@ -43,7 +43,7 @@ AGREEMENT, AGREEMENT_OF_FEW, AGREEMENT_OF_NONE = 0.6, 0.8, 0.9
 were. A banner over a fifth of the image leaves 0.7. Photographs of round plates on white agree in 0.6 by chance."""
 CELLS_OF_NONE = 40
 """Number of cells that must have detail where no points were found again."""
-CENTRE, AGREEMENT_AT_CENTRE = 0.2, 0.4
+CENTRE, AGREEMENT_AT_CENTRE = 0.2, 0.5
 """What agrees must not be a frame only: share of the cells with detail that must agree in the middle, which begins at
 the first number, as a share of the sides."""
 AGREEMENT_COVERED, WITHIN = 0.4, 0.8

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from typing import Any
 
 import numpy as np
 
+from dinov2.curate import pieces
 from dinov2.curate.copies.points import CONTRAST, POINTS, QUALITY, SIDE, Sketch, packed, unpacked
-from dinov2.curate.pieces import ROWS, Piece, content_of, cut, name_of
+from dinov2.curate.pieces import Piece, content_of, cut, name_of
 from dinov2.curate.pool import Pool, read_table
 from dinov2.curate.search.vectors import layout_of, read_layout
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task
 from dinov2.curate.views import SMALL_SIDE, VIEW_SIDE, originals, small_images
 from dinov2.data.decoding import UnreadableImageError
+from dinov2.data.shards.storage import Storage
 from dinov2.extras import require
 
 REMEMBERED = 500
@@ -41,9 +44,9 @@ def sketched(pool: Pool, output: str, stage: str) -> Steps[Pool]:
         return pool
     layout = read_layout((yield from layout_of(pool, stage, output)))
     lengths = zip(layout.names, np.diff(layout.starts).tolist(), strict=True)
-    pieces = [piece for shard, rows in lengths for piece in cut(shard, rows)]
-    tasks = [Task(piece.name, _sketch, (pool, piece), piece.rows, content_of) for piece in pieces]
-    settings = [ROWS, SIDE, POINTS, CONTRAST, QUALITY, VIEW_SIDE, SMALL_SIDE]
+    parts = [piece for shard, rows in lengths for piece in cut(shard, rows)]
+    tasks = [Task(piece.name, _sketch, (pool, piece), piece.rows, content_of) for piece in parts]
+    settings = [pieces.ROWS, SIDE, POINTS, CONTRAST, QUALITY, VIEW_SIDE, SMALL_SIDE]
     step = Step(output, f"{stage}-sketches", settings, (pool.images, *pool.decisions), tasks)
     yield step
     return dataclasses.replace(pool, sketches=step.folder)
@@ -79,6 +82,10 @@ class Sketches:
         if pool.sketches is None:
             raise ValueError("pool: expected sketches, got none")
         self._folder = pool.sketches
+        self._starts: dict[str, list[int]] = defaultdict(list)  # first rows of the tables
+        for name in sorted(Storage(self._folder).files("", ".parquet")):
+            shard, _, start = name.rpartition(".")
+            self._starts[shard].append(int(start))
         self._remembered: OrderedDict[tuple[str, int], Sketch | None] = OrderedDict()
         self._opened: OrderedDict[str, Any] = OrderedDict()
 
@@ -86,7 +93,8 @@ class Sketches:
         """The sketch of an image; None if it could not be read."""
         place = shard, row
         if place not in self._remembered:
-            content = self._table(name_of(shard, row - row % ROWS))[row % ROWS].as_py()
+            start = self._starts[shard][bisect.bisect(self._starts[shard], row) - 1]
+            content = self._table(name_of(shard, start))[row - start].as_py()
             self._remembered[place] = None if content is None else unpacked(content)
             if len(self._remembered) > REMEMBERED:
                 self._remembered.popitem(last=False)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from dinov2.curate.components import Components, Labels
 from dinov2.curate.dedup.config import DedupConfig
 from dinov2.curate.pool import Pool
 from dinov2.curate.search import Layout, Neighbours
 from dinov2.curate.search.vectors import PoolVectors
 from dinov2.curate.steps import Counts, Output
+
+if TYPE_CHECKING:
+    from dinov2.curate.components import Components, Labels
 
 PART = 50_000  # members whose vectors are compared by one task
 ANY = -2.0  # threshold of links that were checked: all count
@@ -113,6 +116,8 @@ class _Nearest:
 
 def _components(layout: Layout, neighbours: Neighbours, threshold: float) -> Components:
     """The components of the links above a threshold."""
+    from dinov2.curate.components import Components
+
     components = Components(layout.rows)
     for first, second in _links(layout, neighbours, threshold):
         components.join(first, second)
