@@ -12,21 +12,22 @@ from pathlib import Path
 
 import pytest
 
-from dinov2.curate import Counts, CurateConfig, run_steps
+from dinov2.curate import Counts, CurateConfig, Pool, pieces, run_steps, views
 from dinov2.curate.collect import CollectConfig, collect, cuts
-from dinov2.curate.embed import embed
+from dinov2.curate.embed import EmbedConfig, embed
 from dinov2.curate.engines import Inline
 from dinov2.curate.extract import ExtractConfig, extract
 from dinov2.curate.pipeline import embedded_sets, source
 from dinov2.curate.screen import ScreenConfig, screen
 from dinov2.curate.steps import Output, Step, Steps, Task
+from dinov2.data import Reduced, decoding
 from dinov2.recipes import laptop
 from tests.curate import jobs
-from tests.curate.pictures import encoded, picture
+from tests.curate.pictures import encoded, picture, write_pool
 from tests.curate.test_runner import contents
 
-PER_SHARD = ("collect._write", "screen.measure", "embed._embed")
-"""Functions that read the images of one shard."""
+PER_SHARD = ("collect._write", "screen.measure", "embed._embed", "pieces._join")
+"""Functions that make one shard, or a piece of it, from its images."""
 
 
 def write(folder: Path, *seeds: int) -> None:
@@ -82,19 +83,55 @@ def test_what_is_redone(tmp_path: Path, made: Counter[str]) -> None:
 
     first = shards_made()
     assert first[0] > 12  # at least seven of images, and three of each other set
-    assert shards_made() == [0, 0, 0]
+    assert shards_made() == [0, 0, 0, 0]
     write(tmp_path / "images", 100)
-    assert shards_made() == [1, 1, 2]  # two models embed it
+    assert shards_made() == [1, 1, 2, 3]  # two models embed it
     write(tmp_path / "seeds", 101)
-    assert shards_made() == [1, 0, 1]
+    assert shards_made() == [1, 0, 1, 1]
     write(tmp_path / "tests", 102)
-    assert shards_made() == [1, 0, 1]
+    assert shards_made() == [1, 0, 1, 1]
     (tmp_path / "images" / "000.bmp").write_bytes(encoded(picture(103, 70, 70), "BMP"))  # changed, of the same size
-    assert shards_made() == [1, 1, 2]
+    assert shards_made() == [1, 1, 2, 3]
     (tmp_path / "images" / "757.bmp").unlink()
-    assert max(shards_made()) <= 4
+    assert all(number <= most for number, most in zip(shards_made(), (2, 2, 4, 6), strict=True))  # of two shards
 
     run_steps(first_stages(dataclasses.replace(config, output=str(tmp_path / "fresh"))), Inline())
+    for folder in (tmp_path / "fresh").glob("*-*"):
+        assert contents(folder) == contents(tmp_path / "out" / folder.name), folder.name
+
+
+def test_pieces_are_lent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Counter[str]) -> None:
+    decoded: list[str] = []
+
+    def decode(content: bytes, name: str, side: int, least: int = 0) -> Reduced:
+        decoded.append(name)
+        return decoding.decode_reduced(content, name, side, least)
+
+    def stages(pool: Pool, output: Path, model: str = "copies") -> Steps[Pool]:
+        settings = ScreenConfig(faces="none", max_distance=-1)
+        screened = yield from screen(pool, settings, str(output))
+        return (yield from embed(screened, EmbedConfig(model=model), str(output)))
+
+    monkeypatch.setattr(pieces, "ROWS", 2)
+    monkeypatch.setattr(views, "decode_reduced", decode)
+    wide = {"wide": encoded(picture(0, 1600, 800), "JPEG")}
+    shards = [wide | {f"i{seed}": encoded(picture(seed)) for seed in range(1, 4)}, {"other": encoded(picture(4))}]
+    before = write_pool(tmp_path / "before", shards)
+    after = write_pool(tmp_path / "after", [shards[0] | {"new": encoded(picture(5))}, shards[1]])
+    run_steps(stages(before, tmp_path / "out"), Inline())
+    assert [made[name] for name in PER_SHARD[1:]] == [3, 3, 4]
+    decoded.clear()
+    made.clear()
+    run_steps(stages(after, tmp_path / "out"), Inline())
+    assert [made[name] for name in PER_SHARD[1:]] == [1, 1, 2]
+    assert decoded == ["4 of 00000", "4 of 00000"]
+
+    decoded.clear()
+    last: Pool = run_steps(stages(after, tmp_path / "out", "colour-texture"), Inline())
+    assert sorted(decoded) == ["0 of 00001", *(f"{row} of 00000" for row in range(1, 5))]  # a small image is lent
+    assert {last.read_features(shard).shape for shard in last.shards()} == {(5, 86), (1, 86)}
+    for model in ("copies", "colour-texture"):
+        run_steps(stages(after, tmp_path / "fresh", model), Inline())
     for folder in (tmp_path / "fresh").glob("*-*"):
         assert contents(folder) == contents(tmp_path / "out" / folder.name), folder.name
 

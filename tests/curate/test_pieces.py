@@ -78,7 +78,8 @@ def test_processes_make_the_same_pieces(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(pieces, "ROWS", 2)
     pool = write_pool(tmp_path / "pool", [{f"i{seed}": encoded(picture(seed)) for seed in range(3)}])
     for name, engine in (("inline", Inline()), ("processes", ProcessPool(2))):
-        run_steps(embed.embed(pool, EmbedConfig(), str(tmp_path / name)), engine)
+        with engine:
+            run_steps(embed.embed(pool, EmbedConfig(), str(tmp_path / name)), engine)
     assert contents(tmp_path / "inline") == contents(tmp_path / "processes")
 
 
@@ -163,7 +164,8 @@ def a_step(out: Path) -> Steps[None]:
 @pytest.mark.parametrize("kind", ["inline", "processes"])
 def test_progress_counts_images_within_a_task(tmp_path: Path, kind: str) -> None:
     seen = Seen()
-    run_steps(a_step(tmp_path), Inline() if kind == "inline" else ProcessPool(1), watcher=seen)
+    with Inline() if kind == "inline" else ProcessPool(1) as engine:
+        run_steps(a_step(tmp_path), engine, watcher=seen)
     assert seen.rows == sorted(seen.rows)
     assert {0, 1, 2, 3, 4, 5} == set(seen.rows)
     again = Seen()
