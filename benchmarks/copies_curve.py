@@ -1,111 +1,110 @@
-"""How well the built-in features tell planted copies from other images, over the threshold: ``copies_curve.py PNG``.
+"""How many copies the built-in features propose, over the threshold.
 
-One set has tiles of the right halves of the bundled photographs, which the network never saw. The other set is the
-crawl of the demo, with tiles of both halves. Each set has three seeds. Plain images are left out, as in a curation.
-Images are linked if their cosine is above the threshold, and one image of each connected component stays. Precision and
-recall are those of the dropped images: a drop is right if its component keeps an image of the same original. The script
-prints a table, and draws the curve.
+    python -m benchmarks.copies_curve FOLDER... [--png PNG]
+
+Each folder has photographs that are no copies of each other. One copy of each kind is made of some of them. The table
+and the curve show, at each threshold of the cosine, the share of copies whose photograph is proposed (it is above the
+threshold and among the nearest), and the number of other photographs that are proposed, which the check of pictures has
+to refuse.
 """
 
 from __future__ import annotations
 
-import io
-import sys
+import argparse
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
+from benchmarks.copies_of_photographs import KINDS
 from dinov2.curate.copies.features import describe_copies
-from dinov2.curate.screen import ScreenConfig, quality
-from dinov2.demo.planted import PlantedImage, planted_images
+from dinov2.curate.views import SMALL_SIDE
+from dinov2.recipes import laptop
 
-THRESHOLDS = np.arange(0.5, 0.96, 0.05)
+THRESHOLDS = np.arange(0.1, 0.71, 0.05)
+COPIED = 100  # photographs of a folder of which copies are made
+Floats = npt.NDArray[np.float32]
 
 
-class Score(NamedTuple):
-    """Precision and recall of dropping copies at one threshold."""
+class Curve(NamedTuple):
+    """Values at each threshold.
 
-    precision: float
-    recall: float
+    Attributes:
+        recall: share of copies whose photograph is proposed, the mean over the kinds.
+        worst: the same for the kind with the smallest share.
+        proposed: other photographs that are proposed for a photograph.
+    """
+
+    recall: list[float]
+    worst: list[float]
+    proposed: list[float]
 
 
 def main() -> None:
-    sets = {
-        "right halves, never seen": [planted_images(seed, half="right") for seed in range(3)],
-        "the demo's crawl": [planted_images(seed) for seed in range(3)],
-    }
-    scores = {name: [scores_of(images) for images in seeds] for name, seeds in sets.items()}
-    for name, seeds in scores.items():
-        print(f"\n{name}: precision and recall, lowest to highest of three seeds")
-        for number, threshold in enumerate(THRESHOLDS):
-            of_seeds = np.array([score[number] for score in seeds])  # [3, 2]
-            low, high = of_seeds.min(axis=0), of_seeds.max(axis=0)
-            print(f"  {threshold:.2f}  {low[0]:.3f} to {high[0]:.3f}   {low[1]:.3f} to {high[1]:.3f}")
-    print("\nmean cosine to the original by kind, right halves")
-    for kind, cosine in cosines_by_kind(sets["right halves, never seen"][0]).items():
-        print(f"  {kind:9} {cosine:.2f}")
-    if len(sys.argv) > 1:
-        draw(scores, sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, help="folders of photographs")
+    parser.add_argument("--png", type=Path, help="draw the curves into this file")
+    arguments = parser.parse_args()
+    curves = {folder.name: curve(folder) for folder in arguments.folders}
+    for name, found in curves.items():
+        print(f"\n{name}: threshold, recall in the mean of the kinds, of the worst kind, others proposed an image")
+        for threshold, *values in zip(THRESHOLDS, *found, strict=True):
+            print("  {:.2f}  {:.3f}  {:.3f}  {:6.2f}".format(threshold, *values))
+    if arguments.png:
+        draw(curves, arguments.png)
 
 
-def described(images: list[PlantedImage]) -> tuple[list[PlantedImage], npt.NDArray[np.float32]]:
-    """The images of the pool that screening keeps, and their features [n, 128]."""
-    pictures = [np.asarray(Image.open(io.BytesIO(image.content)).convert("RGB")) for image in images]
-    kept = [
-        (image, picture)
-        for image, picture in zip(images, pictures, strict=True)
-        if image.role == "pool" and quality(picture).entropy >= ScreenConfig().min_entropy
-    ]
-    features = [describe_copies([picture for _, picture in kept[i : i + 64]]) for i in range(0, len(kept), 64)]
-    return [image for image, _ in kept], np.concatenate(features)
+def curve(folder: Path) -> Curve:
+    """The curve of a folder."""
+    rng, neighbours = np.random.default_rng(0), laptop().dedup.neighbours
+    pictures = [Image.open(path).convert("RGB") for path in sorted(folder.iterdir())]
+    for picture in pictures:
+        picture.thumbnail((2 * SMALL_SIDE, 2 * SMALL_SIDE))
+    features = described(pictures)
+    cosines = features @ features.T
+    np.fill_diagonal(cosines, -1)
+    nearest = -np.sort(-cosines, axis=1)[:, :neighbours]
+    copied = rng.permutation(len(pictures))[:COPIED]
+    recalls = []
+    for make in KINDS.values():
+        found = described([make(pictures[number], rng) for number in copied]) @ features.T  # [copies, photographs]
+        own = found[np.arange(len(copied)), copied]
+        is_near = (found > own[:, None]).sum(axis=1) < neighbours
+        recalls.append([float((is_near & (own > threshold)).mean()) for threshold in THRESHOLDS])
+    by_kind = np.array(recalls)
+    proposed = [float((nearest > threshold).sum(axis=1).mean()) for threshold in THRESHOLDS]
+    return Curve(by_kind.mean(axis=0).tolist(), by_kind.min(axis=0).tolist(), proposed)
 
 
-def scores_of(images: list[PlantedImage]) -> list[Score]:
-    """The scores at each threshold."""
-    pool, features = described(images)
-    originals = np.unique([image.original for image in pool], return_inverse=True)[1]
-    cosines = np.triu(features @ features.T, 1)
-    scores = []
-    for threshold in THRESHOLDS:
-        links = coo_matrix(cosines > threshold)
-        count, component = connected_components(links, directed=False)
-        dropped = len(pool) - count
-        right = len(pool) - len({*zip(component.tolist(), originals.tolist(), strict=True)})
-        scores.append(Score(right / max(dropped, 1), right / (len(pool) - originals.max() - 1)))
-    return scores
+def described(pictures: list[Image.Image]) -> Floats:
+    """Features of pictures at the size at which a curation sees them."""
+    small = [picture.copy() for picture in pictures]
+    for picture in small:
+        picture.thumbnail((SMALL_SIDE, SMALL_SIDE), Image.Resampling.HAMMING)
+    arrays = [np.asarray(picture) for picture in small]
+    return np.concatenate([describe_copies(arrays[start : start + 64]) for start in range(0, len(arrays), 64)])
 
 
-def cosines_by_kind(images: list[PlantedImage]) -> dict[str, float]:
-    """Mean cosine of copies to their originals."""
-    pool, features = described(images)
-    rows = {image.name: row for row, image in enumerate(pool)}
-    pairs = [(image.kind, rows[image.name], rows[image.original]) for image in pool if image.original in rows]
-    return {
-        kind: float(np.mean([features[a] @ features[b] for other, a, b in pairs if other == kind]))
-        for kind in sorted({kind for kind, a, b in pairs if a != b})
-    }
-
-
-def draw(scores: dict[str, list[list[Score]]], path: str) -> None:
-    """Precision and recall over the threshold."""
+def draw(curves: dict[str, Curve], path: Path) -> None:
+    """Recall, and other photographs proposed, over the threshold."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), sharey=True)
-    for axis, (name, seeds) in zip(axes, scores.items(), strict=True):
-        for number, label in enumerate(Score._fields):
-            values = np.array([[score[number] for score in of_seed] for of_seed in seeds])
-            (line,) = axis.plot(THRESHOLDS, values.mean(axis=0), label=label)
-            axis.fill_between(THRESHOLDS, values.min(axis=0), values.max(axis=0), alpha=0.2, color=line.get_color())
-        axis.axhline(0.95, color="grey", linewidth=0.7, linestyle="--")
-        axis.set(title=name, xlabel="threshold of the cosine", ylim=(0.3, 1.01))
-        axis.legend(loc="lower left")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.4))
+    for name, found in curves.items():
+        (line,) = left.plot(THRESHOLDS, found.recall, label=name)
+        left.plot(THRESHOLDS, found.worst, color=line.get_color(), linestyle=":", linewidth=1)
+        right.plot(THRESHOLDS, found.proposed, label=name)
+    for axis in (left, right):
+        axis.axvline(laptop().dedup.threshold, color="grey", linewidth=0.7, linestyle="--")
+        axis.set_xlabel("threshold of the cosine")
+    left.set(ylabel="share of copies proposed", ylim=(0.4, 1.01), title="mean of ten kinds (dotted: the worst)")
+    right.set(ylabel="others proposed an image", title="work for the check")
+    left.legend(loc="lower left")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 

@@ -74,12 +74,15 @@ class Planted(NamedTuple):
 
 def plant(folder: Path, root: Path, rng: Random) -> dict[str, Planted]:
     """Write the pool and the evaluation set into two folders; returns the images of the pool by file name."""
-    planted, kinds = {}, list(KINDS)
+    planted, kinds, seen = {}, list(KINDS), set[bytes]()
     for place in ("pool", "evaluation"):
         (root / place).mkdir()
     for number, path in enumerate(sorted(path for path in folder.rglob("*") if path.is_file())):
         picture = Image.open(path).convert("RGB")
         picture.thumbnail((SIDE, SIDE))
+        if (content := picture.tobytes()) in seen:  # some packages have a photograph under several names
+            continue
+        seen.add(content)
         name = f"{number:05d}-{path.stem[-40:]}"
         is_evaluation = bool(rng.random() < EVALUATION)
         place = "evaluation" if is_evaluation else "pool"
@@ -88,8 +91,7 @@ def plant(folder: Path, root: Path, rng: Random) -> dict[str, Planted]:
             planted[f"{name}.jpg"] = Planted(name, "original", False)
         copies = 2 if is_evaluation else int(rng.random() < 1 / 3)
         for kind in rng.permutation(kinds)[:copies].tolist():
-            content = KINDS[kind](picture, rng)
-            content.save(root / "pool" / f"{name}-{kind}.jpg", quality=85)
+            KINDS[kind](picture, rng).save(root / "pool" / f"{name}-{kind}.jpg", quality=85)
             planted[f"{name}-{kind}.jpg"] = Planted(name, kind, is_evaluation)
     return planted
 
