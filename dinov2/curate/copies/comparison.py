@@ -21,7 +21,7 @@ RATIO = 0.8
 TOLERANCE, TRIALS = 4.0, 500
 """Pixels by which a matched point may miss its place, and trials of RANSAC."""
 SMALLEST_SCALE, LARGEST_SCALE = 0.2, 5.0
-INLIERS, SOME_INLIERS, MANY_INLIERS = 4, 8, 15
+INLIERS, SOME_INLIERS, MANY_INLIERS = 4, 10, 15
 """Matched points that agree about a shift, turn and scale. Two points are enough to define one, and wrong matches
 seldom give four."""
 FEW_POINTS = 100
@@ -38,10 +38,11 @@ CORRELATION = 0.5
 """Two cells agree above this correlation."""
 OVERLAP = 0.5
 """Share of one of the images that the other must cover. Two views of one scene may share a strip and are no copies."""
-AGREEMENT, AGREEMENT_OF_FEW, AGREEMENT_OF_NONE = 0.6, 0.8, 0.9
-"""Share of the cells with detail that must agree: where many points were found again, where few were, and where none
-were. A banner over a fifth of the image leaves 0.7. Photographs of round plates on white agree in 0.6 by chance."""
-CELLS_OF_NONE = 40
+AGREEMENT, AGREEMENT_OF_FEW = 0.55, 0.9
+"""Share of the cells with detail that must agree: where many points were found again, and where few or none were. A
+banner over a fifth of the image leaves 0.7. Photographs of round plates on white agree in 0.6 by chance, and parts of a
+brick wall in 0.85."""
+CELLS_OF_NONE = 30
 """Number of cells that must have detail where no points were found again."""
 CENTRE, AGREEMENT_AT_CENTRE = 0.2, 0.5
 """What agrees must not be a frame only: share of the cells with detail that must agree in the middle, which begins at
@@ -126,6 +127,11 @@ def _place_of(whole: Floats, other: Floats) -> tuple[float, float, float]:
     return found
 
 
+def is_plain(of: Sketch) -> bool:
+    """Whether an image has too little detail to be compared: a clear sky, or a blurred wall."""
+    return _cells_with_detail(of.detail) < CELLS
+
+
 def _alignments(first: Sketch, second: Sketch) -> Iterator[tuple[Map, int]]:
     """Maps that most matched points agree about, and their number: first a shift, turn and scale; then, if many agree,
     also other changes of the sides."""
@@ -161,7 +167,7 @@ def _matches(first: Floats, second: Floats) -> npt.NDArray[np.int64]:
 def _judged(first: Sketch, second: Sketch, place: Map, inliers: int) -> Comparison:
     """Lay the first image on the second by a map, and compare them."""
     fit = _fit(first.detail, second.detail, place)
-    agreement = AGREEMENT if inliers >= MANY_INLIERS else AGREEMENT_OF_FEW if inliers else AGREEMENT_OF_NONE
+    agreement = AGREEMENT if inliers >= MANY_INLIERS else AGREEMENT_OF_FEW
     if inliers >= SOME_INLIERS and fit.within >= WITHIN:
         agreement = AGREEMENT_COVERED
     same = (
@@ -173,12 +179,25 @@ def _judged(first: Sketch, second: Sketch, place: Map, inliers: int) -> Comparis
     return fit._replace(same=same, inliers=inliers)
 
 
+def _grid(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The number of cells across and down."""
+    height, width = shape
+    side = max(max(height, width) / ACROSS, SMALLEST_CELL)
+    return max(1, round(width / side)), max(1, round(height / side))
+
+
+def _cells_with_detail(detail: Floats) -> int:
+    cv2 = require("cv2", extra="curate", purpose="comparing images")
+    size = _grid(detail.shape)
+    mean, squares = (cv2.resize(x, size, interpolation=cv2.INTER_AREA) for x in (detail, detail * detail))
+    return int((squares - mean**2 > DETAIL**2).sum())
+
+
 def _fit(first: Floats, second: Floats, place: Map) -> Comparison:
     """Overlap and agreement of two images, with no judgement yet."""
     cv2 = require("cv2", extra="curate", purpose="comparing images")
     height, width = second.shape
-    side = max(max(height, width) / ACROSS, SMALLEST_CELL)
-    size = max(1, round(width / side)), max(1, round(height / side))
+    size = _grid(second.shape)
 
     def mean(pixels: Floats) -> Any:
         return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)

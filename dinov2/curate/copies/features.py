@@ -21,6 +21,8 @@ from dinov2.data.decoding import Pixels
 WIDTH = 384
 """Dimensions of the first part: a random projection keeps the cosines of its 8,192 to within 0.05."""
 SEED = 5
+ENOUGH_POINTS = 40
+"""Below this number the first part counts less, because few points are the same by chance."""
 
 
 def describe_copies(images: list[Pixels], sketches: Sequence[Sketch | None] | None = None) -> Floats:
@@ -40,13 +42,13 @@ def describe_copies(images: list[Pixels], sketches: Sequence[Sketch | None] | No
 
 
 def describe_points(of: Sketch) -> Floats:
-    """Features [384] of the points of an image, of unit length; zeros for an image without points."""
+    """Features [384] of the points of an image, of unit length if it has enough of them; zeros for no points."""
     if not len(of.descriptors):
         return np.zeros(WIDTH, np.float32)
     words = _words()
     total: Floats = _differences(of.descriptors, words) + _differences(mirror_descriptors(of.descriptors), words)
     row: Floats = unit(total.reshape(1, -1) @ _projection(words.size))[0]
-    return row
+    return row * np.float32(min(len(of.descriptors) / ENOUGH_POINTS, 1.0) ** 0.5)
 
 
 def unit(rows: Floats) -> Floats:

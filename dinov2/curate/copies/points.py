@@ -16,7 +16,9 @@ from dinov2.data.decoding import Pixels
 from dinov2.extras import require
 
 SIDE = 256
-"""Pixels of the longer side at which points are found; no image is enlarged."""
+"""Pixels of the longer side at which points are found."""
+LARGEST_ENLARGEMENT = 3.0
+"""Small images are enlarged by up to this factor: their points are few, and their cells small, at their own size."""
 POINTS = 400
 """Largest number of points of an image: those of most contrast."""
 CONTRAST = 0.015
@@ -59,9 +61,9 @@ def packed(image: Pixels) -> bytes:
     gives them."""
     cv2 = require("cv2", extra="curate", purpose="comparing images")
     height, width = image.shape[:2]
-    scale = min(SIDE / max(height, width), 1.0)
+    scale = min(SIDE / max(height, width), LARGEST_ENLARGEMENT)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA) if scale < 1 else image
+    small = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
     grey = cv2.cvtColor(np.ascontiguousarray(small), cv2.COLOR_RGB2GRAY)
     found, descriptors = cv2.SIFT_create(POINTS, contrastThreshold=CONTRAST).detectAndCompute(grey, None)
     places = np.array([point.pt for point in found], "<f4").reshape(-1, 2)

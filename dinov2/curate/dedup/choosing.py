@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from dinov2.curate.copies.sketches import Sketches
 from dinov2.curate.dedup.config import DedupConfig
-from dinov2.curate.dedup.links import compared_at
+from dinov2.curate.dedup.links import compared, sketch_at
 from dinov2.curate.pool import Pool, read_table
 from dinov2.curate.search import Layout, exact_cosines
 from dinov2.curate.search.vectors import CHUNK, PoolVectors, read_layout
@@ -109,7 +109,9 @@ def _same(
     sketches: Sketches, layout: Layout, positions: npt.NDArray[np.int64], others: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.bool_]:
     """Which images [n] show the same picture as the others [n]."""
-    pairs = zip(positions.tolist(), others.tolist(), strict=True)
     return np.array(
-        [one == two or compared_at(sketches, layout, one, sketches, layout, two).same for one, two in pairs]
+        [
+            one == other or compared(sketch_at(sketches, layout, one), sketch_at(sketches, layout, other)).same
+            for one, other in zip(positions.tolist(), others.tolist(), strict=True)
+        ]
     )

@@ -34,6 +34,9 @@ class DedupConfig(Config, at="dedup"):
     """Images of the pool are also linked above this cosine to find what is near a reference image: if one member of a
     component is linked to a reference image, all its members are dropped. If pictures are checked, links are those of
     the threshold."""
+    plain_threshold: Cosine = 0.45
+    """If pictures are checked, an image of the pool is also linked to a reference image above this cosine if one of the
+    two has too little detail to be compared, such as a clear sky."""
     search: SearchConfig = field(default_factory=SearchConfig)
     """This is how neighbours are found."""
 

@@ -11,7 +11,7 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
-from dinov2.curate.copies import Comparison, Sketch, compare
+from dinov2.curate.copies import Comparison, Sketch, compare, is_plain
 from dinov2.curate.copies.sketches import Sketches
 from dinov2.curate.pool import Pool, read_table
 from dinov2.curate.search import Layout, Neighbours
@@ -26,7 +26,9 @@ CODE = 1
 Positions = npt.NDArray[np.int64]
 
 
-def checked_links(neighbours: Neighbours, pool: Pool, others: Pool, output: str, stage: str) -> Steps[Neighbours]:
+def checked_links(
+    neighbours: Neighbours, pool: Pool, others: Pool, output: str, stage: str, plain_threshold: float = 1.0
+) -> Steps[Neighbours]:
     """Keep those links whose two images show the same picture.
 
     Args:
@@ -36,6 +38,7 @@ def checked_links(neighbours: Neighbours, pool: Pool, others: Pool, output: str,
             compared once.
         output: folder or URL of the whole curation.
         stage: first part of the steps' names.
+        plain_threshold: links above this cosine also stay if one of the images is too plain to be compared.
 
     Returns:
         The neighbours without the other links.
@@ -49,10 +52,11 @@ def checked_links(neighbours: Neighbours, pool: Pool, others: Pool, output: str,
         arguments = (listed.folder, start, stop, pool, others, neighbours)
         tasks.append(Task(f"part-{number:05d}", _compare, arguments, stop - start))
     sketches = [pool.sketches for pool in (pool, others) if pool.sketches is not None]
-    compared = Step(output, f"{stage}-compared", CODE, (listed.folder, *sketches), tasks, "pairs")
-    yield compared
-    task = Task("all", _select, (neighbours, listed.folder, compared.folder, tuple(task.shard for task in tasks)))
-    links = Step(output, f"{stage}-links", None, (listed.folder, compared.folder), [task], "links")
+    comparisons = Step(output, f"{stage}-compared", CODE, (listed.folder, *sketches), tasks, "pairs")
+    yield comparisons
+    parts = tuple(task.shard for task in tasks)
+    task = Task("all", _select, (neighbours, listed.folder, comparisons.folder, parts, plain_threshold))
+    links = Step(output, f"{stage}-links", plain_threshold, (listed.folder, comparisons.folder), [task], "links")
     yield links
     return dataclasses.replace(neighbours, folder=links.folder)
 
@@ -81,37 +85,49 @@ def _compare(
     own = Sketches(pool)
     other = own if pool == others else Sketches(others)
     layouts = neighbours.query_layout(), neighbours.layout()
-    fits = []
+    fits, plain = list[Comparison](), list[bool]()
     for first, second in zip(table["first"].to_pylist(), table["second"].to_pylist(), strict=True):
-        fits.append(compared_at(own, layouts[0], first, other, layouts[1], second))
+        pair = sketch_at(own, layouts[0], first), sketch_at(other, layouts[1], second)
+        fits.append(compared(*pair))
+        plain.append(any(one is not None and is_plain(one) for one in pair))
         output.advance(1)
     columns = [np.array([fit[number] for fit in fits]) for number in range(len(Comparison._fields))]
-    output.write_table(dict(zip(Comparison._fields, columns, strict=True)))
+    output.write_table(dict(zip(Comparison._fields, columns, strict=True)) | {"plain": np.array(plain, bool)})
     same = sum(fit.same for fit in fits)
     return Counts(len(fits), same, {"other pictures": len(fits) - same})
 
 
-def _select(output: Output, neighbours: Neighbours, listed: str, compared: str, parts: tuple[str, ...]) -> Counts:
+def _select(
+    output: Output,
+    neighbours: Neighbours,
+    listed: str,
+    comparisons: str,
+    parts: tuple[str, ...],
+    plain_threshold: float,
+) -> Counts:
     """Task: write the links of each shard whose images show the same picture, as ``SHARD.parquet``."""
     pairs = read_table(listed, "all")
-    same = np.concatenate([np.zeros(0, bool), *(read_table(compared, part, ["same"])["same"] for part in parts)])
-    first, second = pairs["first"].to_numpy()[same], pairs["second"].to_numpy()[same]
-    kept = set(zip(first.tolist(), second.tolist(), strict=True))
+    first, second = pairs["first"].to_numpy(), pairs["second"].to_numpy()
+    tables = [read_table(comparisons, part, ["same", "plain"]) for part in parts]
+    same, plain = (
+        np.concatenate([np.zeros(0, bool), *(table[name].to_numpy() for table in tables)]) for name in ("same", "plain")
+    )
+    kept, unclear = (set(zip(first[own].tolist(), second[own].tolist(), strict=True)) for own in (same, plain & ~same))
     counts = Counts()
     for shard in neighbours.query_layout().names:
         found, own = neighbours.read(shard), _pairs(neighbours, shard)
-        stays = np.array([pair in kept for pair in map(tuple, own.tolist())], bool)
+        places = list(map(tuple, own.tolist()))
+        stays = np.array([place in kept for place in places], bool)
+        is_unclear = np.array([place in unclear for place in places], bool)
+        stays |= is_unclear & (found.cosine > np.float32(plain_threshold))
         links = Found(*(column[stays] for column in found))
         Output(output.folder, shard).write_table(links._asdict())
         counts += Counts(len(stays), int(stays.sum()))
     return counts
 
 
-def compared_at(
-    own: Sketches, layout: Layout, position: int, others: Sketches, other_layout: Layout, other: int
-) -> Comparison:
-    """Compare the images at two positions. One that could not be read shows nothing."""
-    first, second = sketch_at(own, layout, position), sketch_at(others, other_layout, other)
+def compared(first: Sketch | None, second: Sketch | None) -> Comparison:
+    """Compare two images. One that could not be read shows nothing."""
     return Comparison() if first is None or second is None else compare(first, second)
 
 

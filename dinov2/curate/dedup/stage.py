@@ -57,7 +57,7 @@ def dedup(pool: Pool, references: Mapping[str, Pool], config: DedupConfig, outpu
         )
         if checks:
             reference = yield from sketched(reference, output, stage)
-            links = yield from checked_links(links, pool, reference, output, stage)
+            links = yield from checked_links(links, pool, reference, output, stage, config.plain_threshold)
         linked.append(Reference(name, reference, links))
     decisions = yield from _decide(pool, neighbours, tuple(linked), config, output)
     return pool.after(decisions)
