@@ -94,8 +94,8 @@ def test_files_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     small = encoded(picture(1))
     pool = write_pool(tmp_path / "pool", [{"wide": WIDE, "small": small, "again": WIDE, "cut": WIDE[:5000]}])
     after = run(pool, tmp_path / "out")
-    # The copy of row 0 is not decoded. The small file of row 1 is decoded again for its sketch and for its features; row
-    # 0 is taken from screening.
+    # The copy of row 0 is not decoded. The small file of row 1 is decoded again for its sketch and for its features.
+    # The small image of row 0 is taken from screening.
     assert decoded == ["0", "1", "3", "1", "1"]
     assert read_table(after.decisions[0], "00000")["reason"].to_pylist() == [
         None,
