@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -18,7 +20,9 @@ from dinov2.curate.report.finished import pool_of, sets_of
 from dinov2.curate.screen import EXACT, NEAR
 from dinov2.curate.search.vectors import read_layout
 from dinov2.curate.steps import Step
-from dinov2.data.outputs import DROPPED, FATES
+from dinov2.data.files import escaped
+from dinov2.data.folders import images_among
+from dinov2.data.outputs import DROPPED, FATES, of_outputs
 from dinov2.data.shards.storage import Storage
 from dinov2.extras import require
 
@@ -157,6 +161,29 @@ def _of_pool(
             failed = read_table(own.folder, shard, ["url", "reason", "remark"])
             failed = failed.filter(failed["reason"].is_valid())
             yield _of_skipped(name, own, failed.rename_columns(["name", "reason", "remark"]))
+
+    if own is not None and own.name == "collect-images":
+        yield _of_skipped(name, own, _left_out(own.inputs[0]))
+
+
+def _left_out(folder: str) -> Any:
+    """The files of a folder that are no images by their name or content, as a table of skipped files."""
+    arrow = require("pyarrow", extra="curate", purpose="curation")
+    storage, rows = Storage(folder), list[tuple[str, str]]()
+    with warnings.catch_warnings(), contextlib.suppress(OSError):  # it may be gone by now
+        warnings.simplefilter("ignore")  # the run has said it
+        paths = list(storage.find())
+        outputs = of_outputs(storage, paths)
+        left_out = images_among(paths, storage).left_out
+        rows = [(escaped(path), f"no image: {why}") for path, why in sorted(left_out.items()) if path not in outputs]
+    columns = [[row[number] for row in rows] for number in range(2)]
+    return arrow.table(
+        {
+            "name": arrow.array(columns[0], arrow.string()),
+            "reason": arrow.array(columns[1], arrow.string()),
+            "remark": arrow.nulls(len(rows), arrow.string()),
+        }
+    )
 
 
 Texts = npt.NDArray[np.object_]  # [n] texts or None
