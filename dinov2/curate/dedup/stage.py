@@ -21,10 +21,10 @@ def dedup(pool: Pool, references: Mapping[str, Pool], config: DedupConfig, outpu
     """Keep one image of each group of near-copies, and none that is near a reference image (appendix A of DINOv2).
 
     Each image is linked to its nearest neighbours above a threshold. If ``config.check`` is "pictures", a link counts
-    only if the two images show the same picture. Images connected by links form a component. A
-    component that is linked to a reference image is dropped as a whole. Each other component keeps its largest image;
-    among equals, the first. A guard finds the members that are unlike the kept image; of these the largest is kept too,
-    and so on. Images without features cannot be compared, so they are dropped.
+    only if the two images show the same picture. Images connected by links form a component. A component that is linked
+    to a reference image is dropped as a whole. Each other component keeps its largest image; among equals, the first. A
+    guard finds the members that are unlike the kept image; of these the largest is kept too, and so on. Images without
+    features cannot be compared, so they are dropped.
 
     Args:
         pool: images with features.
