@@ -16,7 +16,7 @@ from dinov2.curate.copies.points import Sketch, mirrored, packed, unpacked
 from dinov2.data import BundledPhotographs
 from dinov2.data.decoding import Pixels
 
-NAMES = ("cat", "coffee", "rocket", "china", "motorcycle", "astronaut")
+NAMES = ("cat", "coffee", "rocket", "china")
 PHOTOGRAPHS = BundledPhotographs()
 PICTURES = [Image.fromarray(PHOTOGRAPHS[PHOTOGRAPHS.names.index(name)]).convert("RGB") for name in NAMES]
 
