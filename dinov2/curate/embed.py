@@ -97,7 +97,7 @@ def embed(pool: Pool, config: EmbedConfig, output: str, at: str = "embed") -> St
     places = read_layout((yield from layout_of(pool, "embed", output)))
     seen: list[Any] = [settings, FUNCTION_SIDE, VIEW_SIDE, SMALL_SIDE]
     if name == COPIES:
-        pool = yield from sketched(pool, output, "embed")
+        pool = yield from sketched(pool, places, output, "embed")
         seen += [SIDE, POINTS, CONTRAST]
     arguments = (config, settings.model, at)
     features = yield from by_pieces(output, "embed-features", seen, pool, places, _embed, arguments, gpu=True)

@@ -45,8 +45,8 @@ brick wall in 0.85."""
 CELLS_OF_NONE = 30
 """Number of cells that must have detail where no points were found again."""
 CENTRE, AGREEMENT_AT_CENTRE = 0.2, 0.5
-"""What agrees must not be a frame only: share of the cells with detail that must agree in the middle, which begins at
-the first number, as a share of the sides."""
+"""The middle must agree, too, or the images share no more than a frame. It begins at the first number, as a share of
+the sides. The second is the share of its cells with detail that must agree."""
 AGREEMENT_COVERED, WITHIN = 0.4, 0.8
 """A plain picture has little detail, so most cells with detail may be those of a banner. A smaller share is enough if
 some points were found again and one of the images agrees wherever it has detail itself."""

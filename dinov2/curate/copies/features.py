@@ -3,7 +3,7 @@ sees.
 
 The first part is VLAD (Jegou et al., CVPR 2010): each point goes to the nearest of 64 words, and the differences of the
 points to their word are summed. It finds crops and turned images, which the network misses. The network finds images
-with few points. A mirror image has the same features.
+with few points. A mirror image has nearly the same features.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections import OrderedDict, defaultdict
-from typing import Any
+import functools
+from collections import defaultdict
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from dinov2.curate import pieces
 from dinov2.curate.copies.points import CONTRAST, POINTS, QUALITY, SIDE, Sketch, packed, unpacked
 from dinov2.curate.pieces import Piece, content_of, cut, name_of
 from dinov2.curate.pool import Pool, read_table
-from dinov2.curate.search.vectors import layout_of, read_layout
+from dinov2.curate.search.vectors import Layout
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task
 from dinov2.curate.views import SMALL_SIDE, VIEW_SIDE, originals, small_images
 from dinov2.data.decoding import UnreadableImageError
@@ -26,7 +26,7 @@ OPENED = 48
 """Tables that are remembered, of some five megabytes each."""
 
 
-def sketched(pool: Pool, output: str, stage: str) -> Steps[Pool]:
+def sketched(pool: Pool, layout: Layout, output: str, stage: str) -> Steps[Pool]:
     """Make the sketches of the images that are still in, unless the pool has them.
 
     A table ``SHARD.ROW.parquet`` has the column ``sketch``, as :func:`~dinov2.curate.copies.points.packed` makes it,
@@ -34,6 +34,7 @@ def sketched(pool: Pool, output: str, stage: str) -> Steps[Pool]:
 
     Args:
         pool: images.
+        layout: rows of its shards.
         output: folder or URL of the whole curation.
         stage: first part of the steps' names.
 
@@ -42,7 +43,6 @@ def sketched(pool: Pool, output: str, stage: str) -> Steps[Pool]:
     """
     if pool.sketches is not None:
         return pool
-    layout = read_layout((yield from layout_of(pool, stage, output)))
     lengths = zip(layout.names, np.diff(layout.starts).tolist(), strict=True)
     parts = [piece for shard, rows in lengths for piece in cut(shard, rows)]
     tasks = [Task(piece.name, _sketch, (pool, piece), piece.rows, content_of) for piece in parts]
@@ -81,30 +81,19 @@ class Sketches:
     def __init__(self, pool: Pool) -> None:
         if pool.sketches is None:
             raise ValueError("pool: expected sketches, got none")
-        self._folder = pool.sketches
+        folder = pool.sketches
         self._starts: dict[str, list[int]] = defaultdict(list)  # first rows of the tables
-        for name in sorted(Storage(self._folder).files("", ".parquet")):
+        for name in sorted(Storage(folder).files("", ".parquet")):
             shard, _, start = name.rpartition(".")
             self._starts[shard].append(int(start))
-        self._remembered: OrderedDict[tuple[str, int], Sketch | None] = OrderedDict()
-        self._opened: OrderedDict[str, Any] = OrderedDict()
+        self._column = functools.lru_cache(OPENED)(lambda name: read_table(folder, name, ["sketch"])["sketch"])
+        self._remembered = functools.lru_cache(REMEMBERED)(self._read)
 
     def of(self, shard: str, row: int) -> Sketch | None:
         """The sketch of an image; None if it could not be read."""
-        place = shard, row
-        if place not in self._remembered:
-            start = self._starts[shard][bisect.bisect(self._starts[shard], row) - 1]
-            content = self._table(name_of(shard, start))[row - start].as_py()
-            self._remembered[place] = None if content is None else unpacked(content)
-            if len(self._remembered) > REMEMBERED:
-                self._remembered.popitem(last=False)
-        self._remembered.move_to_end(place)
-        return self._remembered[place]
+        return self._remembered(shard, row)
 
-    def _table(self, name: str) -> Any:
-        if name not in self._opened:
-            self._opened[name] = read_table(self._folder, name)["sketch"]
-            if len(self._opened) > OPENED:
-                self._opened.popitem(last=False)
-        self._opened.move_to_end(name)
-        return self._opened[name]
+    def _read(self, shard: str, row: int) -> Sketch | None:
+        start = self._starts[shard][bisect.bisect(self._starts[shard], row) - 1]
+        content = self._column(name_of(shard, start))[row - start].as_py()
+        return None if content is None else unpacked(content)

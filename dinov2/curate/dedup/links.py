@@ -106,21 +106,19 @@ def _select(
     plain_threshold: float,
 ) -> Counts:
     """Task: write the links of each shard whose images show the same picture, as ``SHARD.parquet``."""
+    rows = neighbours.layout().rows
     pairs = read_table(listed, "all")
-    first, second = pairs["first"].to_numpy(), pairs["second"].to_numpy()
+    numbers = pairs["first"].to_numpy() * rows + pairs["second"].to_numpy()  # ascending, because the pairs are sorted
     tables = [read_table(comparisons, part, ["same", "plain"]) for part in parts]
     same, plain = (
         np.concatenate([np.zeros(0, bool), *(table[name].to_numpy() for table in tables)]) for name in ("same", "plain")
     )
-    kept, unclear = (set(zip(first[own].tolist(), second[own].tolist(), strict=True)) for own in (same, plain & ~same))
     counts = Counts()
     for shard in neighbours.query_layout().names:
         found, own = neighbours.read(shard), _pairs(neighbours, shard)
-        places = list(map(tuple, own.tolist()))
-        stays = np.array([place in kept for place in places], bool)
-        is_unclear = np.array([place in unclear for place in places], bool)
-        stays |= is_unclear & (found.cosine > np.float32(plain_threshold))
-        links = Found(*(column[stays] for column in found))
+        place = np.searchsorted(numbers, own[:, 0] * rows + own[:, 1])
+        stays: npt.NDArray[np.bool_] = same[place] | (plain[place] & (found.cosine > np.float32(plain_threshold)))
+        links = Found(found.row[stays], found.neighbour[stays], found.cosine[stays])
         Output(output.folder, shard).write_table(links._asdict())
         counts += Counts(len(stays), int(stays.sum()))
     return counts

@@ -47,7 +47,7 @@ def dedup(pool: Pool, references: Mapping[str, Pool], config: DedupConfig, outpu
         pool, pool, config.search, output, stage="dedup", k=config.neighbours, threshold=threshold
     )
     if checks:
-        pool = yield from sketched(pool, output, "dedup")
+        pool = yield from sketched(pool, neighbours.query_layout(), output, "dedup")
         neighbours = yield from checked_links(neighbours, pool, pool, output, "dedup")
     linked = []
     for name, reference in sorted(references.items()):
@@ -56,7 +56,7 @@ def dedup(pool: Pool, references: Mapping[str, Pool], config: DedupConfig, outpu
             pool, reference, config.search, output, stage=stage, k=k, threshold=config.reference_threshold
         )
         if checks:
-            reference = yield from sketched(reference, output, stage)
+            reference = yield from sketched(reference, links.layout(), output, stage)
             links = yield from checked_links(links, pool, reference, output, stage, config.plain_threshold)
         linked.append(Reference(name, reference, links))
     decisions = yield from _decide(pool, neighbours, tuple(linked), config, output)
