@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from dinov2.configuration import Config, Count, CountOr0, Rules
 from dinov2.curate.copies.points import CONTRAST, POINTS, SIDE, Sketch
-from dinov2.curate.copies.sketches import Sketches, sketched
+from dinov2.curate.copies.sketches import open_sketches, sketched
 from dinov2.curate.pieces import Piece, by_pieces
 from dinov2.curate.plugins import identity_of, is_function, load_function, open_onnx
 from dinov2.curate.pool import Pool, write_decisions
@@ -127,12 +127,12 @@ def _embed(output: Output, pool: Pool, piece: Piece, config: EmbedConfig, identi
     reasons: list[str | None] = [None] * piece.rows
     remarks: list[str | None] = [None] * piece.rows
     features: npt.NDArray[np.float16] | None = None
-    sketches = Sketches(pool) if config.model == COPIES else None
+    sketches = open_sketches(pool) if config.model == COPIES else None
     for rows, images in _batches(pool, piece, kept[first == kept], reasons, remarks, model, config.batch_size):
         if sketches is None:
             found = unit(model(images))
         else:
-            found = unit(copies(images, [sketches.of(piece.shard, piece.start + row) for row in rows]))
+            found = unit(copies(images, [sketches(piece.shard, piece.start + row) for row in rows]))
         if features is None:
             features = np.full((piece.rows, found.shape[1]), np.nan, np.float16)
         features[rows] = found

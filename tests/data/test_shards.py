@@ -272,7 +272,8 @@ def test_open_files_are_bounded_and_closed(tmp_path: Path, monkeypatch: pytest.M
     write_shards(shard_images(12), tmp_path, shard_size=1)
 
     def open_tars() -> int:
-        return sum(path.endswith(".tar") for path in map(os.path.realpath, Path("/proc/self/fd").iterdir()))
+        opened = map(os.path.realpath, Path("/proc/self/fd").iterdir())
+        return sum(path.endswith(".tar") and Path(path).is_relative_to(tmp_path) for path in opened)
 
     shards = TarShards(tmp_path)
     assert open_tars() == 0

@@ -6,6 +6,8 @@ import bisect
 import dataclasses
 import functools
 from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +21,8 @@ from dinov2.curate.views import SMALL_SIDE, VIEW_SIDE, originals, small_images
 from dinov2.data.decoding import UnreadableImageError
 from dinov2.data.shards.storage import Storage
 from dinov2.extras import require
+
+Reader = Callable[[str, int], Sketch | None]
 
 REMEMBERED = 500
 """Sketches that are remembered, of half a megabyte each."""
@@ -71,29 +75,29 @@ def _sketch(output: Output, pool: Pool, piece: Piece) -> Counts:
     return Counts(len(rows), sum(content is not None for content in contents))
 
 
-class Sketches:
-    """The sketches of a pool's images. The last ones are remembered.
+def open_sketches(pool: Pool) -> Reader:
+    """A function that returns the sketch of row ``row`` of a shard: None if it could not be read. It remembers the last
+    ones.
 
     Args:
         pool: a pool with sketches.
     """
+    if pool.sketches is None:
+        raise ValueError("pool: expected sketches, got none")
+    folder = pool.sketches
+    starts: dict[str, list[int]] = defaultdict(list)  # first rows of the tables
+    for name in sorted(Storage(folder).files("", ".parquet")):
+        shard, _, start = name.rpartition(".")
+        starts[shard].append(int(start))
 
-    def __init__(self, pool: Pool) -> None:
-        if pool.sketches is None:
-            raise ValueError("pool: expected sketches, got none")
-        folder = pool.sketches
-        self._starts: dict[str, list[int]] = defaultdict(list)  # first rows of the tables
-        for name in sorted(Storage(folder).files("", ".parquet")):
-            shard, _, start = name.rpartition(".")
-            self._starts[shard].append(int(start))
-        self._column = functools.lru_cache(OPENED)(lambda name: read_table(folder, name, ["sketch"])["sketch"])
-        self._remembered = functools.lru_cache(REMEMBERED)(self._read)
+    @functools.lru_cache(OPENED)
+    def column(name: str) -> Any:
+        return read_table(folder, name, ["sketch"])["sketch"]
 
-    def of(self, shard: str, row: int) -> Sketch | None:
-        """The sketch of an image; None if it could not be read."""
-        return self._remembered(shard, row)
-
-    def _read(self, shard: str, row: int) -> Sketch | None:
-        start = self._starts[shard][bisect.bisect(self._starts[shard], row) - 1]
-        content = self._column(name_of(shard, start))[row - start].as_py()
+    @functools.lru_cache(REMEMBERED)
+    def read(shard: str, row: int) -> Sketch | None:
+        start = starts[shard][bisect.bisect(starts[shard], row) - 1]
+        content = column(name_of(shard, start))[row - start].as_py()
         return None if content is None else unpacked(content)
+
+    return read

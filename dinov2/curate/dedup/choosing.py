@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from dinov2.curate.copies.sketches import Sketches
+from dinov2.curate.copies.sketches import Reader, open_sketches
 from dinov2.curate.dedup.config import DedupConfig
 from dinov2.curate.dedup.links import compared, sketch_at
 from dinov2.curate.pool import Pool, read_table
@@ -36,7 +36,7 @@ def choose(
     position, component, best = (table[name].to_numpy() for name in ("position", "component", "best"))
     layout = read_layout(layout_folder)
     vectors = PoolVectors(pool, layout)
-    sketches = Sketches(pool) if config.checks_pictures else None
+    sketches = open_sketches(pool) if config.checks_pictures else None
     members = vectors.gather(position)  # [M, D]
     representative, cosine = position.copy(), np.ones(len(position), np.float32)
     remaining = np.arange(len(position))
@@ -106,7 +106,7 @@ def _cosines(
 
 
 def _same(
-    sketches: Sketches, layout: Layout, positions: npt.NDArray[np.int64], others: npt.NDArray[np.int64]
+    sketches: Reader, layout: Layout, positions: npt.NDArray[np.int64], others: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.bool_]:
     """Which images [n] show the same picture as the others [n]."""
     return np.array(

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dinov2.curate.copies import Comparison, Sketch, compare, is_plain
-from dinov2.curate.copies.sketches import Sketches
+from dinov2.curate.copies.sketches import Reader, open_sketches
 from dinov2.curate.pool import Pool, read_table
 from dinov2.curate.search import Layout, Neighbours
 from dinov2.curate.search.neighbours import Found
@@ -82,8 +82,8 @@ def _compare(
 ) -> Counts:
     """Task: compare pairs ``start`` to ``stop`` and write the columns of :class:`Comparison`."""
     table = read_table(folder, "all").slice(start, stop - start)
-    own = Sketches(pool)
-    other = own if pool == others else Sketches(others)
+    own = open_sketches(pool)
+    other = own if pool == others else open_sketches(others)
     layouts = neighbours.query_layout(), neighbours.layout()
     fits, plain = list[Comparison](), list[bool]()
     for first, second in zip(table["first"].to_pylist(), table["second"].to_pylist(), strict=True):
@@ -129,7 +129,7 @@ def compared(first: Sketch | None, second: Sketch | None) -> Comparison:
     return Comparison() if first is None or second is None else compare(first, second)
 
 
-def sketch_at(sketches: Sketches, layout: Layout, position: int) -> Sketch | None:
+def sketch_at(sketches: Reader, layout: Layout, position: int) -> Sketch | None:
     """The sketch of the image at a position; None if it could not be read."""
     numbers, rows = layout.locate(np.array([position]))
-    return sketches.of(layout.names[int(numbers[0])], int(rows[0]))
+    return sketches(layout.names[int(numbers[0])], int(rows[0]))
