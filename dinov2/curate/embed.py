@@ -25,7 +25,6 @@ from dinov2.curate.views import (
     BATCH_PIXELS,
     FUNCTION_SIDE,
     SMALL_SIDE,
-    VIEW_SIDE,
     originals,
     small_images,
 )
@@ -95,7 +94,7 @@ def embed(pool: Pool, config: EmbedConfig, output: str, at: str = "embed") -> St
     name = config.model
     settings = dataclasses.replace(config, device="auto", model=name if name in BUILT_IN else identity_of(name))
     places = read_layout((yield from layout_of(pool, "embed", output)))
-    seen: list[Any] = [settings, FUNCTION_SIDE, VIEW_SIDE, SMALL_SIDE]
+    seen: list[Any] = [settings, FUNCTION_SIDE, SMALL_SIDE]
     if name == COPIES:
         pool = yield from sketched(pool, places, output, "embed")
         seen += [SIDE, POINTS, CONTRAST]
@@ -201,7 +200,7 @@ class Opened:
         model: the model.
         side: images have at most this many pixels on the longer side, unless ``least`` asks for more.
         least: images have at least this many pixels on the shorter side, if the file has them.
-        is_small: whether the model sees small images, as :func:`~dinov2.curate.views.small_of` makes them.
+        is_small: whether the model sees small images, of :func:`~dinov2.curate.views.small_images`.
     """
 
     model: Model

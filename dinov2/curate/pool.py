@@ -34,6 +34,7 @@ class Pool:
         features: folder of arrays [n, D], float16 of unit length; None before the pool is embedded. Rows that were out
             at that time, or could not be embedded, are NaN.
         small: folder of the pieces of screening, with small images of large files; None before the pool is screened.
+        view_side: pixels of the longer side to which screening decoded images; None before the pool is screened.
         sketches: folder of the sketches of images, by which two of them are compared; None before they are made.
     """
 
@@ -41,6 +42,7 @@ class Pool:
     decisions: tuple[str, ...] = ()
     features: str | None = None
     small: str | None = None
+    view_side: int | None = None
     sketches: str | None = None
 
     def after(self, decisions: str) -> Pool:

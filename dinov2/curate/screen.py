@@ -24,19 +24,18 @@ from dinov2.curate.views import (
     SMALL_COLUMNS,
     SMALL_SIDE,
     VIEW_SIDE,
-    decode_view,
     in_full,
     originals,
     small_columns,
+    small_of,
 )
 from dinov2.data.cropping import resized
 from dinov2.data.decoding import Pixels, UnreadableImageError
-from dinov2.data.decoding_reduced import Reduced
+from dinov2.data.decoding_reduced import Reduced, decode_reduced
 from dinov2.data.remarks import kept_remarks
 from dinov2.extras import require
 
 BATCH = 16
-QUALITY_SIDE = 256  # pixels of the longer side at which sharpness is measured
 NSFW_SIDE = 224
 
 Scorer = Callable[[list[Pixels]], npt.NDArray[np.float32]]
@@ -108,7 +107,7 @@ def screen(pool: Pool, config: ScreenConfig, output: str) -> Steps[Pool]:
     inputs = (pool.images, *pool.decisions)
     places = read_layout(layout)
     plugged_in = [name if name in KNOWN else identity_of(name) for name in (config.faces, config.nsfw)]
-    seen = [*plugged_in, VIEW_SIDE, SMALL_SIDE]
+    seen = [*plugged_in, view_side(config), SMALL_SIDE]
     measures = yield from by_pieces(output, "screen-measures", seen, pool, places, measure, (config,), note=note)
     task = Task("all", _fit, (pool.shards(), measures.folder, config))
     settings = [config.hash_sample, config.seed, pool.fingerprint()]
@@ -128,9 +127,8 @@ def screen(pool: Pool, config: ScreenConfig, output: str) -> Steps[Pool]:
     ]
     decisions = Step(output, "screen-decisions", thresholds, (*folders, repeats.folder), tasks)
     yield decisions
-    return dataclasses.replace(
-        pool.after(decisions.folder), small=None if measures.pieces == measures.folder else measures.pieces
-    )
+    small = None if measures.pieces == measures.folder else measures.pieces
+    return dataclasses.replace(pool.after(decisions.folder), small=small, view_side=view_side(config))
 
 
 def with_models(config: ScreenConfig) -> ScreenConfig:
@@ -141,6 +139,11 @@ def with_models(config: ScreenConfig) -> ScreenConfig:
     if nsfw == AUTO:
         nsfw = OPEN_NSFW.name if OPEN_NSFW.find() else NONE
     return dataclasses.replace(config, faces=faces or NONE, nsfw="" if nsfw == NONE else nsfw)
+
+
+def view_side(config: ScreenConfig) -> int:
+    """Pixels of the longer side to which images are decoded: fewer where neither a detector nor a scorer runs."""
+    return SMALL_SIDE if config.faces == NONE and not config.nsfw else VIEW_SIDE
 
 
 def models_in_words(config: ScreenConfig) -> str:
@@ -202,17 +205,17 @@ def measure(output: Output, pool: Pool, piece: Piece, config: ScreenConfig) -> C
         output.advance()
         with kept_remarks() as said:
             try:
-                image = decode_view(files[row], f"{row} of {piece.shard}")
+                image = decode_reduced(files[row], f"{row} of {piece.shard}", view_side(config))
             except UnreadableImageError as error:
                 measures[row] = {"readable": False, "remark": error.words}
                 continue
-        pixels = image.pixels
+        small = small_of(image.pixels)
         measures[row] = {
             "readable": True,
             "remark": "; ".join(said) or None,
-            "thumbnail": thumbnail(pixels).tobytes(),
-            **quality(pixels)._asdict(),
-            **small_columns(image),
+            "thumbnail": thumbnail(small).tobytes(),
+            **quality(small)._asdict(),
+            **small_columns(image, small),
         }
         batch.append((row, image))
         if len(batch) == BATCH or sum(held.pixels.size for _, held in batch) >= 3 * BATCH_PIXELS:
@@ -228,15 +231,12 @@ def measure(output: Output, pool: Pool, piece: Piece, config: ScreenConfig) -> C
 
 
 def quality(image: Pixels) -> Quality:
-    """Measure an image uint8 [H, W, 3]."""
+    """Measure a small image uint8 [H, W, 3]."""
     cv2 = require("cv2", extra="curate", purpose="measuring quality")
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-    scale = min(QUALITY_SIDE / max(grey.shape), 1.0)
-    size = tuple(max(1, round(side * scale)) for side in (grey.shape[1], grey.shape[0]))
-    small = cv2.resize(grey, size, interpolation=cv2.INTER_AREA)
-    shares = np.bincount(small.ravel(), minlength=256) / small.size
+    shares = np.bincount(grey.ravel(), minlength=256) / grey.size
     shares = shares[shares > 0]
-    return Quality(float(-(shares * np.log2(shares)).sum()), float(cv2.Laplacian(small, cv2.CV_32F).var()))
+    return Quality(float(-(shares * np.log2(shares)).sum()), float(cv2.Laplacian(grey, cv2.CV_32F).var()))
 
 
 def open_scorer(name: str) -> Scorer | None:

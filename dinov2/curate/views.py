@@ -28,27 +28,19 @@ BATCH_PIXELS = 2**25
 """A batch with this many pixels is full: 100 MB, whatever the images."""
 
 
-def decode_view(content: bytes, name: str) -> Reduced:
-    """Decode an image as screening sees it.
-
-    Raises:
-        UnreadableImageError: it cannot be decoded.
-    """
-    return decode_reduced(content, name, VIEW_SIDE)
-
-
 def small_of(view: Pixels) -> Pixels:
-    """The small image of an image that :func:`decode_view` decoded, uint8 [h, w, 3]."""
+    """The small image of a decoded image, uint8 [h, w, 3]."""
     height, width = view.shape[:2]
     target = target_size(width, height, SMALL_SIDE, 0)
+    if target == (width, height):
+        return view
     return np.asarray(reduced(lambda top, bottom: Image.fromarray(view[top:bottom]), width, height, target))
 
 
-def small_columns(image: Reduced) -> dict[str, Any]:
+def small_columns(image: Reduced, small: Pixels) -> dict[str, Any]:
     """Columns that hold the small image of a large file; none for other files."""
     if image.width * image.height <= SLOW_PIXELS:
         return {}
-    small = small_of(image.pixels)
     return dict(zip(SMALL_COLUMNS, (small.tobytes(), *small.shape[:2]), strict=True))
 
 
@@ -62,12 +54,12 @@ def small_from(row: dict[str, Any]) -> Pixels | None:
 def small_images(pool: Pool, shard: str, start: int, name: str) -> Callable[[int], Pixels]:
     """A function that returns the small image of a row of a piece, which begins at row ``start``: as screening kept it,
     or else decoded. It raises an UnreadableImageError if it cannot be decoded."""
-    files = pool.open_images(shard)
+    files, side = pool.open_images(shard), pool.view_side or SMALL_SIDE
     table = None if pool.small is None else read_table(pool.small, name, SMALL_COLUMNS)
 
     def read(row: int) -> Pixels:
         kept = None if table is None else small_from(table.slice(row - start, 1).to_pylist()[0])
-        return small_of(decode_view(files[row], f"{row} of {shard}").pixels) if kept is None else kept
+        return small_of(decode_reduced(files[row], f"{row} of {shard}", side).pixels) if kept is None else kept
 
     return read
 

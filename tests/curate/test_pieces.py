@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import time
 from pathlib import Path
 
@@ -20,8 +21,9 @@ from dinov2.curate.pool import read_table
 from dinov2.curate.retrieve import RetrieveConfig, needs_features
 from dinov2.curate.screen import ScreenConfig, screen
 from dinov2.curate.steps import Counts, Output, Steps, Task
-from dinov2.curate.views import decode_view, in_full, in_reduced, small_from, small_of
-from dinov2.data import Reduced, decode_image, decoding_reduced
+from dinov2.curate.views import SMALL_SIDE, VIEW_SIDE, in_full, in_reduced, small_columns, small_from, small_of
+from dinov2.data import decode_image
+from dinov2.data.decoding_reduced import Reduced, decode_reduced
 from tests.curate import plugged_in
 from tests.curate.pictures import encoded, picture, write_pool
 from tests.curate.test_runner import contents
@@ -88,9 +90,10 @@ def test_files_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     def counted(content: bytes, name: str, side: int, least: int = 0) -> Reduced:
         decoded.append(name.split(" ")[0])
-        return decoding_reduced.decode_reduced(content, name, side, least)
+        return decode_reduced(content, name, side, least)
 
-    monkeypatch.setattr(views, "decode_reduced", counted)
+    for module in (sys.modules[screen.__module__], views):
+        monkeypatch.setattr(module, "decode_reduced", counted)
     small = encoded(picture(1))
     pool = write_pool(tmp_path / "pool", [{"wide": WIDE, "small": small, "again": WIDE, "cut": WIDE[:5000]}])
     after = run(pool, tmp_path / "out")
@@ -103,7 +106,7 @@ def test_files_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "exact duplicate",
         "unreadable",
     ]
-    expected = open_model(EmbedConfig())([small_of(decode_view(WIDE, "").pixels)])[0]
+    expected = open_model(EmbedConfig())([small_of(decode_reduced(WIDE, "", VIEW_SIDE).pixels)])[0]
     np.testing.assert_allclose(after.read_features("00000")[0], expected, atol=1e-3)
 
 
@@ -138,13 +141,15 @@ def test_boxes_are_scaled_by_their_edges() -> None:
 def test_what_is_seen_is_bounded(tmp_path: Path) -> None:
     content = encoded(picture(0, 3000, 1500), "JPEG")
     pool, (piece,) = write_pool(tmp_path / "pool", [{"a": content}]), cut("00000", 1)
-    assert decode_view(content, "").pixels.shape == (384, 768, 3)
-    assert small_of(decode_view(content, "").pixels).shape == (128, 256, 3)
+    assert small_of(decode_reduced(content, "", VIEW_SIDE).pixels).shape == (128, 256, 3)
     assert open_model(EmbedConfig(model="colour-texture")).reader(pool, piece)(0).shape == (128, 256, 3)
     plugged_in = open_model(EmbedConfig(model="tests.curate.plugged_in:redness"))
     assert plugged_in.reader(pool, piece)(0).shape == (512, 1024, 3)
-    assert small_from(views.small_columns(decode_view(WIDE, ""))).shape == (128, 256, 3)  # type: ignore[union-attr]
-    assert views.small_columns(decode_view(encoded(picture(0)), "")) == {}
+    wide, other = (decode_reduced(content, "", SMALL_SIDE) for content in (WIDE, encoded(picture(0))))
+    kept = small_from(small_columns(wide, wide.pixels))
+    assert kept is not None
+    np.testing.assert_array_equal(kept, wide.pixels)
+    assert small_columns(other, other.pixels) == {}
 
 
 def slow(output: Output, images: int) -> Counts:

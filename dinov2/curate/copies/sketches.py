@@ -17,7 +17,7 @@ from dinov2.curate.pieces import Piece, content_of, cut, name_of
 from dinov2.curate.pool import Pool, read_table
 from dinov2.curate.search.vectors import Layout
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task
-from dinov2.curate.views import SMALL_SIDE, VIEW_SIDE, originals, small_images
+from dinov2.curate.views import SMALL_SIDE, originals, small_images
 from dinov2.data.decoding import UnreadableImageError
 from dinov2.data.shards.storage import Storage
 from dinov2.extras import require
@@ -50,7 +50,7 @@ def sketched(pool: Pool, layout: Layout, output: str, stage: str) -> Steps[Pool]
     lengths = zip(layout.names, np.diff(layout.starts).tolist(), strict=True)
     parts = [piece for shard, rows in lengths for piece in cut(shard, rows)]
     tasks = [Task(piece.name, _sketch, (pool, piece), piece.rows, content_of) for piece in parts]
-    settings = [pieces.ROWS, SIDE, POINTS, CONTRAST, QUALITY, VIEW_SIDE, SMALL_SIDE]
+    settings = [pieces.ROWS, SIDE, POINTS, CONTRAST, QUALITY, SMALL_SIDE]
     step = Step(output, f"{stage}-sketches", settings, (pool.images, *pool.decisions), tasks)
     yield step
     return dataclasses.replace(pool, sketches=step.folder)
