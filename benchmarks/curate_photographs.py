@@ -1,8 +1,9 @@
 """Speed and memory of curation on photographs of 12 megapixels, stage by stage: images a second of one core.
 
 ``python benchmarks/curate_photographs.py`` makes JPEG files of 3 to 5 MB from the bundled photographs, enlarged and
-with noise. It curates them with a set of seeds in one process, once without and once with the bundled detector of
-faces. ``--beside PATH`` runs another checkout in turns with this one, on the first few photographs in case it is slow.
+with noise. It curates them with a set of seeds in one process: without a detector of faces, with CenterFace if it is
+installed, and with the bundled cascade. ``--no-seeds`` leaves out the seeds, and so the features that only retrieval
+reads. ``--beside PATH`` runs another checkout in turns with this one, on the first few photographs in case it is slow.
 Seconds are processor time, medians of the rounds. Memory is the largest resident memory of the process during a stage.
 ``--photographs FOLDER`` takes other files.
 
@@ -24,6 +25,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from dinov2.curate.published import CENTERFACE
 
 SIZE = (4000, 3000)
 
@@ -53,7 +56,7 @@ def peak() -> int:
     return int(found) // 1024
 
 
-def measure(photographs: str, seeds: str, faces: str) -> None:
+def measure(photographs: str, seeds: str, faces: str, with_seeds: bool) -> None:
     """Curate in this process and print seconds and memory by stage, as JSON."""
     from dinov2.curate import CurateConfig, curate, run_steps
     from dinov2.curate.dedup import DedupConfig
@@ -75,14 +78,14 @@ def measure(photographs: str, seeds: str, faces: str) -> None:
             seconds, memory = self.stages.get(name, [0.0, 0])
             self.stages[name] = [seconds + time.process_time() - self.begun, max(memory, peak())]
 
-    screen = ScreenConfig(faces=faces, max_distance=-1)
+    screen = ScreenConfig(faces=faces, nsfw="none", max_distance=-1)
     for images in (seeds, photographs):  # the first round loads libraries
         clock = Clock()
         with tempfile.TemporaryDirectory() as output:
             config = CurateConfig(
                 output=output,
                 images=images,
-                seeds=(seeds,),
+                seeds=(seeds,) if with_seeds else (),
                 screen=screen,  # no image is dropped on the way, so that each stage sees all
                 dedup=DedupConfig(threshold=1.0),
                 retrieve=RetrieveConfig(method="sample", neighbours=10**6),
@@ -91,10 +94,10 @@ def measure(photographs: str, seeds: str, faces: str) -> None:
     print(json.dumps(clock.stages))
 
 
-def run(checkout: str, photographs: str, seeds: str, faces: str) -> dict[str, list[float]]:
+def run(checkout: str, photographs: str, seeds: str, faces: str, more: list[str]) -> dict[str, list[float]]:
     """Measure a checkout in a process of its own."""
     env = os.environ | {"PYTHONPATH": checkout, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, "--worker", photographs, seeds, faces]
+    command = [sys.executable, __file__, "--worker", photographs, seeds, faces, *more]
     result = subprocess.run(command, env=env, cwd=checkout, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, list[float]] = json.loads(result.stdout.splitlines()[-1])
     return found
@@ -102,15 +105,16 @@ def run(checkout: str, photographs: str, seeds: str, faces: str) -> dict[str, li
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--number", type=int, default=20, help="number of photographs")
+    parser.add_argument("--number", type=int, default=60, help="number of photographs")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--photographs", help="folder of photographs to take instead")
     parser.add_argument("--beside", help="another checkout, measured in turns with this one")
     parser.add_argument("--beside_number", type=int, default=4, help="photographs that the other checkout curates")
+    parser.add_argument("--seeds", action=argparse.BooleanOptionalAction, default=True, help="curate with seeds")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        measure(*options.worker)
+        measure(*options.worker, options.seeds)
         return
     here = str(Path(__file__).resolve().parent.parent)
     checkouts = {"this checkout": here}
@@ -128,12 +132,14 @@ def main() -> None:
             (few / file.name).write_bytes(file.read_bytes())
         megabytes = sum(path.stat().st_size for path in files) / 2**20
         print(f"{len(files)} files of {megabytes / len(files):.1f} MB; ms of one core an image, and MB of memory")
-        for faces in ("none", "bundled"):
+        for faces in ("none", *([CENTERFACE.name] if CENTERFACE.find() else []), "bundled"):
             rounds: dict[str, list[dict[str, list[float]]]] = {name: [] for name in checkouts}
             for _ in range(options.rounds):
                 for name, path in checkouts.items():
                     images = photographs if path == here else str(few)
-                    rounds[name].append(run(path, images, f"{folder}/seeds", faces))
+                    rounds[name].append(
+                        run(path, images, f"{folder}/seeds", faces, [] if options.seeds else ["--no-seeds"])
+                    )
             for name, found in rounds.items():
                 number = len(files) if checkouts[name] == here else options.beside_number
                 stages = {stage: statistics.median(one[stage][0] for one in found) / number for stage in found[0]}

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from dinov2.configuration import AtLeast1, Config, Count, Rules, Share
 from dinov2.curate.faces import Box, open_detector
-from dinov2.curate.hashing import BITS, SIDE, fit_directions, near_pairs, pca_hashes, standardized, thumbnail
+from dinov2.curate.hashing import BITS, SIDE, fit_directions, pca_hashes, repeats_of, standardized, thumbnail
 from dinov2.curate.pieces import Piece, by_pieces
 from dinov2.curate.plugins import identity_of, load_function, open_onnx
 from dinov2.curate.pool import Pool, read_array, read_table, write_decisions
@@ -320,22 +320,8 @@ def _thumbnails(measures: str, shard: str, rows: npt.NDArray[np.int64]) -> npt.N
     return np.frombuffer(b"".join(column), np.uint8).reshape(len(rows), SIDE * SIDE)
 
 
-class Repeats(NamedTuple):
-    """Which of the N rows of all shards, in order, repeat another row.
-
-    Attributes:
-        exact: whether the row has the same bytes as an earlier row, bool [N].
-        near: whether the row is a near-duplicate of a kept row, bool [N].
-        of: number of the row that is kept instead, int64 [N]; a row that repeats no other has its own number.
-    """
-
-    exact: npt.NDArray[np.bool_]
-    near: npt.NDArray[np.bool_]
-    of: npt.NDArray[np.int64]
-
-
 def find_repeats(output: Output, pool: Pool, measures: str, hashes: str, config: ScreenConfig) -> Counts:
-    """Task: write ``all.parquet`` with the columns of :class:`Repeats`, for all shards in order.
+    """Task: write ``all.parquet`` with the columns of :class:`~dinov2.curate.hashing.Repeats`, for all shards in order.
 
     Rows that are unfit by themselves are not compared. The first of equal files is kept. The near-duplicate with the
     most pixels is kept; among equals, the first.
@@ -362,39 +348,6 @@ def find_repeats(output: Output, pool: Pool, measures: str, hashes: str, config:
     output.write_table(repeats._asdict())
     rows = int(np.concatenate(fit).sum())
     return Counts(rows, rows - int(repeats.exact.sum() + repeats.near.sum()))
-
-
-def repeats_of(
-    fit: npt.NDArray[np.bool_],
-    digests: npt.NDArray[np.bytes_],
-    hashes: npt.NDArray[np.uint64],
-    hashed: npt.NDArray[np.bool_],
-    areas: npt.NDArray[np.int64],
-    distance: int,
-) -> Repeats:
-    """Find repeats among the fit rows of [N]: first by digests of files, if not empty, then by hashes of rows that have
-    one."""
-    from dinov2.curate.components import Components
-
-    of = np.arange(len(fit))
-    rows = np.flatnonzero(fit & (digests != b""))
-    _, first, inverse = np.unique(digests[rows], return_index=True, return_inverse=True)
-    of[rows] = rows[first[inverse]]
-    exact = of != np.arange(len(fit))
-    near = np.zeros(len(fit), dtype=bool)
-    rows = np.flatnonzero(fit & ~exact & hashed)
-    if distance >= 0 and len(rows):
-        components, pairs = Components(len(rows)), near_pairs(hashes[rows], distance)
-        components.join(pairs[:, 0].copy(), pairs[:, 1].copy())
-        component = components.labels()
-        order = np.lexsort((rows, -areas[rows], component))
-        _, best = np.unique(component[order], return_index=True)
-        kept = rows[order[best]]  # the kept row of each component, by number
-        number = np.unique(component, return_inverse=True)[1]
-        of[rows] = kept[number]
-        near[rows] = of[rows] != rows
-        of[exact] = of[of[exact]]
-    return Repeats(exact, near, of)
 
 
 def unfit(index: Any, measures: Any, config: ScreenConfig) -> list[str | None]:

@@ -15,8 +15,9 @@ from PIL import Image
 
 from dinov2.curate import Pool, run_steps
 from dinov2.curate.engines import Inline, ProcessPool
+from dinov2.curate.hashing import repeats_of
 from dinov2.curate.pool import read_table
-from dinov2.curate.screen import ScreenConfig, repeats_of, screen
+from dinov2.curate.screen import ScreenConfig, screen
 from tests.curate import plugged_in
 from tests.curate.pictures import encoded, picture, write_pool
 from tests.curate.plugged_in import redness
