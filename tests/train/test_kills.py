@@ -31,7 +31,7 @@ def load() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("load")
-@pytest.mark.parametrize(("world_size", "kills"), [(1, 8), (2, 5)])
+@pytest.mark.parametrize(("world_size", "kills"), [(1, 6), (2, 3)])
 def test_killed_again_and_again(config: PretrainConfig, tmp_path: Path, world_size: int, kills: int) -> None:
     config = dataclasses.replace(
         with_small_images(config, tmp_path / "images"),
