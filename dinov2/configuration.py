@@ -236,11 +236,18 @@ def _unmet_by_one(hint: Any, value: Any) -> str | None:
         )
     if get_origin(hint) is Annotated:
         bounds = [bound for bound in hint.__metadata__ if isinstance(bound, Bound)]
-        return next((bound.expected for bound in bounds if not _holds(bound, value)), None)
+        is_fit = _unmet_by_one(hint.__origin__, value) is None  # True is no number, although it is above 0
+        return next((bound.expected for bound in bounds if not (is_fit and _holds(bound, value))), None)
     kind = get_origin(hint) or hint
     if kind in KINDS:
         expected, is_one = KINDS[kind]
-        return None if is_one(value) else expected
+        of, *more = get_args(hint) or (Any,)
+        if not is_one(value) or more != [...]:
+            return None if is_one(value) else expected
+        unmet = next(filter(None, (_unmet(of, item) for item in value)), None)
+        return unmet and f"{expected}, and in it {unmet}"
+    if isinstance(kind, type) and issubclass(kind, Config):
+        return None if isinstance(value, kind) else "fields by name"
     if isinstance(kind, type) and issubclass(kind, Path):
         return None if isinstance(value, Path) else "a path"
     return None

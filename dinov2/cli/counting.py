@@ -10,7 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 def counting_bar(what: str, console: Console) -> Progress:
-    """A progress bar that counts ``what`` and shows the time left. Without a terminal it shows nothing."""
+    """A progress bar that counts ``what`` and shows the time left. It shows nothing without a terminal, or on a
+    dumb one, which cannot draw a line anew."""
     return Progress(
         TextColumn(f"[bold]{what}"),
         MofNCompleteColumn(),
@@ -19,7 +20,7 @@ def counting_bar(what: str, console: Console) -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
-        disable=not console.is_terminal,
+        disable=not console.is_interactive,
         expand=True,
     )
 

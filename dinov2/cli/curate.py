@@ -24,7 +24,7 @@ from dinov2.curate.materialize import NothingLeftError
 from dinov2.curate.pipeline import save_config
 from dinov2.curate.report import write_report
 from dinov2.data.files import shown
-from dinov2.data.outputs import DROPPED, FATES
+from dinov2.data.outputs import CONFIG, DROPPED, FATES
 from dinov2.recipes import CURATIONS, curation
 
 EXAMPLES = """examples:
@@ -145,6 +145,8 @@ def clean(arguments: CleanArguments, console: Console) -> None:
 def parse(kind: type[Parsed], what: str, name: str, options: Sequence[str]) -> Parsed:
     """A curation by its name or by the ``config.json`` of an earlier one, changed by the options."""
     description = ""
+    if name not in CURATIONS and (Path(name) / CONFIG).is_file():
+        raise ValueError(f"expected a curation or its {CONFIG}, got the folder {name}: give {Path(name) / CONFIG}")
     if name in CURATIONS or not name.endswith(".json"):
         config = curation(name)
         description = inspect.getdoc(CURATIONS[name]) or ""

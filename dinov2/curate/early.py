@@ -50,9 +50,9 @@ def check_early(config: CurateConfig, stages: Collection[str]) -> None:
         raise ValueError(NO_SOURCE)
     for source, stage in (("pages", "extract"), ("links", "download"), ("images", "collect")):
         if stage in stages and (path := getattr(config, source)) is not None:
-            storage = Storage(path)
-            if not storage.filesystem.exists(storage.root):
-                raise FileNotFoundError(f"{source}: expected a folder or URL that exists, got {path!r}")
+            _check_place(source, path)
+    with _named("output"):
+        Storage(config.output)
     for package, purpose in _packages(config, stages) if here else ():
         if importlib.util.find_spec(package) is None:
             raise ImportError(
@@ -97,9 +97,21 @@ def _check_domains(field: str, path: str) -> None:
         read_domains(path)
 
 
+def _check_place(field: str, path: str) -> None:
+    """Check that a folder or URL is there."""
+    with _named(field):  # the protocol of a URL may be unknown
+        storage = Storage(path)
+        exists = storage.filesystem.exists(storage.root)
+    if not exists:
+        raise FileNotFoundError(f"{field}: expected a folder or URL that exists, got {path!r}")
+    if not storage.filesystem.isdir(storage.root):
+        raise ValueError(f"{field}: expected a folder or URL of a folder, got {path!r}, which is a file")
+
+
 def _check_sets(field: str, config: CurateConfig) -> None:
     """Check that each set is a folder with images."""
     for path in getattr(config, field):
+        _check_place(field, path)
         with _named(field), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # collecting itself will warn
             next(collect(path, config.collect, config.output), None)

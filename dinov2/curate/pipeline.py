@@ -75,10 +75,13 @@ class CurateConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "output", self.output.rstrip("/") or "/")
+        if isinstance(self.output, str):
+            object.__setattr__(self, "output", self.output.rstrip("/") or self.output[:1])
 
     def rules(self) -> Rules:
         """A curation has one source. The folders of its sets have different names, which settings may name."""
+        for name in ("output", "pages", "links", "images"):
+            yield name, getattr(self, name) != "", "a folder or URL"
         given = [name for name in ("pages", "links", "images") if getattr(self, name) is not None]
         for name in given[1:]:
             yield name, False, f"None with {given[0]}, because a curation has one source"

@@ -28,7 +28,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dinov2.data.files import quoted
-from dinov2.data.formats import ARRAY, NPY, extension_of, known_formats, refusal
+from dinov2.data.formats import ARRAY, NPY, extension_of, known_formats, refusal, words_of
 from dinov2.data.layouts import (
     TIFF,
     TIFF_OF_PILLOW,
@@ -120,8 +120,7 @@ def holds_image(file: BinaryIO) -> bool:
 
 
 def _header(file: BinaryIO) -> ImageHeader:
-    magic = file.read(len(NPY))
-    file.seek(0)
+    magic = _beginning(file)
     if magic == NPY:
         height, width = npy_header(file)[0][:2]
         return ImageHeader(width, height, ARRAY)
@@ -167,7 +166,7 @@ def _in_words(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         known = ", ".join(sorted({*known_formats()} - {"DIB"}))
         return f"its format is unknown, or it is damaged; expected one of {known} or NPY{error}"
-    return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+    return (isinstance(error, OSError) and error.strerror) or words_of(error)
 
 
 def open_image(file: BinaryIO) -> Image.Image:
@@ -183,9 +182,16 @@ def open_image(file: BinaryIO) -> Image.Image:
         raise UnidentifiedImageError(refusal(file)) from None
 
 
-def _decode(file: BinaryIO, channels: int) -> Pixels:
+def _beginning(file: BinaryIO) -> bytes:
     magic = file.read(len(NPY))
+    if not magic:
+        raise ValueError("the file is empty")
     file.seek(0)
+    return magic
+
+
+def _decode(file: BinaryIO, channels: int) -> Pixels:
+    magic = _beginning(file)
     if magic == NPY:
         return _of_channels(_read_npy(file), channels)
     if magic.startswith(TIFF):

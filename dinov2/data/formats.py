@@ -7,6 +7,7 @@ import functools
 import importlib
 import importlib.util
 import re
+import struct
 from typing import BinaryIO
 
 from PIL import Image
@@ -132,5 +133,12 @@ def refusal(file: BinaryIO) -> str:
             try:
                 reader(file, "")
             except Exception as error:  # readers raise errors of many types
-                return f"; {name}: {error}"
+                return f"; {name}: {words_of(error)}"
     return ""
+
+
+def words_of(error: Exception) -> str:
+    """The words of an error of a reader; those of :mod:`struct` are about its code."""
+    if isinstance(error, struct.error):
+        return "its header is cut off or damaged"
+    return str(error) or type(error).__name__

@@ -20,7 +20,12 @@ FEATURES = ("features.npy", "images.csv")
 
 _STEP = re.compile(r"[a-z]+-[\w-]+-[0-9a-f]{10}", re.ASCII)
 _NOTE = ("/about", "step.json")
-_OWN = (CONFIG, FINAL, REPORT, FATES, DROPPED)
+_OWN = re.compile(
+    rf"(.*)/({'|'.join(map(re.escape, (CONFIG, FINAL, REPORT, FATES, DROPPED)))}"
+    rf"|about/{_STEP.pattern}-[0-9a-f]{{32}}\.json)(\.[0-9a-f]{{8}}\.partial)?",
+    re.ASCII | re.DOTALL,
+)
+"""Files of a curation that are in no folder of a step, also half-written ones, by their path behind a slash."""
 CURATION = "a curation"
 _KINDS = {CURATION: {"output", "collect", "screen", "materialize"}, "a run": {"output", "optim"}}
 """The fields by which configurations are known."""
@@ -41,12 +46,12 @@ def of_outputs(storage: Storage, paths: Collection[str]) -> dict[str, str]:
     Returns:
         Words such as ``in curated (a curation)`` by path.
     """
-    folders, found = dict[str, str](), dict[str, str]()
+    folders, curations, found = dict[str, str](), dict[str, str](), dict[str, str]()
     for path in paths:
         folder, _, name = path.rpartition("/")
         if name == CONFIG and (kind := _kind_of(_read_json(storage, path))):
             if kind == CURATION:
-                found |= dict.fromkeys((f"{folder}/{own}".lstrip("/") for own in _OWN), _words(folder, kind))
+                curations[folder] = _words(folder, kind)
             elif folder:
                 folders[folder] = _words(folder, kind)
         elif name == _NOTE[1] and folder.endswith(_NOTE[0]):
@@ -55,8 +60,9 @@ def of_outputs(storage: Storage, paths: Collection[str]) -> dict[str, str]:
                 folders[f"{parent}/{step}".lstrip("/")] = _words(parent, CURATION)
         elif folder and name == FEATURES[0] and f"{folder}/{FEATURES[1]}" in paths:
             folders[folder] = _words(folder, "features")
-    found = {path: words for path, words in found.items() if path in paths}
-    for path in paths if folders else ():
+    for path in paths if folders or curations else ():
+        if (own := _OWN.fullmatch(f"/{path}")) and (words := curations.get(own[1].removeprefix("/"))):
+            found[path] = words
         parts = path.split("/")
         for depth in range(1, len(parts)):
             if words := folders.get("/".join(parts[:depth])):

@@ -37,7 +37,7 @@ class RunDisplay:
             TextColumn("left"),
             TimeRemainingColumn(),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=not self.console.is_interactive,
             speed_estimate_period=300,
             expand=True,
         )
@@ -95,7 +95,7 @@ class RunDisplay:
         self._progress.advance(self._task)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Show metrics beside the bar, or as a plain line if there is no terminal."""
+        """Show metrics beside the bar, or as a plain line if there is no terminal that can draw it anew."""
         status = f"loss [bold]{values['total']:.3f}[/bold]  {values['images_per_second']:.0f} images/s"
         status += f"  {values['memory_gb']:.1f} GB"
         if "mfu" in values:
@@ -103,7 +103,7 @@ class RunDisplay:
         if values["data_wait"] > NOTABLE_WAIT:
             status += f"  [yellow]{values['data_wait']:.0%} waiting for images[/yellow]"
         self._progress.update(self._task, status=status + self._probe_text())
-        if not self.console.is_terminal:
+        if not self.console.is_interactive:
             left = (self.config.steps - step) * (time.monotonic() - self._started) / max(1, self._steps_done)
             self.console.print(
                 f"step {step}/{self.config.steps}  {status}  {_duration(left)} left", highlight=False, soft_wrap=True

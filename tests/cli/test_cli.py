@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -13,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from dinov2.cli import COMMANDS, main, warnings_in_a_line
+from dinov2.cli.counting import counting_bar
 from dinov2.cli.pretrain import parse
 from dinov2.data import UnreadableImageWarning
 from dinov2.recipes import RECIPES
@@ -199,6 +202,14 @@ def test_the_patch_head_can_be_added_and_removed() -> None:
     removed = parse("vitl14", ["--ibot_head", "None", "--steps", "7"]).config
     assert removed.ibot_head is None
     assert removed.steps == 7
+
+
+@pytest.mark.parametrize(("term", "is_shown"), [("xterm", True), ("dumb", False)])
+def test_a_dumb_terminal_gets_no_bar(term: str, is_shown: bool) -> None:
+    text = io.StringIO()
+    with counting_bar("images", Console(file=text, force_terminal=True, _environ={"TERM": term})) as bar:
+        bar.add_task("", total=1)
+    assert bool(text.getvalue()) == is_shown
 
 
 def test_warnings_are_shown_in_a_line() -> None:

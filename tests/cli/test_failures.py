@@ -44,6 +44,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "file").write_text("hello")
     (place / "deep.json").write_text("[" * 100_000)
     (place / "odd.json").write_text('{"images": 3}')
+    (place / "begun").mkdir()
+    (place / "begun" / "config.json").write_text("{}")
     return place
 
 
@@ -164,11 +166,12 @@ def test_devices_of_a_machine_with_two_gpus(monkeypatch: pytest.MonkeyPatch) -> 
             1,
             "odd.json is not the configuration of a curation: images: expected text or None, got 3",
         ),
+        ("curate run begun", 1, "or its config.json, got the folder begun: give begun/config.json"),
         ("curate run laptop --images texts --output {tmp} --engine.kind inline", 1, "no image is left to write"),
         (
             "curate run laptop --images photos --seeds nowhere --output {tmp} --engine.kind inline",
             1,
-            "seeds: expected a folder of images or of tar shards, got 'nowhere'",
+            "seeds: expected a folder or URL that exists, got 'nowhere'",
         ),
         (
             "curate run laptop --links links --output {tmp} --engine.kind inline",

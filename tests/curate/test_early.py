@@ -94,9 +94,12 @@ SEEDS = {"seeds": lambda place: (str(place / "seeds"),)}
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"seeds": ("nowhere/fish",)}, "seeds: expected a folder of images or of tar shards, got 'nowhere/fish'"),
+        ({"seeds": ("nowhere/fish",)}, "seeds: expected a folder or URL that exists, got 'nowhere/fish'"),
         ({"seeds": lambda place: (str(place / "empty"),)}, "seeds: expected a folder of images or of tar shards, got"),
-        ({"evaluation_sets": ("nowhere/test",)}, "evaluation_sets: expected a folder of images or of tar shards, got"),
+        ({"evaluation_sets": ("nowhere/test",)}, "evaluation_sets: expected a folder or URL that exists, got"),
+        ({"images": lambda place: str(place / "domains.txt")}, "images: expected a folder or .* which is a file"),
+        ({"images": "nosuch://x"}, "images: Protocol not known: nosuch"),
+        ({"output": "nosuch://x"}, "output: Protocol not known: nosuch"),
         ({"images": "nowhere"}, "images: expected a folder or URL that exists, got 'nowhere'"),
         ({"embed_copies.model": "sscd.pt"}, "embed_copies.model: expected copies, colour-texture, MODULE:FUNCTION or"),
         (SEEDS | {"embed.model": "vith16"}, "embed.model: expected copies, colour-texture, MODULE:FUNCTION or a file"),
@@ -199,6 +202,8 @@ def test_lists_of_domains_are_read_first(place: Path, tmp_path: Path, field: str
     [
         ({"seeds": ("a/my fish",)}, "seeds: expected folders whose last names have only letters, digits, '_' and '-'"),
         ({"seeds": (".",)}, "seeds: expected folders whose last names have only letters"),
+        ({"images": ""}, "images: expected a folder or URL, got ''"),
+        ({"output": ""}, "output: expected a folder or URL, got ''"),
         ({"evaluation_sets": ("te/st!",)}, "evaluation_sets: expected folders whose last names have only letters"),
         (
             {"seeds": ("a/fish",), "retrieve.neighbours_of": ("fsh=32",)},

@@ -102,8 +102,10 @@ def test_damaged_files_say_which(tmp_path: Path, extension: str, damage: str) ->
             "header only": content[:16],
         }[damage]
     )
-    with pytest.raises(UnreadableImageError, match=rf"cannot read image '.*image\.{extension}'"):
+    with pytest.raises(UnreadableImageError, match=rf"cannot read image '.*image\.{extension}'") as error:
         ImageFolder(tmp_path)[0]
+    assert "unpack" not in error.value.words
+    assert (error.value.words == "the file is empty") == (damage == "empty")
 
 
 def test_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

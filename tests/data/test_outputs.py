@@ -36,6 +36,9 @@ def test_outputs_are_not_images(tmp_path: Path) -> None:
             "1.png": encode(noise(0)),
             "deep/curated/config.json": json.dumps(CURATION).encode(),  # it was stopped at once
             "deep/curated/mine.png": encode(noise(1)),  # it lies beside the results of the curation
+            f"deep/curated/about/screen-pieces-0123456789-{'0' * 32}.json": b"[]",
+            "deep/curated/about/mine.json": b"[]",
+            "deep/curated/report.html.01234567.partial": b"",
             "runs/first/config.json": b'{"output": "runs/first", "optim": {}}',
             "runs/first/plots/loss.png": encode(noise(2)),
             "features/features.npy": encode_array(np.zeros((4, 5), np.float32)),
@@ -53,7 +56,9 @@ def test_outputs_are_not_images(tmp_path: Path) -> None:
     assert folder.paths == ["1.png", "collect-images-0123456789/4.png", "deep/curated/mine.png", "mine/2.png"]
     left_out = left_out_of(tmp_path)
     assert left_out["step/embed-features-0123456789/0.npy"] == "in step (a curation)"
-    assert left_out["deep/curated/config.json"] == "in deep/curated (a curation)"
+    own = [path for path, why in left_out.items() if why == "in deep/curated (a curation)"]
+    assert [path.removeprefix("deep/curated/")[:12] for path in own] == ["about/screen", "config.json", "report.html."]
+    assert left_out["deep/curated/about/mine.json"] == ".json"
     assert left_out["features/mine/3.npy"] == "in features (features)"
 
 
