@@ -159,7 +159,7 @@ def located(root: str, argument: str) -> str:
     """The root itself, or the final set if it is a curation; ``argument`` is its name in errors.
 
     Raises:
-        ValueError: the curation has not ended.
+        ValueError: the curation has not ended, or the protocol of a URL is unknown.
 
     Warns:
         SourceWarning: the final set is read.
@@ -167,7 +167,7 @@ def located(root: str, argument: str) -> str:
     try:
         found = final_set(root)
     except ValueError as error:
-        raise ValueError(f"{argument}{str(error).removeprefix('root')}") from None
+        raise ValueError(f"{argument}: {str(error).removeprefix('root: ')}") from None
     if found is None:
         return root
     _warn(f"{quoted(root)} is a curation; its final set is read: {quoted(found)}")

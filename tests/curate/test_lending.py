@@ -21,6 +21,7 @@ from dinov2.curate.pipeline import embedded_sets, source
 from dinov2.curate.screen import ScreenConfig, screen
 from dinov2.curate.steps import Output, Step, Steps, Task
 from dinov2.data import Reduced, decoding_reduced
+from dinov2.data.shards.storage import Storage
 from dinov2.recipes import laptop
 from tests.curate import jobs
 from tests.curate.pictures import encoded, picture, write_pool
@@ -148,6 +149,16 @@ def test_a_change_that_keeps_the_size_is_seen(tmp_path: Path) -> None:
         steps = extract(str(tmp_path), ExtractConfig(), "out"), collect(str(tmp_path), CollectConfig(), "out")
         folders.append([next(step).folder for step in steps])
     assert [first != second for first, second in zip(*folders, strict=True)] == [True, True]
+
+
+def test_a_file_that_may_be_read_by_now_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else of it has changed."""
+    (tmp_path / "a.png").touch()
+    storage = Storage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: False)
+        closed = storage.stamps(["a.png"])
+    assert closed != storage.stamps(["a.png"])
 
 
 def test_shards_are_cut_where_few_change() -> None:

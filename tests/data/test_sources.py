@@ -66,6 +66,11 @@ def test_nothing_of_any_kind(tmp_path: Path, memory: str) -> None:
         open_dataset(DataConfig(root="nosuch://place"))
 
 
+def test_an_unknown_protocol() -> None:
+    with pytest.raises(ValueError, match=r"^data\.root: Protocol not known: nosuch$"):
+        open_dataset(DataConfig(root="nosuch://images"))
+
+
 def test_command_line() -> None:
     def root(*options: str) -> object:
         return parse("vitl14", options).config.data.root

@@ -80,7 +80,7 @@ class Storage:
 
     def stamps(self, paths: Sequence[str]) -> list[str]:
         """For each path of :meth:`find` a text that changes when the file does: its size, and its time of change or
-        what else the storage tells of its version."""
+        what else the storage tells of its version; on a disk also whether it may be read."""
         if is_local(self.filesystem):
             return [_stamp(os.path.join(self.root, path)) for path in paths]
         found = self.filesystem.find(self.root, detail=True)
@@ -131,7 +131,8 @@ def _stamp(path: str) -> str:
         status = os.stat(path)
     except OSError:  # a link that leads nowhere
         status = os.lstat(path)
-    return f"{status.st_size} {status.st_mtime_ns}"
+    closed = "" if os.access(path, os.R_OK) else " closed"  # to open it to us leaves its time as it is
+    return f"{status.st_size} {status.st_mtime_ns}{closed}"
 
 
 def is_local(filesystem: Any) -> bool:
