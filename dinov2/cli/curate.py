@@ -104,7 +104,10 @@ def run(arguments: Sequence[str]) -> None:
                 made = run_steps(steps, engine, tries=tries, part=part, patience=patience, watcher=progress)
         except NothingLeftError as error:  # the report says why
             nothing = error
-    console.print(table(progress.steps))
+    if progress.steps:
+        console.print(table(progress.steps))
+    else:
+        say(console, f"this curation has nothing to {what}")
     if part.number == 0:
         report(console, config)
     if nothing is not None:

@@ -191,7 +191,8 @@ def embedded_sets(config: CurateConfig, field: str, settings: EmbedConfig, at: s
 
 
 def only(steps: Steps[Curated], stage: str) -> Steps[None]:
-    """The steps of one stage, as far as the earlier steps are done.
+    """The steps of one stage, as far as the earlier steps are done; none if the curation has no such stage, as one
+    without seeds has no retrieval.
 
     Raises:
         ValueError: no step of the stage can run, because an earlier step is not done; the message names it.
@@ -202,7 +203,7 @@ def only(steps: Steps[Curated], stage: str) -> Steps[None]:
             begun = True
             yield step
         elif missing := len({task.shard for task in step.tasks} - step.finished()):
-            if begun:
+            if begun or STAGES.index(step.stage) > STAGES.index(stage):
                 return
             raise ValueError(
                 f"{stage} needs all shards of {step.name}, but {missing} of {len(step.tasks)} are missing: run"

@@ -120,7 +120,8 @@ def holds_image(file: BinaryIO) -> bool:
 
 
 def _header(file: BinaryIO) -> ImageHeader:
-    magic = _beginning(file)
+    magic = file.read(len(NPY))
+    file.seek(0)
     if magic == NPY:
         height, width = npy_header(file)[0][:2]
         return ImageHeader(width, height, ARRAY)
@@ -175,23 +176,19 @@ def open_image(file: BinaryIO) -> Image.Image:
     Raises:
         UnidentifiedImageError: the format is unknown; its text, which may be empty, is the reason of the format that
             the file begins like.
+        ValueError: the file is empty.
     """
     try:
         return Image.open(file, formats=known_formats())
     except UnidentifiedImageError:
+        if file.seek(0, os.SEEK_END) == 0:
+            raise ValueError("the file is empty") from None
         raise UnidentifiedImageError(refusal(file)) from None
 
 
-def _beginning(file: BinaryIO) -> bytes:
-    magic = file.read(len(NPY))
-    if not magic:
-        raise ValueError("the file is empty")
-    file.seek(0)
-    return magic
-
-
 def _decode(file: BinaryIO, channels: int) -> Pixels:
-    magic = _beginning(file)
+    magic = file.read(len(NPY))
+    file.seek(0)
     if magic == NPY:
         return _of_channels(_read_npy(file), channels)
     if magic.startswith(TIFF):

@@ -128,7 +128,7 @@ def refusal(file: BinaryIO) -> str:
         return f"; it needs the package {package}"
     for name in known_formats():
         reader, accept = Image.OPEN[name]
-        if accept is not None and accept(beginning[:16]) is True:
+        if accept is not None and accept(beginning[:16].ljust(16, b"\0")) is True:
             file.seek(0)
             try:
                 reader(file, "")
@@ -139,6 +139,6 @@ def refusal(file: BinaryIO) -> str:
 
 def words_of(error: Exception) -> str:
     """The words of an error of a reader; those of :mod:`struct` are about its code."""
-    if isinstance(error, struct.error):
+    if isinstance(error.__cause__ or error, struct.error):  # Pillow raises SyntaxError because of it
         return "its header is cut off or damaged"
     return str(error) or type(error).__name__

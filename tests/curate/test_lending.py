@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -114,7 +115,8 @@ def test_pieces_are_lent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: 
         return (yield from embed(screened, EmbedConfig(model=model), str(output)))
 
     monkeypatch.setattr(pieces, "ROWS", 2)
-    monkeypatch.setattr(views, "decode_reduced", decode)
+    for module in (sys.modules[screen.__module__], views):
+        monkeypatch.setattr(module, "decode_reduced", decode)
     wide = {"wide": encoded(picture(0, 1600, 800), "JPEG")}
     shards = [wide | {f"i{seed}": encoded(picture(seed)) for seed in range(1, 4)}, {"other": encoded(picture(4))}]
     before = write_pool(tmp_path / "before", shards)

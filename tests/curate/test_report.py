@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from dinov2.cli import main
 from dinov2.curate import CurateConfig, curate, run_steps
 from dinov2.curate.collect import CollectConfig
 from dinov2.curate.engines import EngineConfig, Inline
-from dinov2.curate.report import page, write_report
+from dinov2.curate.report import page, sections, write_report
+from dinov2.curate.report.fates import Fates
 from dinov2.curate.report.finished import finished_steps
 from dinov2.curate.report.page import histogram
 from dinov2.curate.screen import ScreenConfig
@@ -131,6 +133,8 @@ def test_hostile_text_is_escaped() -> None:
     ):
         assert "<script" not in piece
     assert "<script" not in page.document(evil, [])
+    (table,) = list(sections.names([], Fates(remarks=[("a\r.jpg", "")])))[1:]
+    assert escape(r"'a\r.jpg'") in table  # a browser would show a.jpg
 
 
 def test_histograms() -> None:
@@ -161,9 +165,9 @@ def test_commands(curation: CurateConfig, tmp_path: Path, capsys: pytest.Capture
     assert "dedup needs all shards of collect-images, but 1 of 1 are missing: run dinov2 curate collect" in (
         capsys.readouterr().err
     )
-    for stage in ("collect", "screen"):
+    for stage in ("extract", "collect", "screen"):
         assert main(["curate", stage, "laptop", *settings]) == 0
-    capsys.readouterr()
+        assert ("this curation has nothing to extract" in capsys.readouterr().out) == (stage == "extract")
     assert main(["curate", "run", f"{output}/config.json"]) == 0
     shown = capsys.readouterr().out.replace("\n", " ")
     assert "train on it: dinov2 pretrain vits14_small_data --data.root" in shown

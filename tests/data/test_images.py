@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from dinov2.data import BundledPhotographs, ImageFolder, UnreadableImageError, read_image
+from dinov2.data.decoding_reduced import decode_reduced
 
 GRADIENT = np.arange(24 * 32 * 3).reshape(24, 32, 3).astype(np.uint8)
 
@@ -105,6 +106,9 @@ def test_damaged_files_say_which(tmp_path: Path, extension: str, damage: str) ->
     with pytest.raises(UnreadableImageError, match=rf"cannot read image '.*image\.{extension}'") as error:
         ImageFolder(tmp_path)[0]
     assert "unpack" not in error.value.words
+    assert (error.value.words == "the file is empty") == (damage == "empty")
+    with pytest.raises(UnreadableImageError) as error:
+        decode_reduced(path.read_bytes(), path.name, 32)
     assert (error.value.words == "the file is empty") == (damage == "empty")
 
 

@@ -23,7 +23,7 @@ from dinov2.curate.report.page import Pictures, histogram
 from dinov2.curate.runner import summarize
 from dinov2.curate.screen import with_models
 from dinov2.curate.steps import Step
-from dinov2.data.files import BrokenLinkWarning, escaped
+from dinov2.data.files import BrokenLinkWarning, escaped, shown
 from dinov2.data.folders import SourceWarning
 from dinov2.data.outputs import DROPPED, FATES, REPORT
 from dinov2.data.remarks import kept_remarks
@@ -132,7 +132,8 @@ def _order(cause: Cause, sets: Sequence[str]) -> tuple[int, int, str]:
 
 def _examples(named: Sequence[tuple[str, str]]) -> str:
     lines = [
-        escape(name) + (f' <span class="quiet">{escape(remark)}</span>' if remark else "") for name, remark in named
+        escape(shown(name)) + (f' <span class="quiet">{escape(remark)}</span>' if remark else "")
+        for name, remark in named
     ]
     return f'<div class="names">{"<br>".join(lines)}</div>'
 
@@ -171,7 +172,7 @@ def screened(step: Step, pool: Pool) -> Iterator[str]:
         for row, reason in enumerate(table["reason"].to_pylist()):
             if reason is not None and len(by_reason[reason]) < PER_REASON:
                 (name,) = names_of(index.slice(row, 1), task.shard)
-                caption = f"{name}, {width[row]} x {height[row]}"
+                caption = f"{shown(name)}, {width[row]} x {height[row]}"
                 by_reason[reason].append(page.figure(pictures.at(task.shard, row), caption, "gone"))
         for row, boxes in enumerate(table["faces"].to_pylist()):
             if boxes and table["keep"][row].as_py() and len(faces) < PER_REASON:
@@ -230,8 +231,8 @@ def deduplicated(step: Step, pool: Pool, references: Mapping[str, Pool]) -> Iter
     typical = largest[GROUPS // 2 :][:: max(len(largest) // GROUPS, 1)]
     rows = []
     for place, members in [*largest[: GROUPS // 2], *typical[:GROUPS]]:
-        shown = sorted(members, key=lambda member: (-member[0], *member[1:]))[:PER_GROUP]
-        copies = [page.figure(pictures.at(shard, row), f"cosine {cosine:.2f}", "gone") for cosine, shard, row in shown]
+        some = sorted(members, key=lambda member: (-member[0], *member[1:]))[:PER_GROUP]
+        copies = [page.figure(pictures.at(shard, row), f"cosine {cosine:.2f}", "gone") for cosine, shard, row in some]
         rows.append(page.row([page.figure(pictures.at(*place), "kept", "kept"), *copies]))
     yield page.groups(rows)
     if near:
@@ -266,10 +267,10 @@ def retrieved(step: Step, pool: Pool, seeds: Mapping[str, Pool]) -> Iterator[str
         "Retrieval", "Curated images with the images retrieved for them, and clusters with the images drawn from them."
     )
     for (name, seed), found in sorted(by_seed.items(), key=lambda entry: (-len(entry[1]), entry[0]))[:SEEDS]:
-        shown = sorted(found, key=lambda member: (-member[0], *member[1:]))[:PER_SEED]
+        some = sorted(found, key=lambda member: (-member[0], *member[1:]))[:PER_SEED]
         yield page.row(
             [page.figure(of_sets[name].at_position(seed), f"seed of {name}")]
-            + [page.figure(pictures.at(shard, row), f"cosine {cosine:.2f}", "kept") for cosine, shard, row in shown]
+            + [page.figure(pictures.at(shard, row), f"cosine {cosine:.2f}", "kept") for cosine, shard, row in some]
         )
     for cluster, members in sorted(by_cluster.items(), key=lambda entry: (-len(entry[1]), entry[0]))[:SEEDS]:
         title = f"cluster {cluster}: {len(members):,} of {clusters[cluster]:,} images"
