@@ -80,7 +80,7 @@ def materialize(pool: Pool, seeds: Mapping[str, Pool], config: MaterializeConfig
     for name, source in pools.items():
         layouts[name] = yield from layout_of(source, "materialize", output)
     sources = tuple((name, source, layouts[name]) for name, source in pools.items())
-    inputs = tuple(folder for _, source, layout in sources for folder in (source.images, *source.decisions, layout))
+    inputs = tuple(folder for _, source, layout in sources for folder in (*source.inputs, layout))
     settings = [config.seed, [name for name, _, _ in sources]]
     plan = Step(output, "materialize-plan", settings, inputs, [Task("all", _plan, (sources, config.seed))])
     yield plan

@@ -75,12 +75,16 @@ def name_of(shard: str, start: int) -> str:
     return f"{shard}.{start:08d}"
 
 
-def content_of(pool: Pool, piece: Piece, *_: Any) -> str | None:
-    """A digest of the images of a piece, and of which are in; None if the index does not tell the images' bytes."""
-    index = pool.index(piece.shard, ["key", "sha256"]).slice(piece.start, piece.rows).to_pydict()
-    if None in index["sha256"]:
-        return None
-    return digest([index["key"], index["sha256"], pool.kept(piece.shard)[piece.start : piece.stop].tolist()], 32)
+def content_of(pool: Pool, piece: Piece, *_: Any) -> str:
+    """A digest of the images of a piece, and of which are in: of their bytes if the index tells these, else of the
+    shard's tar."""
+    index = pool.index(piece.shard, ["key", "sha256", "offset", "size"]).slice(piece.start, piece.rows).to_pydict()
+    images = (
+        [pool.images, piece.shard, pool.stamp(piece.shard), index["offset"], index["size"]]
+        if None in index["sha256"]
+        else index["sha256"]
+    )
+    return digest([index["key"], images, pool.kept(piece.shard)[piece.start : piece.stop].tolist()], 32)
 
 
 def by_pieces(
@@ -112,17 +116,16 @@ def by_pieces(
         gpu: whether the tasks want a GPU.
         note: a line for people about the step.
     """
-    inputs = (pool.images, *pool.decisions)
     pieces = pieces_of(layout)
     tasks = [
         Task(piece.name, function, (pool, piece, *arguments), piece.rows, content_of)
         for piece in itertools.chain.from_iterable(pieces.values())
     ]
     if len(pieces) >= MANY:
-        step = Step(output, name, settings, inputs, tasks, gpu=gpu, note=note)
+        step = Step(output, name, settings, pool.inputs, tasks, gpu=gpu, note=note)
         yield step
         return Results(step.folder, step.folder)
-    first = Step(output, f"{name.partition('-')[0]}-pieces", [settings, ROWS], inputs, tasks, "rows", gpu)
+    first = Step(output, f"{name.partition('-')[0]}-pieces", [settings, ROWS], pool.inputs, tasks, "rows", gpu)
     yield first
     joins = [
         Task(

@@ -36,6 +36,7 @@ class Pool:
         small: folder of the pieces of screening, with small images of large files; None before the pool is screened.
         view_side: pixels of the longer side to which screening decoded images; None before the pool is screened.
         sketches: folder of the sketches of images, by which two of them are compared; None before they are made.
+        version: a digest of tars that are not this curation's own, so that somebody may replace them; else empty.
     """
 
     images: str
@@ -44,6 +45,17 @@ class Pool:
     small: str | None = None
     view_side: int | None = None
     sketches: str | None = None
+    version: str = ""
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What a step that reads the pool has as inputs."""
+        return (self.images, *filter(None, [self.version]), *self.decisions)
+
+    def stamp(self, shard: str) -> str:
+        """A text that changes when the tar of a shard does."""
+        storage = Storage(self.images)
+        return storage.stamp(storage.shards()[shard])
 
     def after(self, decisions: str) -> Pool:
         """This pool without the rows that a step decided to drop."""

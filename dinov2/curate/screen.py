@@ -104,7 +104,7 @@ def screen(pool: Pool, config: ScreenConfig, output: str) -> Steps[Pool]:
     """
     note, config = models_in_words(config), with_models(config)
     layout = yield from layout_of(pool, "screen", output)
-    inputs = (pool.images, *pool.decisions)
+    inputs = pool.inputs
     places = read_layout(layout)
     plugged_in = [name if name in KNOWN else identity_of(name) for name in (config.faces, config.nsfw)]
     seen = [*plugged_in, view_side(config), SMALL_SIDE]

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import pyarrow.parquet as parquet
 import pytest
 
 from dinov2.curate import Counts, CurateConfig, Pool, pieces, run_steps, views
@@ -22,11 +23,13 @@ from dinov2.curate.pipeline import embedded_sets, source
 from dinov2.curate.screen import ScreenConfig, screen
 from dinov2.curate.steps import Output, Step, Steps, Task
 from dinov2.data import Reduced, decoding_reduced
+from dinov2.data.shards.indexing import index_shards
 from dinov2.data.shards.storage import Storage
 from dinov2.recipes import laptop
 from tests.curate import jobs
 from tests.curate.pictures import encoded, picture, write_pool
 from tests.curate.test_runner import contents
+from tests.data.files import write_tar
 
 PER_SHARD = ("collect._write", "screen.measure", "embed._embed", "pieces._join")
 """Functions that make one shard, or a piece of it, from its images."""
@@ -98,6 +101,36 @@ def test_what_is_redone(tmp_path: Path, made: Counter[str]) -> None:
     assert all(number <= most for number, most in zip(shards_made(), (2, 2, 4, 6), strict=True))  # of two shards
 
     run_steps(first_stages(dataclasses.replace(config, output=str(tmp_path / "fresh"))), Inline())
+    for folder in (tmp_path / "fresh").glob("*-*"):
+        assert contents(folder) == contents(tmp_path / "out" / folder.name), folder.name
+
+
+@pytest.mark.parametrize("has_digests", [True, False])
+def test_tars_that_are_replaced_or_added(tmp_path: Path, made: Counter[str], has_digests: bool) -> None:
+    """Tars keep their names and sizes. Indices of other programs may have no digests of images."""
+
+    def write_tars(**seeds: int) -> None:
+        for name, seed in seeds.items():
+            tar = write_tar(tmp_path / "tars" / f"{name}.tar", [("0.bmp", encoded(picture(seed, 70, 70), "BMP"))])
+            os.utime(tar, (seed, seed))
+            index = tmp_path / "tars" / "index" / f"{name}.parquet"
+            index.unlink(missing_ok=True)
+            index_shards(tmp_path / "tars")
+            if not has_digests:
+                parquet.write_table(parquet.read_table(index).drop_columns("sha256"), index)
+
+    def stages(output: Path) -> Steps[Pool]:
+        pool = yield from collect(str(tmp_path / "tars"), CollectConfig(), str(output))
+        return (yield from screen(pool, ScreenConfig(faces="none"), str(output)))
+
+    write_tars(a=1, b=2)
+    run_steps(stages(tmp_path / "out"), Inline())
+    for change in ({"a": 3}, {"c": 4}):
+        made.clear()
+        write_tars(**change)
+        run_steps(stages(tmp_path / "out"), Inline())
+        assert made == {"screen.measure": 1, "pieces._join": 1}
+    run_steps(stages(tmp_path / "fresh"), Inline())
     for folder in (tmp_path / "fresh").glob("*-*"):
         assert contents(folder) == contents(tmp_path / "out" / folder.name), folder.name
 

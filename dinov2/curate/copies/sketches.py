@@ -51,7 +51,7 @@ def sketched(pool: Pool, layout: Layout, output: str, stage: str) -> Steps[Pool]
     parts = [piece for shard, rows in lengths for piece in cut(shard, rows)]
     tasks = [Task(piece.name, _sketch, (pool, piece), piece.rows, content_of) for piece in parts]
     settings = [pieces.ROWS, SIDE, POINTS, CONTRAST, QUALITY, SMALL_SIDE]
-    step = Step(output, f"{stage}-sketches", settings, (pool.images, *pool.decisions), tasks)
+    step = Step(output, f"{stage}-sketches", settings, pool.inputs, tasks)
     yield step
     return dataclasses.replace(pool, sketches=step.folder)
 

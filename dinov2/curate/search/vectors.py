@@ -108,7 +108,7 @@ class Layout:
 def layout_of(pool: Pool, stage: str, output: str) -> Steps[str]:
     """Count the rows of a pool's shards. The value is the folder that :func:`read_layout` reads."""
     task = Task("all", _write_layout, (pool.images,))
-    step = Step(output, f"{stage}-rows", pool.fingerprint(), (pool.images,), (task,))
+    step = Step(output, f"{stage}-rows", pool.fingerprint(), pool.inputs, (task,))
     yield step
     return step.folder
 

@@ -84,8 +84,13 @@ class Storage:
         if is_local(self.filesystem):
             return [_stamp(os.path.join(self.root, path)) for path in paths]
         found = self.filesystem.find(self.root, detail=True)
-        entries = (found[f"{self.root}/{path}"] for path in paths)
-        return [" ".join(str(entry[name]) for name in ("size", *VERSIONS) if entry.get(name)) for entry in entries]
+        return [_version(found[f"{self.root}/{path}"]) for path in paths]
+
+    def stamp(self, path: str) -> str:
+        """The same for one file, by its full path."""
+        if is_local(self.filesystem):
+            return _stamp(path)
+        return _version(self.filesystem.info(path))
 
     def check_writable(self, folder: str) -> None:
         """Create a folder if necessary and check that files can be written into it. Only local folders are checked.
@@ -133,6 +138,10 @@ def _stamp(path: str) -> str:
         status = os.lstat(path)
     closed = "" if os.access(path, os.R_OK) else " closed"  # to open it to us leaves its time as it is
     return f"{status.st_size} {status.st_mtime_ns}{closed}"
+
+
+def _version(entry: dict[str, Any]) -> str:
+    return " ".join(str(entry[name]) for name in ("size", *VERSIONS) if entry.get(name))
 
 
 def is_local(filesystem: Any) -> bool:
