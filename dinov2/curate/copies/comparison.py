@@ -35,16 +35,16 @@ ACROSS, SMALLEST_CELL, CELLS = 16, 8, 8
 """The longer side has this many cells; a cell has at least this many pixels; at least this many must have detail."""
 DETAIL = 1.5
 """Standard deviation of the detail of a cell, in grey levels, below which it tells nothing."""
-CORRELATION = 0.7
+CORRELATION = 0.5
 """Two cells agree above this correlation."""
 MARGIN = 3 * COARSE
 """Pixels along the sides whose cells do not count, or a sixth of a short side: what lies beyond a side changes the
 detail here, and a crop or a turned copy shows something else there."""
 OVERLAP = 0.5
 """Share of one of the images that the other must cover. Two views of one scene may share a strip and are no copies."""
-AGREEMENT, AGREEMENT_OF_FEW = 0.75, 0.9
+AGREEMENT, AGREEMENT_OF_FEW = 0.8, 0.9
 """Share of the cells with detail that must agree: where many points were found again, and where few or none were. A
-large watermark leaves 0.75. Cartons of one brand agree in 0.5 to 0.8, two photographs of one shelf in 0.4 to 0.8."""
+large watermark leaves 0.8. Cartons of one brand agree in 0.6 to 0.9, two photographs of one shelf in 0.6 to 0.9."""
 CELLS_OF_NONE = 30
 """Number of cells that must have detail where no points were found again."""
 STRIP, AGREEMENT_OUTSIDE = 0.25, 0.95
