@@ -7,13 +7,14 @@ compared cell by cell.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from dinov2.curate.copies.points import Floats, Sketch, mirrored
+from dinov2.curate.copies.points import COARSE, Floats, Sketch, mirrored
 from dinov2.extras import require
 
 RATIO = 0.8
@@ -30,26 +31,28 @@ SCALES = tuple(0.97**power for power in range(17))
 """Sizes at which it is looked for, as parts of the other image's size."""
 COARSER = 4
 """It is looked for at a quarter of the size."""
-ACROSS, SMALLEST_CELL, CELLS = 16, 8, 12
+ACROSS, SMALLEST_CELL, CELLS = 16, 8, 8
 """The longer side has this many cells; a cell has at least this many pixels; at least this many must have detail."""
 DETAIL = 1.5
 """Standard deviation of the detail of a cell, in grey levels, below which it tells nothing."""
 CORRELATION = 0.5
 """Two cells agree above this correlation."""
+MARGIN = 3 * COARSE
+"""Pixels along the sides whose cells do not count, or a sixth of a short side: what lies beyond a side changes the
+detail here, and a crop or a turned copy shows something else there."""
 OVERLAP = 0.5
 """Share of one of the images that the other must cover. Two views of one scene may share a strip and are no copies."""
-AGREEMENT, AGREEMENT_OF_FEW = 0.55, 0.9
+AGREEMENT, AGREEMENT_OF_FEW = 0.8, 0.9
 """Share of the cells with detail that must agree: where many points were found again, and where few or none were. A
-banner over a fifth of the image leaves 0.7. Photographs of round plates on white agree in 0.6 by chance, and parts of a
-brick wall in 0.85."""
+large watermark leaves 0.8. Cartons of one brand agree in 0.6 to 0.9, two photographs of one shelf in 0.6 to 0.9."""
 CELLS_OF_NONE = 30
 """Number of cells that must have detail where no points were found again."""
+STRIP, AGREEMENT_OUTSIDE = 0.25, 0.95
+"""A banner may cover a strip along the top or the bottom, of this share of the height, if some points were found again
+and all else agrees."""
 CENTRE, AGREEMENT_AT_CENTRE = 0.2, 0.5
 """The middle must agree, too, or the images share no more than a frame. It begins at the first number, as a share of
 the sides. The second is the share of its cells with detail that must agree."""
-AGREEMENT_COVERED, WITHIN = 0.4, 0.8
-"""A plain picture has little detail, so most cells with detail may be those of a banner. A smaller share is enough if
-some points were found again and one of the images agrees wherever it has detail itself."""
 
 Map = npt.NDArray[np.float64]  # [2, 3], from places in one image to places in another
 
@@ -64,7 +67,7 @@ class Comparison(NamedTuple):
         cells: number of covered cells in which an image has detail.
         agreement: share of these cells in which the images agree.
         centre: the same for the cells in the middle.
-        within: the same for the cells where one of the images has detail, for the image with the larger share.
+        outside: the same for the cells outside of a strip along the top or the bottom, for the side where more agree.
     """
 
     same: bool = False
@@ -73,7 +76,7 @@ class Comparison(NamedTuple):
     cells: int = 0
     agreement: float = 0.0
     centre: float = 0.0
-    within: float = 0.0
+    outside: float = 0.0
 
 
 def compare(first: Sketch, second: Sketch) -> Comparison:
@@ -167,14 +170,13 @@ def _matches(first: Floats, second: Floats) -> npt.NDArray[np.int64]:
 def _judged(first: Sketch, second: Sketch, place: Map, inliers: int) -> Comparison:
     """Lay the first image on the second by a map, and compare them."""
     fit = _fit(first.detail, second.detail, place)
-    agreement = AGREEMENT if inliers >= MANY_INLIERS else AGREEMENT_OF_FEW
-    if inliers >= SOME_INLIERS and fit.within >= WITHIN:
-        agreement = AGREEMENT_COVERED
+    agrees = fit.agreement >= (AGREEMENT if inliers >= MANY_INLIERS else AGREEMENT_OF_FEW)
+    under_a_banner = inliers >= SOME_INLIERS and fit.outside >= AGREEMENT_OUTSIDE
     same = (
         fit.overlap >= OVERLAP
         and fit.cells >= (CELLS if inliers else CELLS_OF_NONE)
         and fit.centre >= AGREEMENT_AT_CENTRE
-        and fit.agreement >= agreement
+        and (agrees or under_a_banner)
     )
     return fit._replace(same=same, inliers=inliers)
 
@@ -189,8 +191,9 @@ def _grid(shape: tuple[int, ...]) -> tuple[int, int]:
 def _cells_with_detail(detail: Floats) -> int:
     cv2 = require("cv2", extra="curate", purpose="comparing images")
     size = _grid(detail.shape)
-    mean, squares = (cv2.resize(x, size, interpolation=cv2.INTER_AREA) for x in (detail, detail * detail))
-    return int((squares - mean**2 > DETAIL**2).sum())
+    of = detail, detail * detail, _inner(detail)
+    mean, squares, inner = (cv2.resize(pixels, size, interpolation=cv2.INTER_AREA) for pixels in of)
+    return int(((squares - mean**2 > DETAIL**2) & (inner > 0.5)).sum())
 
 
 def _fit(first: Floats, second: Floats, place: Map) -> Comparison:
@@ -208,17 +211,31 @@ def _fit(first: Floats, second: Floats, place: Map) -> Comparison:
     overlap = max(share, min(share * second.size / area, 1.0))
     means = mean(laid), mean(second)
     variances = mean(laid * laid) - means[0] ** 2, mean(second * second) - means[1] ** 2
-    covered = mean(cover) > 0.99
-    has_detail = [covered & (variance > DETAIL**2) for variance in variances]
-    either = has_detail[0] | has_detail[1]
+    covered = mean(_inner(second) * cv2.warpAffine(_inner(first), place, (width, height))) > 0.5
+    either = covered & (np.maximum(*variances) > DETAIL**2)
     if not either.any():
         return Comparison(overlap=overlap)
     lengths = np.sqrt(np.maximum(variances[0], 1e-3) * np.maximum(variances[1], 1e-3))
     agree = mean(laid * second) - means[0] * means[1] > CORRELATION * lengths
-    within = max(float(agree[own].mean()) if own.sum() >= CELLS else 0.0 for own in has_detail)
     middle = either & _middle(covered)
     centre = float(agree[middle].mean()) if middle.any() else 1.0
-    return Comparison(False, 0, overlap, int(either.sum()), float(agree[either].mean()), centre, within)
+    outside = max(float(agree[part].mean()) if part.sum() >= CELLS else 0.0 for part in _without_strips(either))
+    return Comparison(False, 0, overlap, int(either.sum()), float(agree[either].mean()), centre, outside)
+
+
+def _inner(detail: Floats) -> Floats:
+    """Ones for the pixels [H, W] that are not along the sides."""
+    inner = np.zeros_like(detail)
+    down, across = (round(min(MARGIN, side / 6)) for side in detail.shape)
+    inner[down : detail.shape[0] - down, across : detail.shape[1] - across] = 1
+    return inner
+
+
+def _without_strips(cells: npt.NDArray[np.bool_]) -> list[npt.NDArray[np.bool_]]:
+    """The cells [h, w] without those of a strip along the top, and without those of one along the bottom."""
+    rows = np.flatnonzero(cells.any(axis=1))
+    height, row = math.ceil(STRIP * (rows[-1] + 1 - rows[0])), np.arange(len(cells))[:, None]
+    return [cells & (row >= rows[0] + height), cells & (row <= rows[-1] - height)]
 
 
 def _middle(covered: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
