@@ -146,3 +146,7 @@ class DataConfig(Config, at="data"):
     """Random views are drawn like this."""
     masks: MaskConfig = field(default_factory=MaskConfig)
     """Patches that the student must predict are masked like this."""
+
+    def rules(self) -> Rules:
+        """An empty name would be the working folder."""
+        yield "root", self.root != "", "a folder or URL, or None"

@@ -71,6 +71,11 @@ def test_an_unknown_protocol() -> None:
         open_dataset(DataConfig(root="nosuch://images"))
 
 
+def test_an_empty_name_is_not_the_working_folder() -> None:
+    with pytest.raises(ValueError, match=r"^data\.root: expected a folder or URL, or None, got ''$"):
+        DataConfig(root="")
+
+
 def test_command_line() -> None:
     def root(*options: str) -> object:
         return parse("vitl14", options).config.data.root
