@@ -2,8 +2,8 @@
 
 ``python benchmarks/curate_photographs.py`` makes JPEG files of 3 to 5 MB from the bundled photographs, enlarged and
 with noise. It curates them with a set of seeds in one process: without a detector of faces, with CenterFace if it is
-installed, and with the bundled cascade. ``--no-seeds`` leaves out the seeds, and so the features that only retrieval
-reads. ``--beside PATH`` runs another checkout in turns with this one, on the first few photographs in case it is slow.
+installed, and with the bundled cascade. ``--beside PATH`` runs another checkout in turns with this one, on the first
+few photographs in case it is slow.
 Seconds are processor time, medians of the rounds. Memory is the largest resident memory of the process during a stage.
 ``--photographs FOLDER`` takes other files.
 
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -56,11 +57,12 @@ def peak() -> int:
     return int(found) // 1024
 
 
-def measure(photographs: str, seeds: str, faces: str, with_seeds: bool) -> None:
+def measure(photographs: str, seeds: str, faces: str) -> None:
     """Curate in this process and print seconds and memory by stage, as JSON."""
     from dinov2.curate import CurateConfig, curate, run_steps
     from dinov2.curate.dedup import DedupConfig
     from dinov2.curate.engines import Inline
+    from dinov2.curate.overlaps import OverlapWarning
     from dinov2.curate.retrieve import RetrieveConfig
     from dinov2.curate.runner import Watcher
     from dinov2.curate.screen import ScreenConfig
@@ -79,13 +81,14 @@ def measure(photographs: str, seeds: str, faces: str, with_seeds: bool) -> None:
             self.stages[name] = [seconds + time.process_time() - self.begun, max(memory, peak())]
 
     screen = ScreenConfig(faces=faces, nsfw="none", max_distance=-1)
-    for images in (seeds, photographs):  # the first round loads libraries
+    warnings.simplefilter("ignore", OverlapWarning)  # the first round loads libraries
+    for images in (seeds, photographs):
         clock = Clock()
         with tempfile.TemporaryDirectory() as output:
             config = CurateConfig(
                 output=output,
                 images=images,
-                seeds=(seeds,) if with_seeds else (),
+                seeds=(seeds,),
                 screen=screen,  # no image is dropped on the way, so that each stage sees all
                 dedup=DedupConfig(threshold=1.0),
                 retrieve=RetrieveConfig(method="sample", neighbours=10**6),
@@ -94,10 +97,10 @@ def measure(photographs: str, seeds: str, faces: str, with_seeds: bool) -> None:
     print(json.dumps(clock.stages))
 
 
-def run(checkout: str, photographs: str, seeds: str, faces: str, more: list[str]) -> dict[str, list[float]]:
+def run(checkout: str, photographs: str, seeds: str, faces: str) -> dict[str, list[float]]:
     """Measure a checkout in a process of its own."""
     env = os.environ | {"PYTHONPATH": checkout, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, "--worker", photographs, seeds, faces, *more]
+    command = [sys.executable, __file__, "--worker", photographs, seeds, faces]
     result = subprocess.run(command, env=env, cwd=checkout, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, list[float]] = json.loads(result.stdout.splitlines()[-1])
     return found
@@ -110,11 +113,10 @@ def main() -> None:
     parser.add_argument("--photographs", help="folder of photographs to take instead")
     parser.add_argument("--beside", help="another checkout, measured in turns with this one")
     parser.add_argument("--beside_number", type=int, default=4, help="photographs that the other checkout curates")
-    parser.add_argument("--seeds", action=argparse.BooleanOptionalAction, default=True, help="curate with seeds")
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        measure(*options.worker, options.seeds)
+        measure(*options.worker)
         return
     here = str(Path(__file__).resolve().parent.parent)
     checkouts = {"this checkout": here}
@@ -137,9 +139,7 @@ def main() -> None:
             for _ in range(options.rounds):
                 for name, path in checkouts.items():
                     images = photographs if path == here else str(few)
-                    rounds[name].append(
-                        run(path, images, f"{folder}/seeds", faces, [] if options.seeds else ["--no-seeds"])
-                    )
+                    rounds[name].append(run(path, images, f"{folder}/seeds", faces))
             for name, found in rounds.items():
                 number = len(files) if checkouts[name] == here else options.beside_number
                 stages = {stage: statistics.median(one[stage][0] for one in found) / number for stage in found[0]}
