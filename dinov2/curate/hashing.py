@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dinov2.curate.components import Components
 from dinov2.data.decoding import Pixels
 from dinov2.extras import require
 
@@ -130,6 +129,8 @@ def repeats_of(
 ) -> Repeats:
     """Find repeats among the fit rows of [N]: first by digests of files, if not empty, then by hashes of rows that have
     one."""
+    from dinov2.curate.components import Components  # it loads compiled code
+
     of = np.arange(len(fit))
     rows = np.flatnonzero(fit & (digests != b""))
     _, first, inverse = np.unique(digests[rows], return_index=True, return_inverse=True)

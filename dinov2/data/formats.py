@@ -139,6 +139,7 @@ def refusal(file: BinaryIO) -> str:
 
 def words_of(error: Exception) -> str:
     """The words of an error of a reader; those of :mod:`struct` are about its code."""
-    if isinstance(error.__cause__ or error, struct.error):  # Pillow raises SyntaxError because of it
+    cause = error.__cause__ if isinstance(error, SyntaxError) else error  # Pillow raises a SyntaxError because of it
+    if isinstance(cause, struct.error):
         return "its header is cut off or damaged"
     return str(error) or type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -95,7 +96,8 @@ def test_names_that_are_not_utf8(tmp_path: Path) -> None:
 
 def test_shards_are_taken_as_they_are(tmp_path: Path) -> None:
     pool = write_pool(tmp_path / "pool", [{"a": encoded(picture(0))}])
-    assert run_steps(collect(pool.images, CollectConfig(), str(tmp_path / "out")), Inline()) == pool
+    taken = run_steps(collect(pool.images, CollectConfig(), str(tmp_path / "out")), Inline())
+    assert dataclasses.replace(taken, version="") == pool
     assert not (tmp_path / "out").exists()
     next((tmp_path / "pool" / "index").iterdir()).unlink()
     with pytest.raises(ValueError, match=r"got 1 tars without one under .*: write them with dinov2 index"):

@@ -37,7 +37,7 @@ def pool_of(config: CurateConfig, steps: Sequence[Step]) -> Pool:
         root = folder_of(config.images, steps)
     else:
         root = next((step.folder for step in steps if step.name == "download-images"), config.output)
-    embedded = [step.folder for step, inputs in _embedding(steps) if inputs[0] == root and len(inputs) > 1]
+    embedded = [step.folder for step, images, is_curated in _embedding(steps) if images == root and is_curated]
     decisions = [step.folder for step in steps if step.name.endswith("-decisions") or step.folder in embedded]
     return Pool(root, tuple(decisions))
 
@@ -47,7 +47,7 @@ def sets_of(config: CurateConfig, field: str, steps: Sequence[Step]) -> dict[str
     pools = {}
     for name, path in set_names(getattr(config, field)).items():
         root = folder_of(path, steps)
-        embedded = [step.folder for step, inputs in _embedding(steps) if inputs == (root,)]
+        embedded = [step.folder for step, images, is_curated in _embedding(steps) if images == root and not is_curated]
         of_field = embedded[:1] if field == "evaluation_sets" else embedded[-1:]  # a set may be both
         pools[name] = Pool(root, tuple(of_field))
     return pools
@@ -59,10 +59,11 @@ def folder_of(path: str, steps: Sequence[Step]) -> str:
     return next(collected, final_set(path) or path)
 
 
-def _embedding(steps: Sequence[Step]) -> Iterator[tuple[Step, tuple[str, ...]]]:
-    """The steps that wrote features, with the folders of the images and decisions that they read: the pool that is
-    curated has decisions, and other sets have none yet. Features may be joined from those of pieces."""
+def _embedding(steps: Sequence[Step]) -> Iterator[tuple[Step, str, bool]]:
+    """The steps that wrote features, with the folder of the images that they read, and whether these are of the pool
+    that is curated: it has decisions, and other sets have none yet. Features may be joined from those of pieces."""
     inputs = {step.folder: step.inputs for step in steps}
     for step in steps:
         if step.name == "embed-features":
-            yield step, inputs.get(step.inputs[0], step.inputs)
+            images, *others = inputs.get(step.inputs[0], step.inputs)
+            yield step, images, any("/" in other for other in others)  # the digest of tars is no folder
