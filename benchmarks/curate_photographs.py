@@ -3,9 +3,8 @@
 ``python benchmarks/curate_photographs.py`` makes JPEG files of 3 to 5 MB from the bundled photographs, enlarged and
 with noise. It curates them with a set of seeds in one process: without a detector of faces, with CenterFace if it is
 installed, and with the bundled cascade. ``--beside PATH`` runs another checkout in turns with this one, on the first
-few photographs in case it is slow.
-Seconds are processor time, medians of the rounds. Memory is the largest resident memory of the process during a stage.
-``--photographs FOLDER`` takes other files.
+few photographs in case it is slow. Seconds are processor time, medians of the rounds. Memory is the largest resident
+memory of the process during a stage. ``--photographs FOLDER`` takes other files.
 
 Predicted on 2026-11-30, before the first run: 90 ms an image for all stages without faces, 190 with them; before the
 change about 10 s, because local binary patterns take 9 s and decoding takes 120 ms, three times.
@@ -81,8 +80,8 @@ def measure(photographs: str, seeds: str, faces: str) -> None:
             self.stages[name] = [seconds + time.process_time() - self.begun, max(memory, peak())]
 
     screen = ScreenConfig(faces=faces, nsfw="none", max_distance=-1)
-    warnings.simplefilter("ignore", OverlapWarning)  # the first round loads libraries
-    for images in (seeds, photographs):
+    warnings.simplefilter("ignore", OverlapWarning)  # in the first round, the seeds are the pool, too
+    for images in (seeds, photographs):  # the first round loads libraries
         clock = Clock()
         with tempfile.TemporaryDirectory() as output:
             config = CurateConfig(

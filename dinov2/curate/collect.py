@@ -67,7 +67,8 @@ def collect(images: str, config: CollectConfig, output: str) -> Steps[Pool]:
                 f"images: expected an index for each tar, got {len(missing)} tars without one under {images!r}:"
                 f" write them with dinov2 index {images}"
             )
-        return Pool(images, version=digest([[name, storage.stamp(path)] for name, path in storage.shards().items()]))
+        tars = [path.removeprefix(f"{storage.root}/") for path in storage.shards().values()]
+        return Pool(images, version=digest([tars, storage.stamps(tars)]))
     contents = images_among(sizes, storage)
     paths = contents.images
     if not paths:

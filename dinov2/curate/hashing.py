@@ -106,7 +106,7 @@ def _bits(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
 
 
 class Repeats(NamedTuple):
-    """Which of the N rows of all shards, in order, repeat another row.
+    """These arrays say which of the N rows of all shards, in order, repeat another row.
 
     Attributes:
         exact: whether the row has the same bytes as an earlier row, bool [N].

@@ -49,7 +49,7 @@ class Pool:
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """What a step that reads the pool has as inputs."""
+        """A step that reads the pool has these inputs."""
         return (self.images, *filter(None, [self.version]), *self.decisions)
 
     def stamp(self, shard: str) -> str:

@@ -36,8 +36,8 @@ def test_values_where_rows_share_the_bias(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_values_where_a_program_owns_several_narrow_strips(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it does in pretraining; of 600 rows, which are more than the narrowest strip's tile holds at once. Strips do
-    not depend on the dtype, so the exact and the coarsest one are enough."""
+    """A program owns several strips in pretraining, too. The tile of the narrowest strip does not hold 600 rows at
+    once. Strips do not depend on the dtype, so the exact and the coarsest one are enough."""
     monkeypatch.setattr(triton_kernel, "PROGRAMS", 3)
     monkeypatch.setattr(triton_kernel, "L2_BYTES", 0)
     assert_matches_reference(triton_kernel, Case(600, 131, row_spread=30), dtype)

@@ -44,7 +44,7 @@ OVERLAP = 0.5
 """Share of one of the images that the other must cover. Two views of one scene may share a strip and are no copies."""
 AGREEMENT, AGREEMENT_OF_FEW = 0.8, 0.9
 """Share of the cells with detail that must agree: where many points were found again, and where few or none were. A
-large watermark leaves 0.8. Cartons of one brand agree in 0.6 to 0.9, two photographs of one shelf in 0.6 to 0.9."""
+large watermark leaves 0.8. Cartons of one brand agree in 0.6 to 0.9, and so do two photographs of one shelf."""
 CELLS_OF_NONE = 30
 """Number of cells that must have detail where no points were found again."""
 STRIP, AGREEMENT_OUTSIDE = 0.25, 0.95
