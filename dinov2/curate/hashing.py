@@ -2,13 +2,12 @@
 
 The paper names a PCA hash without defining it. This hash takes the signs of the first 64 principal components of the
 grey image at 32 x 32 pixels and unit contrast. They are fitted to a sample of the pool. Images without contrast have no
-hash. :func:`repeats_of` finds the images that repeat another by their bytes or by this hash.
+hash.
 """
 
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -103,50 +102,3 @@ def _bits(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
     bits = np.unpackbits(np.ascontiguousarray(values).view(np.uint8).reshape(-1, 8), axis=1)  # [N, 64]
     counts: npt.NDArray[np.int64] = bits.sum(axis=1, dtype=np.int64)
     return counts
-
-
-class Repeats(NamedTuple):
-    """These arrays say which of the N rows of all shards, in order, repeat another row.
-
-    Attributes:
-        exact: whether the row has the same bytes as an earlier row, bool [N].
-        near: whether the row is a near-duplicate of a kept row, bool [N].
-        of: number of the row that is kept instead, int64 [N]; a row that repeats no other has its own number.
-    """
-
-    exact: npt.NDArray[np.bool_]
-    near: npt.NDArray[np.bool_]
-    of: npt.NDArray[np.int64]
-
-
-def repeats_of(
-    fit: npt.NDArray[np.bool_],
-    digests: npt.NDArray[np.bytes_],
-    hashes: npt.NDArray[np.uint64],
-    hashed: npt.NDArray[np.bool_],
-    areas: npt.NDArray[np.int64],
-    distance: int,
-) -> Repeats:
-    """Find repeats among the fit rows of [N]: first by digests of files, if not empty, then by hashes of rows that have
-    one."""
-    from dinov2.curate.components import Components  # it loads compiled code
-
-    of = np.arange(len(fit))
-    rows = np.flatnonzero(fit & (digests != b""))
-    _, first, inverse = np.unique(digests[rows], return_index=True, return_inverse=True)
-    of[rows] = rows[first[inverse]]
-    exact = of != np.arange(len(fit))
-    near = np.zeros(len(fit), dtype=bool)
-    rows = np.flatnonzero(fit & ~exact & hashed)
-    if distance >= 0 and len(rows):
-        components, pairs = Components(len(rows)), near_pairs(hashes[rows], distance)
-        components.join(pairs[:, 0].copy(), pairs[:, 1].copy())
-        component = components.labels()
-        order = np.lexsort((rows, -areas[rows], component))
-        _, best = np.unique(component[order], return_index=True)
-        kept = rows[order[best]]  # the kept row of each component, by number
-        number = np.unique(component, return_inverse=True)[1]
-        of[rows] = kept[number]
-        near[rows] = of[rows] != rows
-        of[exact] = of[of[exact]]
-    return Repeats(exact, near, of)

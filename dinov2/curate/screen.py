@@ -12,11 +12,12 @@ import numpy.typing as npt
 
 from dinov2.configuration import AtLeast1, Config, Count, Rules, Share
 from dinov2.curate.faces import Box, open_detector
-from dinov2.curate.hashing import BITS, SIDE, fit_directions, pca_hashes, repeats_of, standardized, thumbnail
+from dinov2.curate.hashing import BITS, SIDE, fit_directions, pca_hashes, standardized, thumbnail
 from dinov2.curate.pieces import Piece, by_pieces
 from dinov2.curate.plugins import identity_of, load_function, open_onnx
 from dinov2.curate.pool import Pool, read_array, read_table, write_decisions
 from dinov2.curate.published import CENTERFACE, OPEN_NSFW, open_open_nsfw
+from dinov2.curate.repeats import largest_of_alike, read_first, same_bytes
 from dinov2.curate.search.vectors import layout_of, read_layout
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task
 from dinov2.curate.views import (
@@ -25,7 +26,6 @@ from dinov2.curate.views import (
     SMALL_SIDE,
     VIEW_SIDE,
     in_full,
-    originals,
     small_columns,
     small_of,
 )
@@ -108,7 +108,9 @@ def screen(pool: Pool, config: ScreenConfig, output: str) -> Steps[Pool]:
     places = read_layout(layout)
     plugged_in = [name if name in KNOWN else identity_of(name) for name in (config.faces, config.nsfw)]
     seen = [*plugged_in, view_side(config), SMALL_SIDE]
-    measures = yield from by_pieces(output, "screen-measures", seen, pool, places, measure, (config,), note=note)
+    repeated = yield from same_bytes(pool, "screen", output)
+    once = pool.after(repeated)
+    measures = yield from by_pieces(output, "screen-measures", seen, once, places, measure, (config,), note=note)
     task = Task("all", _fit, (pool.shards(), measures.folder, config))
     settings = [config.hash_sample, config.seed, pool.fingerprint()]
     fit = Step(output, "screen-fit", settings, (measures.folder,), [task])
@@ -118,11 +120,11 @@ def screen(pool: Pool, config: ScreenConfig, output: str) -> Steps[Pool]:
     yield hashes
     thresholds = _thresholds(config)
     folders = (measures.folder, hashes.folder)
-    task = Task("all", find_repeats, (pool, *folders, config))
-    repeats = Step(output, "screen-repeats", thresholds, (*inputs, layout, *folders), [task])
+    task = Task("all", find_repeats, (pool, repeated, *folders, config))
+    repeats = Step(output, "screen-repeats", thresholds, (*inputs, layout, repeated, *folders), [task])
     yield repeats
     tasks = [
-        Task(shard, decide, (pool, shard, places.range_of(shard)[0], *folders, repeats.folder, config))
+        Task(shard, decide, (pool, shard, places.range_of(shard)[0], *folders, repeats.folder))
         for shard in places.names
     ]
     decisions = Step(output, "screen-decisions", thresholds, (*folders, repeats.folder), tasks)
@@ -171,7 +173,7 @@ class Quality(NamedTuple):
 
 
 def measure(output: Output, pool: Pool, piece: Piece, config: ScreenConfig) -> Counts:
-    """Task: write these columns for every row of a piece of a shard:
+    """Task: write these columns for every row of a piece of a shard; they are null in rows that are out:
 
     ===============  ========================  ========================================================================
     ``readable``     bool                      whether it could be decoded; if not, the measures are null
@@ -183,8 +185,6 @@ def measure(output: Output, pool: Pool, piece: Piece, config: ScreenConfig) -> C
     ``small``        bytes                     pixels of the small image of a large file; not in the table of a shard
     ``remark``       text                      what the decoder said about the image: why it is unreadable, or a warning
     ===============  ========================  ========================================================================
-
-    Files with the same bytes are measured once.
     """
     detect, score = open_detector(config.faces), open_scorer(config.nsfw)
     before, files = pool.kept(piece.shard)[piece.start : piece.stop], pool.open_images(piece.shard)
@@ -199,9 +199,7 @@ def measure(output: Output, pool: Pool, piece: Piece, config: ScreenConfig) -> C
             measures[row] |= {"faces": [in_full(box, image)._asdict() for box in boxes], "nsfw": nsfw}
         batch.clear()
 
-    rows = piece.start + np.flatnonzero(before)
-    first = originals(pool, piece.shard, rows)
-    for row in rows[first == rows].tolist():
+    for row in (piece.start + np.flatnonzero(before)).tolist():
         output.advance()
         with kept_remarks() as said:
             try:
@@ -222,12 +220,11 @@ def measure(output: Output, pool: Pool, piece: Piece, config: ScreenConfig) -> C
             settle()
     if batch:
         settle()
-    same = dict(zip(rows.tolist(), first.tolist(), strict=True))
-    table = [measures.get(same.get(row, row), {}) for row in range(piece.start, piece.stop)]
+    table = [measures.get(row, {}) for row in range(piece.start, piece.stop)]
     output.write_table(_table(table, small=output.shard != piece.shard))
     found = sum(len(row.get("faces", [])) for row in table)
     readable = sum(row.get("readable", False) for row in table)
-    return Counts(len(rows), readable, {}, {"faces": found})
+    return Counts(int(before.sum()), readable, {}, {"faces": found})
 
 
 def quality(image: Pixels) -> Quality:
@@ -320,34 +317,45 @@ def _thumbnails(measures: str, shard: str, rows: npt.NDArray[np.int64]) -> npt.N
     return np.frombuffer(b"".join(column), np.uint8).reshape(len(rows), SIDE * SIDE)
 
 
-def find_repeats(output: Output, pool: Pool, measures: str, hashes: str, config: ScreenConfig) -> Counts:
-    """Task: write ``all.parquet`` with the columns of :class:`~dinov2.curate.hashing.Repeats`, for all shards in order.
+def find_repeats(output: Output, pool: Pool, repeated: str, measures: str, hashes: str, config: ScreenConfig) -> Counts:
+    """Task: write ``all.parquet`` with these columns for all shards in order:
 
-    Rows that are unfit by themselves are not compared. The first of equal files is kept. The near-duplicate with the
-    most pixels is kept; among equals, the first.
+    ==========  ======  ===============================================================================================
+    ``reason``  text    why a row is dropped; null if it is kept
+    ``remark``  text    what the decoder said about the image
+    ``of``      int64   position of the row that is kept instead; a row that repeats no other has its own
+    ==========  ======  ===============================================================================================
+
+    What is true of the first of equal files is true of the others. Rows that are unfit by themselves are not compared.
+    The near-duplicate with the most pixels is kept; among equals, the first.
     """
-    fit, digests, areas = [np.zeros(0, bool)], list[str](), [np.zeros(0, np.int64)]
-    bits, hashed = [np.zeros(0, np.uint64)], [np.zeros(0, bool)]
+    arrow = require("pyarrow", extra="curate", purpose="curation")
+    reasons, remarks, areas = list[str | None](), list[str | None](), [np.zeros(0, np.int64)]
+    bits, among = [np.zeros(0, np.uint64)], [np.zeros(0, bool)]
     for shard in pool.shards():
-        index = pool.index(shard, ["sha256", "width", "height"])
+        index = pool.index(shard, ["width", "height"])
         table = read_table(measures, shard)
-        fit.append(np.array([reason is None for reason in unfit(index, table, config)], dtype=bool) & pool.kept(shard))
-        digests += index["sha256"].fill_null("").to_pylist()
+        reasons += unfit(index, table, config)
+        remarks += table["remark"].to_pylist()
         areas.append(index["width"].to_numpy().astype(np.int64) * index["height"].to_numpy())
         column = read_table(hashes, shard)["pca_hash"]
-        hashed.append(column.is_valid().to_numpy())
+        among.append(column.is_valid().to_numpy() & pool.kept(shard))
         bits.append(column.fill_null(0).to_numpy())
-    repeats = repeats_of(
-        np.concatenate(fit),
-        np.array(digests, dtype="S64"),
-        np.concatenate(bits),
-        np.concatenate(hashed),
-        np.concatenate(areas),
-        config.max_distance,
-    )
-    output.write_table(repeats._asdict())
-    rows = int(np.concatenate(fit).sum())
-    return Counts(rows, rows - int(repeats.exact.sum() + repeats.near.sum()))
+    first = read_first(repeated, pool.shards())
+    own = np.arange(len(first))
+    fit = np.array([reason is None for reason in reasons], bool)[first]
+    compared = fit & (first == own) & np.concatenate(among)
+    of = largest_of_alike(np.concatenate(bits), compared, np.concatenate(areas), config.max_distance)
+    of = np.where(fit, of[first], own)
+    repeats = {EXACT: fit & (first != own), NEAR: fit & (first == own) & (of != own)}
+    reasons, remarks = [reasons[row] for row in first.tolist()], [remarks[row] for row in first.tolist()]
+    for reason, rows in repeats.items():
+        for row in np.flatnonzero(rows).tolist():
+            reasons[row] = reason
+    texts = {"reason": reasons, "remark": remarks}
+    output.write_table({name: arrow.array(of_rows, arrow.string()) for name, of_rows in texts.items()} | {"of": of})
+    rows_in = int(np.count_nonzero(fit))
+    return Counts(rows_in, rows_in - sum(int(rows.sum()) for rows in repeats.values()))
 
 
 def unfit(index: Any, measures: Any, config: ScreenConfig) -> list[str | None]:
@@ -370,16 +378,11 @@ def unfit(index: Any, measures: Any, config: ScreenConfig) -> list[str | None]:
     return reasons
 
 
-def decide(
-    output: Output, pool: Pool, shard: str, start: int, measures: str, hashes: str, repeats: str, config: ScreenConfig
-) -> Counts:
+def decide(output: Output, pool: Pool, shard: str, start: int, measures: str, hashes: str, repeats: str) -> Counts:
     """Task: write decisions on a shard whose first row is row ``start`` of all rows. The table also has the measures,
     and ``kept_row``, the number among all rows of the row that is kept instead."""
-    index, table = pool.index(shard, ["width", "height"]), read_table(measures, shard)
-    reasons = unfit(index, table, config)
-    part = read_table(repeats, "all").slice(start, len(reasons))
-    for row, (exact, near) in enumerate(zip(part["exact"].to_pylist(), part["near"].to_pylist(), strict=True)):
-        reasons[row] = reasons[row] or (EXACT if exact else NEAR if near else None)
-    columns = {name: table[name] for name in table.column_names if name != "thumbnail"}
-    columns |= {"pca_hash": read_table(hashes, shard)["pca_hash"], "kept_row": part["of"]}
-    return write_decisions(output, reasons, pool.kept(shard), columns)
+    table, before = read_table(measures, shard), pool.kept(shard)
+    part = read_table(repeats, "all").slice(start, len(before))
+    columns = {name: table[name] for name in table.column_names if name not in ("thumbnail", "remark")}
+    columns |= {"pca_hash": read_table(hashes, shard)["pca_hash"], "remark": part["remark"], "kept_row": part["of"]}
+    return write_decisions(output, part["reason"].to_pylist(), before, columns)

@@ -94,11 +94,13 @@ def test_files_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     for module in (sys.modules[screen.__module__], views):
         monkeypatch.setattr(module, "decode_reduced", counted)
-    small = encoded(picture(1))
-    pool = write_pool(tmp_path / "pool", [{"wide": WIDE, "small": small, "again": WIDE, "cut": WIDE[:5000]}])
+    monkeypatch.setattr(pieces, "ROWS", 2)
+    small, cut = encoded(picture(1)), WIDE[:5000]
+    files = {"wide": WIDE, "small": small, "again": WIDE, "cut": cut}
+    pool = write_pool(tmp_path / "pool", [files, {"wide": WIDE, "cut": cut}])
     after = run(pool, tmp_path / "out")
-    # The copy of row 0 is not decoded. The small file of row 1 is decoded again for its sketch and for its features.
-    # The small image of row 0 is taken from screening.
+    # The copies of rows 0 and 3, in other pieces and another shard, are not decoded. The small file of row 1 is decoded
+    # again for its sketch and for its features. The small image of row 0 is taken from screening.
     assert decoded == ["0", "1", "3", "1", "1"]
     assert read_table(after.decisions[0], "00000")["reason"].to_pylist() == [
         None,
@@ -106,6 +108,7 @@ def test_files_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         "exact duplicate",
         "unreadable",
     ]
+    assert read_table(after.decisions[0], "00001")["reason"].to_pylist() == ["exact duplicate", "unreadable"]
     expected = open_model(EmbedConfig())([small_of(decode_reduced(WIDE, "", VIEW_SIDE).pixels)])[0]
     np.testing.assert_allclose(after.read_features("00000")[0], expected, atol=1e-3)
 

@@ -15,8 +15,8 @@ from PIL import Image
 
 from dinov2.curate import Pool, run_steps
 from dinov2.curate.engines import Inline, ProcessPool
-from dinov2.curate.hashing import repeats_of
 from dinov2.curate.pool import read_table
+from dinov2.curate.repeats import first_of_equals, largest_of_alike
 from dinov2.curate.screen import ScreenConfig, screen
 from tests.curate import plugged_in
 from tests.curate.pictures import encoded, picture, write_pool
@@ -172,15 +172,29 @@ def test_same_bytes_on_every_engine(tmp_path: Path) -> None:
 
 
 def test_repeats_keep_the_first_file_and_the_largest_picture() -> None:
-    digests = np.array([b"a", b"b", b"a", b"c", b"d"], "S64")
-    hashes = np.array([0, 1, 0, 3, 2**64 - 2**32], np.uint64)
-    fit, hashed = np.ones(5, dtype=bool), np.ones(5, dtype=bool)
-    exact, near, of = repeats_of(fit, digests, hashes, hashed, np.array([5, 9, 99, 9, 1]), 2)
-    assert exact.tolist() == [False, False, True, False, False]
-    assert near.tolist() == [True, False, False, True, False]
-    assert of.tolist() == [1, 1, 1, 1, 4]
-    fit[1] = False  # what is unfit stands for nothing
-    assert repeats_of(fit, digests, hashes, hashed, np.array([5, 9, 99, 9, 1]), 2).of.tolist() == [3, 1, 3, 3, 4]
+    digests = np.array([b"a", b"b", b"a", b"", b"", b"b"], "S64")
+    among = np.array([True, True, True, True, True, False])
+    assert first_of_equals(digests, among).tolist() == [0, 1, 0, 3, 4, 5]
+    hashes, areas = np.array([0, 1, 7, 3, 2**64 - 2**32], np.uint64), np.array([5, 9, 9, 8, 1])
+    among = np.ones(5, dtype=bool)
+    assert largest_of_alike(hashes, among, areas, 1).tolist() == [1, 1, 1, 1, 4]
+    assert largest_of_alike(hashes, among, areas, -1).tolist() == [0, 1, 2, 3, 4]
+    among[3] = False  # what is unfit connects nothing
+    assert largest_of_alike(hashes, among, areas, 1).tolist() == [1, 1, 2, 3, 4]
+
+
+def test_what_is_true_of_a_file_is_true_of_its_copies(tmp_path: Path) -> None:
+    """The second shard has copies of a file that is unreadable, of one that is too small, and of one that is the lesser
+    near-duplicate of another."""
+    files = {"cut": encoded(picture(1))[:900], "small": encoded(picture(2, 40, 40)), "near": encoded(picture(3))}
+    first = files | {"larger": encoded(picture(3).repeat(2, axis=0).repeat(2, axis=1))}
+    pool = write_pool(tmp_path / "pool", [first, files])
+    after: Pool = run_steps(screen(pool, NO_FACES, str(tmp_path / "out")), Inline())
+    one, two = (read_table(after.decisions[-1], shard).to_pydict() for shard in pool.shards())
+    assert one["reason"] == ["unreadable", "too small", "near-duplicate (PCA hash)", None]
+    assert two["reason"] == ["unreadable", "too small", "exact duplicate"]
+    assert two["remark"][0] == one["remark"][0] is not None
+    assert (one["kept_row"], two["kept_row"]) == ([0, 1, 3, 3], [4, 5, 3])
 
 
 def test_a_tar_that_is_cut_off_or_lies(tmp_path: Path) -> None:
@@ -196,9 +210,8 @@ def test_a_tar_that_is_cut_off_or_lies(tmp_path: Path) -> None:
 
 
 def test_another_shard_measures_nothing_again(tmp_path: Path) -> None:
-    def measured() -> dict[str, int]:
-        files = (tmp_path / "out").glob("screen-measures-*/*.parquet")
-        return {str(path): path.stat().st_mtime_ns for path in files}
+    def measured() -> set[int]:
+        return {path.stat().st_ino for path in (tmp_path / "out").glob("screen-measures-*/*.parquet")}
 
     shards = [{f"{name}{n}": encoded(picture(10 * n + i)) for i, name in enumerate("abc")} for n in range(3)]
     pool = write_pool(tmp_path / "pool", list(shards[:2]))
@@ -206,6 +219,6 @@ def test_another_shard_measures_nothing_again(tmp_path: Path) -> None:
     before = measured()
     write_pool(tmp_path / "pool", list(shards))  # the first two as they were
     after: Pool = run_steps(screen(pool, NO_FACES, str(tmp_path / "out")), Inline())
+    assert len(measured() - before) == 1  # the other files are links to those of before
     assert len(measured()) == 3
-    assert {path: at for path, at in measured().items() if path in before} == before
     assert [after.kept(shard).tolist() for shard in after.shards()] == [[True] * 3] * 3
