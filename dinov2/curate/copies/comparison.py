@@ -26,15 +26,17 @@ INLIERS, SOME_INLIERS, MANY_INLIERS = 4, 10, 15
 """Matched points that agree about a shift, turn and scale. Two points are enough to define one, and wrong matches
 seldom give four."""
 FEW_POINTS = 100
-"""An image with fewer points, such as a drawing or a sky, is also looked for as a whole."""
+"""An image with fewer points, such as a drawing or a sky, is also laid on the whole other image, and looked for in
+it."""
 SCALES = tuple(0.97**power for power in range(17))
 """Sizes at which it is looked for, as parts of the other image's size."""
 COARSER = 4
 """It is looked for at a quarter of the size."""
 ACROSS, SMALLEST_CELL, CELLS = 16, 8, 8
 """The longer side has this many cells; a cell has at least this many pixels; at least this many must have detail."""
-DETAIL = 1.5
-"""Standard deviation of the detail of a cell, in grey levels, below which it tells nothing."""
+DETAIL, NOISE = 1.5, 3.0
+"""Standard deviation of the detail of a cell, in grey levels, below which it tells nothing, and below which it may be
+mostly noise."""
 CORRELATION = 0.5
 """Two cells agree above this correlation."""
 MARGIN = 3 * COARSE
@@ -45,16 +47,27 @@ OVERLAP = 0.5
 AGREEMENT, AGREEMENT_OF_FEW = 0.8, 0.9
 """Share of the cells with detail that must agree: where many points were found again, and where few or none were. A
 large watermark leaves 0.8. Cartons of one brand agree in 0.6 to 0.9, and so do two photographs of one shelf."""
-CELLS_OF_NONE = 30
-"""Number of cells that must have detail where no points were found again."""
+CELLS_OF_WHOLE, CELLS_OF_FOUND = 16, 30
+"""Numbers of cells that must have detail without points: where whole images are laid on each other, and where the place
+was looked for, so that the best of many places agrees by chance."""
 STRIP, AGREEMENT_OUTSIDE = 0.25, 0.95
-"""A banner may cover a strip along the top or the bottom, of this share of the height, if some points were found again
-and all else agrees."""
+"""A banner may cover a strip along the top or the bottom, of this share of the height, if some points were found again,
+or whole images are laid on each other, and all else agrees."""
 CENTRE, AGREEMENT_AT_CENTRE = 0.2, 0.5
 """The middle must agree, too, or the images share no more than a frame. It begins at the first number, as a share of
 the sides. The second is the share of its cells with detail that must agree."""
 
 Map = npt.NDArray[np.float64]  # [2, 3], from places in one image to places in another
+
+
+class Place(NamedTuple):
+    """Where one image may lie on another, and what must agree to believe it: less where more speaks for the place."""
+
+    map: Map
+    inliers: int
+    cells: int
+    agreement: float
+    banner: bool  # whether a banner may cover a part
 
 
 class Comparison(NamedTuple):
@@ -94,22 +107,25 @@ def compare(first: Sketch, second: Sketch) -> Comparison:
     best = Comparison()
     both = (first, mirrored(first))
     for own in both:
-        for place, inliers in _alignments(own, second):
-            best = max(best, _judged(own, second, place, inliers))
+        for place in _places(own, second):
+            best = max(best, _judged(own, second, place))
             if best.same:
                 return best
-    if min(len(first.places), len(second.places)) < FEW_POINTS:
-        for own in both:
-            best = max(best, *(_judged(own, second, place, 0) for place in _places(own.detail, second.detail)))
     return best
 
 
-def _places(first: Floats, second: Floats) -> Iterator[Map]:
-    """The likeliest place of the whole first image in the second, and of the whole second in the first."""
-    scale, x, y = _place_of(first, second)
-    yield np.array([[scale, 0, x], [0, scale, y]])
-    scale, x, y = _place_of(second, first)
-    yield np.array([[1, 0, -x], [0, 1, -y]]) / scale
+def _places(first: Sketch, second: Sketch) -> Iterator[Place]:
+    """Where the first image may lie on the second: by their points and, if they have few, as a whole."""
+    for found, inliers in _alignments(first, second):
+        agreement = AGREEMENT if inliers >= MANY_INLIERS else AGREEMENT_OF_FEW
+        yield Place(found, inliers, CELLS, agreement, inliers >= SOME_INLIERS)
+    if min(len(first.places), len(second.places)) < FEW_POINTS:
+        down, across = np.divide(second.detail.shape, first.detail.shape)
+        yield Place(np.array([[across, 0, 0], [0, down, 0]]), 0, CELLS_OF_WHOLE, AGREEMENT_OF_FEW, True)
+        scale, x, y = _place_of(first.detail, second.detail)
+        yield Place(np.array([[scale, 0, x], [0, scale, y]]), 0, CELLS_OF_FOUND, AGREEMENT_OF_FEW, False)
+        scale, x, y = _place_of(second.detail, first.detail)
+        yield Place(np.array([[1, 0, -x], [0, 1, -y]]) / scale, 0, CELLS_OF_FOUND, AGREEMENT_OF_FEW, False)
 
 
 def _place_of(whole: Floats, other: Floats) -> tuple[float, float, float]:
@@ -132,7 +148,11 @@ def _place_of(whole: Floats, other: Floats) -> tuple[float, float, float]:
 
 def is_plain(of: Sketch) -> bool:
     """Whether an image has too little detail to be compared: a clear sky, or a blurred wall."""
-    return _cells_with_detail(of.detail) < CELLS
+    cv2 = require("cv2", extra="curate", purpose="comparing images")
+    size = _grid(of.detail.shape)
+    pixels = of.detail, of.detail * of.detail, _inner(of.detail)
+    mean, squares, inner = (cv2.resize(values, size, interpolation=cv2.INTER_AREA) for values in pixels)
+    return int(((squares - mean**2 > NOISE**2) & (inner > 0.5)).sum()) < CELLS
 
 
 def _alignments(first: Sketch, second: Sketch) -> Iterator[tuple[Map, int]]:
@@ -167,18 +187,16 @@ def _matches(first: Floats, second: Floats) -> npt.NDArray[np.int64]:
     return np.stack([own[good], nearest[good]], axis=1)
 
 
-def _judged(first: Sketch, second: Sketch, place: Map, inliers: int) -> Comparison:
-    """Lay the first image on the second by a map, and compare them."""
-    fit = _fit(first.detail, second.detail, place)
-    agrees = fit.agreement >= (AGREEMENT if inliers >= MANY_INLIERS else AGREEMENT_OF_FEW)
-    under_a_banner = inliers >= SOME_INLIERS and fit.outside >= AGREEMENT_OUTSIDE
+def _judged(first: Sketch, second: Sketch, place: Place) -> Comparison:
+    """Lay the first image on the second, and compare them."""
+    fit = _fit(first.detail, second.detail, place.map)
     same = (
         fit.overlap >= OVERLAP
-        and fit.cells >= (CELLS if inliers else CELLS_OF_NONE)
+        and fit.cells >= place.cells
         and fit.centre >= AGREEMENT_AT_CENTRE
-        and (agrees or under_a_banner)
+        and (fit.agreement >= place.agreement or (place.banner and fit.outside >= AGREEMENT_OUTSIDE))
     )
-    return fit._replace(same=same, inliers=inliers)
+    return fit._replace(same=same, inliers=place.inliers)
 
 
 def _grid(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -186,14 +204,6 @@ def _grid(shape: tuple[int, ...]) -> tuple[int, int]:
     height, width = shape
     side = max(max(height, width) / ACROSS, SMALLEST_CELL)
     return max(1, round(width / side)), max(1, round(height / side))
-
-
-def _cells_with_detail(detail: Floats) -> int:
-    cv2 = require("cv2", extra="curate", purpose="comparing images")
-    size = _grid(detail.shape)
-    of = detail, detail * detail, _inner(detail)
-    mean, squares, inner = (cv2.resize(pixels, size, interpolation=cv2.INTER_AREA) for pixels in of)
-    return int(((squares - mean**2 > DETAIL**2) & (inner > 0.5)).sum())
 
 
 def _fit(first: Floats, second: Floats, place: Map) -> Comparison:

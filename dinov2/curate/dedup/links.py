@@ -20,7 +20,7 @@ from dinov2.curate.steps import Counts, Output, Step, Steps, Task
 
 PORTION = 2000
 """Pairs that a task compares: a few seconds of work."""
-CODE = 2
+CODE = 3
 """Number that is raised when the comparison changes, so that old results are not taken for new ones."""
 
 Positions = npt.NDArray[np.int64]
