@@ -129,15 +129,17 @@ def curate(config: CurateConfig, check: Collection[str] = STAGES) -> Steps[Curat
     check_early(config, check)
     output = config.output
     pool = yield from source(config)
+    tests = yield from collected_sets(config, "evaluation_sets")
+    seeds = yield from collected_sets(config, "seeds")
     pool = yield from screen(pool, config.screen, output)
 
     pool = yield from embed(pool, config.embed_copies, output, "embed_copies")
-    tests = yield from embedded_sets(config, "evaluation_sets", config.embed_copies, "embed_copies")
+    tests = yield from embedded_sets(config, "evaluation_sets", tests, config.embed_copies, "embed_copies")
     pool = yield from dedup(pool, tests, resolved(config).dedup, output)
 
     if needs_features(config.retrieve, config.seeds):
         pool = yield from embed(pool, config.embed, output, "embed")
-    seeds = yield from embedded_sets(config, "seeds", config.embed, "embed")
+    seeds = yield from embedded_sets(config, "seeds", seeds, config.embed, "embed")
     pool = yield from retrieve(pool, seeds, config.retrieve, output)
     root = yield from materialize(pool, seeds, config.materialize, output)
     save_final_set(output, to_json(config), PurePosixPath(root).name)
@@ -170,24 +172,34 @@ def source(config: CurateConfig) -> Steps[Pool]:
     return pool
 
 
-def embedded_sets(config: CurateConfig, field: str, settings: EmbedConfig, at: str) -> Steps[dict[str, Pool]]:
-    """Make the pools of ``seeds`` or ``evaluation_sets``, with features, by name. ``at`` is where the settings stand in
-    the configuration."""
+def collected_sets(config: CurateConfig, field: str) -> Steps[dict[str, Pool]]:
+    """Make the pools of ``seeds`` or ``evaluation_sets``, by name."""
     pools = {}
     for name, path in set_names(getattr(config, field)).items():
         try:
-            images = yield from collect(path, config.collect, config.output)
+            pools[name] = yield from collect(path, config.collect, config.output)
         except ValueError as error:
             raise ValueError(f"{field}: {str(error).removeprefix('images: ')}") from error
-        pools[name] = yield from embed(images, settings, config.output, at)
-        if not any(pools[name].kept(shard).any() for shard in pools[name].shards()):
+    return pools
+
+
+def embedded_sets(
+    config: CurateConfig, field: str, pools: dict[str, Pool], settings: EmbedConfig, at: str
+) -> Steps[dict[str, Pool]]:
+    """Add features to the pools of ``seeds`` or ``evaluation_sets``. ``at`` is where the settings stand in the
+    configuration."""
+    embedded = {}
+    for name, pool in pools.items():
+        embedded[name] = yield from embed(pool, settings, config.output, at)
+        if not any(embedded[name].kept(shard).any() for shard in pool.shards()):
+            path = quoted(set_names(getattr(config, field))[name])
             effect = "looked for in the pool" if field == "evaluation_sets" else "retrieved for it"
             warnings.warn(
-                f"{field}: {quoted(path)} has no image that can be used, so nothing is {effect}",
+                f"{field}: {path} has no image that can be used, so nothing is {effect}",
                 EmptySetWarning,
                 stacklevel=2,
             )
-    return pools
+    return embedded
 
 
 def only(steps: Steps[Curated], stage: str) -> Steps[None]:

@@ -67,6 +67,22 @@ def run(config: CurateConfig) -> tuple[str, Work]:
     return root, work
 
 
+def test_stages_one_by_one(tmp_path: Path) -> None:
+    """Evaluation sets and seeds are collected with the pool. Only embed runs again, for what dedup has left."""
+    folders = [str(photographs(tmp_path / name, number)) for name, number in (("pool", 5), ("test", 1), ("mine", 2))]
+    config = dataclasses.replace(
+        laptop(),
+        images=folders[0],
+        evaluation_sets=(folders[1],),
+        seeds=(folders[2],),
+        output=str(tmp_path / "out"),
+        screen=ScreenConfig(faces="none", nsfw="none"),
+    )
+    for stage in ("collect", "screen", "embed", "dedup", "embed", "retrieve", "materialize"):
+        run_steps(only(curate(config), stage), Inline())
+    assert run(config)[1].made == []
+
+
 def paths_of(pool: Pool) -> list[str]:
     return [path for shard in pool.shards() for path in pool.index(shard, ["path"])["path"].to_pylist()]
 
