@@ -19,7 +19,7 @@ from dinov2.curate.collect import CollectConfig, collect, cuts
 from dinov2.curate.embed import EmbedConfig, embed
 from dinov2.curate.engines import Inline
 from dinov2.curate.extract import ExtractConfig, extract
-from dinov2.curate.pipeline import embedded_sets, source
+from dinov2.curate.pipeline import collected_sets, embedded_sets, source
 from dinov2.curate.screen import ScreenConfig, screen
 from dinov2.curate.steps import Output, Step, Steps, Task
 from dinov2.data import Reduced, decoding_reduced
@@ -61,11 +61,13 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def first_stages(config: CurateConfig) -> Steps[None]:
     """Those that read images one by one."""
     pool = yield from source(config)
+    tests = yield from collected_sets(config, "evaluation_sets")
+    seeds = yield from collected_sets(config, "seeds")
     pool = yield from screen(pool, config.screen, config.output)
     for settings in (config.embed_copies, config.embed):
         yield from embed(pool, settings, config.output)
-    yield from embedded_sets(config, "evaluation_sets", config.embed_copies, "embed_copies")
-    yield from embedded_sets(config, "seeds", config.embed, "embed")
+    yield from embedded_sets(config, "evaluation_sets", tests, config.embed_copies, "embed_copies")
+    yield from embedded_sets(config, "seeds", seeds, config.embed, "embed")
 
 
 def test_what_is_redone(tmp_path: Path, made: Counter[str]) -> None:
