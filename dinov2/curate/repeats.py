@@ -9,6 +9,7 @@ from dinov2.curate.hashing import near_pairs
 from dinov2.curate.pool import Pool, read_table
 from dinov2.curate.search.vectors import Positions
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task
+from dinov2.data.shards.storage import Storage
 
 
 def same_bytes(pool: Pool, stage: str, output: str) -> Steps[str]:
@@ -16,7 +17,7 @@ def same_bytes(pool: Pool, stage: str, output: str) -> Steps[str]:
 
     The value is a folder of tables ``SHARD.parquet``: ``keep`` (bool) says whether no earlier row has the same bytes,
     and ``first`` (int64) is the position of the first row that has them. A row whose bytes the index does not tell by
-    ``sha256`` is like no other, and so is one that was out before.
+    ``sha256`` is like no other. So is one that was out before, and one that lies behind the end of a cut-off tar.
     """
     step = Step(output, f"{stage}-bytes", pool.fingerprint(), pool.inputs, [Task("all", _compare_bytes, (pool,))])
     yield step
@@ -25,16 +26,20 @@ def same_bytes(pool: Pool, stage: str, output: str) -> Steps[str]:
 
 def _compare_bytes(output: Output, pool: Pool) -> Counts:
     """Task: write the tables of :func:`same_bytes`."""
-    shards = pool.shards()
-    digests = [pool.index(shard, ["sha256"])["sha256"].fill_null("").to_numpy().astype("S64") for shard in shards]
-    kept = [pool.kept(shard) for shard in shards]
-    first = first_of_equals(np.concatenate([np.zeros(0, "S64"), *digests]), np.concatenate([np.zeros(0, bool), *kept]))
+    storage, shards = Storage(pool.images), pool.shards()
+    tars, digests, among, rows_in = storage.shards(), [np.zeros(0, "S64")], [np.zeros(0, bool)], 0
+    for shard in shards:
+        index, kept = pool.index(shard, ["sha256", "offset", "size"]), pool.kept(shard)
+        digests.append(index["sha256"].fill_null("").to_numpy().astype("S64"))
+        ends = index["offset"].to_numpy() + index["size"].to_numpy()
+        among.append(kept & (ends <= storage.filesystem.size(tars[shard])))
+        rows_in += int(kept.sum())
+    first = first_of_equals(np.concatenate(digests), np.concatenate(among))
     is_first, start = first == np.arange(len(first)), 0
-    for shard, own in zip(shards, kept, strict=True):
+    for shard, own in zip(shards, among[1:], strict=True):
         rows = slice(start, start + len(own))
         Output(output.folder, shard).write_table({"keep": is_first[rows], "first": first[rows]})
         start += len(own)
-    rows_in = int(np.concatenate([np.zeros(0, bool), *kept]).sum())
     return Counts(rows_in, rows_in - int((~is_first).sum()))
 
 

@@ -199,13 +199,15 @@ def test_what_is_true_of_a_file_is_true_of_its_copies(tmp_path: Path) -> None:
 
 def test_a_tar_that_is_cut_off_or_lies(tmp_path: Path) -> None:
     """What lies behind the cut is unreadable; names in tars are but names, and those that occur twice are two rows."""
-    pool = write_pool(tmp_path / "pool", [{f"i{seed}": encoded(picture(seed)) for seed in range(4)}])
+    files = {f"i{seed}": encoded(picture(seed)) for seed in range(4)}
+    pool = write_pool(tmp_path / "pool", [files, {"copy": files["i3"]}])
     tar = tmp_path / "pool" / "images" / "00000.tar"
     content = tar.read_bytes()
     offset = int(pool.index("00000", ["offset"])["offset"][2].as_py())
     tar.write_bytes(content.replace(b"i0.png\0\0\0\0\0\0", b"../../i0.png")[: offset + 100])
     after: Pool = run_steps(screen(pool, NO_FACES, str(tmp_path / "out")), Inline())
     assert read_table(after.decisions[-1], "00000")["reason"].to_pylist() == [None, None, "unreadable", "unreadable"]
+    assert read_table(after.decisions[-1], "00001")["reason"].to_pylist() == [None]  # it is all there
     assert not list(tmp_path.parent.glob("i0*"))
 
 
