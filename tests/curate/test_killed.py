@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import resource
 import shutil
 import threading
@@ -21,7 +20,7 @@ from dinov2.curate import CurateConfig, FailedShardsError, curate, only, run_ste
 from dinov2.curate.clusters import ClusterConfig
 from dinov2.curate.dedup import DedupConfig
 from dinov2.curate.download import DownloadConfig
-from dinov2.curate.engines import PRELOADED, EngineConfig, Inline
+from dinov2.curate.engines import EngineConfig, Inline
 from dinov2.curate.extract import ExtractConfig
 from dinov2.curate.materialize import MaterializeConfig
 from dinov2.curate.retrieve import RetrieveConfig
@@ -31,6 +30,7 @@ from dinov2.curate.steps import ABOUT, COUNTS
 from dinov2.demo.planted import planted_images
 from dinov2.recipes import laptop
 from tests.curate.test_runner import contents
+from tests.forkserver import CONTEXT
 
 KILLS = 20
 ORDER = (
@@ -90,10 +90,8 @@ def work(config: CurateConfig, stage: str, begun: Connection) -> None:
 
 def kill(config: CurateConfig, stage: str, seconds: float) -> bool:
     """Run a stage in a process that is killed so long after its beginning; False where it ended before."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, *PRELOADED])
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=work, args=(config, stage, there))
+    here, there = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=work, args=(config, stage, there))
     process.start()
     here.recv()
     process.join(seconds)

@@ -306,7 +306,7 @@ def test_two_processes_train_as_one(config: PretrainConfig, tmp_path: Path) -> N
     in_processes(WORLD_SIZE, tmp_path, train_beside_one_process, tmp_path, config)
 
 
-RUN = "import pickle, sys; from dinov2.train import pretrain; pretrain(*pickle.load(open(sys.argv[1], 'rb')))"
+RUN = "import pickle, sys; from dinov2.train import pretrain; pretrain(pickle.load(open(sys.argv[1], 'rb')))"
 FAILS = (
     "import os; from dinov2.train.trainer import Trainer; step = Trainer.step\n"
     "def fails(self, number, batches):\n"
@@ -316,13 +316,13 @@ FAILS = (
 )
 
 
-def torchrun(tmp_path: Path, config: PretrainConfig, *, resume: bool = False, before: str = "") -> subprocess.Popen:
+def torchrun(tmp_path: Path, config: PretrainConfig, *, before: str = "") -> subprocess.Popen:
     """Two processes of ``pretrain``; ``before`` is what each runs first."""
     (tmp_path / "script.py").write_text(before + RUN)
-    (tmp_path / "arguments").write_bytes(pickle.dumps((config, resume)))
+    (tmp_path / "config").write_bytes(pickle.dumps(config))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD_SIZE}"]
     return subprocess.Popen(
-        [*launcher, str(tmp_path / "script.py"), str(tmp_path / "arguments")],
+        [*launcher, str(tmp_path / "script.py"), str(tmp_path / "config")],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -333,7 +333,7 @@ def torchrun(tmp_path: Path, config: PretrainConfig, *, resume: bool = False, be
 def test_a_run_of_two_is_stopped_and_goes_on_exactly(config: PretrainConfig, tmp_path: Path) -> None:
     config = dataclasses.replace(config, steps=40, checkpoint_every=40)
     whole = dataclasses.replace(config, output=tmp_path / "whole")
-    assert torchrun(tmp_path, whole).wait() == 0
+    assert ends(start(whole, None, None)) == [0, 0]
     process = torchrun(tmp_path, config)
     while process.poll() is None and len(read_metrics(config.output / "metrics.jsonl")) < 3:
         time.sleep(0.01)
@@ -343,7 +343,7 @@ def test_a_run_of_two_is_stopped_and_goes_on_exactly(config: PretrainConfig, tmp
     stopped = CheckpointDirectory(config.output / "checkpoints", 1).latest()
     assert stopped is not None
     assert 3 <= load_checkpoint(stopped)["step"] < 40
-    assert torchrun(tmp_path, config, resume=True).wait() == 0
+    assert ends(start(config, None, None)) == [0, 0]
     first, second = (read_metrics(output / "metrics.jsonl") for output in (whole.output, config.output))
     assert [line["step"] for line in second] == list(range(1, 41))
     assert [line["total"] for line in first] == [line["total"] for line in second]
