@@ -12,5 +12,6 @@ import multiprocessing
 from dinov2.curate.engines import PRELOADED
 
 PRELOADED.extend(["tests.train.lives", "tests.curate.test_killed", "torch.utils.tensorboard", "torch._dynamo"])
+PRELOADED.extend(["skimage.data", "sklearn.datasets"])  # of the bundled photographs
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(PRELOADED)
