@@ -46,6 +46,10 @@ class Quiet(SimpleHTTPRequestHandler):
         """Say nothing."""
 
 
+class Server(ThreadingHTTPServer):
+    request_queue_size = 128  # where connections find no place in the queue, they try again a second later
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CurateConfig]:
     """Every stage, from pages on a server of this machine."""
@@ -61,7 +65,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CurateConfig]:
     for number in range(4):
         links = "".join(f'<img src="../{name}">' for name in names[number::4])
         (root / "web" / "pages" / f"{number}.html").write_text(links)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(root / "web")))
+    server = Server(("127.0.0.1", 0), partial(Quiet, directory=str(root / "web")))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     search = SearchConfig(index="ivf_sq8", lists=4, probes=4, query_rows=40, index_rows=60)
