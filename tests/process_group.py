@@ -9,10 +9,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.forkserver import CONTEXT
+
 
 def in_processes(world_size: int, directory: Path, function: Callable[..., None], *arguments: object) -> None:
     """Call ``function(rank, world_size, *arguments)`` in every process of a new group, which meets in ``directory``."""
-    mp.spawn(_member, args=(world_size, f"{directory}/store", function, arguments), nprocs=world_size)
+    of_member = (world_size, f"{directory}/store", function, arguments)
+    mp.start_processes(_member, of_member, world_size, start_method=CONTEXT.get_start_method())
 
 
 def _member(

@@ -33,7 +33,8 @@ def build_program(source: Path, target: Path, *, sanitize: bool) -> None:
 
 def compile_cuda(source: Path, target: Path, sanitize: bool, flags: list[str], libraries: list[str]) -> None:
     command = [COMPILER, *FLAGS, *(SANITIZE if sanitize else []), *flags, source, "-o", target, *libraries]
-    subprocess.run(command, check=True)
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # not under sanitizers
+    subprocess.run(command, check=True, env=environment)
 
 
 def sanitizer_environment() -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import resource
 import shutil
 import threading
@@ -21,7 +20,7 @@ from dinov2.curate import CurateConfig, FailedShardsError, curate, only, run_ste
 from dinov2.curate.clusters import ClusterConfig
 from dinov2.curate.dedup import DedupConfig
 from dinov2.curate.download import DownloadConfig
-from dinov2.curate.engines import PRELOADED, EngineConfig, Inline
+from dinov2.curate.engines import EngineConfig, Inline
 from dinov2.curate.extract import ExtractConfig
 from dinov2.curate.materialize import MaterializeConfig
 from dinov2.curate.retrieve import RetrieveConfig
@@ -31,6 +30,7 @@ from dinov2.curate.steps import ABOUT, COUNTS
 from dinov2.demo.planted import planted_images
 from dinov2.recipes import laptop
 from tests.curate.test_runner import contents
+from tests.forkserver import CONTEXT
 
 KILLS = 20
 ORDER = ("extract", "download", "collect", "screen", "embed", "dedup", "embed", "retrieve", "materialize")
@@ -40,6 +40,10 @@ ORDER = ("extract", "download", "collect", "screen", "embed", "dedup", "embed", 
 class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""
+
+
+class Server(ThreadingHTTPServer):
+    request_queue_size = 128  # where connections find no place in the queue, they try again a second later
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +61,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CurateConfig]:
     for number in range(4):
         links = "".join(f'<img src="../{name}">' for name in names[number::4])
         (root / "web" / "pages" / f"{number}.html").write_text(links)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(root / "web")))
+    server = Server(("127.0.0.1", 0), partial(Quiet, directory=str(root / "web")))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     search = SearchConfig(index="ivf_sq8", lists=4, probes=4, query_rows=40, index_rows=60)
@@ -86,10 +90,8 @@ def work(config: CurateConfig, stage: str, begun: Connection) -> None:
 
 def kill(config: CurateConfig, stage: str, seconds: float) -> bool:
     """Run a stage in a process that is killed so long after its beginning; False where it ended before."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, *PRELOADED])
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=work, args=(config, stage, there))
+    here, there = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=work, args=(config, stage, there))
     process.start()
     here.recv()
     process.join(seconds)

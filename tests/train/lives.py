@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import multiprocessing
 import os
 import signal
 import socket
@@ -21,9 +20,7 @@ from PIL import Image
 
 from dinov2.train import PretrainConfig, pretrain
 from dinov2.train.trainer import Trainer
-
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.train.lives", "torch.utils.tensorboard", "torch._dynamo"])
+from tests.forkserver import CONTEXT
 
 
 def with_small_images(config: PretrainConfig, folder: Path) -> PretrainConfig:

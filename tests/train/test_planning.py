@@ -43,15 +43,10 @@ print(extra_peak(lambda: train(example(sys.argv[1]))))
 def example(name, *, small=False):
     """Configurations whose memory is that of a large head, of the logits of its teacher, or of activations."""
     config = recipe("vitl16_short")
+    two_blocks = ViTConfig.of("vit_small", patch_size=16, drop_path_rate=0.3, depth=2)
     vit, images, head, separate, logits = {
-        "large head, float32": (ViTConfig.of("vit_small", patch_size=16, drop_path_rate=0.3), 2, 65536, True, "stored"),
-        "teacher logits, float32": (
-            ViTConfig.of("vit_small", patch_size=16, drop_path_rate=0.3, depth=2),
-            16,
-            32768,
-            False,
-            "recomputed",
-        ),
+        "large head, float32": (two_blocks, 2, 65536, True, "stored"),
+        "teacher logits, float32": (two_blocks, 16, 32768, False, "recomputed"),
         "activations, bfloat16": (ViTConfig(patch_size=16, embed_dim=192, num_heads=3), 6, 8192, False, "recomputed"),
     }[name.removesuffix(" tokens")]
     if small:
@@ -146,7 +141,7 @@ def test_every_recipe_has_a_plan(name: str) -> None:
 
 
 def test_networks_that_are_split() -> None:
-    config = replace(recipe("vitg14"), accumulation_steps=1)
+    config = replace(recipe("vitb14"), accumulation_steps=1)
     split = replace(config, parallel=replace(config.parallel, sharding="full"))
     whole, part = (plan(run, world_size=256, device_type="cuda") for run in (config, split))
     for kind in ("weights", "moments", "teacher"):
@@ -158,7 +153,7 @@ def test_networks_that_are_split() -> None:
 
 @pytest.mark.parametrize("more", ["selective", "full"])
 def test_recomputed_blocks_take_less(more: str) -> None:
-    config = recipe("vitl14")
+    config = recipe("vitb14")
     less = replace(config, activation_checkpointing=more)
     peaks = [plan(run, world_size=1, device_type="cuda").peak.total for run in (less, config)]
     assert peaks[0] < 0.85 * peaks[1]
