@@ -19,13 +19,13 @@ from dinov2.curate.copies.sketches import open_sketches, sketched
 from dinov2.curate.pieces import Piece, by_pieces
 from dinov2.curate.plugins import identity_of, is_function, load_function, open_onnx
 from dinov2.curate.pool import Pool, write_decisions
+from dinov2.curate.repeats import originals
 from dinov2.curate.search.vectors import layout_of, read_layout
 from dinov2.curate.steps import Counts, Output, Steps
 from dinov2.curate.views import (
     BATCH_PIXELS,
     FUNCTION_SIDE,
     SMALL_SIDE,
-    originals,
     small_images,
 )
 from dinov2.data.cropping import resized

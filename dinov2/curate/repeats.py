@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
 from dinov2.curate.hashing import near_pairs
-from dinov2.curate.pool import Pool, read_table
+from dinov2.curate.pool import Pool
 from dinov2.curate.search.vectors import Positions
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task
 from dinov2.data.shards.storage import Storage
 
 
-def same_bytes(pool: Pool, stage: str, output: str) -> Steps[str]:
+def same_bytes(pool: Pool, output: str) -> Steps[str]:
     """Find the first of the files with the same bytes, which stands for the others.
 
     The value is a folder of tables ``SHARD.parquet``: ``keep`` (bool) says whether no earlier row has the same bytes,
     and ``first`` (int64) is the position of the first row that has them. A row whose bytes the index does not tell by
     ``sha256`` is like no other. So is one that was out before, and one that lies behind the end of a cut-off tar.
     """
-    step = Step(output, f"{stage}-bytes", pool.fingerprint(), pool.inputs, [Task("all", _compare_bytes, (pool,))])
+    step = Step(output, "screen-bytes", pool.fingerprint(), pool.inputs, [Task("all", _compare_bytes, (pool,))])
     yield step
     return step.folder
 
@@ -30,7 +32,7 @@ def _compare_bytes(output: Output, pool: Pool) -> Counts:
     tars, digests, among, rows_in = storage.shards(), [np.zeros(0, "S64")], [np.zeros(0, bool)], 0
     for shard in shards:
         index, kept = pool.index(shard, ["sha256", "offset", "size"]), pool.kept(shard)
-        digests.append(index["sha256"].fill_null("").to_numpy().astype("S64"))
+        digests.append(_digests(index))
         ends = index["offset"].to_numpy() + index["size"].to_numpy()
         among.append(kept & (ends <= storage.filesystem.size(tars[shard])))
         rows_in += int(kept.sum())
@@ -43,10 +45,15 @@ def _compare_bytes(output: Output, pool: Pool) -> Counts:
     return Counts(rows_in, rows_in - int((~is_first).sum()))
 
 
-def read_first(folder: str, shards: list[str]) -> Positions:
-    """The column ``first`` of the tables that :func:`same_bytes` wrote, for all shards in order; int64 [N]."""
-    own = [read_table(folder, shard, ["first"])["first"].to_numpy() for shard in shards]
-    return np.concatenate([np.zeros(0, np.int64), *own])
+def originals(pool: Pool, shard: str, rows: Positions) -> Positions:
+    """For each of some rows [n] of a shard, the first of them with the same bytes; [n]."""
+    digests = _digests(pool.index(shard, ["sha256"]).take(rows))
+    return rows[first_of_equals(digests, np.ones(len(rows), bool))]
+
+
+def _digests(index: Any) -> npt.NDArray[np.bytes_]:
+    """The digests of an index, empty where it has none."""
+    return np.asarray(index["sha256"].fill_null("").to_numpy(), "S64")
 
 
 def first_of_equals(digests: npt.NDArray[np.bytes_], among: npt.NDArray[np.bool_]) -> Positions:

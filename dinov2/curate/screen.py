@@ -17,7 +17,7 @@ from dinov2.curate.pieces import Piece, by_pieces
 from dinov2.curate.plugins import identity_of, load_function, open_onnx
 from dinov2.curate.pool import Pool, read_array, read_table, write_decisions
 from dinov2.curate.published import CENTERFACE, OPEN_NSFW, open_open_nsfw
-from dinov2.curate.repeats import largest_of_alike, read_first, same_bytes
+from dinov2.curate.repeats import largest_of_alike, same_bytes
 from dinov2.curate.search.vectors import layout_of, read_layout
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task
 from dinov2.curate.views import (
@@ -108,7 +108,7 @@ def screen(pool: Pool, config: ScreenConfig, output: str) -> Steps[Pool]:
     places = read_layout(layout)
     plugged_in = [name if name in KNOWN else identity_of(name) for name in (config.faces, config.nsfw)]
     seen = [*plugged_in, view_side(config), SMALL_SIDE]
-    repeated = yield from same_bytes(pool, "screen", output)
+    repeated = yield from same_bytes(pool, output)
     once = pool.after(repeated)
     measures = yield from by_pieces(output, "screen-measures", seen, once, places, measure, (config,), note=note)
     task = Task("all", _fit, (pool.shards(), measures.folder, config))
@@ -331,7 +331,7 @@ def find_repeats(output: Output, pool: Pool, repeated: str, measures: str, hashe
     """
     arrow = require("pyarrow", extra="curate", purpose="curation")
     reasons, remarks, areas = list[str | None](), list[str | None](), [np.zeros(0, np.int64)]
-    bits, among = [np.zeros(0, np.uint64)], [np.zeros(0, bool)]
+    bits, hashed, firsts = [np.zeros(0, np.uint64)], [np.zeros(0, bool)], [np.zeros(0, np.int64)]
     for shard in pool.shards():
         index = pool.index(shard, ["width", "height"])
         table = read_table(measures, shard)
@@ -339,12 +339,13 @@ def find_repeats(output: Output, pool: Pool, repeated: str, measures: str, hashe
         remarks += table["remark"].to_pylist()
         areas.append(index["width"].to_numpy().astype(np.int64) * index["height"].to_numpy())
         column = read_table(hashes, shard)["pca_hash"]
-        among.append(column.is_valid().to_numpy() & pool.kept(shard))
+        hashed.append(column.is_valid().to_numpy())
         bits.append(column.fill_null(0).to_numpy())
-    first = read_first(repeated, pool.shards())
+        firsts.append(read_table(repeated, shard, ["first"])["first"].to_numpy())
+    first = np.concatenate(firsts)
     own = np.arange(len(first))
     fit = np.array([reason is None for reason in reasons], bool)[first]
-    compared = fit & (first == own) & np.concatenate(among)
+    compared = fit & (first == own) & np.concatenate(hashed)
     of = largest_of_alike(np.concatenate(bits), compared, np.concatenate(areas), config.max_distance)
     of = np.where(fit, of[first], own)
     repeats = {EXACT: fit & (first != own), NEAR: fit & (first == own) & (of != own)}

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from dinov2.curate.faces import Box
@@ -62,14 +61,6 @@ def small_images(pool: Pool, shard: str, start: int, name: str) -> Callable[[int
         return small_of(decode_reduced(files[row], f"{row} of {shard}", side).pixels) if kept is None else kept
 
     return read
-
-
-def originals(pool: Pool, shard: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """For each of some rows [n] of a shard, the first of them with the same bytes; [n]."""
-    digests = pool.index(shard, ["sha256"])["sha256"].take(rows).to_pylist()
-    first: dict[str, int] = {}
-    pairs = zip(rows.tolist(), digests, strict=True)
-    return np.array([row if digest is None else first.setdefault(digest, row) for row, digest in pairs], np.int64)
 
 
 def in_full(box: Box, image: Reduced) -> Box:

@@ -49,7 +49,7 @@ AGREEMENT, AGREEMENT_OF_FEW = 0.8, 0.9
 large watermark leaves 0.8. Cartons of one brand agree in 0.6 to 0.9, and so do two photographs of one shelf."""
 CELLS_OF_WHOLE, CELLS_OF_FOUND = 16, 30
 """Numbers of cells that must have detail without points: where whole images are laid on each other, and where the place
-was looked for, so that the best of many places agrees by chance."""
+was looked for; these are more, because the best of many places may agree by chance."""
 STRIP, AGREEMENT_OUTSIDE = 0.25, 0.95
 """A banner may cover a strip along the top or the bottom, of this share of the height, if some points were found again,
 or whole images are laid on each other, and all else agrees."""

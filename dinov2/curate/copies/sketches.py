@@ -15,9 +15,10 @@ from dinov2.curate import pieces
 from dinov2.curate.copies.points import CONTRAST, POINTS, QUALITY, SIDE, Sketch, packed, unpacked
 from dinov2.curate.pieces import Piece, content_of, cut, name_of
 from dinov2.curate.pool import Pool, read_table
+from dinov2.curate.repeats import originals
 from dinov2.curate.search.vectors import Layout
 from dinov2.curate.steps import Counts, Output, Step, Steps, Task
-from dinov2.curate.views import SMALL_SIDE, originals, small_images
+from dinov2.curate.views import SMALL_SIDE, small_images
 from dinov2.data.decoding import UnreadableImageError
 from dinov2.data.shards.storage import Storage
 from dinov2.extras import require
