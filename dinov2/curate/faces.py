@@ -109,7 +109,7 @@ Part = tuple[slice, slice]  # rows and columns
 def _blur_box(
     box: Box, height: int, width: int, read: Callable[[Part], Pixels], write: Callable[[Part, Pixels], None]
 ) -> None:
-    """Blur a face of an image of which parts can be read and written. Of the part that changes, some rows at a time are
+    """Blur a face of an image of which parts can be read and written. Some rows at a time of the part that changes are
     held as floats, so that memory does not grow with the face."""
     cv2 = require("cv2", extra="curate", purpose="blurring faces")
     side = SHARE * max(box.width, box.height)

@@ -39,9 +39,9 @@ def list_files(root: str | os.PathLike[str]) -> Listing:
     """List all files under a folder, of any nesting.
 
     Links to folders are followed, but each folder is listed once, however many links lead to it, and also if links lead
-    round in a circle. A folder has its own path under the root rather than that of a link to it. Of several links to
-    a folder elsewhere, the first one counts: one that takes fewer links to reach, then the first by name. Links to
-    files are files of their own.
+    round in a circle. A folder has its own path under the root rather than that of a link to it. If several
+    links lead to a folder elsewhere, the first one counts: one that takes fewer links to reach, then the first by name.
+    Links to files are files of their own.
 
     Raises:
         OSError: a folder cannot be listed; the message names it.

@@ -155,7 +155,7 @@ def test_water_filling_by_hand(sizes: list[int], total: int, expected: list[int]
 
 
 def test_balanced_quotas_by_hand() -> None:
-    """Two clusters of clusters: {6, 2} and {1, 1, 20}. Of 12 images each gets 6, filled into its own."""
+    """Two clusters of clusters: {6, 2} and {1, 1, 20}. Each gets 6 of 12 images, filled into its own."""
     sizes, parent = np.array([6, 1, 2, 1, 20]), np.array([0, 1, 0, 1, 1])
     assert balanced_quotas(sizes, [parent], 12).tolist() == [4, 1, 2, 1, 4]
     assert balanced_quotas(sizes, [], 12).tolist() == [4, 1, 2, 1, 4]

@@ -183,7 +183,7 @@ def test_8_bit_rgb_is_pillows(name: str) -> None:
 @pytest.mark.parametrize("kernel_size", [1, 3, 9])
 @pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 2.0])
 def test_blur_is_the_truncated_gaussian(sigma: float, kernel_size: int) -> None:
-    """Of images that are smaller than the kernel, too: their borders are reflected more than once."""
+    """It is so for images that are smaller than the kernel, too: their borders are reflected more than once."""
     for image in (noise(0), bands(3, np.uint8), noise(1)[:1, :2], noise(2)[:3, :1]):
         found = multichannel.gaussian_blur(image, sigma, kernel_size)
         difference = np.abs(found.astype(int) - pillow.gaussian_blur(image, sigma, kernel_size))

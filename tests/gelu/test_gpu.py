@@ -32,7 +32,7 @@ def test_the_same_from_run_to_run() -> None:
 
 
 def test_cuda_graph() -> None:
-    """Of a whole feed-forward layer, forward and backward."""
+    """A graph captures a whole feed-forward layer, forward and backward."""
     layer, x = Mlp(384, 1536).cuda(), torch.randn(257, 384, device="cuda", requires_grad=True)
     inputs = [x, *layer.parameters()]
     torch.autograd.grad(layer(x).square().sum(), inputs)  # compiles

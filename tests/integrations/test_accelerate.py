@@ -102,7 +102,7 @@ def test_copies_and_pickles_are_accelerated(make: Make) -> None:
 
 @one_of_each
 def test_hooks_fire(make: Make) -> None:
-    """Of parts that are fused, too: their block then runs its own forward."""
+    """Hooks of fused parts fire, too: their block then runs its own forward."""
     model = randomised(make())
     expected = output(model, images())
     accelerate(model)
@@ -139,7 +139,7 @@ def test_stochastic_depth_drops_the_work_of_samples_in_training(library: str) ->
 
 
 def test_expectation_of_stochastic_depth() -> None:
-    """Of one block in training, over many draws: what it computes in eval mode."""
+    """The mean output of a block in training, over many draws, is what it computes in eval mode."""
     block = next(blocks_of(accelerate(randomised(with_stochastic_depth("timm")).double())))
     x = torch.randn(5, 3, 48, dtype=torch.float64)
     block.mlp = nn.Identity()
@@ -201,7 +201,7 @@ def test_transformers_attention_masks_run_in_transformers(name: str) -> None:
 
 
 def test_dropout_of_results_is_kept() -> None:
-    """Of the same elements, as random numbers are drawn in the same order."""
+    """The same elements are dropped, as random numbers are drawn in the same order."""
     for model in (
         of_timm("vit_small_patch14_dinov2", proj_drop_rate=0.5),
         of_timm("vit_giant_patch14_reg4_dinov2", proj_drop_rate=0.5),

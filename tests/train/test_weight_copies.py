@@ -165,7 +165,7 @@ def test_a_step_casts_no_weight_of_a_linear_layer(config: PretrainConfig) -> Non
         counts.append(calls.of)
     plain, copying = counts
     depth, weights = config.vit.depth, 8 * config.vit.depth + 2 * 3  # and biases, of blocks and of a head
-    # Of teacher, student and gradients; feed-forward layers cast both weights once more, in the backward pass.
+    # Teacher, student and gradients are cast; feed-forward layers cast both weights once more, in the backward pass.
     assert plain["_to_copy"] - copying["_to_copy"] == 3 * weights + 2 * depth
     assert copying["_foreach_copy_"] == 1 + depth + 1
 

@@ -48,8 +48,8 @@ def index_shards(root: str | os.PathLike[str], progress: Progress = lambda done,
 
     The index has every image. A file is one by the ending of its name, or else by its content. Its key is its name
     without the ending, or its whole name if another image has that key. An image has the ``url`` in the ``.json`` file
-    with its name, or with its name up to the first dot. Other files are counted by ending. Of several files with one
-    name, the last counts, as in every program that unpacks tars. Only plain files are read: links and devices are
+    with its name, or with its name up to the first dot. Other files are counted by ending. If several files have
+    one name, the last counts, as in every program that unpacks tars. Only plain files are read: links and devices are
     skipped, and nothing is unpacked. So are hidden files and folders of systems such as ``__MACOSX``. A file whose
     header in the tar is damaged is skipped, counted and warned of, if other files follow. In names that are not UTF-8,
     other bytes become ``\xNN`` (see :func:`~dinov2.data.escaped`). Shards with an index are skipped, so a second call
