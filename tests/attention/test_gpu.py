@@ -34,7 +34,7 @@ def test_every_tile(length: int, D: int, dtype: torch.dtype) -> None:
 
 
 def test_a_ragged_batch() -> None:
-    case = Case(PackedLayout.from_lengths(range(1, 400)).runs, H=3)
+    case = Case(PackedLayout.from_lengths(range(1, 400, 3)).runs, H=3)
     for offsets in (False, True):
         assert_matches_reference(*OPERATORS, case, torch.bfloat16, "cuda", offsets=offsets)
 

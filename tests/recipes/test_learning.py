@@ -104,13 +104,17 @@ def test_a_run_goes_on_at_a_higher_resolution(teacher: Path, pool: Patches, tmp_
 
 
 def test_tokens_in_bfloat16_learn_as_those_in_float32_do(pool: Patches, tmp_path: Path) -> None:
-    """On four seeds 12 to 15 points better after 150 steps than before the first, within 1.1 of the run beside it."""
+    """On seeds 0, 1 and 2 they are 14, 11 and 8 points better after 80 steps than before the first, and within 0.5 of
+    the run beside it.
+
+    There are few steps, because processors without instructions for bfloat16 need most of a second for one.
+    """
     recipe = photos()
     config = replace(
         recipe,
-        steps=150,
+        steps=80,
         precision="bf16",
-        teacher=replace(recipe.teacher, momentum=0.95),
+        teacher=replace(recipe.teacher, momentum=0.9),
         data=replace(recipe.data, num_workers=0),
         device="cpu",
         log_every=50,
