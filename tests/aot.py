@@ -29,6 +29,8 @@ from typing import Any
 
 import torch
 
+from tests import prepared
+
 ROOT = Path(__file__).parents[1]
 TRITON_TARGETS = (80, 90)
 CUDA_TARGETS = ("80", "90a")
@@ -123,9 +125,8 @@ def compile_triton(operator: str, target: int, every: int | None = None) -> list
     the newest target and one in six for the others, where little fails that does not fail on the newest.
     """
     every = every or (1 if target == TRITON_TARGETS[-1] else 6)
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.aot", "--triton", operator, str(target), str(every)]
-    output = run(command, env=environment, cwd=ROOT)
+    program = f"from tests import aot; aot.print_launches({operator!r}, {target}, {every})"
+    output = prepared.run(program)
     return [Usage(**usage) for usage in json.loads(output.splitlines()[-1])]
 
 
@@ -142,6 +143,10 @@ def stand_in_for_a_gpu(target: int) -> None:
             get_current_stream=lambda device: 0,
         )
     )
+
+
+def print_launches(operator: str, target: int, every: int) -> None:
+    print(json.dumps([asdict(usage) for usage in compile_launches(operator, target, every)]))
 
 
 def compile_launches(operator: str, target: int, every: int) -> list[Usage]:
@@ -264,9 +269,6 @@ an optional argument for example.
 
 
 def main(arguments: list[str]) -> None:
-    if arguments[0] == "--triton":
-        print(json.dumps([asdict(usage) for usage in compile_launches(arguments[1], *map(int, arguments[2:]))]))
-        return
     operator = arguments[0]
     usages = [usage for target in TRITON_TARGETS for usage in compile_triton(operator, target, every=1)]
     if (ROOT / "csrc" / operator / "cuda.cu").exists():

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from packaging.utils import canonicalize_name
 
+from tests import prepared
 from tests.extras import OURS, PROJECT, installed_with
 
 ROOT = Path(__file__).parent.parent
@@ -304,7 +305,5 @@ def test_a_torchvision_that_cannot_be_mended_is_removed(mend: Callable[..., tupl
 
 @pytest.mark.parametrize("library", ["timm", "from transformers import AutoImageProcessor, Dinov2Model"])
 def test_what_make_setup_installs_can_be_imported(library: str) -> None:
-    """In a Python that pytest has not prepared. If it fails, the set-up is older than this: run make setup."""
-    code = library if "import" in library else f"import {library}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    """In a process that has imported PyTorch alone. If it fails, the set-up is older than this: run make setup."""
+    prepared.run(library if "import" in library else f"import {library}")
