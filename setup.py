@@ -49,8 +49,6 @@ def find_compiler() -> str | None:
 
 def find_nvcc() -> str | None:
     """The CUDA compiler to use, or None where the CUDA sources are to be left out."""
-    import torch
-
     nvcc = shutil.which(str(Path(os.environ.get("CUDA_HOME", ""), "bin", "nvcc"))) or shutil.which("nvcc")
     match os.environ.get("DINOV2_KERNELS_CUDA"):
         case "0":
@@ -60,6 +58,8 @@ def find_nvcc() -> str | None:
         case "1":
             return nvcc
         case None:
+            import torch
+
             return nvcc if torch.version.cuda else None
         case other:
             sys.exit(f"DINOV2_KERNELS_CUDA: expected 0, 1 or unset, got {other!r}")

@@ -3,33 +3,39 @@
 Triton kernels are compiled as they are launched: an operator's ``tests/<op>/cases.py`` has a generator ``launches()``
 that calls its launchers on meta tensors, and a stand-in for Triton's driver compiles instead of launching. CUDA C++ is
 compiled from ``csrc/<op>/cuda.cu`` by nvcc; ``CUDA_THREADS`` in ``cases.py`` are the threads of its blocks. Both end in
-ptxas, whose report is read.
+ptxas, whose report is read. What Triton's cache holds is compiled again: the cache keeps no report.
 
     python -m tests.aot sinkhorn > benchmarks/results/gpu_kernels/sinkhorn.md        prints all of it as a page
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from tests import prepared
+
 ROOT = Path(__file__).parents[1]
 TRITON_TARGETS = (80, 90)
 CUDA_TARGETS = ("80", "90a")
 REGISTERS = 65536  # of a multiprocessor
+INSTRUCTION_BYTES = 16
 ALWAYS = ("threads", "registers", "spills", "shared")  # columns of the table; matrix instructions where there are any
 SHARED_BYTES = {"80": 163 * 1024, "90": 227 * 1024}  # that a block may use
 
@@ -119,9 +125,8 @@ def compile_triton(operator: str, target: int, every: int | None = None) -> list
     the newest target and one in six for the others, where little fails that does not fail on the newest.
     """
     every = every or (1 if target == TRITON_TARGETS[-1] else 6)
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.aot", "--triton", operator, str(target), str(every)]
-    output = run(command, env=environment, cwd=ROOT)
+    program = f"from tests import aot; aot.print_launches({operator!r}, {target}, {every})"
+    output = prepared.run(program)
     return [Usage(**usage) for usage in json.loads(output.splitlines()[-1])]
 
 
@@ -140,6 +145,10 @@ def stand_in_for_a_gpu(target: int) -> None:
     )
 
 
+def print_launches(operator: str, target: int, every: int) -> None:
+    print(json.dumps([asdict(usage) for usage in compile_launches(operator, target, every)]))
+
+
 def compile_launches(operator: str, target: int, every: int) -> list[Usage]:
     import triton
 
@@ -147,38 +156,67 @@ def compile_launches(operator: str, target: int, every: int) -> list[Usage]:
         launched[self] += 1
         if (launched[self] - 1) % every:
             return
-        kernel = launch(self, *args, grid=grid, warmup=True, **options)
-        compiled[kernel.hash] = kernel
+        with contextlib.redirect_stdout(io.StringIO()) as report:
+            kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        compiled.setdefault(kernel.hash, (kernel, report.getvalue()))
 
     launched: Counter[Any] = Counter()
-    compiled: dict[str, Any] = {}
+    compiled: dict[str, tuple[Any, str]] = {}
     stand_in_for_a_gpu(target)
+    # Triton prints ptxas's report where it compiles, but not where it finds a kernel in its cache.
+    triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
     launch, triton.JITFunction.run = triton.JITFunction.run, compile_instead
     for _ in importlib.import_module(f"tests.{operator}.cases").launches():
         pass
-    return [read_compiled(kernel) for kernel in compiled.values()]
+    usages = [read_compiled(kernel, report) for kernel, report in compiled.values()]
+    counted = matrix_instructions([kernel.asm["cubin"] for kernel, _ in compiled.values()], usages[0].target)
+    return [replace(usage, **counts) for usage, counts in zip(usages, counted, strict=True)]
 
 
-def read_compiled(kernel: Any) -> Usage:
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    architecture = re.search(r"\.target sm_(\w+)", kernel.asm["ptx"])[1]
-    with tempfile.TemporaryDirectory() as folder:
-        ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
-        ptx.write_text(kernel.asm["ptx"])
-        report = run([str(tools / "ptxas"), "-v", f"--gpu-name=sm_{architecture}", str(ptx), "-o", str(cubin)])
-        has_products = "mma" in kernel.asm["ptx"]  # to disassemble takes as long as to compile
-        instructions = run([str(tools / "nvdisasm"), "-c", str(cubin)]) if has_products else ""
+def read_compiled(kernel: Any, report: str) -> Usage:
     (usage,) = parse_ptxas(report, threads=32 * kernel.metadata.num_warps)
     names = kernel.src.fn.arg_names
     first_pointer = next(kind.lstrip("*") for kind in kernel.src.signature.values() if kind.startswith("*"))
     constants = {names[path[0]]: value for path, value in kernel.src.constants.items()}
     shape = [f"{name}={value}" for name, value in constants.items() if name.isupper()]
     label = f"{usage.kernel}<{', '.join([first_pointer, *shape])}>"
-    counts = {name.lower(): len(re.findall(rf"\b{name}\.", instructions)) for name in ("HGMMA", "HMMA")}
-    # Triton's figure of shared memory is of static and dynamic memory together.
-    return Usage(**{**asdict(usage), "kernel": label, "shared": kernel.metadata.shared, **counts})
+    return replace(usage, kernel=label, shared=kernel.metadata.shared)  # Triton's figure: static and dynamic together
+
+
+def matrix_instructions(cubins: list[bytes], target: str) -> list[dict[str, int]]:
+    """Count HGMMA and HMMA in each kernel. The disassembler reads all at once: its start takes longest by far."""
+    import triton
+
+    codes = [machine_code(cubin) for cubin in cubins]
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(codes))
+        file.flush()
+        disassembler = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+        listing = run([str(disassembler), "-b", f"SM{target}", file.name])
+    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/(.*)", listing, flags=re.MULTILINE)
+    assert len(instructions) * INSTRUCTION_BYTES == sum(map(len, codes)), listing[:1000]
+    counted, start = [], 0
+    for code in codes:
+        end = start + len(code) // INSTRUCTION_BYTES
+        found = Counter(re.findall(r"\b(HGMMA|HMMA)\.", "\n".join(instructions[start:end])))
+        counted.append({"hgmma": found["HGMMA"], "hmma": found["HMMA"]})
+        start = end
+    return counted
+
+
+def machine_code(cubin: bytes) -> bytes:
+    """The one section .text.<kernel> of an ELF file."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, of_names = struct.unpack_from("<3H", cubin, 58)
+    # name, type, flags, address, offset, length
+    sections = [struct.unpack_from("<2I4Q", cubin, table + index * size) for index in range(count)]
+    names = sections[of_names][4]
+    (code,) = (
+        cubin[offset : offset + length]
+        for name, *_, offset, length in sections
+        if cubin.startswith(b".text.", names + name)
+    )
+    return code
 
 
 # --------------------------------------------------------------------------------------------------------------- output
@@ -231,9 +269,6 @@ an optional argument for example.
 
 
 def main(arguments: list[str]) -> None:
-    if arguments[0] == "--triton":
-        print(json.dumps([asdict(usage) for usage in compile_launches(arguments[1], *map(int, arguments[2:]))]))
-        return
     operator = arguments[0]
     usages = [usage for target in TRITON_TARGETS for usage in compile_triton(operator, target, every=1)]
     if (ROOT / "csrc" / operator / "cuda.cu").exists():

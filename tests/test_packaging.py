@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -11,6 +12,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import ninja
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -74,10 +76,16 @@ def unpacked_sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def quick_compiler(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The compiler without its optimisations, which take most of the time; values are tested on the optimised build."""
-    compiler = tmp_path_factory.mktemp("compiler") / "c++"
-    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -O0\n')
+def quick_compiler(unpacked_sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A compiler for the unpacked source distribution that spares what the build of the checkout has done already."""
+    place = tmp_path_factory.mktemp("compiler")
+    commands, compiler = place / "commands", place / "c++"
+    builds = [path.parent for path in ROOT.glob("build/temp.*/build.ninja")]  # none, if the checkout is not built here
+    tool = Path(ninja.BIN_DIR, "ninja")
+    commands.write_text("".join(run(tool, "-t", "commands", cwd=build) for build in builds))
+    script = ROOT / "tests" / "quick_compiler.py"
+    fixed = [sys.executable, "-S", script, os.environ.get("CXX", "c++"), unpacked_sdist, commands]
+    compiler.write_text(f'#!/bin/sh\nexec {shlex.join(map(str, fixed))} "$@"\n')
     compiler.chmod(0o755)
     return str(compiler)
 

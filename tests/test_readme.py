@@ -1,11 +1,8 @@
-"""The Python examples of README and docs run as they stand, in a Python of their own, as a reader runs them."""
+"""The Python examples of README and docs run as they stand, each in a process of its own, as a reader runs them."""
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ import torch
 
 from dinov2.cli import main
 from dinov2.models import vit_small
+from tests import prepared
 from tests.cli.test_cli import TINY
 
 ROOT = Path(__file__).parent.parent
@@ -22,24 +20,12 @@ def examples(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
 
 
-def run(example: str, folder: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", example],
-        cwd=folder,  # examples read and write files
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-
-
 EXAMPLES = examples("README.md")
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=[f"example{number}" for number in range(1, len(EXAMPLES) + 1)])
 def test_example(example: str, tmp_path: Path) -> None:
-    run(example, tmp_path)
+    prepared.run(example, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -66,4 +52,4 @@ def test_examples_of_a_page(page: str, folder: Path) -> None:
     for example in found:
         for whole, smaller in SMALLER.items():
             example = example.replace(whole, smaller)
-        run(example, folder)
+        prepared.run(example, folder)  # examples read and write files

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from packaging.utils import canonicalize_name
 
+from tests import prepared
 from tests.extras import OURS, PROJECT, installed_with
 
 ROOT = Path(__file__).parent.parent
@@ -199,6 +200,20 @@ import torch
 for name in ("nms", "qnms"):
     torch.library.register_fake(f"torchvision::{name}", lambda *arguments: None)
 """
+STAND_IN = """class library:
+    declared = set()
+
+    class Library:
+        def __init__(self, namespace, kind):
+            self.namespace = namespace
+
+        def define(self, schema):
+            library.declared.add(f"{self.namespace}::{schema.partition('(')[0]}")
+
+    def register_fake(name, function):
+        if name not in library.declared:
+            raise RuntimeError(f"operator {name} does not exist")
+"""
 FAKE_PIP = """import os, pathlib, sys
 site = pathlib.Path(__file__).parent.parent
 with open(site / "pip-calls", "a") as notes:
@@ -209,10 +224,8 @@ if "install" in sys.argv and os.environ["FOUND"]:
 
 
 @pytest.fixture
-def mend(tmp_path: Path) -> Callable[..., tuple[str, str, bool]]:
-    """Runs tools/match_torchvision.py beside a torchvision that, like PyPI's, was not built for this PyTorch, and a pip
-    that finds another one or not. Gives what it says, what it asked of pip, and whether torchvision can be imported.
-    """
+def site(tmp_path: Path) -> Path:
+    """A folder with a torchvision that, like PyPI's, was not built for this PyTorch, and a pip."""
     site = tmp_path / "site"
     for folder, file, text in (
         ("torchvision", "__init__.py", "from torchvision import extension, _meta_registrations\n"),
@@ -225,6 +238,21 @@ def mend(tmp_path: Path) -> Callable[..., tuple[str, str, bool]]:
     ):
         (site / folder).mkdir(parents=True, exist_ok=True)
         (site / folder / file).write_text(text)
+    return site
+
+
+@pytest.fixture
+def stand_in_for_pytorch(site: Path) -> None:
+    """Does with operators what PyTorch does; to import PyTorch itself takes seconds, and each test imports it often."""
+    (site / "torch.py").write_text(STAND_IN)
+
+
+@pytest.fixture
+def mend(site: Path) -> Callable[..., tuple[str, str, bool]]:
+    """Runs tools/match_torchvision.py in that folder, with a pip that finds another torchvision or not.
+
+    Gives what it says, what it asked of pip, and whether torchvision can be imported.
+    """
     calls = site / "pip-calls"
 
     def python(*arguments: object, found: bool = False) -> subprocess.CompletedProcess[str]:
@@ -247,6 +275,7 @@ def mend(tmp_path: Path) -> Callable[..., tuple[str, str, bool]]:
 MISMATCH = "torchvision 0.28.0 was not built for PyTorch 2.13.0+cpu"
 
 
+@pytest.mark.usefixtures("stand_in_for_pytorch")
 @pytest.mark.parametrize("index", [[], ["https://mirror.example/cpu"]], ids=["PyTorch's", "given"])
 def test_a_torchvision_of_another_build_is_replaced(
     mend: Callable[..., tuple[str, str, bool]], index: list[str]
@@ -259,6 +288,7 @@ def test_a_torchvision_of_another_build_is_replaced(
 
 
 def test_without_another_torchvision_its_operators_are_given_up(mend: Callable[..., tuple[str, str, bool]]) -> None:
+    """With PyTorch itself, whose operators are declared here."""
     said, _, imported = mend()
     assert said.startswith(f"{MISMATCH}, and none that was could be installed: it stays without its operators")
     assert said.count("\n") == 1
@@ -266,6 +296,7 @@ def test_without_another_torchvision_its_operators_are_given_up(mend: Callable[.
     assert mend() == ("", "", True)
 
 
+@pytest.mark.usefixtures("stand_in_for_pytorch")
 def test_a_torchvision_that_cannot_be_mended_is_removed(mend: Callable[..., tuple[str, str, bool]]) -> None:
     said, asked, _ = mend(other_fault=True)
     assert said.endswith("removed it; timm cannot be imported without one\n")
@@ -274,7 +305,5 @@ def test_a_torchvision_that_cannot_be_mended_is_removed(mend: Callable[..., tupl
 
 @pytest.mark.parametrize("library", ["timm", "from transformers import AutoImageProcessor, Dinov2Model"])
 def test_what_make_setup_installs_can_be_imported(library: str) -> None:
-    """In a Python that pytest has not prepared. If it fails, the set-up is older than this: run make setup."""
-    code = library if "import" in library else f"import {library}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    """In a process that has imported PyTorch alone. If it fails, the set-up is older than this: run make setup."""
+    prepared.run(library if "import" in library else f"import {library}")

@@ -11,8 +11,6 @@ and each launch ends before it compiles: what Triton would compile is what is co
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dinov2_kernels import PackedLayout
-from tests import aot
+from tests import aot, prepared
 
 SIZES = (1, 15, 16, 17, 4896, 4897, 4900)
 EQUALLY_TILED = ("4896", "4897", "4900")  # of these sizes, no operator chooses different tiles
@@ -170,8 +168,8 @@ def kernels_of_steps() -> dict[str, dict[str, dict[str, list[str]]]]:
 
 @pytest.fixture(scope="module")
 def kernels() -> dict[str, dict[str, dict[str, list[str]]]]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    output = aot.run([sys.executable, "-m", "tests.test_specialization"], env=environment, cwd=aot.ROOT)
+    program = "import json; from tests import test_specialization as t; print(json.dumps(t.kernels_of_steps()))"
+    output = prepared.run(program)
     return json.loads(output.splitlines()[-1])  # type: ignore[no-any-return]
 
 
@@ -188,7 +186,3 @@ def test_tiles_do_not_change_with_every_step(operator: str, kernels: Any) -> Non
     for kernel, of_sizes in kernels[operator].items():
         of_these = {size for size in EQUALLY_TILED if size in of_sizes}
         assert len(of_these) in (0, len(EQUALLY_TILED)), f"{kernel} serves {of_these} alone, of {EQUALLY_TILED}"
-
-
-if __name__ == "__main__":
-    print(json.dumps(kernels_of_steps()))

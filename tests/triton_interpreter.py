@@ -4,11 +4,14 @@
 rounding. :func:`ptx_arithmetic`: its float32 is exact to the last place where a GPU's is not.
 
 Whoever imports this module also makes the interpreter faster. Before each call of a function, it looks through all
-names of Triton's language for builtins to replace; which ones these are is now found out once.
+names of Triton's language for builtins to replace; which ones these are is now found out once. It also computed each
+sum, difference and product of 32-bit integers again in 64 bits, for an assertion that it makes in debug mode only, and
+it has no debug mode.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -35,6 +38,9 @@ def _patch_builtin(package: Any, *arguments: Any) -> None:
 
 
 interpreter._patch_builtin = _patch_builtin
+builder = interpreter.interpreter_builder
+assert not builder.options.debug
+builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
 
 
 def exact_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
