@@ -34,7 +34,7 @@ for line in sys.stdin:
 
 
 def run(program: str, folder: Path = ROOT) -> str:
-    """What the program prints, on either stream, when it runs in the folder; an error that shows it where it fails."""
+    """Run the program in the folder, and return what it prints on either stream. If it fails, the error shows that."""
     server = _server()
     assert server.stdin is not None
     assert server.stdout is not None

@@ -58,7 +58,7 @@ def test_what_is_in_is_written(tmp_path: Path) -> None:
 
 
 def test_what_was_drawn_is_mixed(tmp_path: Path) -> None:
-    """40 of 200 images of one kind are drawn, and all 40 of another: neither kind comes before the other."""
+    """A draw takes 40 of the 200 images of one kind and all 40 of another, and mixes both kinds."""
     rng = np.random.default_rng(0)
     kind = rng.permutation(np.repeat([0, 1], [200, 40]))
     files = {f"k{i:03d}": encoded(np.full((8, 8, 3), i, np.uint8)) for i in range(240)}
